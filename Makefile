@@ -1,0 +1,50 @@
+# make demo | test | test-slow | lint | setup | clean; every target makes .venv on first use.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Where pip looks for torch, e.g. TORCH_INDEX=https://example.org/whl/cpu; empty for pip's own index.
+TORCH_INDEX ?=
+DEMO_NORMS := rmsnorm ibnorm_t
+
+.PHONY: setup demo test test-slow lint wheel clean
+
+setup: $(VENV)/.ready
+
+# True where .venv already has a torch that pyproject.toml allows; it is kept then.
+HAS_TORCH = $(PY) -c "import importlib.metadata as m, re; from pip._vendor.packaging.requirements import Requirement as R; \
+	r = R(re.search(r'\"(torch[<>=~!][^\"]*)\"', open('pyproject.toml').read())[1]); \
+	raise SystemExit(m.version('torch') not in r.specifier)" 2>/dev/null
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(HAS_TORCH) || $(PY) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(PY) -m pip install -q -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $@
+
+# The same small Llama pretrained twice, scored, and set side by side; rewrites demo/ and nothing else.
+demo: setup
+	rm -rf demo && mkdir demo
+	for norm in $(DEMO_NORMS); do \
+	  (set -x; $(PY) -m train_lm --config demo --model.norm_type $$norm --run_dir demo/$$norm) && \
+	  (set -x; $(PY) -m eval run --model demo/$$norm --suite embedded --batch_size 32 --output demo/$$norm/scores) || exit 1; \
+	done
+	$(PY) -m hf_ibnorm.report $(addprefix demo/,$(DEMO_NORMS)) --output demo
+
+test: setup
+	$(PY) -m pytest -m "not slow"
+
+test-slow: setup
+	$(PY) -m pytest -m slow
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+wheel: setup
+	$(PY) -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
