@@ -1,0 +1,427 @@
+"""The norms as modules, and the one registry that names them.
+
+`NormBase` is what the norms of this project share: parameters of width N, a `reset_parameters` that
+Transformers' loading respects, a description in `print(model)`. `NORMS` maps a norm's name to its class and default
+options, the controls (torch's LayerNorm and RMSNorm, Dynamic Tanh) included; `build_norm` builds one by name.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .functional import (
+    ORDERS,
+    STANDARDIZE,
+    UNITS,
+    VARIANTS,
+    check_choice,
+    check_lam,
+    check_noise,
+    check_number,
+    ib_norm,
+    normal_norm,
+)
+
+BACKENDS = ("auto", "reference", "fused")
+
+
+def _width(normalized_shape: Any) -> tuple[int]:
+    """`normalized_shape` as a 1-tuple: every norm here works over the last dimension only."""
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if len(shape) != 1 or shape[0] < 1:
+        raise ValueError(f"normalized_shape: got {normalized_shape!r}, must be one width >= 1 (the last dimension)")
+    return (int(shape[0]),)
+
+
+def _check_bool(field: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{field}: got {value!r}, must be true or false")
+
+
+class NormBase(nn.Module):
+    """What the norms of this project share: `weight` and `bias` of shape (N,), each None when switched off.
+
+    Args:
+        normalized_shape: N, the width of the last dimension (an int or a 1-tuple).
+        elementwise_affine: learn `weight` (and `bias`).
+        bias: learn `bias`; without effect if `elementwise_affine` is False.
+        device, dtype: of the parameters.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    _described: tuple[str, ...] = ()
+    """Attributes that `print(model)` shows."""
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int],
+        *,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_bool("elementwise_affine", elementwise_affine)
+        _check_bool("bias", bias)
+        self.normalized_shape = _width(normalized_shape)
+        self.elementwise_affine = elementwise_affine
+        for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
+            tensor = torch.empty(self.normalized_shape, device=device, dtype=dtype) if wanted else None
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+
+    def reset_parameters(self) -> None:
+        """Set every parameter and buffer to its initial value, except those a checkpoint has just filled."""
+        if self.weight is not None:
+            init.ones_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{name.removesuffix('_value')}={getattr(self, name)}" for name in self._described)
+        affine = f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}"
+        return f"{self.normalized_shape}, {options}, {affine}"
+
+
+class IBNorm(NormBase):
+    """IBNorm over the last dimension: compress towards the mean, then standardize (arXiv 2510.25262).
+
+    The formulas are in `hf_ibnorm.functional.ib_norm`, which takes the same options. Variant S with
+    `standardize="layer"` and `order="compress_first"` is LayerNorm with eps·lam² in place of eps. (Not the
+    Instance-Batch normalization of IBN-Net.)
+
+    lam lives in a non-persistent float32 buffer that `.to(dtype)`, `.half()` and the like leave alone; checkpoints of
+    a model carry it in the config.
+
+    Args:
+        normalized_shape: N, the width of the last dimension.
+        variant: "L" (logarithmic), "S" (linear), "T" (tanh) or "shrink" (soft threshold, experimental).
+        lam: compression strength; by default 4 for L and S, 2 for T, 0.5 for shrink.
+            L, T: lam >= 0; S: lam >= 1; shrink: 0 <= lam < 1.
+        unit: "raw" or "mean_abs".
+        standardize: "layer" or "rms".
+        order: "compress_first" or "standardize_first".
+        eps: added to the variance or mean square.
+        elementwise_affine, bias: as in torch.nn.LayerNorm.
+        backend: "auto" (fused kernels where there are any), "reference" (the formulas in plain PyTorch) or "fused".
+        device, dtype: of the parameters.
+
+    Shape: (..., N) → (..., N), in the dtype of the input; statistics are computed in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: naming the field, the value and what is allowed.
+    """
+
+    _described = ("variant", "lam_value", "unit", "standardize", "order", "eps", "backend")
+    lam: Tensor
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int],
+        variant: str = "L",
+        lam: float | None = None,
+        unit: str = "raw",
+        standardize: str = "layer",
+        order: str = "compress_first",
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, elementwise_affine=elementwise_affine, bias=bias, device=device, dtype=dtype)
+        check_choice("variant", variant, VARIANTS)
+        check_choice("unit", unit, UNITS)
+        check_choice("standardize", standardize, STANDARDIZE)
+        check_choice("order", order, ORDERS)
+        check_choice("backend", backend, BACKENDS)
+        check_number("eps", eps, 0.0)
+        if backend == "fused":
+            raise ValueError("backend: got 'fused', but this version has no fused kernels; use 'auto' or 'reference'")
+        lam = DEFAULT_LAM[variant] if lam is None else lam
+        check_lam(variant, lam)
+        self.variant, self.unit, self.standardize, self.order = variant, unit, standardize, order
+        self.eps, self.backend = float(eps), backend
+        self.lam_value = float(lam)
+        # float32 whatever the default dtype: bfloat16 could not hold lam = 0.3
+        self.register_buffer("lam", torch.empty((), device=device, dtype=torch.float32), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init.constant_(self.lam, self.lam_value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IBNorm":
+        before = self.lam
+        super()._apply(fn, recurse)
+        if self.lam.dtype != torch.float32:  # a cast: keep the place it moved to, not the rounding
+            self.lam = before.to(self.lam.device) if not before.is_meta else self.lam.float()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `x` of shape (..., N) over its last dimension."""
+        return ib_norm(
+            x,
+            self.weight,
+            self.bias,
+            variant=self.variant,
+            lam=self.lam,
+            unit=self.unit,
+            standardize=self.standardize,
+            order=self.order,
+            eps=self.eps,
+        )
+
+
+class LayerNormalNorm(NormBase):
+    """Normality normalization over the last dimension: LayerNorm, power transform, noise (arXiv 2505.00685).
+
+    The formulas are in `hf_ibnorm.functional.normal_norm`. Noise is drawn from the device's default generator, in
+    training mode only; gradient checkpointing must keep its `preserve_rng_state`, or gradients are silently wrong.
+
+    Args:
+        normalized_shape: N, the width of the last dimension.
+        noise: ξ >= 0, strength of the training noise.
+        noise_mode: "scaled", "unscaled" or "dropout".
+        keep_prob: in (0, 1], with `noise_mode="dropout"` only.
+        alpha: Newton step length in [0, 1].
+        eps: in the standardization and, as sqrt(eps), in the Newton step: keep 1e-5 unless you know why.
+        elementwise_affine, bias: as in torch.nn.LayerNorm.
+        backend: "auto", "reference" or "fused".
+        device, dtype: of the parameters.
+
+    Shape: (..., N) → (..., N), in the dtype of the input; computed in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: naming the field, the value and what is allowed.
+    """
+
+    _described = ("noise", "noise_mode", "keep_prob", "alpha", "eps", "backend")
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int],
+        noise: float = 1.0,
+        noise_mode: str = "scaled",
+        keep_prob: float | None = None,
+        alpha: float = 1.0,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, elementwise_affine=elementwise_affine, bias=bias, device=device, dtype=dtype)
+        check_noise(noise, noise_mode, keep_prob)
+        check_number("alpha", alpha, 0.0, 1.0)
+        check_number("eps", eps, 0.0)
+        check_choice("backend", backend, BACKENDS)
+        if backend == "fused":
+            raise ValueError("backend: got 'fused', but this version has no fused kernels; use 'auto' or 'reference'")
+        self.noise, self.noise_mode, self.keep_prob = float(noise), noise_mode, keep_prob
+        self.alpha, self.eps, self.backend = float(alpha), float(eps), backend
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `x` of shape (..., N) over its last dimension; noisy in training mode."""
+        return normal_norm(
+            x,
+            self.weight,
+            self.bias,
+            noise=self.noise,
+            noise_mode=self.noise_mode,
+            keep_prob=self.keep_prob,
+            alpha=self.alpha,
+            eps=self.eps,
+            training=self.training,
+        )
+
+
+class DynamicTanh(NormBase):
+    """Dynamic Tanh, a control without statistics: y = weight·tanh(alpha·x) + bias (arXiv 2503.10622).
+
+    Args:
+        normalized_shape: N, the width of the last dimension.
+        init_alpha: initial value of the learned scalar `alpha`, of shape (1,).
+        elementwise_affine, bias: as in torch.nn.LayerNorm.
+        device, dtype: of the parameters.
+
+    Shape: (..., N) → (..., N), in the dtype of the input; computed in float32 (float64 for float64).
+    """
+
+    _described = ("init_alpha",)
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int],
+        init_alpha: float = 0.5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, elementwise_affine=elementwise_affine, bias=bias, device=device, dtype=dtype)
+        check_number("init_alpha", init_alpha, 0.0)
+        self.init_alpha = float(init_alpha)
+        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init.constant_(self.alpha, self.init_alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Squash `x` of shape (..., N) element by element."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        y = torch.tanh(self.alpha.to(wide.dtype) * wide)
+        if self.weight is not None:
+            y = y * self.weight.to(wide.dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(wide.dtype)
+        return y.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class NormEntry:
+    """One row of the registry: the class, what the name itself fixes, and every option with its default."""
+
+    cls: type[nn.Module]
+    fixed: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    model_eps: bool = True
+    """Inside a model, `eps` defaults to the model's own (False: the norm's own default stays)."""
+
+
+# Provisional, to be settled by a study: T falls apart first as lam and the learning rate grow.
+DEFAULT_LAM = {"L": 4.0, "S": 4.0, "T": 2.0, "shrink": 0.5}
+
+
+def _ibnorm(variant: str) -> NormEntry:
+    defaults = {
+        "lam": DEFAULT_LAM[variant],
+        "unit": "raw",
+        "standardize": "layer",
+        "order": "compress_first",
+        "eps": 1e-6,
+        "elementwise_affine": True,
+        "bias": True,
+        "backend": "auto",
+    }
+    return NormEntry(IBNorm, {"variant": variant}, defaults)
+
+
+NORMS: dict[str, NormEntry] = {
+    "ibnorm_s": _ibnorm("S"),
+    "ibnorm_l": _ibnorm("L"),
+    "ibnorm_t": _ibnorm("T"),
+    "ibnorm_shrink": _ibnorm("shrink"),
+    "layernormalnorm": NormEntry(
+        LayerNormalNorm,
+        {},
+        {
+            "noise": 1.0,
+            "noise_mode": "scaled",
+            "keep_prob": None,
+            "alpha": 1.0,
+            "eps": 1e-5,
+            "elementwise_affine": True,
+            "bias": True,
+            "backend": "auto",
+        },
+        model_eps=False,  # its eps sits in the Newton step too
+    ),
+    "layernorm": NormEntry(nn.LayerNorm, {}, {"eps": 1e-5, "elementwise_affine": True, "bias": True}),
+    "rmsnorm": NormEntry(nn.RMSNorm, {}, {"eps": 1e-6, "elementwise_affine": True}),
+    "dyt": NormEntry(DynamicTanh, {}, {"init_alpha": 0.5, "elementwise_affine": True, "bias": True}),
+}
+_NAMES = {name.replace("_", ""): name for name in NORMS}
+
+
+def nearest(value: str, allowed: list[str]) -> str:
+    """ " (did you mean 'x'?)" for the closest of `allowed`, or nothing where none is close."""
+    close = difflib.get_close_matches(value, allowed, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def norm_name(name: str) -> str:
+    """The registry's spelling of `name`; case, "-" and "_" do not matter.
+
+    Raises:
+        ValueError: no such norm; the message gives the nearest name and all of them.
+    """
+    key = str(name).lower().replace("-", "").replace("_", "")
+    if key not in _NAMES:
+        hint = nearest(str(name).lower().replace("-", "_"), list(NORMS))
+        raise ValueError(f"norm_type: unknown norm {name!r}{hint}; known are {', '.join(NORMS)}")
+    return _NAMES[key]
+
+
+def resolve_norm_kwargs(name: str, kwargs: Mapping[str, Any] | None, model_eps: float | None = None) -> dict[str, Any]:
+    """Every option of norm `name` with its value: `kwargs` over the model's eps over the registry's defaults.
+
+    Raises:
+        ValueError, TypeError: an unknown option (with the nearest name), or a value that is not allowed.
+    """
+    name = norm_name(name)
+    entry = NORMS[name]
+    kwargs = dict(kwargs or {})
+    for key in kwargs:
+        if key not in entry.defaults:
+            options = list(entry.defaults)
+            hint = nearest(str(key), options)
+            raise ValueError(f"norm_kwargs.{key}: {name} has no such option{hint}; it has {', '.join(options)}")
+    resolved = {**entry.defaults, **kwargs}
+    if model_eps is not None and entry.model_eps and "eps" in resolved and kwargs.get("eps") is None:
+        resolved["eps"] = model_eps
+    # Numbers as floats, so that a config reads the same whether 4 or 4.0 was typed.
+    for key, default in entry.defaults.items():
+        if isinstance(default, float) and isinstance(resolved[key], int) and not isinstance(resolved[key], bool):
+            resolved[key] = float(resolved[key])
+    try:
+        _build(entry, 1, resolved, device="meta")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"norm_kwargs.{error} (norm {name})") from None
+    return resolved
+
+
+def _build(entry: NormEntry, normalized_shape: Any, kwargs: Mapping[str, Any], **factory: Any) -> nn.Module:
+    for key, default in entry.defaults.items():  # torch's own modules do not check theirs
+        if isinstance(default, bool):
+            _check_bool(key, kwargs[key])
+        elif key == "eps":
+            check_number("eps", kwargs[key], 0.0)
+    return entry.cls(_width(normalized_shape), **entry.fixed, **kwargs, **factory)
+
+
+def build_norm(
+    name: str,
+    normalized_shape: int | tuple[int],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build the norm `name` over a last dimension of width `normalized_shape`.
+
+    Args:
+        name: a key of `NORMS`; case, "-" and "_" do not matter.
+        normalized_shape: N, an int or a 1-tuple.
+        device, dtype: of the parameters.
+        **kwargs: options of that norm; those left out take the registry's defaults.
+
+    Returns:
+        The module: `IBNorm`, `LayerNormalNorm`, `DynamicTanh`, or torch's own `LayerNorm` or `RMSNorm`.
+
+    Raises:
+        ValueError, TypeError: unknown name or option (with the nearest), or a value that is not allowed.
+    """
+    name = norm_name(name)
+    return _build(NORMS[name], normalized_shape, resolve_norm_kwargs(name, kwargs), device=device, dtype=dtype)

@@ -1,0 +1,40 @@
+"""Shared by all tests: few threads, no hub, small models."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from hf_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
+
+torch.set_num_threads(2)
+logging.disable_progress_bar()
+
+TINY = {
+    "llama": (
+        IBNormLlamaConfig,
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    ),
+    "gpt2": (IBNormGPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+}
+
+
+@pytest.fixture
+def fixtures() -> Path:
+    """Folder of reference numbers."""
+    return Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture
+def tiny_config():
+    """Factory of configs for models of some 20,000 parameters: tiny_config("llama", norm_type=...)."""
+
+    def make(family: str, **fields):
+        cls, sizes = TINY[family]
+        return cls(**{**sizes, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0, **fields})
+
+    return make
