@@ -1,0 +1,116 @@
+"""What every command shares: one-line errors, exit codes, quiet libraries; and the `hf-ibnorm` command itself.
+
+Exit codes: 0 done, 2 bad input (one line on stderr, no traceback), 1 a fault of ours (with its traceback).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import NoReturn
+
+from .norms import nearest
+from .version import __version__
+
+BAD_INPUT = 2
+
+
+class UserError(Exception):
+    """Something the user can mend: its message is one line that names the field, the value and what is allowed."""
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Turn the errors that validation raises inside the block into a `UserError`.
+
+    Only for code that checks what the user gave: elsewhere a ValueError is a fault of ours and keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and exit with the code its ending asks for; only rank 0 of a launch speaks."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `... | head` closed our output; point it elsewhere, or Python complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, with the nearest flag where one is close."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        if unknown:
+            message += nearest(unknown[0].partition("=")[0], self._flags())
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _flags(self) -> list[str]:
+        """Every flag of this parser and of its verbs: argparse leaves a verb's unknown flags to the parser above."""
+        flags: list[str] = []
+        for action in self._actions:
+            flags += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                flags += [flag for parser in action.choices.values() for flag in parser._flags()]
+        return flags
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Raise `UserError` with the pip command unless every module of an optional extra is installed."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not installed: pip install 'hf_ibnorm[{extra}]'")
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to this program: no progress bars or advice from the libraries beneath it."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _env(arguments: argparse.Namespace) -> None:
+    from .files import environment_record
+
+    record = environment_record()
+    if arguments.json:
+        print(json.dumps(record, indent=2))
+        return
+    record.update({f"{name} version": version for name, version in record.pop("versions").items()})
+    record["command"] = " ".join(record["command"])
+    for key, value in record.items():
+        print(f"{key.replace('_', ' ') if 'version' not in key else key}: {'none' if value is None else value}")
+
+
+def _main() -> None:
+    parser = OneLineParser(prog="hf-ibnorm", description="IBNorm and normality normalization for Transformers.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
+    env = verbs.add_parser("env", help="versions, device, backends, git revision: what a bug report needs")
+    env.add_argument("--json", action="store_true", help="print JSON (default: a line each)")
+    env.set_defaults(run=_env)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def main() -> NoReturn:
+    """The `hf-ibnorm` command."""
+    run_command(_main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The embedded corpora: real English text that needs no download. Origins and licences are in SOURCES.md."""
+
+import json
+import lzma
+from importlib import resources
+from typing import Any
+
+SPLITS = ("train", "validation", "test")
+
+
+def _austen(row: dict[str, Any]) -> str:
+    return {"Northanger Abbey": "validation", "Persuasion": "test"}.get(row["title"], "train")
+
+
+def _sotu(row: dict[str, Any]) -> str:
+    return "train" if row["year"] <= 2000 else "validation" if row["year"] <= 2010 else "test"
+
+
+CORPORA = {"austen": _austen, "sotu": _sotu}
+
+
+def load_corpus(name: str, split: str) -> list[str]:
+    """The documents of one split of an embedded corpus.
+
+    Args:
+        name: "austen" (six novels) or "sotu" (State of the Union addresses, 1790-2021).
+        split: "train", "validation" or "test". austen: *Northanger Abbey* validates, *Persuasion* tests, the other
+            four train; sotu: up to 2000 train, 2001-2010 validate, 2011-2021 test.
+
+    Returns:
+        One string a document, in the corpus's order.
+
+    Raises:
+        ValueError: no such corpus or split.
+    """
+    if name not in CORPORA:
+        raise ValueError(f"corpus: got {name!r}, allowed are {', '.join(CORPORA)}")
+    if split not in SPLITS:
+        raise ValueError(f"split: got {split!r}, allowed are {', '.join(SPLITS)}")
+    packed = resources.files(__package__).joinpath(f"{name}.jsonl.xz").read_bytes()
+    rows = [json.loads(line) for line in lzma.decompress(packed).decode("utf-8").split("\n") if line]
+    return [row["text"] for row in rows if CORPORA[name](row) == split]

@@ -1,0 +1,179 @@
+"""Files and what goes into them: atomic writes, hashes, the record of the environment."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "lm_eval",
+    "jsonargparse",
+    "numpy",
+    "scipy",
+    "triton",
+)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all: a temporary file beside it, flushed, then renamed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` whole or not at all: a temporary file beside it, flushed, then renamed."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically; NaN and infinities are refused, JSON has none."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256(parts: Iterable[bytes | str]) -> str:
+    """Hex digest of `parts`, each preceded by its length, so that ("ab", "c") and ("a", "bc") differ."""
+    digest = hashlib.sha256()
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+def sha256_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex digest of named tensors: names, dtypes, shapes and bits."""
+    parts: list[bytes | str] = []
+    for name, tensor in tensors:
+        value = tensor.detach().cpu().contiguous()
+        parts += [
+            name,
+            str(value.dtype),
+            str(tuple(value.shape)),
+            value.reshape(-1).view(torch.uint8).numpy().tobytes(),
+        ]
+    return sha256(parts)
+
+
+def git_revision(folder: Path) -> str | None:
+    """Commit of the checkout that holds `folder`, with "-dirty" where tracked files differ; None outside one."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # Installed into some other project's checkout, that project's commit would be a lie.
+    if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
+        return None
+    commit = git("rev-parse", "HEAD")
+    return commit and commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def environment_record() -> dict[str, Any]:
+    """What a result depends on besides its own settings: versions, device, threads, norm backends, git revision."""
+    from .version import __version__
+
+    versions: dict[str, str | None] = {"hf_ibnorm": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "device_count": torch.cuda.device_count() if cuda else 1,
+        "cuda": torch.version.cuda if cuda else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "norm_backend": "reference",
+        "git_revision": git_revision(Path(__file__).parent),
+        "command": sys.argv,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Fill a directory whole or not at all: yields a temporary one beside `path`, flushed and renamed at the end.
+
+    Raises:
+        FileExistsError: `path` exists and is not empty.
+    """
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o777 & ~umask)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_new_directory(field: str, path: Path) -> None:
+    """Raise OSError unless `path` can become a new directory: absent or empty, and something can be written there.
+
+    Nothing is left behind; `field` opens the message.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"{field}: {path} is not empty; name a new directory")
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{field}: {path} is a file; name a directory")
+    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:  # permissions alone do not tell: root, read-only and virtual file systems
+        os.rmdir(tempfile.mkdtemp(dir=above))
+    except OSError as error:
+        raise type(error)(f"{field}: {path} cannot be written, {above}: {error.strerror}") from None

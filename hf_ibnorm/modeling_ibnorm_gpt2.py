@@ -1,0 +1,52 @@
+"""GPT-2 with the norms of its config, for the Auto classes."""
+
+from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
+
+from .configuration_ibnorm import IBNormGPT2Config
+from .modeling_ibnorm import GPT2_SITES, NormInitMixin, install_norms
+
+
+class IBNormGPT2Model(NormInitMixin, GPT2Model):
+    """GPT2Model whose 2·L+1 norms (3·L+1 with cross-attention) are those of its config."""
+
+    config: IBNormGPT2Config
+    config_class = IBNormGPT2Config
+
+    def __init__(self, config: IBNormGPT2Config) -> None:
+        super().__init__(config)
+        install_norms(self, config, GPT2_SITES)
+        self.post_init()  # touches the new norms only
+
+
+class IBNormGPT2LMHeadModel(NormInitMixin, GPT2LMHeadModel):
+    """GPT2LMHeadModel over `IBNormGPT2Model`."""
+
+    config: IBNormGPT2Config
+    config_class = IBNormGPT2Config
+
+    def __init__(self, config: IBNormGPT2Config) -> None:
+        # Past GPT2LMHeadModel, which would build (and draw random numbers for) a stock model first.
+        super(GPT2LMHeadModel, self).__init__(config)
+        self.transformer = IBNormGPT2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Transformers picks a loss by class name and would warn, breaking torch.compile(fullgraph=True).
+        self.loss_type = "ForCausalLM"
+        self.post_init()
+
+
+class IBNormGPT2ForSequenceClassification(NormInitMixin, GPT2ForSequenceClassification):
+    """GPT2ForSequenceClassification over `IBNormGPT2Model`."""
+
+    config: IBNormGPT2Config
+    config_class = IBNormGPT2Config
+
+    def __init__(self, config: IBNormGPT2Config) -> None:
+        super(GPT2ForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = IBNormGPT2Model(config)
+        self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)  # type: ignore[arg-type]
+        self.post_init()
+
+
+__all__ = ["IBNormGPT2ForSequenceClassification", "IBNormGPT2LMHeadModel", "IBNormGPT2Model"]

@@ -1,0 +1,52 @@
+"""Llama with the norms of its config, for the Auto classes."""
+
+from torch import nn
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+
+from .configuration_ibnorm import IBNormLlamaConfig
+from .modeling_ibnorm import LLAMA_SITES, NormInitMixin, install_norms
+
+
+class IBNormLlamaModel(NormInitMixin, LlamaModel):
+    """LlamaModel whose 2·L+1 norms are those of its config (`norm_type`, `norm_kwargs`)."""
+
+    config: IBNormLlamaConfig
+    config_class = IBNormLlamaConfig
+
+    def __init__(self, config: IBNormLlamaConfig) -> None:
+        super().__init__(config)
+        install_norms(self, config, LLAMA_SITES)
+        self.post_init()  # touches the new norms only
+
+
+class IBNormLlamaForCausalLM(NormInitMixin, LlamaForCausalLM):
+    """LlamaForCausalLM over `IBNormLlamaModel`."""
+
+    config: IBNormLlamaConfig
+    config_class = IBNormLlamaConfig
+
+    def __init__(self, config: IBNormLlamaConfig) -> None:
+        # Past LlamaForCausalLM, which would build (and draw random numbers for) a stock model first.
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = IBNormLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class IBNormLlamaForSequenceClassification(NormInitMixin, LlamaForSequenceClassification):
+    """LlamaForSequenceClassification over `IBNormLlamaModel`."""
+
+    config: IBNormLlamaConfig
+    config_class = IBNormLlamaConfig
+
+    def __init__(self, config: IBNormLlamaConfig) -> None:
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = IBNormLlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = ["IBNormLlamaForCausalLM", "IBNormLlamaForSequenceClassification", "IBNormLlamaModel"]

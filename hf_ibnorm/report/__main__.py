@@ -1,0 +1,52 @@
+"""`python -m hf_ibnorm.report RUN... --output DIR`: finished runs side by side, one table and one plot."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from ..cli import OneLineParser, bad_input, require_extra, run_command
+from ..files import write_text
+from .plots import plot_losses
+from .runs import Run, comparison, fairness
+
+
+def _main() -> None:
+    parser = OneLineParser(
+        prog="hf_ibnorm.report",
+        description="Set finished training runs side by side: report.md and loss.png. "
+        "Scores are read from RUN/scores, where `python -m eval run --output RUN/scores` puts them.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train_lm")
+    parser.add_argument("--output", required=True, help="existing directory to write into")
+    arguments = parser.parse_args()
+    require_extra("train", "matplotlib")
+    output = Path(arguments.output)
+    with bad_input():
+        runs = [Run.read(Path(path)) for path in arguments.runs]
+        if not output.is_dir():
+            raise NotADirectoryError(f"output: {output} is not a directory")
+        table, lines = comparison(runs), fairness(runs)
+        plot_losses(runs, output / "loss.png")
+        command = shlex.join(["python", "-m", "hf_ibnorm.report", *sys.argv[1:]])
+        environment = runs[0].environment
+        made = (
+            f"Made by `{command}` from runs on {environment['device']}, {environment['cpu_count']} cores, "
+            f"torch {environment['versions']['torch']}, {environment['date'][:10]}."
+        )
+        text = "\n".join([table.markdown(), *(f"- {line}" for line in lines), "", "![loss](loss.png)", "", made, ""])
+        write_text(output / "report.md", text)
+    table.print()
+    print()
+    for line in lines:
+        print(line)
+    print(f"Table and plot: {output / 'report.md'}, {output / 'loss.png'}")
+
+
+def main() -> NoReturn:
+    """Report on finished runs."""
+    run_command(_main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""One table, written for a terminal or as Markdown."""
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+
+@dataclass
+class Table:
+    """A table of text; the first column names the rows, the others are aligned to the right.
+
+    Args:
+        columns: headings.
+        rows: cells, as many as columns.
+    """
+
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """As GitHub Markdown, ending in a newline."""
+        rule = ["---", *["---:"] * (len(self.columns) - 1)]
+        lines = [[cell.replace("|", "\\|") for cell in row] for row in [self.columns, rule, *self.rows]]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def print(self) -> None:
+        """On standard output, as wide as it needs to be when that is no terminal."""
+        table = RichTable(box=None, pad_edge=False, header_style="bold")
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        console = Console()
+        if not console.is_terminal:
+            console.width = 200
+        console.print(table, highlight=False, markup=False)
+
+
+def score_cell(raw: float, stderr: float | None, chance: bool = False) -> str:
+    """`0.531 ± 0.020`, and `(at chance)` where that is so."""
+    text = f"{raw:.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
+    return text + (" (at chance)" if chance else "")
