@@ -1,0 +1,88 @@
+"""Tokenizer, packing and order: nothing lost, nothing twice, the same every time."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from train_lm.data import END_OF_TEXT, IGNORE, BlockOrder, PackedTokens, split_batch, train_tokenizer, wrap_tokenizer
+
+TEXTS = ["It was a truth — universally acknowledged. " * 20, "Émile 日本 \x00\t ok", "A third, short one."]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return wrap_tokenizer(train_tokenizer(TEXTS, 300), 64)
+
+
+def test_any_text_survives_the_tokenizer(tokenizer):
+    for text in [*TEXTS, "never seen: ŧ¶😀\r\n"]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_no_special_token_is_added_and_one_ends_texts(tokenizer):
+    assert tokenizer.eos_token == tokenizer.bos_token == END_OF_TEXT
+    assert tokenizer.eos_token_id not in tokenizer("plain")["input_ids"]
+
+
+def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert all(loaded(text)["input_ids"] == tokenizer(text)["input_ids"] for text in TEXTS)
+    assert loaded.eos_token_id == tokenizer.eos_token_id
+    assert loaded.model_max_length == 64
+
+
+def test_training_a_tokenizer_is_deterministic_across_processes():
+    code = f"from train_lm.data import train_tokenizer; print(train_tokenizer({TEXTS!r}, 300))"
+    outputs = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
+    }
+    assert outputs == {train_tokenizer(TEXTS, 300) + "\n"}
+
+
+@pytest.mark.parametrize("block_size", [2, 7, 16, 10_000])
+def test_every_token_but_the_first_is_predicted_exactly_once(tokenizer, block_size):
+    packed = PackedTokens(tokenizer, TEXTS, block_size)
+    inputs, targets = packed.batch(np.arange(packed.blocks))
+    assert inputs.shape == targets.shape == (packed.blocks, block_size)
+    counted = targets[targets != IGNORE].numpy()
+    np.testing.assert_array_equal(counted, packed.stream[1:])
+    assert packed.targets == len(counted)
+    assert packed.padding == inputs.numel() - len(counted)
+    np.testing.assert_array_equal(inputs.flatten()[: len(counted)].numpy(), packed.stream[:-1])
+
+
+def test_stream_is_every_document_followed_by_the_end_of_text(tokenizer):
+    packed = PackedTokens(tokenizer, TEXTS, 8)
+    eos = tokenizer.eos_token_id
+    assert (packed.stream == eos).sum() == len(TEXTS)
+    assert packed.stream[-1] == eos
+    assert tokenizer.decode(packed.stream[packed.stream != eos]) == "".join(TEXTS)
+
+
+def test_every_epoch_reads_each_block_once_in_an_order_of_its_own():
+    order = BlockOrder(11, seed=4)
+    epochs = order.take(0, 33).reshape(3, 11)
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert list(BlockOrder(11, seed=4).take(20, 5)) == list(epochs.flatten()[20:25])
+    assert list(BlockOrder(11, seed=5).take(0, 11)) != list(epochs[0])
+
+
+@pytest.mark.parametrize(("micro_batches", "processes"), [(1, 1), (8, 1), (2, 4), (1, 8)])
+def test_splitting_a_global_batch_loses_and_repeats_nothing(micro_batches, processes):
+    indices = np.arange(16)
+    parts = [part for process in range(processes) for part in split_batch(indices, micro_batches, processes, process)]
+    assert sorted(np.concatenate(parts)) == list(range(16))
+    first = [next(split_batch(indices, micro_batches, processes, process)) for process in range(processes)]
+    np.testing.assert_array_equal(np.concatenate(first), indices[: 16 // micro_batches])
+
+
+def test_batches_are_torch_tensors_of_token_ids(tokenizer):
+    inputs, targets = PackedTokens(tokenizer, TEXTS, 8).batch(np.array([2, 0]))
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.shape == (2, 8)

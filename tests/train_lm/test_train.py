@@ -1,0 +1,291 @@
+"""Pretraining as a user meets it: the command, the run directory, repeatability, errors before anything is written."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_ibnorm.cli import UserError
+from train_lm.config import RECIPES, TrainConfig, build_model_config, read_command_line, shipped_recipes
+from train_lm.data import IGNORE, PackedTokens, train_tokenizer, wrap_tokenizer
+from train_lm.train import build_optimizer, evaluate, learning_rate, train
+
+TIMING = ("tokens_per_second",)
+
+
+@pytest.fixture(autouse=True)
+def small_corpus(monkeypatch):
+    """The first pages of each split: the loop does not care, and a tokenizer trains in no time."""
+    from hf_ibnorm import data
+
+    def pages(corpus, split):
+        return [text[: 20_000 if split == "train" else 2_000] for text in data.load_corpus(corpus, split)[:2]]
+
+    monkeypatch.setattr("train_lm.train.load_corpus", pages)
+    AcceleratorState._reset_state(True)  # one process may not change its precision
+
+
+def config(run_dir, *flags):
+    return read_command_line(["--config", "tiny", "--run_dir", str(run_dir), *flags])
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timing(rows):
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+
+
+def test_run_directory_holds_what_the_design_says(tmp_path):
+    final = train(config(tmp_path / "run"))
+    run = tmp_path / "run"
+    assert final == run / "final"
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "final",
+        "metrics.jsonl",
+    ]
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert set(rows[0]) == {"step", "loss", "lr", "tokens", "tokens_per_second", "grad_norm", "batch_sha"}
+    assert [row["step"] for row in rows if "eval_loss" in row] == [5, 10]
+    assert rows[-1]["tokens"] == 10 * 4 * 2 * 32
+    assert rows[-1]["eval_loss"] < rows[4]["eval_loss"] < np.log(300)
+    environment = json.loads((run / "environment.json").read_text())
+    for key in ("init_sha", "tokenizer_sha", "train_sha", "validation_sha"):
+        assert len(environment[key]) == 64
+    assert environment["versions"]["torch"] == torch.__version__
+    for path in (final, run / "checkpoints" / "step-0" / "model"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        assert model.config.norm_type == "ibnorm_l"
+        assert model.config.vocab_size == len(tokenizer)
+        assert environment["parameters"] == model.num_parameters()
+
+
+def test_same_seed_gives_the_same_metrics_and_weights(tmp_path):
+    for name in ("a", "b"):
+        train(config(tmp_path / name, "--model.norm_type", "layernormalnorm"))
+    assert without_timing(metrics(tmp_path / "a")) == without_timing(metrics(tmp_path / "b"))
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "final") for name in ("a", "b"))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_config_yaml_is_a_recipe_that_repeats_the_run(tmp_path):
+    train(config(tmp_path / "a", "--model.norm_kwargs.lam", "3", "--seed", "5"))
+    recipe = tmp_path / "a" / "config.yaml"
+    assert yaml.safe_load(recipe.read_text())["model"]["norm_kwargs"]["lam"] == 3.0
+    train(read_command_line(["--config", str(recipe), "--run_dir", str(tmp_path / "b")]))
+    assert without_timing(metrics(tmp_path / "a")) == without_timing(metrics(tmp_path / "b"))
+
+
+def test_norms_share_data_order_and_initial_weights_and_seeds_do_not(tmp_path):
+    for name, flags in {
+        "rms": ["--model.norm_type", "rmsnorm"],
+        "ib": ["--model.norm_type", "ibnorm_t"],
+        "other": ["--seed", "1"],
+    }.items():
+        train(config(tmp_path / name, "--max_steps", "3", *flags))
+
+    def hashes(name):
+        environment = json.loads((tmp_path / name / "environment.json").read_text())
+        return environment["init_sha"], [row["batch_sha"] for row in metrics(tmp_path / name)]
+
+    assert hashes("rms") == hashes("ib")
+    assert hashes("rms")[0] != hashes("other")[0]
+    assert hashes("rms")[1] != hashes("other")[1]
+
+
+@pytest.mark.parametrize("flags", [("8", "1"), ("2", "4"), ("1", "8")])
+def test_accumulation_leaves_the_losses_as_they_are(tmp_path, flags):
+    # 20,000 characters a document give a short last block, so micro-batches hold unequal numbers of tokens.
+    losses = []
+    for name, (size, parts) in {"whole": ("8", "1"), "parts": flags}.items():
+        size_flags = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", parts]
+        train(config(tmp_path / name, "--max_steps", "60", "--eval_every", "60", *size_flags))
+        losses.append([row["loss"] for row in metrics(tmp_path / name)])
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_both_families_and_autocast_train(tmp_path, family, precision):
+    train(config(tmp_path / "run", "--model.model_type", family, "--mixed_precision", precision, "--max_steps", "40"))
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step-0" / "model")
+    assert final.dtype == torch.float32
+    gains = {name: value for name, value in final.named_parameters() if name.endswith("norm.weight") or ".ln_" in name}
+    assert gains
+    assert all(not torch.equal(value, start.get_parameter(name)) for name, value in gains.items())
+
+
+def test_validation_is_the_token_mean_over_the_whole_split_in_eval_mode():
+    texts = ["Some words to validate on, some more words. " * 9, "And another text."]
+    tokenizer = wrap_tokenizer(train_tokenizer(texts, 280), 512)
+    run = read_command_line(["--config", "tiny", "--run_dir", "unused", "--model.norm_type", "layernormalnorm"])
+    run.per_device_eval_batch_size = 4
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(build_model_config(run, len(tokenizer), 0)).train()
+    data = PackedTokens(tokenizer, texts, 16)
+    assert data.padding > 0
+    assert data.blocks % run.per_device_eval_batch_size != 0
+    measured = evaluate(model, data, run, Accelerator(cpu=True))
+    inputs, targets = data.batch(np.arange(data.blocks))
+    logits = model.eval()(input_ids=inputs).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    assert measured == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_decay_is_on_matrices_only(tmp_path):
+    run = config(tmp_path)
+    model = AutoModelForCausalLM.from_config(build_model_config(run, 300, 0))
+    decayed, kept = build_optimizer(model, run).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert kept["weight_decay"] == 0.0
+    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+    assert all(parameter.ndim < 2 for parameter in kept["params"])
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+def test_learning_rate_warms_up_and_ends_at_the_floor(tmp_path):
+    run = config(
+        tmp_path, "--max_steps", "100", "--warmup_steps", "10", "--learning_rate", "1.0", "--min_lr_rate", "0.1"
+    )
+    rates = [learning_rate(step, run) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert max(rates) == rates[9] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in pairwise(rates[9:]))
+    run.warmup_steps = 0
+    assert learning_rate(1, run) < 1.0
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_recipe_is_complete_and_commented(name):
+    text = (RECIPES / f"{name}.yaml").read_text()
+    recipe = yaml.safe_load(text)
+    run = read_command_line(["--config", name, "--run_dir", "unused"])
+    for key, value in recipe.items():
+        if key != "model":
+            assert getattr(run, key) == value
+    missing = set(TrainConfig.__dataclass_fields__) - set(recipe) - {"run_dir"}
+    assert not missing
+    assert text.count("#") >= 15
+
+
+def test_config_applies_first_wherever_it_stands():
+    for argv in (["--config", "tiny", "--seed", "7"], ["--seed", "7", "--config=tiny"]):
+        run = read_command_line([*argv, "--run_dir", "x", "--model.norm_kwargs.lam", "3"])
+        assert run.seed == 7
+        assert run.max_steps == 10
+        assert run.model.norm_kwargs == {"lam": 3}
+
+
+BAD = {
+    "unknown norm": (["--model.norm_type", "ibnorm_x"], "unknown norm 'ibnorm_x' (did you mean 'ibnorm_"),
+    "unknown kwarg": (
+        ["--model.norm_kwargs.lamm", "4"],
+        "norm_kwargs.lamm: ibnorm_l has no such option (did you mean 'lam'?)",
+    ),
+    "unknown field": (["--learnin_rate", "1"], "(did you mean 'learning_rate'?)"),
+    "unknown model field": (["--model.hiden_size", "8"], "(did you mean 'model.hidden_size'?)"),
+    "negative lam": (["--model.norm_kwargs.lam", "-1"], "norm_kwargs.lam: got -1.0, must be a finite number >= 0"),
+    "small lam for S": (
+        ["--model.norm_type", "ibnorm_s", "--model.norm_kwargs.lam", "0.5"],
+        "norm_kwargs.lam: got 0.5",
+    ),
+    "lam nan": (["--model.norm_kwargs.lam", "nan"], "norm_kwargs.lam: got 'nan'"),
+    "lam nan in yaml": (["--model.norm_kwargs", "{lam: nan}"], "norm_kwargs.lam: got 'nan'"),
+    "lam .nan in yaml": (["--model.norm_kwargs", "{lam: .nan}"], "norm_kwargs.lam: got nan"),
+    "small vocabulary": (["--model.vocab_size", "290"], "model.vocab_size: got 290, the tokenizer has 300 tokens"),
+    "long blocks": (["--block_size", "1024"], "block_size: got 1024, must be <= model.max_position_embeddings = 512"),
+    "zero steps": (["--max_steps", "0"], "max_steps: got 0, must be a finite number >= 1"),
+    "a word for a number": (["--max_steps", "many"], "max_steps: Expected a int. Got value: many"),
+    "nan learning rate": (["--learning_rate", "nan"], "learning_rate: Expected a float. Got value: nan"),
+    "unknown corpus": (["--corpus", "bronte"], "corpus: got 'bronte', allowed are austen, sotu"),
+    "heads that do not divide": (["--model.num_attention_heads", "3"], "model.num_attention_heads: got 3"),
+    "unknown recipe": (["--config", "tinny"], "(did you mean 'tiny'?)"),
+    "unknown precision": (["--mixed_precision", "fp8"], "mixed_precision: Expected a one of ['no', 'bf16', 'fp16']"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_named_error_and_nothing_is_written(name, tmp_path):
+    flags, message = BAD[name]
+    with pytest.raises(UserError) as caught:
+        train(config(tmp_path / "run", *flags))
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_recipe_field_in_a_file_is_named_with_the_nearest(tmp_path):
+    for text, hint in (("learnin_rate: 1.0", "learning_rate"), ("model: {hiden_size: 8}", "hidden_size")):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(UserError, match=rf"did you mean '(model\.)?{hint}'"):
+            read_command_line(["--config", str(tmp_path / "r.yaml"), "--run_dir", "x"])
+
+
+def test_a_run_directory_that_is_not_empty_is_refused_untouched(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="run_dir: .* is not empty"):
+        train(config(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused():
+    with pytest.raises(UserError, match="run_dir: /proc/x cannot be written"):
+        train(config("/proc/x"))
+
+
+def test_divergence_stops_the_run_with_a_reason_and_keeps_what_was_written(tmp_path):
+    with pytest.raises(UserError, match="training diverged: a learning_rate of 1e"):
+        train(config(tmp_path / "run", "--learning_rate", "1e30", "--max_grad_norm", "0", "--warmup_steps", "0"))
+    assert len(metrics(tmp_path / "run")) >= 1
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_the_command_prints_one_line_and_exits_2_on_bad_input(tmp_path):
+    command = [sys.executable, "-m", "train_lm", "--config", "tiny", "--run_dir", str(tmp_path / "run")]
+    done = subprocess.run([*command, "--model.norm_kwargs.lam", "-3"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: norm_kwargs.lam: got -3.0, must be a finite number >= 0 (norm ibnorm_l)\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_explains_every_field_with_its_default():
+    done = subprocess.run([sys.executable, "-m", "train_lm", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for name, field in TrainConfig.__dataclass_fields__.items():
+        assert f"--{name}" in done.stdout, field
+    assert "merges into it" in " ".join(done.stdout.split())
+
+
+def test_two_processes_give_the_same_losses_as_one(tmp_path):
+    one = [sys.executable, "-m", "train_lm"]
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "train_lm"]
+    for name, command, parts in (("one", one, "2"), ("two", two, "1")):
+        flags = ["--config", "tiny", "--run_dir", str(tmp_path / name), "--gradient_accumulation_steps", parts]
+        done = subprocess.run([*command, *flags], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    first, second = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [row["batch_sha"] for row in first] == [row["batch_sha"] for row in second]
+    for key in ("loss", "grad_norm"):
+        torch.testing.assert_close(
+            torch.tensor([row[key] for row in first]), torch.tensor([row[key] for row in second]), rtol=1e-5, atol=1e-5
+        )
+    assert first[-1]["eval_loss"] == pytest.approx(second[-1]["eval_loss"], rel=1e-5)
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["num_processes"] == 2

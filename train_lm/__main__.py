@@ -1,0 +1,25 @@
+"""The command `python -m train_lm` (installed as `hf-ibnorm-train`)."""
+
+import sys
+from typing import NoReturn
+
+from hf_ibnorm.cli import quiet_libraries, require_extra, run_command
+
+
+def _main() -> None:
+    require_extra("train", "accelerate", "tokenizers")
+    from .config import read_command_line
+    from .train import train
+
+    config = read_command_line(sys.argv[1:])
+    quiet_libraries()
+    train(config)
+
+
+def main() -> NoReturn:
+    """Pretrain a model: `--config RECIPE --run_dir DIR [any field]`."""
+    run_command(_main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""What one sees while a run trains: a live bar on a terminal, a line a validation elsewhere."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Step, loss, tokens per second and time left of one run; silent unless `enabled`."""
+
+    def __init__(self, steps: int, enabled: bool) -> None:
+        self.enabled = enabled
+        self.console = Console()
+        self.bar = Bar(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (enabled and self.console.is_terminal),
+        )
+        self.task = self.bar.add_task("train", total=steps, loss="-", speed="-")
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Show the metrics of a finished step."""
+        loss, speed = f"{row['loss']:.4f}", f"{row['tokens_per_second']:,.0f}"
+        self.bar.update(self.task, completed=row["step"], loss=loss, speed=speed)
+        if self.enabled and "eval_loss" in row:
+            self.console.print(
+                f"step {row['step']:>6}  loss {loss}  validation {row['eval_loss']:.4f}  {speed} tokens/s",
+                highlight=False,
+            )
