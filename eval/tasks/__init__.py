@@ -1,0 +1,1 @@
+"""The embedded tasks; origins and licences are in SOURCES.md."""

@@ -1,0 +1,214 @@
+"""Scoring a model through lm-eval: right numbers, refused models, nothing half-written."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval.runner import SMOKE, load_model, run, run_benchmark
+from eval.suites import MULTIPLE_CHOICE, SUITES, Benchmark
+from hf_ibnorm import load_corpus
+from hf_ibnorm.cli import UserError
+from train_lm.config import build_model_config, read_command_line
+from train_lm.data import train_tokenizer, wrap_tokenizer
+
+NOVEL = 3_000
+"""Characters of the test novel that these tests read."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained model with noise norms and large weights, so that its answers differ, and its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    config = read_command_line(["--config", "tiny", "--run_dir", "unused", "--model.norm_type", "layernormalnorm"])
+    tokenizer = wrap_tokenizer(train_tokenizer([load_corpus("austen", "train")[0][:50_000]], 300), 512)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(build_model_config(config, len(tokenizer), tokenizer.eos_token_id))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def short_novel(monkeypatch):
+    monkeypatch.setattr("eval.suites.load_corpus", lambda name, split: [load_corpus(name, split)[0][:NOVEL]])
+
+
+def changed(checkpoint, target, change):
+    shutil.copytree(checkpoint, target, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(target)
+    return target
+
+
+@torch.no_grad()
+def loglikelihood(model, context, answer):
+    """Sum of log-probabilities of `answer` after `context`, token by token, without the harness."""
+    logits = model(torch.tensor([context + answer])).logits.double().log_softmax(-1)[0]
+    return sum(logits[len(context) + i - 1, token].item() for i, token in enumerate(answer))
+
+
+def test_scores_agree_with_log_likelihoods_computed_independently(checkpoint, tmp_path):
+    scores = run(str(checkpoint), "embedded", str(tmp_path / "out"), limit=40)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(checkpoint).eval(),
+        AutoTokenizer.from_pretrained(checkpoint),
+    )
+
+    def encode(text):
+        return tokenizer(text)["input_ids"]
+
+    for name in MULTIPLE_CHOICE:
+        right, rows = 0, Benchmark(name, "multiple_choice").rows()[:40]
+        for row in rows:
+            context = encode(row["query"])
+            values = [
+                loglikelihood(model, context, encode(f"{row['query']} {choice}")[len(context) :])
+                for choice in row["choices"]
+            ]
+            right += values.index(max(values)) == row["gold"]
+        assert scores["benchmarks"][name]["raw"] == pytest.approx(right / len(rows))
+        assert scores["benchmarks"][name]["n"] == len(rows)
+
+    text = load_corpus("austen", "test")[0][:NOVEL]
+    ids = encode(text)
+    # The harness's windows: one token of context each, but the last, which reaches back to fill the model's context.
+    total = loglikelihood(model, [tokenizer.eos_token_id], ids[:512])
+    for start in range(512, len(ids), 512):
+        end = min(start + 512, len(ids))
+        total += loglikelihood(model, ids[end - 513 : start], ids[start:end])
+    assert scores["benchmarks"]["austen_test"]["raw"] == pytest.approx(
+        -total / math.log(2) / len(text.encode()), rel=1e-5
+    )
+
+
+def test_accuracy_without_ties_is_the_harness_own(checkpoint, monkeypatch):
+    from lm_eval import evaluator
+
+    seen = {}
+
+    def recording(*args, original=evaluator.evaluate, **kwargs):
+        seen.update(original(*args, **kwargs)["results"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(evaluator, "evaluate", recording)
+    score = run_benchmark(load_model(checkpoint, 8, "cpu", "auto"), Benchmark("sva_linzen", "multiple_choice"), 60)
+    assert score["details"]["ties"] == 0
+    assert score["raw"] == pytest.approx(seen["sva_linzen"]["acc,none"])
+
+
+def test_trained_with_noise_scores_are_bit_identical_twice_and_for_any_batch_size(checkpoint, tmp_path):
+    results = [
+        run(str(checkpoint), "embedded", str(tmp_path / name), limit=30, batch_size=size)
+        for name, size in (("a", 8), ("b", 8), ("c", 1))
+    ]
+    assert results[0] == results[1]
+    for name, score in results[0]["benchmarks"].items():
+        assert score["raw"] == pytest.approx(results[2]["benchmarks"][name]["raw"], rel=1e-6)
+
+
+def test_written_files_hold_the_documented_fields(checkpoint, tmp_path):
+    out = tmp_path / "new" / "out"
+    run(str(checkpoint), "embedded", str(out), limit=5)
+    scores = json.loads((out / "scores.json").read_text())
+    assert list(scores) == ["suite", "smoke", "model", "average", "benchmarks"]
+    assert scores["smoke"] is True
+    assert list(scores["benchmarks"]) == [benchmark.name for benchmark in SUITES["embedded"]]
+    for score in scores["benchmarks"].values():
+        assert list(score) == ["raw", "stderr", "normalized", "chance", "n", "details"]
+    markdown = (out / "scores.md").read_text()
+    assert SMOKE in markdown
+    assert "| sva_simple |" in markdown
+    assert "at chance" in markdown
+    assert sorted(path.name for path in out.iterdir()) == ["environment.json", "scores.json", "scores.md"]
+
+
+def test_a_run_directory_or_a_training_checkpoint_may_be_named_instead(checkpoint, tmp_path):
+    for name in ("final", "model"):
+        shutil.copytree(checkpoint, tmp_path / name / name)
+        run(str(tmp_path / name), "embedded", str(tmp_path / f"scores-{name}"), limit=2)
+
+
+BROKEN = {
+    "nan": (lambda model: model.model.layers[0].mlp.up_proj.weight.fill_(math.nan), "austen_test: .* must be finite"),
+    "constant": (lambda model: model.model.embed_tokens.weight.zero_(), "austen_test: .* every token the same score"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_is_an_error_naming_the_task(checkpoint, tmp_path, name):
+    change, message = BROKEN[name]
+    broken = changed(checkpoint, tmp_path / "model", change)
+    with pytest.raises(UserError, match=message):
+        run(str(broken), "embedded", str(tmp_path / "out"), limit=5)
+    assert not (tmp_path / "out").exists()
+    harness = load_model(broken, 8, "cpu", "auto")
+    for benchmark in SUITES["embedded"][1:]:
+        with pytest.raises(ValueError, match=benchmark.name):
+            run_benchmark(harness, benchmark, 20)
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    wrap_tokenizer(train_tokenizer([load_corpus("austen", "test")[0]], 400), 512).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="tokenizer: its highest token id is 399, the model's vocab_size is 300"):
+        run(str(tmp_path / "model"), "embedded", str(tmp_path / "out"))
+
+
+def test_an_item_longer_than_the_context_is_refused(checkpoint, tmp_path):
+    short = changed(checkpoint, tmp_path / "model", lambda model: setattr(model.config, "max_position_embeddings", 64))
+    with pytest.raises(UserError, match="sva_linzen: an item of .* tokens, the model's context is 64"):
+        run(str(short), "embedded", str(tmp_path / "out"))
+
+
+def test_a_bos_adding_tokenizer_scores_the_same_rolling_text(checkpoint, tmp_path):
+    plain = load_model(checkpoint, 8, "cpu", "auto")
+    adding = load_model(checkpoint, 8, "cpu", "auto")
+    adding.add_bos_token = True
+    novel = SUITES["embedded"][0]
+    assert run_benchmark(plain, novel, None) == run_benchmark(adding, novel, None)
+    assert adding.add_bos_token is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "missing"], "model: missing is not a model directory"),
+        (["--suite", "v3"], "suite: got 'v3', allowed are embedded"),
+        (["--limit", "0"], "argument --limit: got '0', must be a whole number >= 1"),
+        (["--batch_size", "auto"], "argument --batch_size: got 'auto'"),
+        (["--modle", "x"], "did you mean '--model'"),
+        (["--output", "."], "output: . is not empty"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(flags, message, tmp_path):
+    (tmp_path / "mine").touch()
+    command = [sys.executable, "-m", "eval", "run", "--model", ".", "--suite", "embedded", "--output", "out", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_tasks_ship_the_rows_of_their_sources():
+    counts = {name: len(Benchmark(name, "multiple_choice").rows()) for name in MULTIPLE_CHOICE}
+    assert counts == {
+        "sva_simple": 600,
+        "sva_nounpp": 2400,
+        "sva_linzen": 499,
+        "cause_and_effect": 51,
+        "phrase_relatedness": 100,
+        "human_organs_senses": 42,
+    }
