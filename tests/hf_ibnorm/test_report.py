@@ -1,0 +1,92 @@
+"""The report on finished runs: what the table says, and that it does not hide an unfair comparison."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from hf_ibnorm.report.runs import Run, comparison, fairness
+from hf_ibnorm.report.tables import Table, score_cell
+
+
+def write_run(path, norm="rmsnorm", lam=None, init="a" * 64, batches=("x", "y"), seed=0, bits=2.0):
+    (path / "final").mkdir(parents=True)
+    kwargs = {} if lam is None else {"lam": lam}
+    (path / "config.yaml").write_text(
+        yaml.safe_dump({"seed": seed, "model": {"norm_type": norm, "norm_kwargs": kwargs}})
+    )
+    environment = {"init_sha": init, "parameters": 1234567, "device": "cpu", "cpu_count": 2}
+    environment |= {"versions": {"torch": "2"}, "date": "2026-01-01T00:00:00"}
+    (path / "environment.json").write_text(json.dumps(environment))
+    rows = [
+        {
+            "step": i,
+            "loss": 5.0 / i,
+            "tokens": 100 * i,
+            "tokens_per_second": 50.0,
+            "batch_sha": sha,
+            "eval_loss": 4.0 / i,
+        }
+        for i, sha in enumerate(batches, 1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = {
+        "austen_test": {"raw": bits, "stderr": None, "details": {"metric": "bits_per_byte", "at_chance": False}},
+        "sva_simple": {"raw": 0.5, "stderr": 0.02, "details": {"metric": "acc", "at_chance": True}},
+    }
+    (path / "scores").mkdir()
+    (path / "scores" / "scores.json").write_text(json.dumps({"benchmarks": scores}))
+    return path
+
+
+def test_table_is_led_by_test_bits_per_byte_and_marks_chance(tmp_path):
+    runs = [Run.read(write_run(tmp_path / "a")), Run.read(write_run(tmp_path / "b", "ibnorm_t", 2.0, bits=1.9))]
+    table = comparison(runs)
+    assert table.columns == ["", "rmsnorm", "ibnorm_t λ=2"]
+    assert table.rows == [
+        ["austen_test, bits per byte (lower is better)", "2.000", "1.900"],
+        ["validation loss, nats per token", "2.000", "2.000"],
+        ["parameters", "1,234,567", "1,234,567"],
+        ["tokens trained on", "200", "200"],
+        ["seconds per step", "2.000", "2.000"],
+        ["sva_simple, accuracy", "0.500 ± 0.020 (at chance)", "0.500 ± 0.020 (at chance)"],
+    ]
+
+
+def test_a_fair_comparison_prints_the_hash_of_its_start(tmp_path):
+    lines = fairness([Run.read(write_run(tmp_path / "a")), Run.read(write_run(tmp_path / "b"))])
+    assert lines[0] == "Same initial values of every shared parameter: sha256 aaaaaaaaaaaaaaaa."
+    assert lines[1] == "Same data in the same order: all 2 batches have equal hashes."
+    assert lines[2].startswith("One seed (0) of a small model decides nothing")
+
+
+def test_other_weights_or_batches_are_warned_of(tmp_path):
+    first = Run.read(write_run(tmp_path / "a"))
+    assert "WARNING" in fairness([first, Run.read(write_run(tmp_path / "b", init="b" * 64))])[0]
+    assert "WARNING" in fairness([first, Run.read(write_run(tmp_path / "c", batches=("y", "x")))])[1]
+
+
+def test_command_writes_report_and_picture(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", "ibnorm_t", 2.0)
+    command = [sys.executable, "-m", "hf_ibnorm.report", str(tmp_path / "a"), str(tmp_path / "b"), "--output"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "| parameters | 1,234,567 | 1,234,567 |" in (tmp_path / "report.md").read_text()
+    done = subprocess.run([*command, str(tmp_path / "missing")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    (write_run(tmp_path / "a") / "final").rmdir()
+    with pytest.raises(ValueError, match="not a finished run directory \\(it has no final\\)"):
+        Run.read(tmp_path / "a")
+
+
+def test_markdown_escapes_pipes_and_score_cells_say_when_at_chance():
+    assert Table(["a", "b"], [["x|y", "1"]]).markdown() == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |\n"
+    assert score_cell(0.5, 0.02, True) == "0.500 ± 0.020 (at chance)"
+    assert score_cell(1.23456, None) == "1.235"

@@ -1,0 +1,72 @@
+"""The package as a whole: which part may import which, what the wheel holds, and that it works elsewhere."""
+
+import ast
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def imports(package):
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [("hf_ibnorm", {"train_lm", "eval"}), ("train_lm", {"eval"}), ("eval", {"train_lm"})],
+)
+def test_imports_point_down_only(package, forbidden):
+    assert not forbidden & set(imports(package))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)], check=True)
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_a_wheel_installed_in_an_empty_environment_works_from_another_folder(wheel, tmp_path):
+    environment = tmp_path / "env"
+    venv.create(environment, with_pip=True)
+    bin_dir = environment / "bin"
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text((ROOT / "constraints.txt").read_text())
+    # torch first and by its exact version, as `make setup` does: a looser requirement may bring another build of it.
+    pins = [line for line in constraints.read_text().splitlines() if line.startswith("torch==")]
+    subprocess.run([bin_dir / "pip", "install", "-q", *pins], check=True)
+    subprocess.run([bin_dir / "pip", "install", "-q", "-c", constraints, f"{wheel}[train,eval]"], check=True)
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+
+    def run(*command):
+        done = subprocess.run(
+            [bin_dir / command[0], *command[1:]], cwd=elsewhere, env=clean, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = run("python", "-c", "import hf_ibnorm; print(hf_ibnorm.__file__)")
+    assert str(environment) in where
+    for command in ("hf-ibnorm", "hf-ibnorm-train", "hf-ibnorm-eval"):
+        assert "usage:" in run(command, "--help")
+    for corpus in ("austen", "sotu"):
+        run("python", "-c", f"import hf_ibnorm; assert hf_ibnorm.load_corpus({corpus!r}, 'test')")
+    run("hf-ibnorm-train", "--config", "tiny", "--run_dir", "run")
+    run("hf-ibnorm-eval", "run", "--model", "run", "--suite", "embedded", "--output", "run/scores")
+    assert "austen_test" in (elsewhere / "run" / "scores" / "scores.md").read_text()
+    assert "git_revision" in run("hf-ibnorm", "env", "--json")
+    assert (next(environment.glob("lib/*/site-packages/hf_ibnorm")) / "py.typed").exists()

@@ -1,0 +1,31 @@
+"""The README's Python example runs as it stands, and its claims about names hold."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from hf_ibnorm import NORMS
+from hf_ibnorm.norms import DEFAULT_LAM
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_example_runs_from_another_folder(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "IBNorm((64,), variant=T, lam=2.0" in done.stdout
+    assert (tmp_path / "my_model" / "config.json").exists()
+
+
+def test_table_of_norms_is_complete_and_its_defaults_are_true():
+    for name in NORMS:
+        assert f"`{name}`" in README
+    for variant, lam in DEFAULT_LAM.items():
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| `ibnorm_{variant.lower()}`")]
+        assert f"`lam` ({lam:g})" in row
+
+
+def test_readme_stays_short():
+    assert len(README.splitlines()) < 200
