@@ -6,6 +6,8 @@ PY := $(VENV)/bin/python
 # Where pip looks for torch, e.g. TORCH_INDEX=https://example.org/whl/cpu; empty for pip's own index.
 TORCH_INDEX ?=
 DEMO_NORMS := rmsnorm ibnorm_t
+# Further flags for both trainings of the demo, e.g. DEMO_FLAGS="--seed 1".
+DEMO_FLAGS ?=
 
 .PHONY: setup demo test test-slow lint wheel clean
 
@@ -27,7 +29,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	rm -rf demo && mkdir demo
 	for norm in $(DEMO_NORMS); do \
-	  (set -x; $(PY) -m train_lm --config demo --model.norm_type $$norm --run_dir demo/$$norm) && \
+	  (set -x; $(PY) -m train_lm --config demo --model.norm_type $$norm --run_dir demo/$$norm $(DEMO_FLAGS)) && \
 	  (set -x; $(PY) -m eval run --model demo/$$norm --suite embedded --batch_size 32 --output demo/$$norm/scores) || exit 1; \
 	done
 	$(PY) -m hf_ibnorm.report $(addprefix demo/,$(DEMO_NORMS)) --output demo

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def train(config: TrainConfig) -> Path:
             for i, part in enumerate(split_batch(indices, micro_batches, processes, accelerator.process_index), 1):
                 inputs, targets = (tensor.to(accelerator.device) for tensor in run.train.batch(part))
                 # Gradients are averaged over processes, hence the factor: every token of the global batch weighs alike.
-                with accelerator.no_sync(model) if i < micro_batches else accelerator.accumulate():
+                with accelerator.no_sync(model) if i < micro_batches else nullcontext():
                     part_sum = token_loss(model, inputs, targets)
                     accelerator.backward(part_sum * (processes / batch_tokens))
                 loss_sum += part_sum.detach()
