@@ -16,7 +16,7 @@ setup: $(VENV)/.ready
 # True where .venv already has a torch that pyproject.toml allows; it is kept then.
 HAS_TORCH = $(PY) -c "import importlib.metadata as m, re; from pip._vendor.packaging.requirements import Requirement as R; \
 	r = R(re.search(r'\"(torch[<>=~!][^\"]*)\"', open('pyproject.toml').read())[1]); \
-	raise SystemExit(m.version('torch') not in r.specifier)" 2>/dev/null
+	raise SystemExit(not r.specifier.contains(m.version('torch'), prereleases=True))" 2>/dev/null
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -46,6 +46,7 @@ lint: setup
 	$(PY) -m mypy
 
 wheel: setup
+	rm -rf build
 	$(PY) -m build --wheel
 
 clean:

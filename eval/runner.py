@@ -1,11 +1,10 @@
 """Running a suite: load the model once through lm-eval's HFLM, one harness call a benchmark, scores written whole."""
 
-import importlib
 import io
 import logging
 import math
-import os
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -58,11 +57,12 @@ def run(
 
     console = Console()
     benchmarks = {}
-    for i, benchmark in enumerate(SUITES[suite], 1):
-        try:
-            benchmarks[benchmark.name] = score = run_benchmark(harness, benchmark, limit)
-        except ScoringError as error:
-            raise UserError(str(error)) from error
+    with bad_input(ScoringError):
+        # All items are measured before any is scored: no novel is read for nothing.
+        prepared = [prepare(harness, benchmark, limit) for benchmark in SUITES[suite]]
+    for i, (benchmark, rows, tokens) in enumerate(prepared, 1):
+        with bad_input(ScoringError):
+            benchmarks[benchmark.name] = score = run_benchmark(harness, benchmark, rows, tokens)
         cell = score_cell(score["raw"], score["stderr"], score["details"]["at_chance"])
         console.print(f"{i}/{len(SUITES[suite])} {benchmark.name} {cell}", highlight=False)
     scores = {
@@ -73,7 +73,7 @@ def run(
         "benchmarks": benchmarks,
     }
     table = score_table(scores)
-    with bad_input():
+    with bad_input(OSError, about="output: "):
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(target) as directory:
             write_json(directory / "scores.json", scores)
@@ -97,43 +97,90 @@ def load_model(path: Path, batch_size: int, device: str | None, dtype: str) -> A
     """lm-eval's stock HFLM around the checkpoint at `path`.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, or its tokenizer does not fit the model.
+        UserError: the checkpoint cannot be loaded whole, or its tokenizer does not fit the model or ends texts.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    importlib.import_module("hf_ibnorm")  # registers our models, which the harness cannot do
     quiet_libraries()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.models.huggingface import HFLM
 
-    with bad_input():
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        highest = max(tokenizer.get_vocab().values())
-        if highest >= config.vocab_size:
-            raise ValueError(
-                f"tokenizer: its highest token id is {highest}, the model's vocab_size is {config.vocab_size}; "
-                f"the tokenizer in {path} is not this model's"
-            )
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        # The first form of this command loads what safetensors holds, never code or pickles.
-        return HFLM(
-            pretrained=str(path),
-            tokenizer=tokenizer,
-            backend="causal",
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            use_safetensors=True,
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with bad_input(RuntimeError, AssertionError, about=f"device: got {device!r}: "):
+        torch.empty(1, device=device)
+    causes = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
+    with bad_input(*causes, about=f"model: {path} cannot be loaded: "):
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
+        raise UserError(
+            f"tokenizer: its highest token id is {highest}, the model's vocab_size is {config.vocab_size}; "
+            f"the tokenizer in {path} is not this model's"
         )
+    with bad_input(*causes, about=f"model: {path} cannot be loaded: "):
+        # Loaded here and not by the harness, which would fill missing weights at random and say so nowhere.
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            names = sorted(str(key) for key in report[problem])
+            kind = problem.replace("_keys", "")
+            raise UserError(f"model: the weights in {path} do not fit its config, {kind}: {', '.join(names[:3])}")
+    harness = HFLM(
+        pretrained=model.to(device).eval(),
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=batch_size,
+        softmax_dtype="float32",  # in half precision choices would tie, and a constant model would not be noticed
+    )
+    if len(ids := harness.tok_encode("a")) > 1 and ids[-1] == tokenizer.eos_token_id:
+        raise UserError(
+            f"tokenizer: the one in {path} ends every text with {tokenizer.eos_token!r}; only that would score"
+        )
+    return harness
 
 
-def run_benchmark(harness: Any, benchmark: Benchmark, limit: int | None) -> dict[str, Any]:
-    """Put one benchmark through the harness and score its answers.
+@contextmanager
+def bos_for(harness: Any, benchmark: Benchmark) -> Iterator[None]:
+    """Without BOS while a rolling text is encoded: the harness puts one before it, a second would be scored."""
+    before = harness.add_bos_token
+    harness.add_bos_token = False if benchmark.kind == "rolling" else before
+    try:
+        yield
+    finally:
+        harness.add_bos_token = before
+
+
+def prepare(harness: Any, benchmark: Benchmark, limit: int | None) -> tuple[Benchmark, list[dict[str, Any]], list[int]]:
+    """A benchmark with its rows and the number of tokens of every answer, item after item.
+
+    Raises:
+        ScoringError: an item is longer than the model's context; the harness would cut it or stop.
+    """
+    rows, lengths = benchmark.rows()[:limit], []
+    with bos_for(harness, benchmark):
+        for row in rows:
+            if benchmark.kind == "rolling":
+                lengths.append(len(harness.tok_encode(row["text"])))
+                continue
+            query = len(harness.tok_encode(row["query"]))
+            for choice in row["choices"]:
+                whole = len(harness.tok_encode(f"{row['query']} {choice}"))
+                if whole > harness.max_length + 1:  # the last token is only predicted, never read
+                    raise ScoringError(
+                        f"{benchmark.name}: an item of {whole} tokens, the model's context is {harness.max_length}"
+                    )
+                lengths.append(whole - query)
+    return benchmark, rows, lengths
+
+
+def run_benchmark(harness: Any, benchmark: Benchmark, rows: list[dict[str, Any]], tokens: list[int]) -> dict[str, Any]:
+    """Put a prepared benchmark through the harness and score its answers.
 
     Raises:
         ScoringError: the answers are not finite, or the same for every token.
@@ -141,46 +188,19 @@ def run_benchmark(harness: Any, benchmark: Benchmark, limit: int | None) -> dict
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
-    rows = benchmark.rows()[:limit]
-    rolling = benchmark.kind == "rolling"
-    # A BOS-adding tokenizer would put a second BOS into a rolling text and score it.
-    added, harness.add_bos_token = harness.add_bos_token, False if rolling else harness.add_bos_token
-    try:
-        tokens = answer_tokens(harness, benchmark, rows)
-        task = TaskManager(include_defaults=False).load([benchmark.harness_task()])
-        with redirect_stderr(io.StringIO()):  # the harness draws a bar for every batch of a novel
-            results = evaluate(harness, task, limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
-    finally:
-        harness.add_bos_token = added
+    task = TaskManager(include_defaults=False).load([benchmark.harness_task(rows)])
+    # The harness draws a bar for every batch of a novel.
+    with bos_for(harness, benchmark), redirect_stderr(io.StringIO()):
+        results = evaluate(harness, task, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
     samples = sorted(results["samples"][benchmark.name], key=lambda sample: int(sample["doc_id"]))
     answers = [sample["filtered_resps"] for sample in samples]
+    rolling = benchmark.kind == "rolling"
     choices = [[float(value) for value in item] if rolling else [float(value) for value, _ in item] for item in answers]
 
     check_answers(benchmark.name, list(chain(*choices)), tokens, -math.log(harness.model.config.vocab_size))
     if rolling:
         return score_rolling(list(chain(*choices)), tokens, [row["text"] for row in rows])
     return score_multiple_choice(choices, [row["gold"] for row in rows], [row["cluster"] for row in rows])
-
-
-def answer_tokens(harness: Any, benchmark: Benchmark, rows: list[dict[str, Any]]) -> list[int]:
-    """Number of tokens of every answer the harness will score, item after item.
-
-    Raises:
-        ScoringError: an item is longer than the model's context; the harness would cut it or stop.
-    """
-    if benchmark.kind == "rolling":
-        return [len(harness.tok_encode(row["text"])) for row in rows]
-    lengths = []
-    for row in rows:
-        query = len(harness.tok_encode(row["query"]))
-        for choice in row["choices"]:
-            whole = len(harness.tok_encode(f"{row['query']} {choice}"))
-            if whole > harness.max_length + 1:  # the last token is only predicted, never read
-                raise ScoringError(
-                    f"{benchmark.name}: an item of {whole} tokens, the model's context is {harness.max_length}"
-                )
-            lengths.append(whole - query)
-    return lengths
 
 
 def score_table(scores: dict[str, Any]) -> Table:

@@ -36,9 +36,8 @@ class Benchmark:
         text = resources.files("eval.tasks").joinpath(f"{self.name}.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
-    def harness_task(self) -> dict[str, Any]:
-        """The task as lm-eval takes it, its rows handed over in memory so that no dataset cache is involved."""
-        rows = self.rows()
+    def harness_task(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The task of `rows` as lm-eval takes it, handed over in memory so that no dataset cache is involved."""
 
         def dataset(**_: Any) -> dict[str, Any]:
             from datasets import Dataset

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from huggingface_hub.errors import StrictDataclassError
 
 from .norms import nearest
 from .version import __version__
@@ -23,15 +25,20 @@ class UserError(Exception):
 
 
 @contextmanager
-def bad_input() -> Iterator[None]:
+def bad_input(*kinds: type[Exception], about: str = "") -> Iterator[None]:
     """Turn the errors that validation raises inside the block into a `UserError`.
 
     Only for code that checks what the user gave: elsewhere a ValueError is a fault of ours and keeps its traceback.
+
+    Args:
+        *kinds: the errors to turn; by default ValueError, TypeError, OSError and those of Transformers' strict configs.
+        about: opens the message, for errors of libraries that do not know what they were asked for.
     """
+    caught = kinds or (ValueError, TypeError, OSError, StrictDataclassError)
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(str(error)) from error
+    except caught as error:
+        raise UserError(about + str(error)) from error
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -50,7 +57,13 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, with the nearest flag where one is close."""
+    """An argparse parser whose errors are one line, with the nearest flag where one is close.
+
+    Flags must be whole: a shortened one would change its meaning when another flag is added.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         unknown = message.partition("unrecognized arguments: ")[2].split()

@@ -32,6 +32,10 @@ class NormConfigMixin:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.resolve_norms()
 
+    def validate_norms(self) -> None:
+        """Part of Transformers' validation, which runs at init, at `.validate()` and before saving."""
+        resolve_norm_kwargs(self.norm_type, self.norm_kwargs, getattr(self, self.norm_eps_field))
+
     def resolve_norms(self) -> None:
         """Bring `norm_type` and `norm_kwargs` to their resolved form.
 
@@ -55,6 +59,8 @@ class IBNormLlamaConfig(NormConfigMixin, LlamaConfig):
 
     Raises:
         ValueError, TypeError: unknown norm or option (with the nearest name), or a value that is not allowed.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or was set to a bad value later and is
+            validated or saved.
     """
 
     model_type = "ibnorm_llama"

@@ -46,13 +46,30 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a rename inside `folder` to the disk, where the system can open folders at all."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -147,8 +164,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         FileExistsError: `path` exists and is not empty.
     """
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    umask = os.umask(0)
-    os.umask(umask)
+    umask = _umask()
     temporary.chmod(0o777 & ~umask)
     try:
         yield temporary
@@ -157,10 +173,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 file.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
+        if path.is_dir() and any(path.iterdir()):
+            raise FileExistsError(f"{path} is not empty")
         os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    _sync_folder(path.parent)
 
 
 def check_new_directory(field: str, path: Path) -> None:
@@ -170,8 +189,8 @@ def check_new_directory(field: str, path: Path) -> None:
     """
     if path.is_dir() and any(path.iterdir()):
         raise FileExistsError(f"{field}: {path} is not empty; name a new directory")
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{field}: {path} is a file; name a directory")
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
+        raise NotADirectoryError(f"{field}: {path} is no directory; name a new one")
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     try:  # permissions alone do not tell: root, read-only and virtual file systems
         os.rmdir(tempfile.mkdtemp(dir=above))

@@ -175,6 +175,7 @@ def ib_norm(
     """
     check_choice("standardize", standardize, STANDARDIZE)
     check_choice("order", order, ORDERS)
+    check_number("eps", eps, 0.0)
     dtype, x = x.dtype, _compute(x)
     weight = None if weight is None else weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
@@ -286,6 +287,7 @@ def normal_norm(
     """
     check_noise(noise, noise_mode, keep_prob)
     check_number("alpha", alpha, 0.0, 1.0)
+    check_number("eps", eps, 0.0)
     dtype, x = x.dtype, _compute(x)
     h = F.layer_norm(_deviation(x)[1], x.shape[-1:], eps=eps)
     p = power_transform(h, newton_lambda(h, alpha=alpha, eps=eps))

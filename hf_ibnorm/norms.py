@@ -6,7 +6,7 @@ options, the controls (torch's LayerNorm and RMSNorm, Dynamic Tanh) included; `b
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,15 +32,21 @@ BACKENDS = ("auto", "reference", "fused")
 
 def _width(normalized_shape: Any) -> tuple[int]:
     """`normalized_shape` as a 1-tuple: every norm here works over the last dimension only."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if len(shape) != 1 or shape[0] < 1:
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    if len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
         raise ValueError(f"normalized_shape: got {normalized_shape!r}, must be one width >= 1 (the last dimension)")
-    return (int(shape[0]),)
+    return shape
 
 
 def _check_bool(field: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{field}: got {value!r}, must be true or false")
+
+
+def _check_backend(backend: Any) -> None:
+    check_choice("backend", backend, BACKENDS)
+    if backend == "fused":
+        raise ValueError("backend: got 'fused', but this version has no fused kernels; use 'auto' or 'reference'")
 
 
 class NormBase(nn.Module):
@@ -141,10 +147,8 @@ class IBNorm(NormBase):
         check_choice("unit", unit, UNITS)
         check_choice("standardize", standardize, STANDARDIZE)
         check_choice("order", order, ORDERS)
-        check_choice("backend", backend, BACKENDS)
+        _check_backend(backend)
         check_number("eps", eps, 0.0)
-        if backend == "fused":
-            raise ValueError("backend: got 'fused', but this version has no fused kernels; use 'auto' or 'reference'")
         lam = DEFAULT_LAM[variant] if lam is None else lam
         check_lam(variant, lam)
         self.variant, self.unit, self.standardize, self.order = variant, unit, standardize, order
@@ -223,9 +227,7 @@ class LayerNormalNorm(NormBase):
         check_noise(noise, noise_mode, keep_prob)
         check_number("alpha", alpha, 0.0, 1.0)
         check_number("eps", eps, 0.0)
-        check_choice("backend", backend, BACKENDS)
-        if backend == "fused":
-            raise ValueError("backend: got 'fused', but this version has no fused kernels; use 'auto' or 'reference'")
+        _check_backend(backend)
         self.noise, self.noise_mode, self.keep_prob = float(noise), noise_mode, keep_prob
         self.alpha, self.eps, self.backend = float(alpha), float(eps), backend
         self.reset_parameters()

@@ -2,12 +2,15 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
 import pytest
+
+import hf_ibnorm
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,10 +32,39 @@ def test_imports_point_down_only(package, forbidden):
     assert not forbidden & set(imports(package))
 
 
+def test_public_names_are_the_documented_ones():
+    assert sorted(hf_ibnorm.__all__) == [
+        "DynamicTanh",
+        "IBNorm",
+        "IBNormGPT2Config",
+        "IBNormGPT2ForSequenceClassification",
+        "IBNormGPT2LMHeadModel",
+        "IBNormGPT2Model",
+        "IBNormLlamaConfig",
+        "IBNormLlamaForCausalLM",
+        "IBNormLlamaForSequenceClassification",
+        "IBNormLlamaModel",
+        "LayerNormalNorm",
+        "NORMS",
+        "build_norm",
+        "load_corpus",
+        "no_decay_parameter_names",
+    ]
+    assert all(getattr(hf_ibnorm, name).__doc__ for name in hf_ibnorm.__all__)
+
+
+def test_importing_the_library_leaves_training_and_evaluation_libraries_alone():
+    code = "import sys, hf_ibnorm; print(*{'lm_eval', 'datasets', 'matplotlib', 'accelerate'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= {"accelerate"}  # Transformers itself imports accelerate where it is installed
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)], check=True)
+    out, tree = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("tree") / "copy"
+    # From a copy: setuptools leaves build/ behind, and what lies there enters the next wheel.
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".venv", ".git", "demo", "runs", "build", "dist"))
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(tree)], check=True)
     return next(out.glob("*.whl"))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from hf_ibnorm import NORMS
 from hf_ibnorm.norms import DEFAULT_LAM
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_python_example_runs_from_another_folder(tmp_path):
@@ -25,6 +26,12 @@ def test_table_of_norms_is_complete_and_its_defaults_are_true():
     for variant, lam in DEFAULT_LAM.items():
         (row,) = [line for line in README.splitlines() if line.startswith(f"| `ibnorm_{variant.lower()}`")]
         assert f"`lam` ({lam:g})" in row
+
+
+def test_linked_files_exist_and_nothing_is_left_to_fill_in():
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).is_file(), link
+    assert "DEMO_TABLE" not in README
 
 
 def test_readme_stays_short():

@@ -73,9 +73,9 @@ class TrainConfig:
         warmup_steps: linear warmup from 0, then a cosine.
         min_lr_rate: where the cosine ends, as a fraction of the peak.
         weight_decay: of AdamW, on matrices only.
-        adam_beta1: of AdamW.
-        adam_beta2: of AdamW.
-        adam_epsilon: of AdamW.
+        adam_beta1: decay of AdamW's running mean of the gradient.
+        adam_beta2: decay of AdamW's running mean of its square.
+        adam_epsilon: added to the root of that mean.
         max_grad_norm: gradients are clipped to this norm (0: not at all).
         mixed_precision: no, bf16 or fp16: autocast over float32 weights.
         eval_every: steps between two validations (the last step always has one).
@@ -140,6 +140,12 @@ class TrainConfig:
             )
             if heads is not None and getattr(model, whole) % heads:
                 raise ValueError(f"model.{name}: got {heads}, must divide model.{whole} = {getattr(model, whole)}")
+        width = model.hidden_size // model.num_attention_heads
+        if model.model_type == "llama" and width % 2:
+            raise ValueError(
+                f"model.num_attention_heads: got {model.num_attention_heads}, which makes heads {width} wide; "
+                "rotary embeddings need an even width"
+            )
         context = model.max_position_embeddings
         if context is not None and self.block_size > context:
             raise ValueError(f"block_size: got {self.block_size}, must be <= model.max_position_embeddings = {context}")
@@ -230,6 +236,7 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
     text = " ".join(line.strip(" -") for line in message.splitlines())
     text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.Literal", "one of ")
+    text = re.sub(r"^([\w.]+): Expected an? (.+?)\. Got value: (.*)$", r"\1: got '\3', must be \2", text)
     known = sorted({action.dest for action in parser._actions} - {"help", "config"})
     for flag, quoted in re.findall(r"--([\w.]+)|'([\w.]+)'", text):
         if (flag or quoted) not in known and (hint := nearest(flag or quoted, known)):
@@ -241,6 +248,7 @@ def build_parser() -> ArgumentParser:
     """The command line of `python -m train_lm`."""
     parser = _Parser(
         prog="train_lm",
+        allow_abbrev=False,  # --confi would slip past _config_first
         description="Pretrain a language model on an embedded corpus. Any field of the recipe can be set as a flag.",
     )
     parser.add_argument(
@@ -267,6 +275,8 @@ def read_command_line(argv: list[str]) -> TrainConfig:
     argv = _config_first(argv)
     parser = build_parser()
     parsed = parser.parse_args(argv)
+    if parsed.model is None:
+        raise UserError("model: got null, must be a mapping of the model's fields")
     del parsed["config"]
     config: TrainConfig = TrainConfig(**{**vars(parsed), "model": ModelConfig(**vars(parsed.model))})
     with bad_input():

@@ -33,12 +33,14 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.enabled:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
     def update(self, row: dict[str, Any]) -> None:
         """Show the metrics of a finished step."""
         loss, speed = f"{row['loss']:.4f}", f"{row['tokens_per_second']:,.0f}"
         self.bar.update(self.task, completed=row["step"], loss=loss, speed=speed)
-        if self.enabled and "eval_loss" in row:
-            self.console.print(
-                f"step {row['step']:>6}  loss {loss}  validation {row['eval_loss']:.4f}  {speed} tokens/s",
-                highlight=False,
-            )
+        if "eval_loss" in row:
+            self.say(f"step {row['step']:>6}  loss {loss}  validation {row['eval_loss']:.4f}  {speed} tokens/s")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -53,17 +54,16 @@ def train(config: TrainConfig) -> Path:
     """
     with bad_input():
         config.validate()
+        build_model_config(config)  # its errors come before any work on the data
+    check_precision(config.mixed_precision)
     # Without cpu=True two processes without a GPU would not find each other and train two models into one directory.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision)
     run_dir = Path(config.run_dir)
-    if accelerator.is_main_process:
-        with bad_input():
-            check_new_directory("run_dir", run_dir)
-            build_model_config(config)  # its errors come before any work on the data
+    check_run_dir(run_dir, accelerator)
 
     run = prepare(config, accelerator)
     if accelerator.is_main_process:
-        with bad_input():
+        with bad_input(OSError, about="run_dir: "):
             write_run_files(run_dir, resolved(config, run.model.config), run, accelerator)
     accelerator.wait_for_everyone()
 
@@ -76,6 +76,11 @@ def train(config: TrainConfig) -> Path:
     set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each rank
 
     with Progress(config.max_steps, enabled=accelerator.is_main_process) as progress:
+        progress.say(
+            f"{run.model.config.norm_type}: {run.model.num_parameters():,} parameters, {run.train.targets:,} training "
+            f"tokens, {config.max_steps:,} steps of {global_batch * config.block_size:,}; "
+            f"initial shared weights {run.hashes['init_sha'][:16]}"
+        )
         for step in range(1, config.max_steps + 1):
             started = time.perf_counter()
             model.train()
@@ -110,13 +115,14 @@ def train(config: TrainConfig) -> Path:
                 "grad_norm": float(norm),
                 "batch_sha": batch_sha,
             }
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"loss: got {loss} at step {step}, training diverged: a learning_rate of "
-                    f"{config.learning_rate:g} is too high"
-                )
+            check_finite("loss", loss, step, config)
+            if config.mixed_precision != "fp16":  # whose scaler skips the step and halves its scale
+                check_finite("grad_norm", row["grad_norm"], step, config)
             if step % config.eval_every == 0 or step == config.max_steps:
-                row["eval_loss"] = evaluate(model, run.validation, config, accelerator)
+                # Unwrapped: DDP would expect every process to run equally many batches.
+                bare = accelerator.unwrap_model(model)
+                row["eval_loss"] = evaluate(bare, run.validation, config, accelerator)
+                check_finite("eval_loss", row["eval_loss"], step, config)
             if accelerator.is_main_process:
                 append_metrics(run_dir, row)
                 progress.update(row)
@@ -124,9 +130,52 @@ def train(config: TrainConfig) -> Path:
     final = run_dir / "final"
     if accelerator.is_main_process:
         save_model(final, accelerator.unwrap_model(model), run.tokenizer)
+        progress.say(f"finished: {final}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return final
+
+
+def check_precision(wanted: str) -> None:
+    """Refuse a precision that would not be had, or that the launcher was told differently.
+
+    Raises:
+        UserError: fp16 without a GPU, or a launcher's own setting that differs.
+    """
+    if wanted == "fp16" and not torch.cuda.is_available():
+        raise UserError("mixed_precision: got 'fp16', which needs a GPU; allowed here are no, bf16")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", wanted):
+        raise UserError(f"mixed_precision: got {wanted!r}, but the launcher was given {launched!r}; set both alike")
+
+
+def check_run_dir(run_dir: Path, accelerator: Accelerator) -> None:
+    """Refuse a run directory that is not new; every process learns what the first one found.
+
+    Raises:
+        UserError: `run_dir` is not empty, no directory, or cannot be written.
+    """
+    problem = [""]
+    if accelerator.is_main_process:
+        try:
+            check_new_directory("run_dir", run_dir)
+        except OSError as error:
+            problem = [str(error)]
+    if found := broadcast_object_list(problem)[0]:
+        raise UserError(found)
+
+
+def check_finite(name: str, value: float, step: int, config: TrainConfig) -> None:
+    """Stop a run whose numbers are lost; what it has written so far stays.
+
+    Raises:
+        UserError: `value` is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise UserError(
+            f"{name}: got {value} at step {step}, training diverged: a learning_rate of {config.learning_rate:g} "
+            "is too high"
+        )
 
 
 @dataclass
@@ -239,6 +288,7 @@ def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
     """Add one line to `metrics.jsonl`; a gradient norm that overflowed (fp16) becomes null, JSON has no infinity."""
-    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    if not math.isfinite(row["grad_norm"]):
+        row = {**row, "grad_norm": None}
     with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")

@@ -26,15 +26,16 @@ def _main() -> None:
         runs = [Run.read(Path(path)) for path in arguments.runs]
         if not output.is_dir():
             raise NotADirectoryError(f"output: {output} is not a directory")
-        table, lines = comparison(runs), fairness(runs)
+    table, lines = comparison(runs), fairness(runs)
+    command = shlex.join(["python", "-m", "hf_ibnorm.report", *sys.argv[1:]])
+    environment = runs[0].environment
+    made = (
+        f"Made by `{command}` from runs on {environment['device']}, {environment['cpu_count']} cores, "
+        f"torch {environment['versions']['torch']}, {environment['date'][:10]}."
+    )
+    text = "\n".join([table.markdown(), *(f"- {line}" for line in lines), "", "![loss](loss.png)", "", made, ""])
+    with bad_input(OSError, about="output: "):
         plot_losses(runs, output / "loss.png")
-        command = shlex.join(["python", "-m", "hf_ibnorm.report", *sys.argv[1:]])
-        environment = runs[0].environment
-        made = (
-            f"Made by `{command}` from runs on {environment['device']}, {environment['cpu_count']} cores, "
-            f"torch {environment['versions']['torch']}, {environment['date'][:10]}."
-        )
-        text = "\n".join([table.markdown(), *(f"- {line}" for line in lines), "", "![loss](loss.png)", "", made, ""])
         write_text(output / "report.md", text)
     table.print()
     print()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_bytes
-from .runs import Run
+from .runs import Run, labels
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
@@ -47,13 +47,13 @@ def figure(path: Path) -> Iterator[Any]:
 def plot_losses(runs: list[Run], path: Path) -> None:
     """Training loss (averaged over 10 steps) and validation loss of several runs against the step."""
     with figure(path) as axes:
-        for i, run in enumerate(runs):
+        for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
             colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
             steps = [row["step"] for row in run.metrics]
             losses = [row["loss"] for row in run.metrics]
             window = min(10, len(losses))
             smooth = [sum(losses[j : j + window]) / window for j in range(len(losses) - window + 1)]
-            axes.plot(steps[window - 1 :], smooth, style, color=colour, linewidth=1.2, label=f"{run.label}, training")
+            axes.plot(steps[window - 1 :], smooth, style, color=colour, linewidth=1.2, label=f"{label}, training")
             validated = [row for row in run.metrics if "eval_loss" in row]
             axes.plot(
                 [row["step"] for row in validated],
@@ -62,7 +62,7 @@ def plot_losses(runs: list[Run], path: Path) -> None:
                 color=colour,
                 markersize=6,
                 markerfacecolor="white",
-                label=f"{run.label}, validation",
+                label=f"{label}, validation",
             )
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats per token")

@@ -2,6 +2,8 @@
 
 import json
 import statistics
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,26 +28,26 @@ class Run:
         """Read the run in `path`.
 
         Raises:
-            ValueError: `path` is no finished run directory.
+            ValueError: `path` is no finished run directory, or a file in it is damaged; the message names it.
         """
         for name in ("config.yaml", "environment.json", "metrics.jsonl", "final"):
             if not (path / name).exists():
                 raise ValueError(f"run: {path} is not a finished run directory (it has no {name})")
         scores = path / "scores" / "scores.json"
+        config = _read(path / "config.yaml", yaml.safe_load, "seed", "model")
+        if not {"norm_type", "norm_kwargs"} <= set(config["model"] or {}):
+            raise ValueError(f"run: {path / 'config.yaml'} has no model.norm_type and model.norm_kwargs")
+        kept = ("init_sha", "parameters", "device", "cpu_count", "versions", "date")
+        metrics = _read(path / "metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()])
+        if not metrics or "eval_loss" not in metrics[-1]:
+            raise ValueError(f"run: {path / 'metrics.jsonl'} does not end with a validated step")
         return cls(
             name=path.name,
-            config=yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")),
-            environment=json.loads((path / "environment.json").read_text(encoding="utf-8")),
-            metrics=[json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()],
-            scores=json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else None,
+            config=config,
+            environment=_read(path / "environment.json", json.loads, *kept),
+            metrics=metrics,
+            scores=_read(scores, json.loads, "benchmarks") if scores.exists() else None,
         )
-
-    @property
-    def label(self) -> str:
-        """The norm with its strength: what tells runs of one study apart."""
-        model = self.config["model"]
-        lam = model["norm_kwargs"].get("lam")
-        return model["norm_type"] + ("" if lam is None else f" λ={lam:g}")
 
     def seconds_per_step(self) -> float:
         """Median over all steps, validation not counted."""
@@ -55,9 +57,32 @@ class Run:
         )
 
 
+def _read(path: Path, parse: Callable[[str], Any], *fields: str) -> Any:
+    """The content of one file of a run, which must have `fields`."""
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+        missing = [field for field in fields if field not in content]
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"run: {path} is damaged: {error}") from error
+    if missing:
+        raise ValueError(f"run: {path} has no {', '.join(missing)}")
+    return content
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """What tells the runs apart: the norm with its strength, and the directory's name where two share that."""
+    short = []
+    for run in runs:
+        model = run.config["model"]
+        lam = model["norm_kwargs"].get("lam")
+        short.append(model["norm_type"] + ("" if lam is None else f" λ={lam:g}"))
+    count = Counter(short)
+    return [label if count[label] == 1 else f"{label} ({run.name})" for label, run in zip(short, runs, strict=True)]
+
+
 def comparison(runs: list[Run]) -> Table:
     """Runs as columns: the test set first, then what it cost, then the tasks."""
-    table = Table(["", *(run.label for run in runs)])
+    table = Table(["", *labels(runs)])
     scored = [run.scores["benchmarks"] if run.scores else {} for run in runs]
     names = list(dict.fromkeys(name for scores in scored for name in scores))
 
@@ -72,12 +97,12 @@ def comparison(runs: list[Run]) -> Table:
 
     add_scores("bits_per_byte", "{name}, bits per byte (lower is better)")
     table.rows += [
-        ["validation loss, nats per token", *(f"{run.metrics[-1]['eval_loss']:.3f}" for run in runs)],
         ["parameters", *(f"{run.environment['parameters']:,}" for run in runs)],
         ["tokens trained on", *(f"{run.metrics[-1]['tokens']:,}" for run in runs)],
         ["seconds per step", *(f"{run.seconds_per_step():.3f}" for run in runs)],
     ]
     add_scores("acc", "{name}, accuracy")
+    table.rows.append(["validation loss, nats per token", *(f"{run.metrics[-1]['eval_loss']:.3f}" for run in runs)])
     return table
 
 
@@ -94,6 +119,12 @@ def fairness(runs: list[Run]) -> list[str]:
         lines.append(f"Same data in the same order: all {len(orders.pop())} batches have equal hashes.")
     else:
         lines.append("WARNING: the runs did not see the same batches in the same order.")
+    settings = [{**run.config, **{f"model.{key}": value for key, value in run.config["model"].items()}} for run in runs]
+    ignored = {"model", "seed", "model.norm_type", "model.norm_kwargs"}
+    fields = sorted(set().union(*settings) - ignored)
+    different = [field for field in fields if any(each.get(field) != settings[0].get(field) for each in settings)]
+    if different:
+        lines.append(f"WARNING: besides the norm the runs differ in {', '.join(different)}.")
     seeds = sorted({run.config["seed"] for run in runs})
     if len(seeds) == 1:
         lines.append(

@@ -28,7 +28,7 @@ class Table:
         """On standard output, as wide as it needs to be when that is no terminal."""
         table = RichTable(box=None, pad_edge=False, header_style="bold")
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+            table.add_column(column, justify="right" if i else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         console = Console()

@@ -2,15 +2,18 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval.runner import SMOKE, load_model, run, run_benchmark
+from eval.runner import SMOKE, load_model, prepare, run, run_benchmark
 from eval.suites import MULTIPLE_CHOICE, SUITES, Benchmark
 from hf_ibnorm import load_corpus
 from hf_ibnorm.cli import UserError
@@ -50,6 +53,10 @@ def changed(checkpoint, target, change):
         change(model)
     model.save_pretrained(target)
     return target
+
+
+def score(harness, benchmark, limit=None):
+    return run_benchmark(harness, *prepare(harness, benchmark, limit))
 
 
 @torch.no_grad()
@@ -103,9 +110,9 @@ def test_accuracy_without_ties_is_the_harness_own(checkpoint, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(evaluator, "evaluate", recording)
-    score = run_benchmark(load_model(checkpoint, 8, "cpu", "auto"), Benchmark("sva_linzen", "multiple_choice"), 60)
-    assert score["details"]["ties"] == 0
-    assert score["raw"] == pytest.approx(seen["sva_linzen"]["acc,none"])
+    ours = score(load_model(checkpoint, 8, "cpu", "auto"), Benchmark("sva_linzen", "multiple_choice"), 60)
+    assert ours["details"]["ties"] == 0
+    assert ours["raw"] == pytest.approx(seen["sva_linzen"]["acc,none"])
 
 
 def test_trained_with_noise_scores_are_bit_identical_twice_and_for_any_batch_size(checkpoint, tmp_path):
@@ -146,17 +153,79 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_model_is_an_error_naming_the_task(checkpoint, tmp_path, name):
+def test_a_broken_model_is_an_error_naming_the_task(checkpoint, tmp_path, name, dtype):
     change, message = BROKEN[name]
     broken = changed(checkpoint, tmp_path / "model", change)
     with pytest.raises(UserError, match=message):
-        run(str(broken), "embedded", str(tmp_path / "out"), limit=5)
+        run(str(broken), "embedded", str(tmp_path / "out"), limit=5, dtype=dtype)
     assert not (tmp_path / "out").exists()
-    harness = load_model(broken, 8, "cpu", "auto")
+    harness = load_model(broken, 8, "cpu", dtype)
     for benchmark in SUITES["embedded"][1:]:
         with pytest.raises(ValueError, match=benchmark.name):
-            run_benchmark(harness, benchmark, 20)
+            score(harness, benchmark, 20)
+
+
+def test_half_precision_weights_do_not_make_choices_tie(checkpoint):
+    linzen = Benchmark("sva_linzen", "multiple_choice")
+    half = score(load_model(checkpoint, 8, "cpu", "bfloat16"), linzen, 100)
+    assert half["details"]["ties"] <= 2
+
+
+def edit_config(path, **fields):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def drop_a_weight(path):
+    weights = load_file(path / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+DAMAGED = {
+    "missing weight": (drop_a_weight, "do not fit its config, missing: model.layers.0.mlp.up_proj.weight"),
+    "truncated": (lambda path: os.truncate(path / "model.safetensors", 1000), "model: .* cannot be loaded"),
+    "other width": (lambda path: edit_config(path, hidden_size=64), "model: .*(mismatched|cannot be loaded)"),
+    "more layers": (lambda path: edit_config(path, num_hidden_layers=3), "missing: model.layers.2"),
+    "fewer layers": (lambda path: edit_config(path, num_hidden_layers=1), "unexpected: model.layers.1"),
+    "bad norm": (lambda path: edit_config(path, norm_type=3), "model: .* cannot be loaded: .*norm_type"),
+    "unknown type": (lambda path: edit_config(path, model_type="nonesuch"), "model: .* cannot be loaded"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "model: .* cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_checkpoint_that_is_not_whole_is_refused_and_never_filled_at_random(checkpoint, tmp_path, name):
+    damage, message = DAMAGED[name]
+    shutil.copytree(checkpoint, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(UserError, match=message):
+        run(str(tmp_path / "model"), "embedded", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(checkpoint, device):
+    with pytest.raises(UserError, match=f"device: got '{device}'"):
+        load_model(checkpoint, 8, device, "auto")
+
+
+def with_template(checkpoint, target, single):
+    """A copy whose tokenizer adds the end-of-text token where `single` says."""
+    shutil.copytree(checkpoint, target)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    special = [(tokenizer.eos_token, tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def test_an_eos_appending_tokenizer_is_refused(checkpoint, tmp_path):
+    path = with_template(checkpoint, tmp_path / "model", "$A <|endoftext|>")
+    with pytest.raises(UserError, match="tokenizer: .* ends every text with '<.endoftext.>'"):
+        load_model(path, 8, "cpu", "auto")
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(checkpoint, tmp_path):
@@ -173,12 +242,11 @@ def test_an_item_longer_than_the_context_is_refused(checkpoint, tmp_path):
 
 
 def test_a_bos_adding_tokenizer_scores_the_same_rolling_text(checkpoint, tmp_path):
-    plain = load_model(checkpoint, 8, "cpu", "auto")
-    adding = load_model(checkpoint, 8, "cpu", "auto")
-    adding.add_bos_token = True
+    adding = load_model(with_template(checkpoint, tmp_path / "model", "<|endoftext|> $A"), 8, "cpu", "auto")
+    assert adding.tok_encode("a")[0] == adding.tokenizer.eos_token_id
     novel = SUITES["embedded"][0]
-    assert run_benchmark(plain, novel, None) == run_benchmark(adding, novel, None)
-    assert adding.add_bos_token is True
+    assert score(adding, novel) == score(load_model(checkpoint, 8, "cpu", "auto"), novel)
+    assert adding.tok_encode("a")[0] == adding.tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(

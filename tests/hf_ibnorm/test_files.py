@@ -58,6 +58,8 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
 
     with pytest.raises(RuntimeError):
         fill_and_fail()
+    with pytest.raises(FileExistsError, match="done is not empty"), atomic_directory(tmp_path / "done"):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
@@ -82,8 +84,11 @@ def test_a_new_directory_is_checked_without_being_made(tmp_path):
     (tmp_path / "full" / "x").touch()
     with pytest.raises(FileExistsError, match="run_dir: .*full is not empty"):
         check_new_directory("run_dir", tmp_path / "full")
-    with pytest.raises(NotADirectoryError, match="is a file"):
+    with pytest.raises(NotADirectoryError, match="is no directory"):
         check_new_directory("run_dir", tmp_path / "full" / "x")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(NotADirectoryError, match="is no directory"):
+        check_new_directory("run_dir", tmp_path / "dangling")
     with pytest.raises(NotADirectoryError, match="Not a directory"):
         check_new_directory("run_dir", tmp_path / "full" / "x" / "y")
 

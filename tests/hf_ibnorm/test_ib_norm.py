@@ -208,6 +208,7 @@ def test_kurtosis_of_gaussian_input_goes_down(variant, expected):
         ({"lam": 1, "unit": "std"}, "unit: got 'std', allowed are raw, mean_abs"),
         ({"lam": 1, "standardize": "batch"}, "standardize: got 'batch'"),
         ({"lam": 1, "order": "last"}, "order: got 'last'"),
+        ({"lam": 1, "eps": math.nan}, "eps: got nan"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -160,7 +160,7 @@ def test_bad_options_are_named_with_the_nearest_valid_one(name, options, message
         build_norm(name, 8, **options)
 
 
-@pytest.mark.parametrize("shape", [0, -1, (3, 4), ()])
+@pytest.mark.parametrize("shape", [0, -1, (3, 4), (), 3.7, (3.7,), True, "3", None])
 def test_only_one_positive_width_is_accepted(shape):
     with pytest.raises(ValueError, match="normalized_shape: got"):
         build_norm("ibnorm_l", shape)

@@ -1,6 +1,7 @@
 """The report on finished runs: what the table says, and that it does not hide an unfair comparison."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -47,11 +48,11 @@ def test_table_is_led_by_test_bits_per_byte_and_marks_chance(tmp_path):
     assert table.columns == ["", "rmsnorm", "ibnorm_t λ=2"]
     assert table.rows == [
         ["austen_test, bits per byte (lower is better)", "2.000", "1.900"],
-        ["validation loss, nats per token", "2.000", "2.000"],
         ["parameters", "1,234,567", "1,234,567"],
         ["tokens trained on", "200", "200"],
         ["seconds per step", "2.000", "2.000"],
         ["sva_simple, accuracy", "0.500 ± 0.020 (at chance)", "0.500 ± 0.020 (at chance)"],
+        ["validation loss, nats per token", "2.000", "2.000"],
     ]
 
 
@@ -66,6 +67,44 @@ def test_other_weights_or_batches_are_warned_of(tmp_path):
     first = Run.read(write_run(tmp_path / "a"))
     assert "WARNING" in fairness([first, Run.read(write_run(tmp_path / "b", init="b" * 64))])[0]
     assert "WARNING" in fairness([first, Run.read(write_run(tmp_path / "c", batches=("y", "x")))])[1]
+
+
+def test_other_settings_are_warned_of_and_runs_of_one_norm_are_told_apart(tmp_path):
+    write_run(tmp_path / "a")
+    other = write_run(tmp_path / "b")
+    config = yaml.safe_load((other / "config.yaml").read_text()) | {"learning_rate": 1.0}
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    runs = [Run.read(tmp_path / "a"), Run.read(other)]
+    assert "WARNING: besides the norm the runs differ in learning_rate." in fairness(runs)
+    assert comparison(runs).columns == ["", "rmsnorm (a)", "rmsnorm (b)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"step": 1', "metrics.jsonl is damaged"),
+        ("metrics.jsonl", "", "metrics.jsonl does not end with a validated step"),
+        ("environment.json", "{}", "environment.json has no init_sha"),
+        ("config.yaml", "seed: 0", "config.yaml has no model"),
+        ("config.yaml", "{seed: 0, model: null}", "config.yaml has no model.norm_type"),
+    ],
+)
+def test_a_damaged_run_is_an_error_that_names_the_file(tmp_path, name, content, message):
+    (write_run(tmp_path / "a") / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Run.read(tmp_path / "a")
+
+
+def test_nothing_is_cut_off_on_a_narrow_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    runs = [Run.read(write_run(tmp_path / "a")), Run.read(write_run(tmp_path / "b", "ibnorm_t", 2.0))]
+    comparison(runs).print()
+    printed = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).split())
+    assert "…" not in printed
+    assert printed.count("(at chance)") == 2
+    assert printed.count("better)") == 1
 
 
 def test_command_writes_report_and_picture(tmp_path):

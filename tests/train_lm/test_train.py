@@ -1,6 +1,8 @@
 """Pretraining as a user meets it: the command, the run directory, repeatability, errors before anything is written."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,7 +18,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ibnorm.cli import UserError
-from train_lm.config import RECIPES, TrainConfig, build_model_config, read_command_line, shipped_recipes
+from train_lm.config import RECIPES, ModelConfig, TrainConfig, build_model_config, read_command_line, shipped_recipes
 from train_lm.data import IGNORE, PackedTokens, train_tokenizer, wrap_tokenizer
 from train_lm.train import build_optimizer, evaluate, learning_rate, train
 
@@ -108,15 +110,25 @@ def test_norms_share_data_order_and_initial_weights_and_seeds_do_not(tmp_path):
     assert hashes("rms")[1] != hashes("other")[1]
 
 
+def few_blocks(*flags):
+    """Flags of a run that meets its one padded block several times, so that micro-batches hold unequal token counts."""
+    return ["--block_size", "512", "--max_steps", "12", "--eval_every", "6", "--learning_rate", "3e-3", *flags]
+
+
 @pytest.mark.parametrize("flags", [("8", "1"), ("2", "4"), ("1", "8")])
 def test_accumulation_leaves_the_losses_as_they_are(tmp_path, flags):
-    # 20,000 characters a document give a short last block, so micro-batches hold unequal numbers of tokens.
     losses = []
     for name, (size, parts) in {"whole": ("8", "1"), "parts": flags}.items():
-        size_flags = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", parts]
-        train(config(tmp_path / name, "--max_steps", "60", "--eval_every", "60", *size_flags))
-        losses.append([row["loss"] for row in metrics(tmp_path / name)])
+        split = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", parts]
+        train(config(tmp_path / name, *few_blocks(*split)))
+        rows = metrics(tmp_path / name)
+        assert {row["tokens"] - before for before, row in pairwise_tokens(rows)} > {8 * 512}, "no padded block was met"
+        losses.append([row["loss"] for row in rows])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-5)
+
+
+def pairwise_tokens(rows):
+    return zip([0, *(row["tokens"] for row in rows)], rows, strict=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -182,9 +194,10 @@ def test_every_recipe_is_complete_and_commented(name):
     for key, value in recipe.items():
         if key != "model":
             assert getattr(run, key) == value
-    missing = set(TrainConfig.__dataclass_fields__) - set(recipe) - {"run_dir"}
-    assert not missing
-    assert text.count("#") >= 15
+    assert set(recipe) == set(TrainConfig.__dataclass_fields__) - {"run_dir"}
+    assert set(recipe["model"]) == set(ModelConfig.__dataclass_fields__)
+    for line in text.splitlines():
+        assert line.startswith("#") or re.match(r" *\w+:.* # .{5,}", line), f"no comment: {line}"
 
 
 def test_config_applies_first_wherever_it_stands():
@@ -214,17 +227,25 @@ BAD = {
     "small vocabulary": (["--model.vocab_size", "290"], "model.vocab_size: got 290, the tokenizer has 300 tokens"),
     "long blocks": (["--block_size", "1024"], "block_size: got 1024, must be <= model.max_position_embeddings = 512"),
     "zero steps": (["--max_steps", "0"], "max_steps: got 0, must be a finite number >= 1"),
-    "a word for a number": (["--max_steps", "many"], "max_steps: Expected a int. Got value: many"),
-    "nan learning rate": (["--learning_rate", "nan"], "learning_rate: Expected a float. Got value: nan"),
+    "a word for a number": (["--max_steps", "many"], "max_steps: got 'many', must be int"),
+    "a shortened flag": (["--learning", "1"], "--learning"),
+    "heads of odd width": (["--model.hidden_size", "6"], "which makes heads 3 wide"),
+    "width that heads do not divide": (["--model.hidden_size", "31"], "model.num_attention_heads: got 2, must divide"),
+    "fp16 without a GPU": (["--mixed_precision", "fp16"], "mixed_precision: got 'fp16', which needs a GPU"),
+    "nan learning rate": (["--learning_rate", "nan"], "learning_rate: got 'nan', must be float"),
     "unknown corpus": (["--corpus", "bronte"], "corpus: got 'bronte', allowed are austen, sotu"),
     "heads that do not divide": (["--model.num_attention_heads", "3"], "model.num_attention_heads: got 3"),
     "unknown recipe": (["--config", "tinny"], "(did you mean 'tiny'?)"),
-    "unknown precision": (["--mixed_precision", "fp8"], "mixed_precision: Expected a one of ['no', 'bf16', 'fp16']"),
+    "unknown precision": (
+        ["--mixed_precision", "fp8"],
+        "mixed_precision: got 'fp8', must be one of ['no', 'bf16', 'fp16']",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_named_error_and_nothing_is_written(name, tmp_path):
+def test_bad_input_is_one_named_error_and_nothing_is_written(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags, message = BAD[name]
     with pytest.raises(UserError) as caught:
         train(config(tmp_path / "run", *flags))
@@ -233,6 +254,9 @@ def test_bad_input_is_one_named_error_and_nothing_is_written(name, tmp_path):
 
 
 def test_an_unknown_recipe_field_in_a_file_is_named_with_the_nearest(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: null")
+    with pytest.raises(UserError, match="model: got null"):
+        read_command_line(["--config", str(tmp_path / "r.yaml"), "--run_dir", "x"])
     for text, hint in (("learnin_rate: 1.0", "learning_rate"), ("model: {hiden_size: 8}", "hidden_size")):
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(UserError, match=rf"did you mean '(model\.)?{hint}'"):
@@ -269,23 +293,127 @@ def test_the_command_prints_one_line_and_exits_2_on_bad_input(tmp_path):
 def test_help_explains_every_field_with_its_default():
     done = subprocess.run([sys.executable, "-m", "train_lm", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for name, field in TrainConfig.__dataclass_fields__.items():
-        assert f"--{name}" in done.stdout, field
-    assert "merges into it" in " ".join(done.stdout.split())
+    text = " ".join(done.stdout.partition("options:")[2].split())
+    for prefix, cls in (("", TrainConfig), ("model.", ModelConfig)):
+        for name in cls.__dataclass_fields__:
+            if name != "model":
+                explained = re.search(
+                    rf"--{re.escape(prefix + name)} (\S+|\{{.*?\}}) (.+?) \((required|type: .+?, default: .+?)", text
+                )
+                assert explained, name
+                assert len(explained[2]) > 10, name
+    assert "merges into it" in text
 
 
-def test_two_processes_give_the_same_losses_as_one(tmp_path):
-    one = [sys.executable, "-m", "train_lm"]
-    two = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "train_lm"]
-    for name, command, parts in (("one", one, "2"), ("two", two, "1")):
-        flags = ["--config", "tiny", "--run_dir", str(tmp_path / name), "--gradient_accumulation_steps", parts]
-        done = subprocess.run([*command, *flags], capture_output=True, text=True)
+def test_gradients_are_clipped_and_adam_is_as_configured(tmp_path):
+    run = config(tmp_path / "a", "--adam_beta1", "0.8", "--adam_beta2", "0.9", "--adam_epsilon", "1e-5")
+    model = AutoModelForCausalLM.from_config(build_model_config(run, 300, 0))
+    defaults = build_optimizer(model, run).defaults
+    assert (defaults["betas"], defaults["eps"]) == ((0.8, 0.9), 1e-5)
+    # With a large epsilon Adam's step is proportional to the gradient, so a clipped one hardly moves the weights.
+    moved = {}
+    for norm in ("0", "1e-6"):
+        flags = ["--max_grad_norm", norm, "--adam_epsilon", "1", "--weight_decay", "0", "--learning_rate", "1"]
+        final = train(config(tmp_path / norm, "--max_steps", "1", "--warmup_steps", "0", "--min_lr_rate", "1", *flags))
+        start = AutoModelForCausalLM.from_pretrained(tmp_path / norm / "checkpoints" / "step-0" / "model")
+        end = AutoModelForCausalLM.from_pretrained(final)
+        moved[norm] = max((a - b).abs().max().item() for a, b in zip(start.parameters(), end.parameters(), strict=True))
+        assert metrics(tmp_path / norm)[0]["grad_norm"] > 0.1
+    assert moved["1e-6"] < 1e-5
+    assert moved["0"] > 100 * moved["1e-6"]
+
+
+@pytest.mark.parametrize("step", ["1", "2"])
+def test_weights_that_the_last_step_destroyed_are_not_saved_as_final(tmp_path, step):
+    flags = ["--max_steps", step, "--warmup_steps", "0", "--learning_rate", "1e30"]
+    with pytest.raises(UserError, match="got nan at step"):
+        train(config(tmp_path / "run", *flags))
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def launch(script, *flags, processes=None):
+    """Run `train_lm` on the small corpus in a process of its own, or in several under accelerate."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    command = [*command, str(script), *flags] if processes else [sys.executable, str(script), *flags]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # two processes on one GPU would ask for a second
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "small_corpus.py"
+    path.write_text(
+        """import torch
+from hf_ibnorm import data
+from hf_ibnorm.functional import normal_norm
+import train_lm.train
+from train_lm.__main__ import main
+
+def pages(corpus, split):
+    return [text[: 20_000 if split == "train" else 2_000] for text in data.load_corpus(corpus, split)[:2]]
+
+if __name__ == "__main__":
+    train_lm.train.load_corpus = pages
+    main()
+"""
+    )
+    return path
+
+
+def test_two_processes_give_the_same_losses_as_one(tmp_path, script):
+    # 5 validation blocks in batches of 2: one process has more batches than the other.
+    for name, parts, processes in (("one", "2", None), ("two", "1", 2)):
+        flags = few_blocks("--gradient_accumulation_steps", parts, "--per_device_eval_batch_size", "2")
+        done = launch(script, "--config", "tiny", "--run_dir", str(tmp_path / name), *flags, processes=processes)
         assert done.returncode == 0, done.stderr
     first, second = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert {row["tokens"] - before for before, row in pairwise_tokens(first)} > {8 * 512}, "no padded block was met"
     assert [row["batch_sha"] for row in first] == [row["batch_sha"] for row in second]
     for key in ("loss", "grad_norm"):
         torch.testing.assert_close(
             torch.tensor([row[key] for row in first]), torch.tensor([row[key] for row in second]), rtol=1e-5, atol=1e-5
         )
-    assert first[-1]["eval_loss"] == pytest.approx(second[-1]["eval_loss"], rel=1e-5)
+    for one, two in zip(first, second, strict=True):
+        assert one.get("eval_loss", 0) == pytest.approx(two.get("eval_loss", 0), rel=1e-5)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["num_processes"] == 2
+
+
+def test_noise_differs_between_processes(tmp_path, script):
+    # Each process shows a number of the stream that its norms draw from.
+    probe = script.read_text().replace(
+        "    main()",
+        """    from accelerate import PartialState
+    original = train_lm.train.token_loss
+    def shown(model, inputs, targets):
+        loss = original(model, inputs, targets)
+        if model.training:
+            print("DRAWN", PartialState().process_index, torch.randn(1).item(), flush=True)
+        return loss
+    train_lm.train.token_loss = shown
+    main()""",
+    )
+    script.write_text(probe)
+    flags = [
+        "--config",
+        "tiny",
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--max_steps",
+        "2",
+        "--model.norm_type",
+        "layernormalnorm",
+    ]
+    done = launch(script, *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    drawn = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("DRAWN")]
+    assert {process for process, _ in drawn} == {"0", "1"}
+    assert len({value for _, value in drawn}) == len(drawn) == 8
+
+
+def test_bad_input_under_a_launcher_is_one_line_of_ours(tmp_path, script):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    done = launch(script, "--config", "tiny", "--run_dir", str(tmp_path / "full"), processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: run_dir:") == 1
+    assert "train_lm/train.py" not in done.stderr, "a rank left a traceback"
