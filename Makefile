@@ -28,7 +28,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # The same small Llama pretrained twice, scored, and set side by side; rewrites demo/ and nothing else.
 demo: setup
 	rm -rf demo && mkdir demo
-	for norm in $(DEMO_NORMS); do \
+	@for norm in $(DEMO_NORMS); do \
 	  (set -x; $(PY) -m train_lm --config demo --model.norm_type $$norm --run_dir demo/$$norm $(DEMO_FLAGS)) && \
 	  (set -x; $(PY) -m eval run --model demo/$$norm --suite embedded --batch_size 32 --output demo/$$norm/scores) || exit 1; \
 	done

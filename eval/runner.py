@@ -63,8 +63,7 @@ def run(
     for i, (benchmark, rows, tokens) in enumerate(prepared, 1):
         with bad_input(ScoringError):
             benchmarks[benchmark.name] = score = run_benchmark(harness, benchmark, rows, tokens)
-        cell = score_cell(score["raw"], score["stderr"], score["details"]["at_chance"])
-        console.print(f"{i}/{len(SUITES[suite])} {benchmark.name} {cell}", highlight=False)
+        console.print(f"{i}/{len(prepared)} {benchmark.name} {score_cell(score)}", highlight=False)
     scores = {
         "suite": suite,
         "smoke": limit is not None,
@@ -204,14 +203,13 @@ def run_benchmark(harness: Any, benchmark: Benchmark, rows: list[dict[str, Any]]
 
 
 def score_table(scores: dict[str, Any]) -> Table:
-    """The scores as a table: score ± stderr, chance, n, ties, and "at chance" where a model is."""
-    table = Table(["benchmark", "score", "chance", "n", "ties", ""])
+    """The scores as a table: score ± stderr and whether that is chance, the chance level, n, ties."""
+    table = Table(["benchmark", "score", "chance", "n", "ties"])
     for name, score in scores["benchmarks"].items():
         bits = score["details"]["metric"] == "bits_per_byte"
         chance = "" if score["chance"] is None else f"{score['chance']:.3f}"
         ties = "" if bits else str(score["details"]["ties"])
-        note = "bits per byte" if bits else "at chance" if score["details"]["at_chance"] else ""
-        table.rows.append([name, score_cell(score["raw"], score["stderr"]), chance, str(score["n"]), ties, note])
+        table.rows.append([name, score_cell(score) + bits * " bits per byte", chance, str(score["n"]), ties])
     return table
 
 
@@ -222,5 +220,6 @@ def scores_markdown(scores: dict[str, Any], table: Table) -> str:
         f"# {scores['suite']}: {scores['model']}\n\n{smoke}{table.markdown()}\n"
         "Accuracy ± standard error (robust to items that share a sentence); bits per byte: lower is better. "
         "An item whose best choice is tied counts as wrong. "
-        "At chance: within 1.96 standard errors of guessing.\n"
+        "At chance: within 1.96 standard errors of guessing; below chance: further down, as a model that prefers short "
+        "answers can be.\n"
     )

@@ -90,10 +90,7 @@ def comparison(runs: list[Run]) -> Table:
         for name in names:
             rows = [scores.get(name) for scores in scored]
             if any(row and row["details"]["metric"] == metric for row in rows):
-                cells = [
-                    score_cell(row["raw"], row["stderr"], row["details"]["at_chance"]) if row else "-" for row in rows
-                ]
-                table.rows.append([title.format(name=name), *cells])
+                table.rows.append([title.format(name=name), *(score_cell(row) if row else "-" for row in rows)])
 
     add_scores("bits_per_byte", "{name}, bits per byte (lower is better)")
     table.rows += [

@@ -1,6 +1,7 @@
 """One table, written for a terminal or as Markdown."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -37,7 +38,9 @@ class Table:
         console.print(table, highlight=False, markup=False)
 
 
-def score_cell(raw: float, stderr: float | None, chance: bool = False) -> str:
-    """`0.531 ± 0.020`, and `(at chance)` where that is so."""
-    text = f"{raw:.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
-    return text + (" (at chance)" if chance else "")
+def score_cell(score: dict[str, Any]) -> str:
+    """One row of `scores.json` as text: `0.531 ± 0.020`, with `(at chance)` or `(below chance)` where that is so."""
+    text = f"{score['raw']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")
+    if score["details"]["at_chance"]:
+        return f"{text} (at chance)"
+    return f"{text} (below chance)" if score["chance"] is not None and score["raw"] < score["chance"] else text

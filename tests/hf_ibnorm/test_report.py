@@ -34,8 +34,13 @@ def write_run(path, norm="rmsnorm", lam=None, init="a" * 64, batches=("x", "y"),
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scores = {
-        "austen_test": {"raw": bits, "stderr": None, "details": {"metric": "bits_per_byte", "at_chance": False}},
-        "sva_simple": {"raw": 0.5, "stderr": 0.02, "details": {"metric": "acc", "at_chance": True}},
+        "austen_test": {
+            "raw": bits,
+            "stderr": None,
+            "chance": None,
+            "details": {"metric": "bits_per_byte", "at_chance": False},
+        },
+        "sva_simple": {"raw": 0.5, "stderr": 0.02, "chance": 0.5, "details": {"metric": "acc", "at_chance": True}},
     }
     (path / "scores").mkdir()
     (path / "scores" / "scores.json").write_text(json.dumps({"benchmarks": scores}))
@@ -125,7 +130,19 @@ def test_an_unfinished_run_is_refused(tmp_path):
         Run.read(tmp_path / "a")
 
 
-def test_markdown_escapes_pipes_and_score_cells_say_when_at_chance():
+def test_markdown_escapes_pipes():
     assert Table(["a", "b"], [["x|y", "1"]]).markdown() == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |\n"
-    assert score_cell(0.5, 0.02, True) == "0.500 ± 0.020 (at chance)"
-    assert score_cell(1.23456, None) == "1.235"
+
+
+@pytest.mark.parametrize(
+    ("raw", "stderr", "chance", "at_chance", "cell"),
+    [
+        (0.5, 0.02, 0.5, True, "0.500 ± 0.020 (at chance)"),
+        (0.4, 0.02, 0.5, False, "0.400 ± 0.020 (below chance)"),
+        (0.6, 0.02, 0.5, False, "0.600 ± 0.020"),
+        (1.23456, None, None, False, "1.235"),
+    ],
+)
+def test_a_score_says_when_it_is_no_better_than_guessing(raw, stderr, chance, at_chance, cell):
+    score = {"raw": raw, "stderr": stderr, "chance": chance, "details": {"at_chance": at_chance}}
+    assert score_cell(score) == cell
