@@ -131,7 +131,7 @@ def load_model(path: Path, batch_size: int, device: str | None, dtype: str) -> A
             kind = problem.replace("_keys", "")
             raise UserError(f"model: the weights in {path} do not fit its config, {kind}: {', '.join(names[:3])}")
     harness = HFLM(
-        pretrained=model.to(device).eval(),
+        pretrained=model.to(device),
         tokenizer=tokenizer,
         backend="causal",
         batch_size=batch_size,

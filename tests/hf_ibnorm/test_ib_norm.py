@@ -144,6 +144,19 @@ def test_constant_rows_give_bias_and_finite_gradients(variant, unit, standardize
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("width", [96, 768, 1000])
+@pytest.mark.parametrize("value", [0.1, -1e4, 3.7e3])
+def test_a_constant_row_has_deviations_of_exactly_zero_and_the_slope_that_goes_with_them(value, width):
+    # The mean of equal float32 numbers is not always that number; a leftover of 1e-9 would be a whole mean|c|.
+    upstream = rows(width, dtype=torch.float32)
+    gradients = []
+    for options in ({"lam": 0.0}, {"lam": 4.0, "unit": "mean_abs"}):
+        x = torch.full((width,), value, requires_grad=True)
+        ib_norm(x, variant="T", **options).backward(upstream)
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("variant", "unit", "standardize", "order"), COMBINATIONS)
 def test_extreme_and_odd_inputs_stay_finite(variant, unit, standardize, order):
     options = {"variant": variant, "lam": LAM[variant], "unit": unit, "standardize": standardize, "order": order}
