@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.__main__ import main
 from eval.runner import SMOKE, load_model, prepare, run, run_benchmark
 from eval.suites import MULTIPLE_CHOICE, SUITES, Benchmark
 from hf_ibnorm import load_corpus
@@ -20,6 +22,7 @@ from hf_ibnorm.cli import UserError
 from train_lm.config import build_model_config, read_command_line
 from train_lm.data import train_tokenizer, wrap_tokenizer
 
+ROOT = Path(__file__).parents[2]
 NOVEL = 3_000
 """Characters of the test novel that these tests read."""
 
@@ -260,14 +263,25 @@ def test_a_bos_adding_tokenizer_scores_the_same_rolling_text(checkpoint, tmp_pat
         (["--output", "."], "output: . is not empty"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(flags, message, tmp_path):
+def test_bad_input_is_one_line_and_exit_2(command, flags, message, tmp_path, monkeypatch):
     (tmp_path / "mine").touch()
-    command = [sys.executable, "-m", "eval", "run", "--model", ".", "--suite", "embedded", "--output", "out", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(main, "run", "--model", ".", "--suite", "embedded", "--output", "out", *flags)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_command_scores_from_any_folder(checkpoint, tmp_path):
+    words = ["run", "--model", str(checkpoint), "--suite", "embedded", "--limit", "2", "--output", "out"]
+    # From the tree's root, as in the README: the embedded tasks are found wherever the model and the output are.
+    done = subprocess.run(
+        [sys.executable, "-m", "eval", *words[:-1], str(tmp_path / "out")], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1/7 austen_test ")
+    assert SMOKE in done.stdout
+    assert done.stderr == ""
 
 
 def test_tasks_ship_the_rows_of_their_sources():

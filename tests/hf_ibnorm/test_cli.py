@@ -7,25 +7,27 @@ import sys
 import pytest
 import torch
 
-
-def run(*words):
-    return subprocess.run([sys.executable, "-m", "hf_ibnorm.cli", *words], capture_output=True, text=True)
+from hf_ibnorm.cli import main
 
 
 def test_env_prints_what_a_bug_report_needs():
-    done = run("env", "--json")
+    done = subprocess.run([sys.executable, "-m", "hf_ibnorm.cli", "env", "--json"], capture_output=True, text=True)
     assert done.returncode == 0
     record = json.loads(done.stdout)
     assert record["versions"]["torch"] == torch.__version__
     assert {"device", "norm_backend", "git_revision", "platform"} <= set(record)
 
 
+def test_env_is_readable_without_json_too(command):
+    code, out, _ = command(main, "env")
+    assert code == 0
+    assert f"torch version: {torch.__version__}\n" in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"), [(["enw"], "invalid choice: 'enw'"), (["env", "--jsn"], "did you mean '--json'")]
 )
-def test_bad_words_are_one_line_and_exit_2(words, message):
-    done = run(*words)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+def test_bad_words_are_one_line_and_exit_2(command, words, message):
+    code, out, err = command(main, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err

@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
 
+from hf_ibnorm.report.__main__ import main
 from hf_ibnorm.report.runs import Run, comparison, fairness
 from hf_ibnorm.report.tables import Table, score_cell
 
@@ -112,16 +111,17 @@ def test_nothing_is_cut_off_on_a_narrow_terminal(tmp_path, capsys, monkeypatch):
     assert printed.count("better)") == 1
 
 
-def test_command_writes_report_and_picture(tmp_path):
+def test_command_writes_report_and_picture(command, tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", "ibnorm_t", 2.0)
-    command = [sys.executable, "-m", "hf_ibnorm.report", str(tmp_path / "a"), str(tmp_path / "b"), "--output"]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    code, out, err = command(main, *runs, "--output", str(tmp_path))
+    assert (code, err) == (0, "")
+    assert "Same initial values" in out
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "| parameters | 1,234,567 | 1,234,567 |" in (tmp_path / "report.md").read_text()
-    done = subprocess.run([*command, str(tmp_path / "missing")], capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    code, out, err = command(main, *runs, "--output", str(tmp_path / "missing"))
+    assert (code, out, err.count("\n")) == (2, "", 1)
 
 
 def test_an_unfinished_run_is_refused(tmp_path):

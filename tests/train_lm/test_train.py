@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ibnorm.cli import UserError
+from train_lm.__main__ import main
 from train_lm.config import RECIPES, ModelConfig, TrainConfig, build_model_config, read_command_line, shipped_recipes
 from train_lm.data import IGNORE, PackedTokens, train_tokenizer, wrap_tokenizer
 from train_lm.train import build_optimizer, evaluate, learning_rate, train
@@ -290,10 +291,10 @@ def test_the_command_prints_one_line_and_exits_2_on_bad_input(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_explains_every_field_with_its_default():
-    done = subprocess.run([sys.executable, "-m", "train_lm", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    text = " ".join(done.stdout.partition("options:")[2].split())
+def test_help_explains_every_field_with_its_default(command):
+    code, out, _ = command(main, "--help")
+    assert code == 0
+    text = " ".join(out.partition("options:")[2].split())
     for prefix, cls in (("", TrainConfig), ("model.", ModelConfig)):
         for name in cls.__dataclass_fields__:
             if name != "model":
@@ -378,6 +379,7 @@ def test_two_processes_give_the_same_losses_as_one(tmp_path, script):
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["num_processes"] == 2
 
 
+@pytest.mark.slow
 def test_noise_differs_between_processes(tmp_path, script):
     # Each process shows a number of the stream that its norms draw from.
     probe = script.read_text().replace(
@@ -410,6 +412,7 @@ def test_noise_differs_between_processes(tmp_path, script):
     assert len({value for _, value in drawn}) == len(drawn) == 8
 
 
+@pytest.mark.slow
 def test_bad_input_under_a_launcher_is_one_line_of_ours(tmp_path, script):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
