@@ -110,9 +110,8 @@ class TrainConfig:
             ValueError, TypeError: naming the field, the value and what is allowed.
         """
         check_choice("corpus", self.corpus, tuple(CORPORA))
-        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
-            check_number(name, getattr(self, name), 1)
-        for name in ("per_device_eval_batch_size", "eval_every"):
+        batches = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
+        for name in (*batches, "max_steps", "eval_every"):
             check_number(name, getattr(self, name), 1)
         check_number("seed", self.seed, 0, 2**31)
         check_number("block_size", self.block_size, 2)
@@ -133,13 +132,10 @@ class TrainConfig:
         check_number("model.initializer_range", model.initializer_range, 0.0, 1.0)
         if model.norm_eps is not None:
             check_number("model.norm_eps", model.norm_eps, 0.0)
-        for name in ("num_attention_heads", "num_key_value_heads"):
-            heads, whole = (
-                getattr(model, name),
-                "hidden_size" if name == "num_attention_heads" else "num_attention_heads",
-            )
-            if heads is not None and getattr(model, whole) % heads:
-                raise ValueError(f"model.{name}: got {heads}, must divide model.{whole} = {getattr(model, whole)}")
+        for name, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
+            heads, divided = getattr(model, name), getattr(model, whole)
+            if heads is not None and divided % heads:
+                raise ValueError(f"model.{name}: got {heads}, must divide model.{whole} = {divided}")
         width = model.hidden_size // model.num_attention_heads
         if model.model_type == "llama" and width % 2:
             raise ValueError(
