@@ -346,7 +346,6 @@ def script(tmp_path):
     path.write_text(
         """import torch
 from hf_ibnorm import data
-from hf_ibnorm.functional import normal_norm
 import train_lm.train
 from train_lm.__main__ import main
 
@@ -381,35 +380,24 @@ def test_two_processes_give_the_same_losses_as_one(tmp_path, script):
 
 @pytest.mark.slow
 def test_noise_differs_between_processes(tmp_path, script):
-    # Each process shows a number of the stream that its norms draw from.
-    probe = script.read_text().replace(
-        "    main()",
-        """    from accelerate import PartialState
+    # Each process notes a number of the stream that its norms draw from, in a file of its own: on a shared standard
+    # output lines of two processes can run together.
+    probe = f"""    from accelerate import PartialState
     original = train_lm.train.token_loss
-    def shown(model, inputs, targets):
-        loss = original(model, inputs, targets)
+    def noting(model, inputs, targets):
         if model.training:
-            print("DRAWN", PartialState().process_index, torch.randn(1).item(), flush=True)
-        return loss
-    train_lm.train.token_loss = shown
-    main()""",
-    )
-    script.write_text(probe)
-    flags = [
-        "--config",
-        "tiny",
-        "--run_dir",
-        str(tmp_path / "run"),
-        "--max_steps",
-        "2",
-        "--model.norm_type",
-        "layernormalnorm",
-    ]
-    done = launch(script, *flags, processes=2)
+            with open({str(tmp_path / "drawn-")!r} + str(PartialState().process_index), "a") as file:
+                print(torch.randn(1).item(), file=file)
+        return original(model, inputs, targets)
+    train_lm.train.token_loss = noting
+    main()"""
+    script.write_text(script.read_text().replace("    main()", probe))
+    flags = ["--run_dir", str(tmp_path / "run"), "--max_steps", "2", "--model.norm_type", "layernormalnorm"]
+    done = launch(script, "--config", "tiny", *flags, processes=2)
     assert done.returncode == 0, done.stderr
-    drawn = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("DRAWN")]
-    assert {process for process, _ in drawn} == {"0", "1"}
-    assert len({value for _, value in drawn}) == len(drawn) == 8
+    drawn = [(tmp_path / f"drawn-{process}").read_text().split() for process in (0, 1)]
+    assert [len(values) for values in drawn] == [4, 4]
+    assert len(set(drawn[0] + drawn[1])) == 8
 
 
 @pytest.mark.slow
