@@ -111,6 +111,8 @@ def load_model(path: Path, batch_size: int, device: str | None, dtype: str) -> A
     with bad_input(RuntimeError, AssertionError, about=f"device: got {device!r}: "):
         torch.empty(1, device=device)
     causes = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
+    if not any(path.glob("*token*")) and not any(path.glob("vocab.*")):
+        raise UserError(f"tokenizer: {path} has none (no tokenizer.json); save it beside the model")
     with bad_input(*causes, about=f"model: {path} cannot be loaded: "):
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -17,7 +17,7 @@ def test_python_example_runs_from_another_folder(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "IBNorm((64,), variant=T, lam=2.0" in done.stdout
-    assert (tmp_path / "my_model" / "config.json").exists()
+    assert (tmp_path / "runs" / "my_model" / "config.json").exists()
 
 
 def test_table_of_norms_is_complete_and_its_defaults_are_true():

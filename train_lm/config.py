@@ -121,7 +121,9 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2"):
             check_number(name, getattr(self, name), 0.0, 1.0, high_allowed=False)
         check_number("min_lr_rate", self.min_lr_rate, 0.0, 1.0)
-        check_number("warmup_steps", self.warmup_steps, 0, self.max_steps)
+        check_number("warmup_steps", self.warmup_steps, 0)
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps: got {self.warmup_steps}, must be <= max_steps = {self.max_steps}")
         model = self.model
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             check_number(f"model.{name}", getattr(model, name), 1)
@@ -245,7 +247,8 @@ def build_parser() -> ArgumentParser:
     parser = _Parser(
         prog="train_lm",
         allow_abbrev=False,  # --confi would slip past _config_first
-        description="Pretrain a language model on an embedded corpus. Any field of the recipe can be set as a flag.",
+        description="Pretrain a language model on an embedded corpus. Any field of the recipe can be set as a flag. "
+        "The defaults shown are those without --config.",
     )
     parser.add_argument(
         "--config",

@@ -18,14 +18,12 @@ def _main() -> None:
         "Scores are read from RUN/scores, where `python -m eval run --output RUN/scores` puts them.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train_lm")
-    parser.add_argument("--output", required=True, help="existing directory to write into")
+    parser.add_argument("--output", required=True, help="directory to write into; a report in it is replaced")
     arguments = parser.parse_args()
     require_extra("train", "matplotlib")
     output = Path(arguments.output)
     with bad_input():
         runs = [Run.read(Path(path)) for path in arguments.runs]
-        if not output.is_dir():
-            raise NotADirectoryError(f"output: {output} is not a directory")
     table, lines = comparison(runs), fairness(runs)
     command = shlex.join(["python", "-m", "hf_ibnorm.report", *sys.argv[1:]])
     environment = runs[0].environment
@@ -35,6 +33,7 @@ def _main() -> None:
     )
     text = "\n".join([table.markdown(), *(f"- {line}" for line in lines), "", "![loss](loss.png)", "", made, ""])
     with bad_input(OSError, about="output: "):
+        output.mkdir(parents=True, exist_ok=True)
         plot_losses(runs, output / "loss.png")
         write_text(output / "report.md", text)
     table.print()

@@ -46,7 +46,7 @@ class Run:
             config=config,
             environment=_read(path / "environment.json", json.loads, *kept),
             metrics=metrics,
-            scores=_read(scores, json.loads, "benchmarks") if scores.exists() else None,
+            scores=_read(scores, json.loads, "benchmarks", "smoke") if scores.exists() else None,
         )
 
     def seconds_per_step(self) -> float:
@@ -116,12 +116,24 @@ def fairness(runs: list[Run]) -> list[str]:
         lines.append(f"Same data in the same order: all {len(orders.pop())} batches have equal hashes.")
     else:
         lines.append("WARNING: the runs did not see the same batches in the same order.")
-    settings = [{**run.config, **{f"model.{key}": value for key, value in run.config["model"].items()}} for run in runs]
-    ignored = {"model", "seed", "model.norm_type", "model.norm_kwargs"}
+    settings = [
+        {
+            **run.config,
+            **{f"model.{key}": value for key, value in run.config["model"].items()},
+            "number of processes": run.environment.get("num_processes"),
+        }
+        for run in runs
+    ]
+    ignored = {"model", "model.norm_type", "model.norm_kwargs"}
     fields = sorted(set().union(*settings) - ignored)
     different = [field for field in fields if any(each.get(field) != settings[0].get(field) for each in settings)]
     if different:
         lines.append(f"WARNING: besides the norm the runs differ in {', '.join(different)}.")
+    for run in runs:
+        if run.scores is None:
+            lines.append(f"WARNING: {run.name} has not been scored (python -m eval run ... --output RUN/scores).")
+        elif run.scores["smoke"]:
+            lines.append(f"WARNING: {run.name} was scored on part of the items only: SMOKE - not a leaderboard score.")
     seeds = sorted({run.config["seed"] for run in runs})
     if len(seeds) == 1:
         lines.append(

@@ -225,6 +225,12 @@ def with_template(checkpoint, target, single):
     return target
 
 
+def test_a_model_without_its_tokenizer_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(UserError, match="tokenizer: .*model has none"):
+        load_model(tmp_path / "model", 8, "cpu", "auto")
+
+
 def test_an_eos_appending_tokenizer_is_refused(checkpoint, tmp_path):
     path = with_template(checkpoint, tmp_path / "model", "$A <|endoftext|>")
     with pytest.raises(UserError, match="tokenizer: .* ends every text with '<.endoftext.>'"):

@@ -11,7 +11,7 @@ from hf_ibnorm.report.runs import Run, comparison, fairness
 from hf_ibnorm.report.tables import Table, score_cell
 
 
-def write_run(path, norm="rmsnorm", lam=None, init="a" * 64, batches=("x", "y"), seed=0, bits=2.0):
+def write_run(path, norm="rmsnorm", lam=None, init="a" * 64, batches=("x", "y"), seed=0, bits=2.0, smoke=False):
     (path / "final").mkdir(parents=True)
     kwargs = {} if lam is None else {"lam": lam}
     (path / "config.yaml").write_text(
@@ -42,7 +42,7 @@ def write_run(path, norm="rmsnorm", lam=None, init="a" * 64, batches=("x", "y"),
         "sva_simple": {"raw": 0.5, "stderr": 0.02, "chance": 0.5, "details": {"metric": "acc", "at_chance": True}},
     }
     (path / "scores").mkdir()
-    (path / "scores" / "scores.json").write_text(json.dumps({"benchmarks": scores}))
+    (path / "scores" / "scores.json").write_text(json.dumps({"smoke": smoke, "benchmarks": scores}))
     return path
 
 
@@ -83,6 +83,15 @@ def test_other_settings_are_warned_of_and_runs_of_one_norm_are_told_apart(tmp_pa
     assert comparison(runs).columns == ["", "rmsnorm (a)", "rmsnorm (b)"]
 
 
+def test_scores_that_are_partial_or_missing_are_warned_of(tmp_path):
+    partial, unscored = write_run(tmp_path / "a", smoke=True), write_run(tmp_path / "b", seed=1)
+    (unscored / "scores" / "scores.json").unlink()
+    lines = "\n".join(fairness([Run.read(partial), Run.read(unscored)]))
+    assert "WARNING: a was scored on part of the items only: SMOKE" in lines
+    assert "WARNING: b has not been scored" in lines
+    assert "differ in seed." in lines
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -120,8 +129,11 @@ def test_command_writes_report_and_picture(command, tmp_path):
     assert "Same initial values" in out
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "| parameters | 1,234,567 | 1,234,567 |" in (tmp_path / "report.md").read_text()
-    code, out, err = command(main, *runs, "--output", str(tmp_path / "missing"))
+    code, out, err = command(main, *runs, "--output", str(tmp_path / "a" / "config.yaml"))
     assert (code, out, err.count("\n")) == (2, "", 1)
+    code, out, err = command(main, *runs, "--output", str(tmp_path / "new" / "folder"))
+    assert (code, err) == (0, "")
+    assert (tmp_path / "new" / "folder" / "report.md").exists()
 
 
 def test_an_unfinished_run_is_refused(tmp_path):

@@ -233,6 +233,7 @@ BAD = {
     "heads of odd width": (["--model.hidden_size", "6"], "which makes heads 3 wide"),
     "width that heads do not divide": (["--model.hidden_size", "31"], "model.num_attention_heads: got 2, must divide"),
     "fp16 without a GPU": (["--mixed_precision", "fp16"], "mixed_precision: got 'fp16', which needs a GPU"),
+    "more warmup than steps": (["--max_steps", "1"], "warmup_steps: got 2, must be <= max_steps = 1"),
     "nan learning rate": (["--learning_rate", "nan"], "learning_rate: got 'nan', must be float"),
     "unknown corpus": (["--corpus", "bronte"], "corpus: got 'bronte', allowed are austen, sotu"),
     "heads that do not divide": (["--model.num_attention_heads", "3"], "model.num_attention_heads: got 3"),
