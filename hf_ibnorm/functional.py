@@ -129,10 +129,11 @@ def compress(c: Tensor, *, variant: str, lam: float | Tensor, unit: str = "raw")
     return (a * _shape(c / a, variant, lam)).to(dtype)
 
 
-def _affine(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def affine(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """weight·z + bias in the dtype of `z`, either of them left out where it is None."""
     if weight is not None:
-        z = z * weight
-    return z if bias is None else z + bias
+        z = z * weight.to(z.dtype)
+    return z if bias is None else z + bias.to(z.dtype)
 
 
 def ib_norm(
@@ -188,12 +189,12 @@ def ib_norm(
         f = compress(c, variant=variant, lam=lam, unit=unit)
         if standardize == "layer":  # s - mean(s) = f - mean(f): the mean is left out, it would only cost digits
             return F.layer_norm(f, shape, weight, bias, eps).to(dtype)
-        return _affine(F.rms_norm(mean + f, shape, eps=eps), weight, bias).to(dtype)
+        return affine(F.rms_norm(mean + f, shape, eps=eps), weight, bias).to(dtype)
 
     # layer_norm of the deviation, not of x: exact for constant rows
     h = F.layer_norm(_deviation(x)[1], shape, eps=eps) if standardize == "layer" else F.rms_norm(x, shape, eps=eps)
     mean, c = _deviation(h)
-    return _affine(mean + compress(c, variant=variant, lam=lam, unit=unit), weight, bias).to(dtype)
+    return affine(mean + compress(c, variant=variant, lam=lam, unit=unit), weight, bias).to(dtype)
 
 
 def power_transform(h: Tensor, lam: float | Tensor) -> Tensor:
@@ -302,9 +303,7 @@ def normal_norm(
             p = p + noise * centred.abs().mean(-1, keepdim=True) * n
         else:
             p = p + noise * math.sqrt(2 / math.pi) * n
-    weight = None if weight is None else weight.to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    return _affine(p, weight, bias).to(dtype)
+    return affine(p, weight, bias).to(dtype)
 
 
 def check_noise(noise: float, noise_mode: str, keep_prob: float | None) -> None:

@@ -19,6 +19,7 @@ from .functional import (
     STANDARDIZE,
     UNITS,
     VARIANTS,
+    affine,
     check_choice,
     check_lam,
     check_noise,
@@ -283,11 +284,7 @@ class DynamicTanh(NormBase):
     def forward(self, x: Tensor) -> Tensor:
         """Squash `x` of shape (..., N) element by element."""
         wide = x if x.dtype == torch.float64 else x.float()
-        y = torch.tanh(self.alpha.to(wide.dtype) * wide)
-        if self.weight is not None:
-            y = y * self.weight.to(wide.dtype)
-        if self.bias is not None:
-            y = y + self.bias.to(wide.dtype)
+        y = affine(torch.tanh(self.alpha.to(wide.dtype) * wide), self.weight, self.bias)
         return y.to(x.dtype)
 
 
