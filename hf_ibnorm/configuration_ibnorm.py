@@ -1,32 +1,72 @@
-"""Configurations of the registered models: the stock ones plus `norm_type` and `norm_kwargs`.
+"""Configurations of the registered models: the stock ones plus `norm_type`, `norm_kwargs` and `norm_overrides`.
 
-The norm is resolved when a config is made: `norm_type` becomes the registry's spelling and `norm_kwargs` holds every
-option with its value, so that a later change of a default never changes an old checkpoint.
+The norms are resolved when a config is made: names become the registry's spelling and every norm holds every option
+with its value, so that a later change of a default never changes an old checkpoint. What a config decides, it decides
+per site; `SiteTable` says which sites an architecture has.
 """
 
-from typing import Any
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from .norms import NORMS, norm_name, resolve_norm_kwargs
 
 DEFAULT_NORM = "ibnorm_l"
+NORM_FIELDS = ("norm_type", "norm_kwargs", "norm_overrides")
 _OPTION_NAMES = {option for entry in NORMS.values() for option in entry.defaults}
 
 
-class NormConfigMixin:
-    """Resolves and checks the norm fields; the two config classes differ only in where their eps is."""
+@dataclass(frozen=True)
+class SiteTable:
+    """Where one architecture keeps its norms, relative to the base model, and which norm the stock model has there."""
 
-    norm_eps_field: str
+    blocks: str
+    in_block: tuple[str, ...]
+    final: str
+    stock: str
+    """Registry name of the stock model's norm."""
+    optional: tuple[tuple[str, str], ...] = ()
+    """Sites in a block that exist only if the config's flag is set: (attribute, flag)."""
+
+    def _in_block(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        return self.in_block + tuple(site for site, flag in self.optional if getattr(config, flag))
+
+    def names(self, config: PreTrainedConfig) -> list[str]:
+        """Every site's name in a model of this config: block by block, the final norm last."""
+        blocks = range(config.num_hidden_layers)
+        return [f"{self.blocks}.{i}.{site}" for i in blocks for site in self._in_block(config)] + [self.final]
+
+    def describe(self, config: PreTrainedConfig) -> str:
+        """The same in one line, for errors."""
+        in_block = ", ".join(f"{self.blocks}.N.{site}" for site in self._in_block(config))
+        return f"{in_block} (N from 0 to {config.num_hidden_layers - 1}), {self.final}"
+
+
+LLAMA_SITES = SiteTable("layers", ("input_layernorm", "post_attention_layernorm"), "norm", "rmsnorm")
+GPT2_SITES = SiteTable("h", ("ln_1", "ln_2"), "ln_f", "layernorm", optional=(("ln_cross_attn", "add_cross_attention"),))
+
+
+class NormConfigMixin:
+    """Resolves and checks the norm fields; a family's config adds where its eps and its norms are."""
+
+    model_type: ClassVar[str]
+    stock_model_type: ClassVar[str]
+    norm_eps_field: ClassVar[str]
+    norm_site_table: ClassVar[SiteTable]
     norm_type: str
     norm_kwargs: dict | None
+    norm_overrides: list | dict | None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Transformers keeps unknown keyword arguments as attributes: a misplaced norm option would be silently ignored.
         for key in kwargs:
             if key.startswith("norm_"):
-                raise ValueError(f"{key}: no such config field; norm fields are norm_type and norm_kwargs")
+                raise ValueError(f"{key}: no such config field; norm fields are {', '.join(NORM_FIELDS)}")
             if key in _OPTION_NAMES:
                 raise ValueError(f"{key}: got {kwargs[key]!r} as a config field; write norm_kwargs={{{key!r}: ...}}")
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -34,17 +74,96 @@ class NormConfigMixin:
 
     def validate_norms(self) -> None:
         """Part of Transformers' validation, which runs at init, at `.validate()` and before saving."""
-        resolve_norm_kwargs(self.norm_type, self.norm_kwargs, getattr(self, self.norm_eps_field))
+        self._resolved()
 
     def resolve_norms(self) -> None:
-        """Bring `norm_type` and `norm_kwargs` to their resolved form.
+        """Bring `norm_type`, `norm_kwargs` and `norm_overrides` to their resolved form.
 
         Raises:
             ValueError, TypeError: naming the field, the value and what is allowed.
         """
+        self.norm_type, self.norm_kwargs, self.norm_overrides = self._resolved()
+
+    def norm_at(self, site: str) -> tuple[str, dict[str, Any]]:
+        """Name and options of the norm at `site`, a name relative to the base model: the last override that matches."""
+        for glob, norm in reversed(self.norm_overrides or []):
+            if fnmatchcase(site, glob):
+                return norm["type"], norm["kwargs"]
+        return self.norm_type, self.norm_kwargs or {}
+
+    def _resolved(self) -> tuple[str, dict[str, Any], list]:
         eps = getattr(self, self.norm_eps_field)
-        self.norm_kwargs = resolve_norm_kwargs(self.norm_type, self.norm_kwargs, eps)
-        self.norm_type = norm_name(self.norm_type)
+        name, kwargs = norm_name(self.norm_type), resolve_norm_kwargs(self.norm_type, self.norm_kwargs, eps)
+        sites = self.norm_site_table.names(self)  # type: ignore[arg-type]
+        overrides = self.norm_overrides or []
+        resolved = []
+        for item in overrides.items() if isinstance(overrides, Mapping) else overrides:
+            if not isinstance(item, (list, tuple)) or len(item) != 2 or not isinstance(item[0], str):
+                raise ValueError(f"norm_overrides: got {item!r}, must be [glob, norm name or {{'type', 'kwargs'}}]")
+            glob, norm = item
+            field = f"norm_overrides[{glob!r}]"
+            if not any(fnmatchcase(site, glob) for site in sites):
+                raise ValueError(
+                    f"{field}: matches no site; sites are {self.norm_site_table.describe(self)}"  # type: ignore[arg-type]
+                )
+            norm = {"type": norm} if isinstance(norm, str) else norm
+            if not isinstance(norm, Mapping) or not {"type"} <= set(norm) <= {"type", "kwargs"}:
+                raise ValueError(f"{field}: got {norm!r}, must be a norm name or {{'type': ..., 'kwargs': {{...}}}}")
+            own_name = norm_name(norm["type"], f"{field}.type")
+            own = resolve_norm_kwargs(own_name, norm.get("kwargs"), eps, f"{field}.kwargs")
+            resolved.append([glob, {"type": own_name, "kwargs": own}])
+        return name, kwargs, resolved
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        return cls._with_norm(config_dict, kwargs), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict(cls._with_norm(config_dict, kwargs), **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _with_norm(cls, config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a checkpoint's config with the norm fields moved into it from the arguments of loading.
+
+        Transformers would set those arguments on the finished config, whose norms are resolved by then, and would let
+        a stock checkpoint silently take the default norm.
+        """
+        given = {key: kwargs.pop(key) for key in NORM_FIELDS if key in kwargs}
+        source, eps = config_dict.get("model_type") or cls.model_type, cls.norm_eps_field
+        if source not in (cls.model_type, cls.stock_model_type):
+            raise ValueError(f"model_type: got a {source!r} checkpoint, {cls.__name__} takes {cls.stock_model_type!r}")
+        if source == cls.stock_model_type:
+            if "norm_type" not in given:
+                raise ValueError(
+                    f"norm_type: this checkpoint is a stock {source!r} model; say which norm it gets, e.g. "
+                    f"from_pretrained(..., norm_type={DEFAULT_NORM!r}); known are {', '.join(NORMS)}"
+                )
+            given["model_type"] = cls.model_type
+            if eps in kwargs:
+                given[eps] = kwargs.pop(eps)
+        elif eps in kwargs and "norm_type" not in given and "norm_kwargs" not in given:
+            raise ValueError(f"{eps}: the norms of this checkpoint have an eps each; pass norm_kwargs={{'eps': ...}}")
+        kept = dict(config_dict)
+        if "norm_type" in given and norm_name(given["norm_type"]) != kept.get("norm_type"):
+            kept.pop("norm_kwargs", None)  # the other norm's options
+        return {**kept, **given}
+
+    def to_dict(self) -> dict[str, Any]:
+        self._name_to_peft()
+        return super().to_dict()  # type: ignore[misc]
+
+    def _name_to_peft(self) -> None:
+        """Give this model type the adapter targets PEFT has for the stock one.
+
+        PEFT chooses default `target_modules` by model type, from tables that have no registration; it asks for
+        `to_dict()` just before. Only entries of our own are added.
+        """
+        constants = sys.modules.get("peft.utils.constants")
+        for table in vars(constants).values() if constants else ():
+            if isinstance(table, dict) and self.stock_model_type in table:
+                table.setdefault(self.model_type, table[self.stock_model_type])  # type: ignore[attr-defined]
 
 
 @strict
@@ -55,30 +174,46 @@ class IBNormLlamaConfig(NormConfigMixin, LlamaConfig):
         norm_type: a name of `hf_ibnorm.NORMS` (default `ibnorm_l`).
         norm_kwargs: its options, e.g. `{"lam": 4.0}`; those left out take their defaults, `eps` takes `rms_norm_eps`
             (layernormalnorm keeps its own 1e-5).
+        norm_overrides: a list of `[glob, norm]` for sites that differ: `glob` (fnmatch) over names relative to the base
+            model, such as `"layers.0.*"` or `"norm"`; `norm` a name or `{"type": name, "kwargs": {...}}`. The last
+            match wins; nothing is inherited from `norm_kwargs`. A dict is taken too, and kept as a list.
         **kwargs: every field of LlamaConfig.
 
+    `from_pretrained` of a stock checkpoint needs an explicit `norm_type`. With another `norm_type` than the
+    checkpoint's, options that are not given take their defaults.
+
     Raises:
-        ValueError, TypeError: unknown norm or option (with the nearest name), or a value that is not allowed.
+        ValueError, TypeError: unknown norm or option (with the nearest name), a value that is not allowed, or a glob
+            that matches no site.
         huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or was set to a bad value later and is
             validated or saved.
     """
 
     model_type = "ibnorm_llama"
+    stock_model_type = LlamaConfig.model_type
     norm_eps_field = "rms_norm_eps"
+    norm_site_table = LLAMA_SITES
 
     norm_type: str = DEFAULT_NORM
     norm_kwargs: dict | None = None
+    norm_overrides: list | dict | None = None
 
 
 @strict
 class IBNormGPT2Config(NormConfigMixin, GPT2Config):
-    """GPT2Config plus the norm of every site; as `IBNormLlamaConfig`, with `layer_norm_epsilon` as the model's eps."""
+    """GPT2Config plus the norm of every site; as `IBNormLlamaConfig`, with `layer_norm_epsilon` as the model's eps.
+
+    Sites are `h.N.ln_1`, `h.N.ln_2`, with `add_cross_attention` `h.N.ln_cross_attn`, and `ln_f`.
+    """
 
     model_type = "ibnorm_gpt2"
+    stock_model_type = GPT2Config.model_type
     norm_eps_field = "layer_norm_epsilon"
+    norm_site_table = GPT2_SITES
 
     norm_type: str = DEFAULT_NORM
     norm_kwargs: dict | None = None
+    norm_overrides: list | dict | None = None
 
 
 __all__ = ["IBNormGPT2Config", "IBNormLlamaConfig"]

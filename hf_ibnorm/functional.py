@@ -17,9 +17,13 @@ STANDARDIZE = ("layer", "rms")
 ORDERS = ("compress_first", "standardize_first")
 NOISE_MODES = ("scaled", "unscaled", "dropout")
 
-# Below this |q| the quotient expm1(q)/q is replaced by its Taylor series, whose derivative keeps all its digits.
-_SERIES_RADIUS = 0.25
-_SERIES = tuple(1.0 / math.factorial(k + 1) for k in range(11))  # the first term left out is below 1e-15
+# Below these |u| the quotients expm1(u)/u, log1p(u)/u and tanh(u)/u are replaced by their Taylor series, whose
+# derivatives keep all their digits. The first terms left out are below 1e-15.
+_EXPM1_RADIUS, _EXPM1 = 0.25, tuple(1.0 / math.factorial(k + 1) for k in range(11))
+_LOG1P_RADIUS, _LOG1P = 0.0625, tuple((-1.0) ** k / (k + 1) for k in range(13))
+_TANH_RADIUS = 0.25
+_TANH: tuple[float, ...] = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835)  # in u²
+_TANH += (-1382 / 155925, 21844 / 6081075, -929569 / 638512875, 6404582 / 10854718875, -443861162 / 1856156927625)
 
 
 def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -69,6 +73,14 @@ def _deviation(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, c - c.mean(-1, keepdim=True)
 
 
+def _polynomial(u: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """Σ coefficients[k]·u^k by Horner's rule."""
+    total = torch.full_like(u, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        total = total * u + coefficient
+    return total
+
+
 def _shape(c: Tensor, variant: str, lam: float | Tensor) -> Tensor:
     """f_lam(c) in the unit of `c`; at lam = 0, L and T are the identity, their limit."""
     if variant == "S":
@@ -76,11 +88,12 @@ def _shape(c: Tensor, variant: str, lam: float | Tensor) -> Tensor:
     if variant == "shrink":
         t = lam * c.abs().mean(-1, keepdim=True)
         return c - c.clamp(-t, t)
-    if isinstance(lam, Tensor):
-        # No branch on the value: that would synchronise the device and break a compiled graph.
-        safe = torch.where(lam == 0, 1.0, lam)
-        return torch.where(lam == 0, c, _shape_at(c, variant, safe))
-    return c if lam == 0 else _shape_at(c, variant, lam)
+    if not isinstance(lam, Tensor):
+        return c if lam == 0 else _shape_at(c, variant, lam)
+    if lam.ndim or lam.requires_grad:  # a learned one
+        return _shape_for_learning(c, variant, lam)
+    # No branch on the value: that would synchronise the device and break a compiled graph.
+    return torch.where(lam == 0, c, _shape_at(c, variant, torch.where(lam == 0, 1.0, lam)))
 
 
 def _shape_at(c: Tensor, variant: str, lam: float | Tensor) -> Tensor:
@@ -88,6 +101,20 @@ def _shape_at(c: Tensor, variant: str, lam: float | Tensor) -> Tensor:
         return torch.tanh(lam * c) / lam
     sign = _sign(c)
     return sign * torch.log1p(lam * (sign * c)) / lam
+
+
+def _shape_for_learning(c: Tensor, variant: str, lam: Tensor) -> Tensor:
+    """The same as c·g(u), with g(u) = log1p(u)/u of u = lam·|c|, or tanh(u)/u of u = lam·c.
+
+    The derivative in lam of f(lam·c)/lam is a difference of two near equals where lam·|c| is small: in float32 it has
+    no digits left at lam = 1e-4. That of g has all of them.
+    """
+    u = lam * (c if variant == "T" else _sign(c) * c)
+    small = u.abs() < (_TANH_RADIUS if variant == "T" else _LOG1P_RADIUS)
+    near, far = torch.where(small, u, 0.0), torch.where(small, 1.0, u)
+    if variant == "T":
+        return c * torch.where(small, _polynomial(near * near, _TANH), torch.tanh(far) / far)
+    return c * torch.where(small, _polynomial(near, _LOG1P), torch.log1p(far) / far)
 
 
 def compress(c: Tensor, *, variant: str, lam: float | Tensor, unit: str = "raw") -> Tensor:
@@ -104,7 +131,8 @@ def compress(c: Tensor, *, variant: str, lam: float | Tensor, unit: str = "raw")
         c: deviations from the group mean, shape (..., N), any floating dtype.
         variant: "S", "L", "T" or "shrink".
         lam: strength. S: lam >= 1; L and T: lam >= 0, where 0 is the identity; shrink: 0 <= lam < 1. A tensor
-            (broadcastable to (..., 1)) is used as it is, without a check of its value.
+            (broadcastable to (..., 1)) is used as it is, without a check of its value; one that has dimensions or needs
+            a gradient goes through a form whose derivative in lam is accurate, for L and T at lam = 0 too.
         unit: "raw" takes `c` as it is; "mean_abs" measures it in the group's own a = mean|c|: f = a·f_lam(c / a).
             Where a = 0, f = 0 with slope f'(0).
 
@@ -214,13 +242,9 @@ def power_transform(h: Tensor, lam: float | Tensor) -> Tensor:
     ell = torch.log1p(sign * h)
     q = (1 + sign * (lam - 1)) * ell
     # ψ = s·l·φ(q) with φ(q) = expm1(q)/q: no division by η, and autograd stays accurate where q is small.
-    small = q.abs() < _SERIES_RADIUS
-    far = torch.where(small, 1.0, q)
-    near = torch.where(small, q, 0.0)
-    series = torch.full_like(near, _SERIES[-1])
-    for coefficient in reversed(_SERIES[:-1]):
-        series = series * near + coefficient
-    return (sign * ell * torch.where(small, series, torch.expm1(far) / far)).to(dtype)
+    small = q.abs() < _EXPM1_RADIUS
+    near, far = torch.where(small, q, 0.0), torch.where(small, 1.0, q)
+    return (sign * ell * torch.where(small, _polynomial(near, _EXPM1), torch.expm1(far) / far)).to(dtype)
 
 
 def newton_lambda(h: Tensor, *, alpha: float = 1.0, eps: float = 1e-5) -> Tensor:

@@ -1,32 +1,12 @@
-"""What every model family shares: where its norms sit, the function that puts them there, and their initialization."""
+"""What every model family shares: the function that puts its norms in place, their initialization, a guard."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .norms import NormBase, build_norm
-
-
-@dataclass(frozen=True)
-class SiteTable:
-    """Where one architecture keeps its norms, relative to the base model."""
-
-    blocks: str
-    in_block: tuple[str, ...]
-    final: str
-    optional: tuple[tuple[str, str], ...] = ()
-    """Sites in a block that exist only if the config's flag is set: (attribute, flag)."""
-
-    def names(self, config: PreTrainedConfig) -> list[str]:
-        """Every site's name in a model of this config, in order of execution."""
-        extra = tuple(site for site, flag in self.optional if getattr(config, flag))
-        blocks = range(config.num_hidden_layers)
-        return [f"{self.blocks}.{i}.{site}" for i in blocks for site in self.in_block + extra] + [self.final]
-
-
-LLAMA_SITES = SiteTable("layers", ("input_layernorm", "post_attention_layernorm"), "norm")
-GPT2_SITES = SiteTable("h", ("ln_1", "ln_2"), "ln_f", (("ln_cross_attn", "add_cross_attention"),))
+from .norms import LayerNormalNorm, NormBase, build_norm
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -34,25 +14,39 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, NormBase) or type(module).__name__.endswith("Norm")
 
 
-def install_norms(model: PreTrainedModel, config: PreTrainedConfig, sites: SiteTable) -> None:
-    """Put the norm that `config` names at every site of the base model `model`.
+def check_sites(base: nn.Module, expected: list[str]) -> None:
+    """Raise RuntimeError unless the norms in the base model `base` are those at the `expected` names."""
+    found = [name for name, module in base.named_modules(remove_duplicate=False) if is_norm(module)]
+    if sorted(found) != sorted(expected):
+        raise RuntimeError(
+            f"{type(base).__name__}: expected {len(expected)} norms, found {len(found)} "
+            f"(unexpected or missing: {', '.join(sorted(set(found) ^ set(expected)))}); either the model was changed, "
+            "or this release of Transformers is not one hf_ibnorm knows"
+        )
+
+
+def install_norms(base: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Put the norm that `config` chooses for it at every site of the base model `base`.
 
     Raises:
         RuntimeError: the norms found are not the ones expected, which means that Transformers changed the architecture.
     """
-    expected = sites.names(config)
-    found = [name for name, module in model.named_modules() if is_norm(module)]
-    if sorted(found) != sorted(expected):
-        raise RuntimeError(
-            f"{type(model).__name__}: expected {len(expected)} norms, found {len(found)} "
-            f"(unexpected or missing: {', '.join(sorted(set(found) ^ set(expected)))}); "
-            "this release of Transformers is not one hf_ibnorm knows"
-        )
+    sites = config.norm_site_table.names(config)
+    check_sites(base, sites)
     config.resolve_norms()  # fields may have been set since the config was made
-    for name in expected:
-        parent, _, attribute = name.rpartition(".")
-        norm = build_norm(config.norm_type, config.hidden_size, **config.norm_kwargs)
-        setattr(model.get_submodule(parent), attribute, norm)
+    for site in sites:
+        set_site(base, site, build_site(config, site))
+
+
+def build_site(config: PreTrainedConfig, site: str, **factory: Any) -> nn.Module:
+    """The norm that `config` chooses for `site`; `factory` is device and dtype."""
+    name, options = config.norm_at(site)
+    return build_norm(name, config.hidden_size, **options, **factory)
+
+
+def set_site(base: nn.Module, site: str, norm: nn.Module) -> None:
+    parent, _, attribute = site.rpartition(".")
+    setattr(base.get_submodule(parent), attribute, norm)
 
 
 class NormInitMixin:
@@ -73,3 +67,31 @@ class NormInitMixin:
         # attention and MLP are such modules, and would lose the 1/sqrt(2L) scaling of their output projections.
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         super()._initialize_weights(module, is_custom_code and bool(own), **kwargs)  # type: ignore[misc]
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)  # type: ignore[misc]
+        try:
+            check_checkpointing(self, self.modules())  # type: ignore[arg-type, attr-defined]
+        except ValueError:
+            super()._set_gradient_checkpointing(False)  # type: ignore[misc]
+            raise
+
+
+def check_checkpointing(model: nn.Module, norms: Iterable[nn.Module]) -> None:
+    """Refuse gradient checkpointing that recomputes with other noise than the forward pass had.
+
+    The loss would be the same and the gradients silently wrong.
+
+    Raises:
+        ValueError: one of `norms` draws noise and `model` checkpoints with `preserve_rng_state=False`.
+    """
+    noisy = any(isinstance(norm, LayerNormalNorm) and norm.draws_noise for norm in norms)
+    for module in model.modules() if noisy else ():
+        function: Callable | None = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and (
+            getattr(function, "keywords", {}).get("preserve_rng_state") is False
+        ):
+            raise ValueError(
+                "preserve_rng_state: got False with a norm that draws noise, which makes gradients silently wrong; "
+                "must be True (the default)"
+            )

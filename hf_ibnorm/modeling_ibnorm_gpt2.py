@@ -4,7 +4,7 @@ from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 
 from .configuration_ibnorm import IBNormGPT2Config
-from .modeling_ibnorm import GPT2_SITES, NormInitMixin, install_norms
+from .modeling_ibnorm import NormInitMixin, install_norms
 
 
 class IBNormGPT2Model(NormInitMixin, GPT2Model):
@@ -15,7 +15,7 @@ class IBNormGPT2Model(NormInitMixin, GPT2Model):
 
     def __init__(self, config: IBNormGPT2Config) -> None:
         super().__init__(config)
-        install_norms(self, config, GPT2_SITES)
+        install_norms(self, config)
         self.post_init()  # touches the new norms only
 
 

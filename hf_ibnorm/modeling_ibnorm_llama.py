@@ -5,18 +5,18 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from .configuration_ibnorm import IBNormLlamaConfig
-from .modeling_ibnorm import LLAMA_SITES, NormInitMixin, install_norms
+from .modeling_ibnorm import NormInitMixin, install_norms
 
 
 class IBNormLlamaModel(NormInitMixin, LlamaModel):
-    """LlamaModel whose 2·L+1 norms are those of its config (`norm_type`, `norm_kwargs`)."""
+    """LlamaModel whose 2·L+1 norms are those of its config (`norm_type`, `norm_kwargs`, `norm_overrides`)."""
 
     config: IBNormLlamaConfig
     config_class = IBNormLlamaConfig
 
     def __init__(self, config: IBNormLlamaConfig) -> None:
         super().__init__(config)
-        install_norms(self, config, LLAMA_SITES)
+        install_norms(self, config)
         self.post_init()  # touches the new norms only
 
 

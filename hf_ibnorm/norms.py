@@ -6,11 +6,13 @@ options, the controls (torch's LayerNorm and RMSNorm, Dynamic Tanh) included; `b
 """
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -104,13 +106,15 @@ class IBNorm(NormBase):
     Instance-Batch normalization of IBN-Net.)
 
     lam lives in a non-persistent float32 buffer that `.to(dtype)`, `.half()` and the like leave alone; checkpoints of
-    a model carry it in the config.
+    a model carry it in the config. Change it with `hf_ibnorm.set_lam`. With `learn_lam` it is a parameter instead,
+    `theta` of shape (1,), cast and saved like any other: lam = softplus(theta), for shrink sigmoid(theta).
 
     Args:
         normalized_shape: N, the width of the last dimension.
         variant: "L" (logarithmic), "S" (linear), "T" (tanh) or "shrink" (soft threshold, experimental).
         lam: compression strength; by default 4 for L and S, 2 for T, 0.5 for shrink.
             L, T: lam >= 0; S: lam >= 1; shrink: 0 <= lam < 1.
+        learn_lam: learn lam, starting from `lam`, which must be > 0; not for S.
         unit: "raw" or "mean_abs".
         standardize: "layer" or "rms".
         order: "compress_first" or "standardize_first".
@@ -125,14 +129,16 @@ class IBNorm(NormBase):
         ValueError, TypeError: naming the field, the value and what is allowed.
     """
 
-    _described = ("variant", "lam_value", "unit", "standardize", "order", "eps", "backend")
-    lam: Tensor
+    _described = ("variant", "lam_value", "learn_lam", "unit", "standardize", "order", "eps", "backend")
+    lam: Tensor | None
+    theta: nn.Parameter | None
 
     def __init__(
         self,
         normalized_shape: int | tuple[int],
         variant: str = "L",
         lam: float | None = None,
+        learn_lam: bool = False,
         unit: str = "raw",
         standardize: str = "layer",
         order: str = "compress_first",
@@ -150,24 +156,65 @@ class IBNorm(NormBase):
         check_choice("order", order, ORDERS)
         _check_backend(backend)
         check_number("eps", eps, 0.0)
-        lam = DEFAULT_LAM[variant] if lam is None else lam
-        check_lam(variant, lam)
+        _check_bool("learn_lam", learn_lam)
+        if learn_lam and variant == "S":
+            raise ValueError("learn_lam: got True with variant 'S'; only L, T and shrink can learn lam")
         self.variant, self.unit, self.standardize, self.order = variant, unit, standardize, order
-        self.eps, self.backend = float(eps), backend
-        self.lam_value = float(lam)
+        self.learn_lam, self.eps, self.backend = learn_lam, float(eps), backend
+        self.lam_value = self.checked_lam(DEFAULT_LAM[variant] if lam is None else lam)
         # float32 whatever the default dtype: bfloat16 could not hold lam = 0.3
-        self.register_buffer("lam", torch.empty((), device=device, dtype=torch.float32), persistent=False)
+        buffer = None if learn_lam else torch.empty((), device=device, dtype=torch.float32)
+        self.register_buffer("lam", buffer, persistent=False)
+        theta = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learn_lam else None
+        self.register_parameter("theta", theta)
         self.reset_parameters()
+
+    def checked_lam(self, value: Any) -> float:
+        """`value` as a float, if it can be this norm's lam.
+
+        Raises:
+            ValueError, TypeError: naming the value and what is allowed.
+        """
+        check_lam(self.variant, value)
+        if self.learn_lam and value == 0:
+            raise ValueError("lam: got 0, must be > 0 with learn_lam")
+        return float(value)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        init.constant_(self.lam, self.lam_value)
+        if self.lam is not None:
+            init.constant_(self.lam, self.lam_value)
+        if self.theta is not None:
+            init.constant_(self.theta, self._theta(self.lam_value))
+
+    def _theta(self, lam: float) -> float:
+        """The theta that gives `lam`."""
+        if self.variant == "shrink":
+            return math.log(lam / (1 - lam))
+        return lam + math.log(-math.expm1(-lam))  # log(expm1(lam)), which would overflow
+
+    def current_lam(self) -> Tensor:
+        """lam as the formula uses it, learned or not: shape (1,) or (), at least float32."""
+        if self.theta is None:
+            return self.lam  # type: ignore[return-value]
+        theta = self.theta if self.theta.dtype == torch.float64 else self.theta.float()
+        return torch.sigmoid(theta) if self.variant == "shrink" else F.softplus(theta)
+
+    def set_lam(self, value: float) -> None:
+        """Set lam in place; `hf_ibnorm.set_lam` does so for a whole model and its config."""
+        self.lam_value = self.checked_lam(value)
+        with torch.no_grad():
+            if self.lam is not None:
+                self.lam.fill_(self.lam_value)
+            if self.theta is not None:
+                self.theta.fill_(self._theta(self.lam_value))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IBNorm":
-        before = self.lam
         super()._apply(fn, recurse)
-        if self.lam.dtype != torch.float32:  # a cast: keep the place it moved to, not the rounding
-            self.lam = before.to(self.lam.device) if not before.is_meta else self.lam.float()
+        # A cast rounds lam and `to_empty` forgets it; state dicts do not hold it. Written anew it survives both.
+        if self.lam is not None:
+            self.lam = self.lam.float()
+            self.lam.fill_(self.lam_value)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +224,7 @@ class IBNorm(NormBase):
             self.weight,
             self.bias,
             variant=self.variant,
-            lam=self.lam,
+            lam=self.current_lam(),
             unit=self.unit,
             standardize=self.standardize,
             order=self.order,
@@ -232,6 +279,11 @@ class LayerNormalNorm(NormBase):
         self.noise, self.noise_mode, self.keep_prob = float(noise), noise_mode, keep_prob
         self.alpha, self.eps, self.backend = float(alpha), float(eps), backend
         self.reset_parameters()
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether training mode adds noise."""
+        return self.noise > 0 or self.noise_mode == "dropout"
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x` of shape (..., N) over its last dimension; noisy in training mode."""
@@ -306,6 +358,7 @@ DEFAULT_LAM = {"L": 4.0, "S": 4.0, "T": 2.0, "shrink": 0.5}
 def _ibnorm(variant: str) -> NormEntry:
     defaults = {
         "lam": DEFAULT_LAM[variant],
+        "learn_lam": False,
         "unit": "raw",
         "standardize": "layer",
         "order": "compress_first",
@@ -350,8 +403,8 @@ def nearest(value: str, allowed: list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def norm_name(name: str) -> str:
-    """The registry's spelling of `name`; case, "-" and "_" do not matter.
+def norm_name(name: str, field: str = "norm_type") -> str:
+    """The registry's spelling of `name`; case, "-" and "_" do not matter. `field` is what errors call it.
 
     Raises:
         ValueError: no such norm; the message gives the nearest name and all of them.
@@ -359,24 +412,30 @@ def norm_name(name: str) -> str:
     key = str(name).lower().replace("-", "").replace("_", "")
     if key not in _NAMES:
         hint = nearest(str(name).lower().replace("-", "_"), list(NORMS))
-        raise ValueError(f"norm_type: unknown norm {name!r}{hint}; known are {', '.join(NORMS)}")
+        raise ValueError(f"{field}: unknown norm {name!r}{hint}; known are {', '.join(NORMS)}")
     return _NAMES[key]
 
 
-def resolve_norm_kwargs(name: str, kwargs: Mapping[str, Any] | None, model_eps: float | None = None) -> dict[str, Any]:
+def resolve_norm_kwargs(
+    name: str, kwargs: Mapping[str, Any] | None, model_eps: float | None = None, field: str = "norm_kwargs"
+) -> dict[str, Any]:
     """Every option of norm `name` with its value: `kwargs` over the model's eps over the registry's defaults.
+
+    `field` is what errors call the options.
 
     Raises:
         ValueError, TypeError: an unknown option (with the nearest name), or a value that is not allowed.
     """
     name = norm_name(name)
     entry = NORMS[name]
+    if not isinstance(kwargs, Mapping | None):
+        raise TypeError(f"{field}: got {kwargs!r}, must be a dict of options of {name}")
     kwargs = dict(kwargs or {})
     for key in kwargs:
         if key not in entry.defaults:
             options = list(entry.defaults)
             hint = nearest(str(key), options)
-            raise ValueError(f"norm_kwargs.{key}: {name} has no such option{hint}; it has {', '.join(options)}")
+            raise ValueError(f"{field}.{key}: {name} has no such option{hint}; it has {', '.join(options)}")
     resolved = {**entry.defaults, **kwargs}
     if model_eps is not None and entry.model_eps and "eps" in resolved and kwargs.get("eps") is None:
         resolved["eps"] = model_eps
@@ -387,7 +446,7 @@ def resolve_norm_kwargs(name: str, kwargs: Mapping[str, Any] | None, model_eps: 
     try:
         _build(entry, 1, resolved, device="meta")
     except (TypeError, ValueError) as error:
-        raise type(error)(f"norm_kwargs.{error} (norm {name})") from None
+        raise type(error)(f"{field}.{error} (norm {name})") from None
     return resolved
 
 

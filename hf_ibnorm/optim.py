@@ -1,6 +1,10 @@
-"""What an optimizer needs to know about a model with these norms."""
+"""What training needs to do with a model that has these norms: decay groups, and λ as a schedule changes it."""
+
+from typing import Any
 
 from torch import nn
+
+from .norms import NORMS, IBNorm
 
 
 def no_decay_parameter_names(model: nn.Module) -> list[str]:
@@ -17,3 +21,39 @@ def no_decay_parameter_names(model: nn.Module) -> list[str]:
         Sorted names, as in `model.named_parameters()`.
     """
     return sorted(name for name, parameter in model.named_parameters() if parameter.ndim < 2)
+
+
+def set_lam(model: nn.Module, value: float) -> None:
+    """Set λ of every IBNorm in `model`, and in its config, so that a checkpoint taken now loads with it.
+
+    A compiled model does not recompile. With `learn_lam` the parameter `theta` is set; it goes on learning from there.
+
+    Args:
+        model: any module with `IBNorm`s in it (arXiv 2510.25262), wrapped or not.
+        value: λ, allowed by the variant of each of them: L, T >= 0; S >= 1; shrink in [0, 1).
+
+    Raises:
+        ValueError, TypeError: the model has no IBNorm, or `value` is not allowed for one; nothing is changed then.
+    """
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, IBNorm)}
+    if not norms:
+        raise ValueError(f"model: {type(model).__name__} has no IBNorm, so there is no lam to set")
+    for name, norm in norms.items():
+        try:
+            norm.checked_lam(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (variant {norm.variant}, {name or 'the model itself'})") from None
+    for norm in norms.values():
+        norm.set_lam(value)
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    for config in configs.values():
+        if not hasattr(config, "norm_kwargs"):
+            continue
+        if NORMS[config.norm_type].cls is IBNorm:
+            config.norm_kwargs = {**config.norm_kwargs, "lam": float(value)}
+        config.norm_overrides = [
+            [glob, {**norm, "kwargs": {**norm["kwargs"], "lam": float(value)}}]
+            if NORMS[norm["type"]].cls is IBNorm
+            else [glob, norm]
+            for glob, norm in config.norm_overrides
+        ]

@@ -118,13 +118,14 @@ def test_module_is_the_function():
 
 
 def test_printing_a_norm_documents_the_experiment():
-    assert "variant=T, lam=1.5, unit=raw" in repr(IBNorm(8, variant="T", lam=1.5))
+    assert "variant=T, lam=1.5, learn_lam=False, unit=raw" in repr(IBNorm(8, variant="T", lam=1.5))
     assert "noise=0.5, noise_mode=scaled" in repr(LayerNormalNorm(8, noise=0.5))
 
 
 def test_resolved_options_are_complete_and_take_the_models_eps():
     assert resolve_norm_kwargs("ibnorm_t", {"lam": 1}, 1e-4) == {
         "lam": 1.0,
+        "learn_lam": False,
         "unit": "raw",
         "standardize": "layer",
         "order": "compress_first",
