@@ -1,0 +1,47 @@
+"""Checkpoints that carry their code, for machines without this package (`trust_remote_code=True`)."""
+
+import inspect
+import json
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .families import FAMILIES
+from .files import write_json, write_text
+
+
+def add_remote_code(checkpoint: str | Path) -> list[Path]:
+    """Put the model's code into a saved checkpoint, so that it loads without hf_ibnorm.
+
+    Afterwards `AutoModel`, `AutoModelForCausalLM` and `AutoModelForSequenceClassification` load it with
+    `trust_remote_code=True` in an environment that has only Transformers, with the same logits to the bit
+    (`backend="reference"`), and models saved there carry the code on. Where hf_ibnorm is imported, it is used instead
+    unless `trust_remote_code=True` is passed.
+
+    Args:
+        checkpoint: a directory that `save_pretrained` wrote. Its `config.json` is rewritten, with an `auto_map`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileNotFoundError: there is no `config.json` in it.
+        ValueError: `config.json` is of another model type; the message names those that are known.
+    """
+    checkpoint = Path(checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    known = {family.config.model_type: family for family in FAMILIES}
+    if config.get("model_type") not in known:
+        raise ValueError(f"model_type: got {config.get('model_type')!r} in {checkpoint}, must be {' or '.join(known)}")
+    family = known[config["model_type"]]
+    source = Path(inspect.getfile(family.causal_lm))
+    # Flat files only, found through `from .module import name`: what Transformers can follow when it loads or saves.
+    files = {Path(file).name: Path(file) for file in [source, *get_relative_import_files(source)]}
+    for name, file in files.items():
+        write_text(checkpoint / name, file.read_text(encoding="utf-8"))
+    classes = {"AutoConfig": family.config, **{auto.__name__: cls for auto, cls in family.auto_classes.items()}}
+    config["auto_map"] = {
+        auto: f"{Path(inspect.getfile(cls)).stem}.{cls.__name__}" for auto, cls in classes.items()
+    }
+    write_json(checkpoint / "config.json", config)  # last: before it, the checkpoint is what it was
+    return [checkpoint / name for name in files] + [checkpoint / "config.json"]
