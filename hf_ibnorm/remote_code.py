@@ -40,8 +40,6 @@ def add_remote_code(checkpoint: str | Path) -> list[Path]:
     for name, file in files.items():
         write_text(checkpoint / name, file.read_text(encoding="utf-8"))
     classes = {"AutoConfig": family.config, **{auto.__name__: cls for auto, cls in family.auto_classes.items()}}
-    config["auto_map"] = {
-        auto: f"{Path(inspect.getfile(cls)).stem}.{cls.__name__}" for auto, cls in classes.items()
-    }
+    config["auto_map"] = {auto: f"{Path(inspect.getfile(cls)).stem}.{cls.__name__}" for auto, cls in classes.items()}
     write_json(checkpoint / "config.json", config)  # last: before it, the checkpoint is what it was
     return [checkpoint / name for name in files] + [checkpoint / "config.json"]

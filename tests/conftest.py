@@ -7,9 +7,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from helpers import shake
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
+from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
 
 torch.set_num_threads(2)
 logging.disable_progress_bar()
@@ -21,6 +24,7 @@ TINY = {
     ),
     "gpt2": (IBNormGPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
 }
+STOCK = {"llama": (LlamaConfig, LlamaForCausalLM), "gpt2": (GPT2Config, GPT2LMHeadModel)}
 
 
 @pytest.fixture
@@ -52,5 +56,19 @@ def tiny_config():
     def make(family: str, **fields):
         cls, sizes = TINY[family]
         return cls(**{**sizes, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0, **fields})
+
+    return make
+
+
+@pytest.fixture
+def stock_model(tiny_config):
+    """Factory of tiny stock models, their parameters moved off the initial values: stock_model("gpt2")."""
+
+    def make(family: str, cls=None, **fields):
+        config_cls, model_cls = STOCK[family]
+        config = tiny_config(family, **fields).to_dict()
+        plain = {key: value for key, value in config.items() if key not in (*NORM_FIELDS, "model_type")}
+        torch.manual_seed(1)
+        return shake((cls or model_cls)(config_cls(**plain)))
 
     return make
