@@ -421,7 +421,7 @@ def resolve_norm_kwargs(
 ) -> dict[str, Any]:
     """Every option of norm `name` with its value: `kwargs` over the model's eps over the registry's defaults.
 
-    `field` is what errors call the options.
+    An option that is None is one left out. `field` is what errors call the options.
 
     Raises:
         ValueError, TypeError: an unknown option (with the nearest name), or a value that is not allowed.
@@ -430,14 +430,14 @@ def resolve_norm_kwargs(
     entry = NORMS[name]
     if not isinstance(kwargs, Mapping | None):
         raise TypeError(f"{field}: got {kwargs!r}, must be a dict of options of {name}")
-    kwargs = dict(kwargs or {})
-    for key in kwargs:
+    for key in kwargs or {}:
         if key not in entry.defaults:
             options = list(entry.defaults)
             hint = nearest(str(key), options)
             raise ValueError(f"{field}.{key}: {name} has no such option{hint}; it has {', '.join(options)}")
-    resolved = {**entry.defaults, **kwargs}
-    if model_eps is not None and entry.model_eps and "eps" in resolved and kwargs.get("eps") is None:
+    given = {key: value for key, value in (kwargs or {}).items() if value is not None}
+    resolved = {**entry.defaults, **given}
+    if model_eps is not None and entry.model_eps and "eps" in resolved and "eps" not in given:
         resolved["eps"] = model_eps
     # Numbers as floats, so that a config reads the same whether 4 or 4.0 was typed.
     for key, default in entry.defaults.items():
