@@ -77,11 +77,11 @@ def mean(x):
 
 
 SEEDS = st.integers(0, 2**32 - 1)
-COUNTS, WIDTHS = st.integers(1, 4), st.integers(1, 40)
-DTYPES = st.sampled_from(list(TOLERANCE))
+COUNTS, WIDTHS, OFFSETS = st.integers(1, 4), st.integers(1, 40), st.floats(-5, 5)
+DTYPES, FLOAT32, FLOAT64 = st.sampled_from(list(TOLERANCE)), st.just(torch.float32), st.just(torch.float64)
 
 
-def rows(dtype=st.just(torch.float64), count=COUNTS, width=WIDTHS, offset=st.floats(-5, 5)):
+def rows(dtype=FLOAT64, count=COUNTS, width=WIDTHS, offset=OFFSETS):
     return st.builds(random_rows, SEEDS, count, width, st.floats(0.1, 10), offset, dtype)
 
 
@@ -108,7 +108,7 @@ def in_form(options, form):
 def compressions(draw, variants=VARIANTS, units=UNITS, lam=None):
     """Options of `compress`."""
     variant = draw(st.sampled_from(variants))
-    return {"variant": variant, "lam": draw(lam or LAM[variant]), "unit": draw(st.sampled_from(units))}
+    return {"variant": variant, "lam": draw(LAM[variant] if lam is None else lam), "unit": draw(st.sampled_from(units))}
 
 
 @st.composite
@@ -328,32 +328,41 @@ def test_lam_may_be_a_number_a_buffer_or_learned(x, options, seed):
 @pytest.mark.parametrize("standardize", STANDARDIZE)
 @pytest.mark.parametrize("order", ORDERS)
 @PROPERTY
-@given(x=rows(), data=st.data(), seed=SEEDS, affine=st.tuples(st.booleans(), st.booleans()))
-def test_ib_norm_is_its_formula(x, data, seed, affine, standardize, order):
-    options = data.draw(ib_options(standardize=[standardize], order=[order]))
+@given(x=rows(), options=ib_options(), seed=SEEDS, with_weight=st.booleans(), with_bias=st.booleans())
+def test_ib_norm_is_its_formula(x, options, seed, with_weight, with_bias, standardize, order):
+    options |= {"standardize": standardize, "order": order}
     weight, bias, upstream = affine_and_upstream(seed, x)
-    weight, bias = (weight if affine[0] else torch.ones_like(weight)), (bias if affine[1] else torch.zeros_like(bias))
+    weight = weight if with_weight else torch.ones_like(weight)
+    bias = bias if with_bias else torch.zeros_like(bias)
     expected, *_ = ib_norm_by_hand(x, weight, bias, upstream, **options)
-    y = ib_norm(x, weight if affine[0] else None, bias if affine[1] else None, **options)
+    y = ib_norm(x, weight if with_weight else None, bias if with_bias else None, **options)
     assert_near(y, expected, 1e-10)
 
 
 @pytest.mark.parametrize("standardize", STANDARDIZE)
 @pytest.mark.parametrize("order", ORDERS)
 @PROPERTY
-@given(x=rows(), data=st.data(), seed=SEEDS)
-def test_gradients_of_ib_norm_are_their_formulas(x, data, seed, standardize, order):
-    options = data.draw(ib_options(standardize=[standardize], order=[order]))
+@given(x=rows(), options=ib_options(), seed=SEEDS)
+def test_gradients_of_ib_norm_are_their_formulas(x, options, seed, standardize, order):
+    options |= {"standardize": standardize, "order": order}
     weight, bias, upstream = affine_and_upstream(seed, x)
-    _, *expected = ib_norm_by_hand(x, weight, bias, upstream, **options)
-    lam = LAM_FORMS["learned"](options.pop("lam"))
-
-    def norm(x, weight, bias, lam):
-        return ib_norm(x, weight, bias, lam=lam, **options)
-
-    _, *gradients = with_gradients(norm, (x, weight, bias, lam), upstream)
+    _, *expected, _ = ib_norm_by_hand(x, weight, bias, upstream, **options)
+    _, *gradients = with_gradients(partial(ib_norm, **options), (x, weight, bias), upstream)
     for gradient, by_hand in zip(gradients, expected, strict=True):
-        assert_near(gradient, by_hand.reshape(gradient.shape), 1e-9)
+        assert_near(gradient, by_hand, 1e-9)
+
+
+@pytest.mark.parametrize("variant", ["L", "T", "shrink"])
+@PROPERTY
+@given(x=rows(), options=ib_options(), seed=SEEDS, data=st.data())
+def test_gradient_of_a_learned_lam_is_its_formula(x, options, seed, data, variant):
+    lam = data.draw(st.floats(0.01, 0.95) if variant == "shrink" else LAM[variant])
+    options |= {"variant": variant, "lam": lam}
+    weight, bias, upstream = affine_and_upstream(seed, x)
+    *_, expected = ib_norm_by_hand(x, weight, bias, upstream, **options)
+    learned = torch.tensor([options.pop("lam")], dtype=x.dtype)
+    _, gradient = with_gradients(lambda lam: ib_norm(x, weight, bias, lam=lam, **options), [learned], upstream)
+    assert_near(gradient, expected.reshape(1), 1e-9)
 
 
 @settings(PROPERTY, max_examples=15)
@@ -365,7 +374,7 @@ def test_gradients_of_ib_norm_agree_with_finite_differences(x, options, seed):
 
 
 @PROPERTY
-@given(rows(st.just(torch.float32)), SEEDS, st.sampled_from(["L", "T"]), st.sampled_from(UNITS), st.floats(-12, 1))
+@given(rows(FLOAT32), SEEDS, st.sampled_from(["L", "T"]), st.sampled_from(UNITS), st.floats(-12, 1))
 def test_gradient_of_a_learned_lam_keeps_its_digits_in_float32(c, seed, variant, unit, exponent):
     lam = torch.tensor([10.0**exponent])
     *_, upstream = affine_and_upstream(seed, c)
@@ -424,12 +433,12 @@ def test_lam_zero_is_layer_norm_or_rms_norm_plus_bias(x, options, form, seed):
 @PROPERTY
 @given(
     x=st.builds(integer_rows, SEEDS, COUNTS, WIDTHS, DTYPES),
-    data=st.data(),
+    compression=compressions(),
     k=st.sampled_from([0.125, 0.5, 2.0, 64.0]),
     b=st.integers(-64, 64),
 )
-def test_invariances(x, data, k, b, options, scales, shifts):
-    options = {**data.draw(compressions()), **options, "eps": 1e-12}
+def test_invariances(x, compression, k, b, options, scales, shifts):
+    options = {**compression, **options, "eps": 1e-12}
     moved = (k if scales else 1) * (x + (b if shifts else 0))
     assert_near(ib_norm(moved, **options), ib_norm(x, **options), TOLERANCE[x.dtype])
 
@@ -687,7 +696,7 @@ def test_slopes_of_the_power_transform_are_their_formulas(h, lam, seed):
 
 
 @PROPERTY
-@given(rows(st.just(torch.float32)), POWERS)
+@given(rows(FLOAT32), POWERS)
 def test_slope_of_the_power_transform_by_lam_keeps_its_digits_in_float32(h, lam):
     lam = torch.full_like(h, lam)
     _, _, expected = power_by_hand(h.double(), lam.double())

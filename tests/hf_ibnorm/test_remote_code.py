@@ -1,0 +1,88 @@
+"""Checkpoints that carry their code: loaded, used and saved again in a process that has no hf_ibnorm."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from helpers import FAMILIES, build, shake, tokens
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_ibnorm.remote_code import add_remote_code
+
+WITHOUT_THE_PACKAGE = """
+    import sys
+    sys.modules["hf_ibnorm"] = None  # importing it fails from here on
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoConfig
+
+    folder = sys.argv[1]
+    expected = load_file(folder + "/expected.safetensors")
+    x = expected["tokens"]
+
+    def load(auto, path):
+        return auto.from_pretrained(path, trust_remote_code=True).eval()
+
+    model = load(AutoModelForCausalLM, folder + "/lm")
+    assert type(model).__module__.startswith("transformers_modules.")
+    assert torch.equal(model(x).logits, expected["logits"])
+    assert torch.equal(load(AutoModel, folder + "/lm")(x)[0], expected["hidden"])
+    assert torch.equal(load(AutoModelForSequenceClassification, folder + "/classifier")(x)[0], expected["scores"])
+
+    model.save_pretrained(folder + "/again")
+    assert torch.equal(load(AutoModelForCausalLM, folder + "/again")(x).logits, expected["logits"])
+    assert torch.equal(load(AutoModel, folder + "/again")(x)[0], expected["hidden"])
+    config = AutoConfig.from_pretrained(folder + "/again", trust_remote_code=True)
+    fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    fresh.train()(x, labels=x).loss.backward()
+    assert not any(name.startswith("hf_ibnorm.") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_loads_and_saves_again_without_the_package_to_the_bit(tiny_config, family, tmp_path):
+    final = {"llama": "norm", "gpt2": "ln_f"}[family]
+    fields = {"norm_type": "ibnorm_t", "norm_overrides": {final: "layernormalnorm"}, "pad_token_id": 0}
+    fields["norm_kwargs"] = {"lam": 0.3, "backend": "reference"}
+    model = shake(build(tiny_config(family, **fields)))
+    classifier = shake(build(tiny_config(family, **fields), cls=AutoModelForSequenceClassification))
+    for name, each in (("lm", model), ("classifier", classifier)):
+        each.save_pretrained(tmp_path / name)
+        written = add_remote_code(tmp_path / name)
+        assert all(path.parent == tmp_path / name and path.is_file() for path in written)
+    expected = {"tokens": tokens(), "logits": model(tokens()).logits, "hidden": model.base_model(tokens())[0]}
+    expected["scores"] = classifier(tokens()).logits
+    save_file({key: value.contiguous() for key, value in expected.items()}, tmp_path / "expected.safetensors")
+
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    code = textwrap.dedent(WITHOUT_THE_PACKAGE)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_with_the_package_imported_its_own_classes_are_used(tiny_config, tmp_path):
+    model = shake(build(tiny_config("llama")))
+    model.save_pretrained(tmp_path)
+    add_remote_code(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    loaded.save_pretrained(tmp_path)  # and saving over it keeps the code usable
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"].endswith("IBNormLlamaModel")
+
+
+def test_a_folder_that_is_no_checkpoint_of_ours_is_left_alone(stock_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        add_remote_code(tmp_path)
+    stock_model("gpt2").save_pretrained(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="model_type: got 'gpt2' .* must be ibnorm_llama or ibnorm_gpt2"):
+        add_remote_code(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
