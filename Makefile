@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | setup | clean; every target makes .venv on first use.
+# make demo | test | test-slow | test-oldest | lint | setup | clean; every target makes .venv on first use.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,11 @@ DEMO_NORMS := rmsnorm ibnorm_t
 # Further flags for both trainings of the demo, e.g. DEMO_FLAGS="--seed 1".
 DEMO_FLAGS ?=
 
-.PHONY: setup demo test test-slow lint wheel clean
+# The lower bound in pyproject.toml: the oldest Transformers that the tests pass with.
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+OLDEST := .venv-oldest
+
+.PHONY: setup demo test test-slow test-oldest lint wheel clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +44,17 @@ test: setup
 test-slow: setup
 	$(PY) -m pytest -m slow
 
+# The tests with the oldest supported Transformers, and what goes with it, in an environment of its own.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -m "not slow"
+
+$(OLDEST)/.ready: pyproject.toml constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(torch|transformers|tokenizers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(OLDEST)/bin/python -m pip install -q -c $(OLDEST)/constraints.txt -e '.[dev]' transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -50,4 +65,4 @@ wheel: setup
 	$(PY) -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

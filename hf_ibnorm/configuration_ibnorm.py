@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
+# Not used here: Transformers before 5.10 copies only those files of a checkpoint's code that this one imports itself.
+from .functional import ib_norm as ib_norm
 from .norms import NORMS, norm_name, resolve_norm_kwargs
 
 DEFAULT_NORM = "ibnorm_l"

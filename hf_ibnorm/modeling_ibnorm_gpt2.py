@@ -4,7 +4,11 @@ from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 
 from .configuration_ibnorm import IBNormGPT2Config
+
+# Not used here: Transformers before 5.10 copies only those files of a checkpoint's code that this one imports itself.
+from .functional import ib_norm as ib_norm
 from .modeling_ibnorm import NormInitMixin, install_norms
+from .norms import NormBase as NormBase
 
 
 class IBNormGPT2Model(NormInitMixin, GPT2Model):

@@ -5,7 +5,11 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from .configuration_ibnorm import IBNormLlamaConfig
+
+# Not used here: Transformers before 5.10 copies only those files of a checkpoint's code that this one imports itself.
+from .functional import ib_norm as ib_norm
 from .modeling_ibnorm import NormInitMixin, install_norms
+from .norms import NormBase as NormBase
 
 
 class IBNormLlamaModel(NormInitMixin, LlamaModel):

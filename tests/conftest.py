@@ -7,24 +7,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from helpers import shake
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from helpers import FAMILY, shake, stock_config, stock_of
 from transformers.utils import logging
 
-from hf_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
-from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
-
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # faster for models this small, and deaf to what else runs
 logging.disable_progress_bar()
 
-TINY = {
-    "llama": (
-        IBNormLlamaConfig,
-        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-    ),
-    "gpt2": (IBNormGPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+SIZES = {
+    "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
 }
-STOCK = {"llama": (LlamaConfig, LlamaForCausalLM), "gpt2": (GPT2Config, GPT2LMHeadModel)}
 
 
 @pytest.fixture
@@ -54,8 +46,8 @@ def tiny_config():
     """Factory of configs for models of some 20,000 parameters: tiny_config("llama", norm_type=...)."""
 
     def make(family: str, **fields):
-        cls, sizes = TINY[family]
-        return cls(**{**sizes, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0, **fields})
+        shared = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0}
+        return FAMILY[family].config(**{**SIZES[family], **shared, **fields})
 
     return make
 
@@ -65,10 +57,8 @@ def stock_model(tiny_config):
     """Factory of tiny stock models, their parameters moved off the initial values: stock_model("gpt2")."""
 
     def make(family: str, cls=None, **fields):
-        config_cls, model_cls = STOCK[family]
-        config = tiny_config(family, **fields).to_dict()
-        plain = {key: value for key, value in config.items() if key not in (*NORM_FIELDS, "model_type")}
+        config = stock_config(tiny_config(family, **fields))
         torch.manual_seed(1)
-        return shake((cls or model_cls)(config_cls(**plain)))
+        return shake((cls or stock_of(FAMILY[family].causal_lm))(config))
 
     return make

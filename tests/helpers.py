@@ -3,7 +3,21 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-FAMILIES = ("llama", "gpt2")
+from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
+from hf_ibnorm.families import FAMILIES as REGISTERED
+
+FAMILY = {family.config.stock_model_type: family for family in REGISTERED}
+FAMILIES = tuple(FAMILY)
+TABLES = {name: family.config.norm_site_table for name, family in FAMILY.items()}
+FINAL = {name: table.final for name, table in TABLES.items()}
+FIRST_BLOCK = {name: f"{table.blocks}.0.*" for name, table in TABLES.items()}
+LAST_BLOCK = {name: f"{table.blocks}.1.*" for name, table in TABLES.items()}
+STOCK_NORM = {name: table.stock for name, table in TABLES.items()}
+
+
+def stock_of(cls):
+    """The stock class that one of ours, a config or a model, stands in for."""
+    return cls.__bases__[1]
 
 
 def tokens(seed=0):
@@ -24,3 +38,9 @@ def shake(model):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def stock_config(config):
+    """The stock config with every field of one of ours but the norms."""
+    fields = {key: value for key, value in config.to_dict().items() if key not in (*NORM_FIELDS, "model_type")}
+    return stock_of(type(config))(**fields)

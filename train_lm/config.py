@@ -26,6 +26,8 @@ class ModelConfig:
         norm_type: norm at every site: ibnorm_s, ibnorm_l, ibnorm_t, ibnorm_shrink, layernormalnorm, layernorm, rmsnorm
             or dyt.
         norm_kwargs: its options. A whole {...} replaces the recipe's, --model.norm_kwargs.lam 4 merges into it.
+        norm_overrides: sites with another norm, a list of [glob, norm], such as '[[layers.0.*, dyt]]', or a mapping;
+            norm is a name or {type: ..., kwargs: {...}}; the last match wins.
         vocab_size: rows of the embedding (null: as many as the tokenizer has).
         hidden_size: width of the residual stream.
         intermediate_size: inner width of the MLP.
@@ -42,6 +44,7 @@ class ModelConfig:
     model_type: Literal["llama", "gpt2"] = "llama"
     norm_type: str = "ibnorm_l"
     norm_kwargs: dict[str, Any] = field(default_factory=dict)
+    norm_overrides: list[Any] | dict[str, Any] = field(default_factory=list)
     vocab_size: int | None = None
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -179,6 +182,7 @@ def build_model_config(config: TrainConfig, vocab_size: int | None = None, eos_t
         "eos_token_id": eos_token_id,
         "norm_type": model.norm_type,
         "norm_kwargs": dict(model.norm_kwargs or {}),
+        "norm_overrides": model.norm_overrides,
     }
     if model.model_type == "llama":
         return IBNormLlamaConfig(
@@ -214,6 +218,7 @@ def resolved(config: TrainConfig, built: IBNormLlamaConfig | IBNormGPT2Config) -
         config.model,
         norm_type=built.norm_type,
         norm_kwargs=built.norm_kwargs,
+        norm_overrides=built.norm_overrides,
         vocab_size=built.vocab_size,
         num_key_value_heads=getattr(built, "num_key_value_heads", None),
         max_position_embeddings=built.max_position_embeddings,

@@ -69,13 +69,18 @@ def _read(path: Path, parse: Callable[[str], Any], *fields: str) -> Any:
     return content
 
 
+def _strength(options: dict[str, Any]) -> str:
+    return f" λ={options['lam']:g}" if "lam" in options else ""
+
+
 def labels(runs: list[Run]) -> list[str]:
     """What tells the runs apart: the norm with its strength, and the directory's name where two share that."""
     short = []
     for run in runs:
         model = run.config["model"]
-        lam = model["norm_kwargs"].get("lam")
-        short.append(model["norm_type"] + ("" if lam is None else f" λ={lam:g}"))
+        norms = [("", model["norm_type"], model["norm_kwargs"])]
+        norms += [(f"{glob}: ", norm["type"], norm["kwargs"]) for glob, norm in model.get("norm_overrides") or []]
+        short.append(", ".join(f"{where}{norm}{_strength(options)}" for where, norm, options in norms))
     count = Counter(short)
     return [label if count[label] == 1 else f"{label} ({run.name})" for label, run in zip(short, runs, strict=True)]
 
@@ -124,7 +129,7 @@ def fairness(runs: list[Run]) -> list[str]:
         }
         for run in runs
     ]
-    ignored = {"model", "model.norm_type", "model.norm_kwargs"}
+    ignored = {"model", "model.norm_type", "model.norm_kwargs", "model.norm_overrides"}
     fields = sorted(set().union(*settings) - ignored)
     different = [field for field in fields if any(each.get(field) != settings[0].get(field) for each in settings)]
     if different:

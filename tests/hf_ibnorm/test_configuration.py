@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 import torch
-from helpers import FAMILIES, build, shake, tokens
+from helpers import FAMILIES, FAMILY, FINAL, FIRST_BLOCK, STOCK_NORM, TABLES, build, shake, tokens
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,27 +15,21 @@ from transformers.utils import logging
 
 from hf_ibnorm import (
     NORMS,
-    IBNormGPT2Config,
-    IBNormGPT2ForSequenceClassification,
-    IBNormGPT2LMHeadModel,
-    IBNormLlamaConfig,
     IBNormLlamaForCausalLM,
     IBNormLlamaForSequenceClassification,
     norm_sites,
 )
 
-CLASSES = {"llama": IBNormLlamaForCausalLM, "gpt2": IBNormGPT2LMHeadModel}
-CONFIGS = {"llama": IBNormLlamaConfig, "gpt2": IBNormGPT2Config}
-FINAL = {"llama": "norm", "gpt2": "ln_f"}
-FIRST_BLOCK = {"llama": "layers.0.*", "gpt2": "h.0.*"}
-
 
 @pytest.fixture
 def transformers_log(caplog):
     """What Transformers logs, colours included."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
     logging.enable_propagation()
     yield caplog
     logging.disable_propagation()
+    logging.set_verbosity(before)
 
 
 def kinds(model):
@@ -50,7 +44,7 @@ def test_the_last_override_that_matches_wins(tiny_config, family):
         norm_overrides=[
             ["*", "layernorm"],
             [FIRST_BLOCK[family], "ibnorm_l"],
-            [FIRST_BLOCK[family].replace("*", "*2" if family == "gpt2" else "post*"), {"type": "dyt", "kwargs": {}}],
+            [f"*.0.{TABLES[family].in_block[1]}", {"type": "dyt", "kwargs": {}}],
         ],
     )
     assert kinds(build(config)) == ["IBNorm L", "DynamicTanh", "LayerNorm", "LayerNorm", "LayerNorm"]
@@ -127,7 +121,7 @@ def test_an_override_for_a_block_taken_away_later_is_an_error(tiny_config, tmp_p
 def test_loading_with_another_norm_takes_its_defaults(tiny_config, family, tmp_path):
     model = shake(build(tiny_config(family, norm_type="ibnorm_t", norm_kwargs={"lam": 0.3})))
     model.save_pretrained(tmp_path)
-    for load in (CLASSES[family].from_pretrained, AutoModelForCausalLM.from_pretrained):
+    for load in (FAMILY[family].causal_lm.from_pretrained, AutoModelForCausalLM.from_pretrained):
         assert load(tmp_path, norm_type="IBNorm-T").config.norm_kwargs["lam"] == 0.3
         other = load(tmp_path, norm_type="layernormalnorm", norm_overrides={FINAL[family]: "dyt"})
         assert other.config.norm_kwargs["noise"] == 1.0
@@ -141,11 +135,11 @@ def test_loading_with_another_norm_takes_its_defaults(tiny_config, family, tmp_p
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stock_checkpoint_without_an_explicit_norm_is_refused(stock_model, family, tmp_path):
     stock_model(family).save_pretrained(tmp_path)
-    for load in (CLASSES[family].from_pretrained, CONFIGS[family].from_pretrained):
+    for load in (FAMILY[family].causal_lm.from_pretrained, FAMILY[family].config.from_pretrained):
         with pytest.raises(ValueError, match=rf"stock '{family}' model; say which norm .* norm_type='ibnorm_l'"):
             load(tmp_path)
     with pytest.raises(ValueError, match="say which norm"):
-        CONFIGS[family].from_dict(json.loads((tmp_path / "config.json").read_text()))
+        FAMILY[family].config.from_dict(json.loads((tmp_path / "config.json").read_text()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -153,7 +147,7 @@ def test_a_stock_checkpoint_without_an_explicit_norm_is_refused(stock_model, fam
 def test_a_stock_checkpoint_keeps_weights_and_gains(stock_model, family, name, tmp_path, transformers_log):
     stock = stock_model(family)
     stock.save_pretrained(tmp_path)
-    model, info = CLASSES[family].from_pretrained(tmp_path, norm_type=name, output_loading_info=True)
+    model, info = FAMILY[family].causal_lm.from_pretrained(tmp_path, norm_type=name, output_loading_info=True)
     assert model.config.model_type == f"ibnorm_{family}"
     assert "You are using a model of type" not in transformers_log.text
     ours, theirs = model.state_dict(), stock.state_dict()
@@ -164,16 +158,15 @@ def test_a_stock_checkpoint_keeps_weights_and_gains(stock_model, family, name, t
         last = key.rpartition(".")[2]
         assert re.search(rf"{last} +\| (.\[\d+m)?MISSING", transformers_log.text)
         assert torch.equal(ours[key], torch.full_like(ours[key], 0.5 if key.endswith("alpha") else 0.0))
-    if (family, name) in (("llama", "rmsnorm"), ("gpt2", "layernorm")):
+    if name == STOCK_NORM[family]:
         torch.testing.assert_close(model(tokens()).logits, stock(tokens()).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stock_checkpoint_takes_its_eps_and_other_fields_from_the_arguments_too(stock_model, family, tmp_path):
     stock_model(family).save_pretrained(tmp_path)
-    field = CONFIGS[family].norm_eps_field
-    cls = {"llama": IBNormLlamaForSequenceClassification, "gpt2": IBNormGPT2ForSequenceClassification}[family]
-    model = cls.from_pretrained(tmp_path, norm_type="ibnorm_l", num_labels=3, **{field: 1e-3})
+    field = FAMILY[family].config.norm_eps_field
+    model = FAMILY[family].classifier.from_pretrained(tmp_path, norm_type="ibnorm_l", num_labels=3, **{field: 1e-3})
     assert model.config.norm_kwargs["eps"] == 1e-3
     assert model.score.out_features == 3
 

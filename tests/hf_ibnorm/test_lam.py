@@ -5,7 +5,7 @@ import math
 import peft
 import pytest
 import torch
-from helpers import FAMILIES, build, shake, tokens
+from helpers import FAMILIES, FINAL, build, shake, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +16,6 @@ from hf_ibnorm.functional import compress
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_checkpoint_in_the_middle_of_a_ramp_reloads_right(tiny_config, family, learned, tmp_path):
-    final = {"llama": "norm", "gpt2": "ln_f"}[family]
     options = {"lam": 4.0, "learn_lam": learned}
     model = shake(
         build(
@@ -24,7 +23,7 @@ def test_a_checkpoint_in_the_middle_of_a_ramp_reloads_right(tiny_config, family,
                 family,
                 norm_type="ibnorm_l",
                 norm_kwargs=options,
-                norm_overrides=[["*.1.*", "dyt"], [final, {"type": "ibnorm_t", "kwargs": options}]],
+                norm_overrides=[["*.1.*", "dyt"], [FINAL[family], {"type": "ibnorm_t", "kwargs": options}]],
             )
         )
     )

@@ -12,7 +12,7 @@ import warnings
 import peft
 import pytest
 import torch
-from helpers import FAMILIES, build, shake, tokens
+from helpers import FAMILIES, FAMILY, FINAL, LAST_BLOCK, STOCK_NORM, TABLES, build, shake, stock_of, tokens
 from torch import nn
 from transformers import (
     AutoModel,
@@ -20,26 +20,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
-    GPT2ForSequenceClassification,
-    GPT2Model,
-    LlamaForSequenceClassification,
-    LlamaModel,
 )
 
 from hf_ibnorm import (
     NORMS,
+    DynamicTanh,
     IBNorm,
-    IBNormGPT2LMHeadModel,
-    IBNormLlamaForCausalLM,
     apply_norm,
     norm_sites,
     restore_norm,
     swapped_norms,
 )
-
-REGISTERED = {"llama": IBNormLlamaForCausalLM, "gpt2": IBNormGPT2LMHeadModel}
-STOCK_NORM = {"llama": "rmsnorm", "gpt2": "layernorm"}
-LAST_BLOCK = {"llama": "layers.1.*", "gpt2": "h.1.*"}
 
 
 def logits(model):
@@ -59,7 +50,7 @@ def test_patched_saved_and_loaded_is_the_same_model_to_the_bit(stock_model, fami
     model = stock_model(family)
     before = logits(model)
     assert apply_norm(model, name) is model
-    assert type(model) is REGISTERED[family]
+    assert type(model) is FAMILY[family].causal_lm
     after = shake(model)(tokens()).logits
     assert not torch.equal(before, after)
     model.save_pretrained(tmp_path)
@@ -72,7 +63,7 @@ def test_patched_saved_and_loaded_is_the_same_model_to_the_bit(stock_model, fami
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patched_model_is_like_one_built_from_its_config(stock_model, family):
     model = apply_norm(stock_model(family), "ibnorm_t", lam=0.3).train()
-    built = REGISTERED[family](copy.deepcopy(model.config))
+    built = FAMILY[family].causal_lm(copy.deepcopy(model.config))
     unlike = {key for key in vars(model) if key != "_norms_before" and str(vars(model)[key]) != str(vars(built)[key])}
     assert unlike == set()
     assert set(vars(model)) - set(vars(built)) == {"_norms_before"}
@@ -159,9 +150,9 @@ def test_sites_choose_where_and_the_rest_stays(stock_model, family, tmp_path):
     model = stock_model(family)
     before = logits(model)
     apply_norm(model, "ibnorm_l", sites=LAST_BLOCK[family], lam=1.0)
-    apply_norm(model, "dyt", sites=[{"llama": "norm", "gpt2": "ln_f"}[family]])
-    names = [type(norm).__name__ for norm in norm_sites(model).values()]
-    assert names == [{"llama": "RMSNorm", "gpt2": "LayerNorm"}[family]] * 2 + ["IBNorm"] * 2 + ["DynamicTanh"]
+    apply_norm(model, "dyt", sites=[FINAL[family]])
+    kinds = [type(norm) for norm in norm_sites(model).values()]
+    assert kinds == [NORMS[STOCK_NORM[family]].cls] * 2 + [IBNorm] * 2 + [DynamicTanh]
     assert model.config.norm_type == STOCK_NORM[family]
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
@@ -240,7 +231,7 @@ def test_a_gain_tied_between_sites_stays_tied(stock_model, family):
 def test_a_norm_shared_by_two_sites_stays_shared(stock_model, family):
     model = stock_model(family)
     block = model.base_model.get_submodule(LAST_BLOCK[family].removesuffix(".*"))
-    names = {"llama": ("input_layernorm", "post_attention_layernorm"), "gpt2": ("ln_1", "ln_2")}[family]
+    names = TABLES[family].in_block
     setattr(block, names[1], getattr(block, names[0]))
     shared, before = getattr(block, names[0]), logits(model)
     apply_norm(model, "ibnorm_l")
@@ -262,19 +253,17 @@ def test_tied_embeddings_stay_tied_and_survive_saving(stock_model, family, tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("head", ["base", "classifier"])
+@pytest.mark.parametrize("head", ["model", "classifier"])
 def test_base_models_and_classifiers_are_patched_too(stock_model, family, head, tmp_path):
-    classes = {
-        "llama": {"base": LlamaModel, "classifier": LlamaForSequenceClassification},
-        "gpt2": {"base": GPT2Model, "classifier": GPT2ForSequenceClassification},
-    }
-    model = stock_model(family, classes[family][head], pad_token_id=0)
+    ours = getattr(FAMILY[family], head)
+    model = stock_model(family, stock_of(ours), pad_token_id=0)
     before = model(tokens())[0]
     apply_norm(model, "ibnorm_l")
     after = model(tokens())[0]
     assert not torch.equal(before, after)
     model.save_pretrained(tmp_path)
-    auto = {"base": AutoModel, "classifier": AutoModelForSequenceClassification}[head]
+    assert type(model) is ours
+    auto = {"model": AutoModel, "classifier": AutoModelForSequenceClassification}[head]
     assert torch.equal(auto.from_pretrained(tmp_path)(tokens())[0], after)
     assert torch.equal(restore_norm(model)(tokens())[0], before)
 
@@ -477,7 +466,7 @@ def test_patching_under_peft_keeps_the_adapter_working(stock_model, family, tmp_
     before = logits(model)
     assert apply_norm(model, "ibnorm_l") is model
     assert isinstance(model, peft.PeftModel)
-    assert type(model.get_base_model()) is REGISTERED[family]
+    assert type(model.get_base_model()) is FAMILY[family].causal_lm
     assert all(name.startswith("base_model.model.") for name in norm_sites(model))
     assert not any(p.requires_grad for norm in norm_sites(model).values() for p in norm.parameters())
     after = logits(model)

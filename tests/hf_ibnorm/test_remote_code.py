@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from helpers import FAMILIES, build, shake, tokens
+from helpers import FAMILIES, FINAL, build, shake, tokens
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -46,8 +46,7 @@ WITHOUT_THE_PACKAGE = """
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_loads_and_saves_again_without_the_package_to_the_bit(tiny_config, family, tmp_path):
-    final = {"llama": "norm", "gpt2": "ln_f"}[family]
-    fields = {"norm_type": "ibnorm_t", "norm_overrides": {final: "layernormalnorm"}, "pad_token_id": 0}
+    fields = {"norm_type": "ibnorm_t", "norm_overrides": {FINAL[family]: "layernormalnorm"}, "pad_token_id": 0}
     fields["norm_kwargs"] = {"lam": 0.3, "backend": "reference"}
     model = shake(build(tiny_config(family, **fields)))
     classifier = shake(build(tiny_config(family, **fields), cls=AutoModelForSequenceClassification))

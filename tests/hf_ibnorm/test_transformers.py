@@ -7,7 +7,7 @@ import pickle
 import peft
 import pytest
 import torch
-from helpers import FAMILIES, build, shake, tokens
+from helpers import FAMILIES, FINAL, build, shake, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.func import functional_call, grad, vmap
 from transformers import (
@@ -34,11 +34,10 @@ def family(request):
 @pytest.fixture(params=["registered", "patched"])
 def model(request, tiny_config, stock_model, family):
     """A trained-looking model whose blocks have IBNorm, and a LayerNormalNorm at the end."""
-    final = {"llama": "norm", "gpt2": "ln_f"}[family]
     if request.param == "patched":
         patched = apply_norm(stock_model(family), "ibnorm_t", lam=0.3)
-        return apply_norm(patched, "layernormalnorm", sites=final)
-    overrides = {final: "layernormalnorm"}
+        return apply_norm(patched, "layernormalnorm", sites=FINAL[family])
+    overrides = {FINAL[family]: "layernormalnorm"}
     return shake(build(tiny_config(family, norm_type="ibnorm_t", norm_kwargs={"lam": 0.3}, norm_overrides=overrides)))
 
 
@@ -149,7 +148,7 @@ def test_half_precision_loads_compute_in_it_and_keep_lam(model, dtype, tmp_path)
 
 def test_a_device_map_and_offloading_to_disk_change_nothing(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    one_block = {"llama": "model.layers.1", "gpt2": "transformer.h.1"}[model.config.stock_model_type]
+    one_block = f"{model.base_model_prefix}.{model.config.norm_site_table.blocks}.1"
     leaves = [name for name, module in model.named_modules() if not [*module.children()]]
     spread = {name: "disk" if name.startswith(one_block) else "cpu" for name in leaves}
     for device_map in ("cpu", "auto", spread):
