@@ -36,10 +36,11 @@ def add_remote_code(checkpoint: str | Path) -> list[Path]:
     family = known[config["model_type"]]
     source = Path(inspect.getfile(family.causal_lm))
     # Flat files only, found through `from .module import name`: what Transformers can follow when it loads or saves.
-    files = {Path(file).name: Path(file) for file in [source, *get_relative_import_files(source)]}
-    for name, file in files.items():
-        write_text(checkpoint / name, file.read_text(encoding="utf-8"))
-    classes = {"AutoConfig": family.config, **{auto.__name__: cls for auto, cls in family.auto_classes.items()}}
+    files = [source, *map(Path, get_relative_import_files(source))]
+    for file in files:
+        write_text(checkpoint / file.name, file.read_text(encoding="utf-8"))
+    classes: dict[str, type] = {"AutoConfig": family.config}
+    classes |= {auto.__name__: cls for auto, cls in family.auto_classes.items()}
     config["auto_map"] = {auto: f"{Path(inspect.getfile(cls)).stem}.{cls.__name__}" for auto, cls in classes.items()}
     write_json(checkpoint / "config.json", config)  # last: before it, the checkpoint is what it was
-    return [checkpoint / name for name in files] + [checkpoint / "config.json"]
+    return [checkpoint / file.name for file in files] + [checkpoint / "config.json"]

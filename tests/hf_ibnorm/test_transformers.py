@@ -103,7 +103,9 @@ def test_generation_with_and_without_cache_agrees(model, options):
     for cache in (True, False):
         torch.manual_seed(0)
         these = options if cache else {key: value for key, value in options.items() if key != "cache_implementation"}
-        generated.append(model.generate(tokens(), max_new_tokens=8, pad_token_id=0, use_cache=cache, **these))
+        generated.append(
+            model.generate(tokens(), max_new_tokens=8, min_new_tokens=8, pad_token_id=0, use_cache=cache, **these)
+        )
     assert generated[0].shape == (2, 24)
     assert torch.equal(*generated)
 
@@ -112,7 +114,7 @@ def test_generation_with_and_without_cache_agrees(model, options):
 def test_left_padding_changes_nothing_that_is_generated(model, cache):
     short, padded = tokens()[:1, 6:], torch.cat([torch.zeros(1, 6, dtype=torch.long), tokens()[:1, 6:]], 1)
     batch = torch.cat([padded, tokens()[1:]])
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "use_cache": cache}
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "use_cache": cache}
     alone = model.generate(short, **options)[:, short.shape[1] :]
     together = model.generate(batch, attention_mask=(batch != 0).long(), **options)[:1, 16:]
     assert torch.equal(alone, together)

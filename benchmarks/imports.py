@@ -1,0 +1,64 @@
+"""What `import hf_ibnorm` adds to importing Transformers' Llama, in fresh processes, interleaved.
+
+python benchmarks/imports.py [--repeats 9] [--output benchmarks/results/imports.csv]
+"""
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from hf_ibnorm.files import cpu_name
+
+STATEMENTS = {
+    "transformers llama": "import transformers.models.llama.modeling_llama",
+    "transformers llama, hf_ibnorm": "import transformers.models.llama.modeling_llama, hf_ibnorm",
+}
+TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+
+
+def seconds(statement: str) -> float:
+    """Seconds that `statement` takes in a fresh interpreter, whose own start is not counted."""
+    done = subprocess.run([sys.executable, "-c", TIMED.format(statement)], check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time `import hf_ibnorm` on top of importing Transformers' Llama.")
+    parser.add_argument("--repeats", type=int, default=9, help="processes of each kind (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="CSV file to write (default: none)")
+    arguments = parser.parse_args()
+
+    for statement in STATEMENTS.values():  # so that no file is read from disk for the first time below
+        seconds(statement)
+    times = [{name: seconds(statement) for name, statement in STATEMENTS.items()} for _ in range(arguments.repeats)]
+    median = {name: statistics.median(each[name] for each in times) for name in STATEMENTS}
+    stock, ours = median.values()
+    row = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "transformers", "hf_ibnorm")},
+        "repeats": arguments.repeats,
+        "llama_seconds": f"{stock:.3f}",
+        "with_hf_ibnorm_seconds": f"{ours:.3f}",
+        "added_seconds": f"{ours - stock:.3f}",
+    }
+    for name, value in row.items():
+        print(f"{name:24}{value}")
+    if arguments.output:
+        with arguments.output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, row)
+            writer.writeheader()
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
