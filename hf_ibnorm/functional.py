@@ -226,7 +226,7 @@ def ib_norm(
 
 
 def power_transform(h: Tensor, lam: float | Tensor) -> Tensor:
-    """Yeo-Johnson power transform ψ(h; lam), exact at and near both singular points lam = 0 and lam = 2.
+    """Yeo-Johnson power transform ψ(h; lam) of arXiv 2505.00685, exact at and near its singular points lam = 0 and 2.
 
     With s = sign(h), l = log1p(|h|) and η = 1 + s·(lam - 1): ψ = s·expm1(η·l) / η, and s·l at η = 0.
 

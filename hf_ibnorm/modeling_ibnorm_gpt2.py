@@ -24,7 +24,10 @@ class IBNormGPT2Model(NormInitMixin, GPT2Model):
 
 
 class IBNormGPT2LMHeadModel(NormInitMixin, GPT2LMHeadModel):
-    """GPT2LMHeadModel over `IBNormGPT2Model`."""
+    """GPT2LMHeadModel over `IBNormGPT2Model`.
+
+    `from_pretrained` takes the norm fields of `IBNormGPT2Config`, and needs `norm_type` for a stock GPT2 checkpoint.
+    """
 
     config: IBNormGPT2Config
     config_class = IBNormGPT2Config
@@ -40,7 +43,7 @@ class IBNormGPT2LMHeadModel(NormInitMixin, GPT2LMHeadModel):
 
 
 class IBNormGPT2ForSequenceClassification(NormInitMixin, GPT2ForSequenceClassification):
-    """GPT2ForSequenceClassification over `IBNormGPT2Model`."""
+    """GPT2ForSequenceClassification over `IBNormGPT2Model`; loads like `IBNormGPT2LMHeadModel`."""
 
     config: IBNormGPT2Config
     config_class = IBNormGPT2Config

@@ -25,7 +25,10 @@ class IBNormLlamaModel(NormInitMixin, LlamaModel):
 
 
 class IBNormLlamaForCausalLM(NormInitMixin, LlamaForCausalLM):
-    """LlamaForCausalLM over `IBNormLlamaModel`."""
+    """LlamaForCausalLM over `IBNormLlamaModel`.
+
+    `from_pretrained` takes the norm fields of `IBNormLlamaConfig`, and needs `norm_type` for a stock Llama checkpoint.
+    """
 
     config: IBNormLlamaConfig
     config_class = IBNormLlamaConfig
@@ -40,7 +43,7 @@ class IBNormLlamaForCausalLM(NormInitMixin, LlamaForCausalLM):
 
 
 class IBNormLlamaForSequenceClassification(NormInitMixin, LlamaForSequenceClassification):
-    """LlamaForSequenceClassification over `IBNormLlamaModel`."""
+    """LlamaForSequenceClassification over `IBNormLlamaModel`; loads like `IBNormLlamaForCausalLM`."""
 
     config: IBNormLlamaConfig
     config_class = IBNormLlamaConfig

@@ -209,10 +209,14 @@ def swapped_norms(
     The norms, their parameters' values, classes and config are those of before, also after an exception, whatever was
     done to them in between. Training inside changes the other weights, which stay changed.
 
-    Args, raises and warns: as `apply_norm`.
+    Args:
+        model, norm, sites, **norm_kwargs: as in `apply_norm`.
 
     Yields:
         The model.
+
+    Raises, warns:
+        As `apply_norm`.
     """
     target = _Target(model)
     before, record = _State.of(target), target.model.__dict__.get(_RECORD)

@@ -1,7 +1,9 @@
 """The package as a whole: which part may import which, what the wheel holds, and that it works elsewhere."""
 
 import ast
+import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import hf_ibnorm
+from hf_ibnorm import functional
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +59,31 @@ def test_public_names_are_the_documented_ones():
         "swapped_norms",
     ]
     assert all(getattr(hf_ibnorm, name).__doc__ for name in hf_ibnorm.__all__)
+
+
+REFERENCE = [
+    *(value for value in vars(hf_ibnorm).values() if inspect.isfunction(value) and value.__name__ in hf_ibnorm.__all__),
+    *(getattr(functional, name) for name in ("ib_norm", "compress", "normal_norm", "power_transform", "newton_lambda")),
+    *(hf_ibnorm.IBNorm, hf_ibnorm.LayerNormalNorm, hf_ibnorm.DynamicTanh),
+]
+
+
+@pytest.mark.parametrize("documented", REFERENCE, ids=lambda each: each.__name__)
+def test_docstrings_say_what_goes_in_and_what_comes_out(documented):
+    text = inspect.getdoc(documented)
+    for name in inspect.signature(documented).parameters:
+        assert re.search(rf"^    [\w, *]*\b{name}\b[\w, *]*:", text, re.MULTILINE), name
+    assert re.search(
+        "^(Returns|Yields|Shape):?" if documented is not hf_ibnorm.set_lam else "Raises", text, re.MULTILINE
+    )
+    if documented.__module__ in ("hf_ibnorm.functional", "hf_ibnorm.norms") and documented.__name__ != "build_norm":
+        assert "arXiv" in text
+
+
+def test_every_option_of_a_norm_is_documented():
+    for name, entry in hf_ibnorm.NORMS.items():
+        if entry.cls.__module__.startswith("hf_ibnorm"):
+            assert set(entry.defaults) <= set(inspect.signature(entry.cls).parameters), name
 
 
 def test_importing_the_library_loads_none_of_the_heavy_libraries():
