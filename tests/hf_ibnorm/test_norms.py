@@ -135,6 +135,9 @@ def test_resolved_options_are_complete_and_take_the_models_eps():
         "backend": "auto",
     }
     assert resolve_norm_kwargs("ibnorm_t", {"eps": 1e-3}, 1e-4)["eps"] == 1e-3
+    assert resolve_norm_kwargs("ibnorm_t", {"lam": None, "eps": None}, 1e-4) == resolve_norm_kwargs(
+        "ibnorm_t", {}, 1e-4
+    )
     assert resolve_norm_kwargs("layernormalnorm", {}, 1e-4)["eps"] == 1e-5
 
 

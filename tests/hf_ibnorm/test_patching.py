@@ -7,7 +7,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import warnings
+import weakref
 
 import peft
 import pytest
@@ -26,6 +28,7 @@ from hf_ibnorm import (
     NORMS,
     DynamicTanh,
     IBNorm,
+    IBNormLlamaForCausalLM,
     apply_norm,
     norm_sites,
     restore_norm,
@@ -574,9 +577,27 @@ def test_two_threads_patching_two_models_do_not_meet(stock_model):
     assert torch.nn.init.ones_ is ones
 
 
-def test_a_restored_model_is_freed_like_any_other(stock_model):
-    import weakref
+def test_two_threads_never_initialize_at_once(stock_model, monkeypatch):
+    # Transformers replaces functions of torch.nn.init meanwhile: interleaved, they would stay replaced for good.
+    original, inside, most = IBNormLlamaForCausalLM.__init__, [], []
 
+    def slow(self, config):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        original(self, config)
+        inside.pop()
+
+    monkeypatch.setattr(IBNormLlamaForCausalLM, "__init__", slow)
+    threads = [threading.Thread(target=apply_norm, args=(stock_model("llama"), "ibnorm_l")) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
+
+
+def test_a_restored_model_is_freed_like_any_other(stock_model):
     model = restore_norm(apply_norm(stock_model("llama"), "ibnorm_l"))
     reference = weakref.ref(model)
     del model

@@ -29,7 +29,7 @@ from hf_ibnorm.functional import (
     power_transform,
 )
 
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 OURS = [name for name in NORMS if name not in ("layernorm", "rmsnorm")]
 HALF = (torch.bfloat16, torch.float16)
 # For two ways to the same number. Statistics of float32 rows lose up to two of seven digits to cancellation; half
@@ -85,11 +85,15 @@ def rows(dtype=FLOAT64, count=COUNTS, width=WIDTHS, offset=OFFSETS):
     return st.builds(random_rows, SEEDS, count, width, st.floats(0.1, 10), offset, dtype)
 
 
-SMALL = st.floats(-30, -2).map(lambda exponent: 10.0**exponent)
+def powers_of_ten(low, high):
+    return st.floats(low, high).map(lambda exponent: 10.0**exponent)
+
+
+SMALL = powers_of_ten(-30, -2)
 LAM = {
     "S": st.floats(1, 50),
-    "L": st.just(0.0) | SMALL | st.floats(0.01, 50),
-    "T": st.just(0.0) | SMALL | st.floats(0.01, 20),
+    "L": st.just(0.0) | SMALL | powers_of_ten(-2, 1.7),
+    "T": st.just(0.0) | SMALL | powers_of_ten(-2, 1.3),
     "shrink": st.just(0.0) | st.floats(0.01, 0.95),
 }
 LAM_FORMS = {
@@ -120,9 +124,9 @@ def ib_options(draw, standardize=STANDARDIZE, order=ORDERS, eps=(1e-12, 1e-6, 1e
 
 
 @st.composite
-def norms(draw, names=OURS):
+def norms(draw):
     """What makes one of this project's norms once the width is known."""
-    name = draw(st.sampled_from(names))
+    name = draw(st.sampled_from(OURS))
     if name == "dyt":
         options = {"init_alpha": draw(st.floats(0, 3))}
     elif name == "layernormalnorm":
@@ -281,9 +285,9 @@ def test_compression_never_decreases_and_never_expands(c, options, form):
 
 
 @PROPERTY
-@given(rows(DTYPES), compressions(variants=["L", "T"]), st.sampled_from(["number", "buffer"]))
+@given(rows(DTYPES), compressions(["L", "T"], lam=st.just(0.0)), FORMS)
 def test_compression_with_lam_zero_is_the_identity(c, options, form):
-    torch.testing.assert_close(compress(c, **in_form({**options, "lam": 0.0}, form)), c)
+    torch.testing.assert_close(compress(c, **in_form(options, form)), c)
 
 
 @PROPERTY
@@ -356,6 +360,7 @@ def test_gradients_of_ib_norm_are_their_formulas(x, options, seed, standardize, 
 @PROPERTY
 @given(x=rows(), options=ib_options(), seed=SEEDS, data=st.data())
 def test_gradient_of_a_learned_lam_is_its_formula(x, options, seed, data, variant):
+    # The sigmoid is never 0; softplus may come as close to it as float32 does.
     lam = data.draw(st.floats(0.01, 0.95) if variant == "shrink" else LAM[variant])
     options |= {"variant": variant, "lam": lam}
     weight, bias, upstream = affine_and_upstream(seed, x)
@@ -374,9 +379,9 @@ def test_gradients_of_ib_norm_agree_with_finite_differences(x, options, seed):
 
 
 @PROPERTY
-@given(rows(FLOAT32), SEEDS, st.sampled_from(["L", "T"]), st.sampled_from(UNITS), st.floats(-12, 1))
-def test_gradient_of_a_learned_lam_keeps_its_digits_in_float32(c, seed, variant, unit, exponent):
-    lam = torch.tensor([10.0**exponent])
+@given(rows(FLOAT32), SEEDS, st.sampled_from(["L", "T"]), st.sampled_from(UNITS), powers_of_ten(-12, 1))
+def test_gradient_of_a_learned_lam_keeps_its_digits_in_float32(c, seed, variant, unit, lam):
+    lam = torch.tensor([lam])
     *_, upstream = affine_and_upstream(seed, c)
     _, gradient = with_gradients(lambda lam: compress(c, variant=variant, lam=lam, unit=unit), [lam], upstream)
     _, backward = compress_by_hand(c.double(), variant, lam.item(), unit)
@@ -396,12 +401,12 @@ def test_linear_compression_is_layer_norm_with_eps_times_lam_squared(x, lam, uni
 @PROPERTY
 @given(
     rows(DTYPES, offset=st.floats(2, 5) | st.floats(-5, -2)),
-    compressions(variants=["S", "L", "T"], lam=st.floats(3, 8).map(lambda exponent: 10.0**exponent)),
+    compressions(variants=["S", "L", "T"], lam=powers_of_ten(3, 8)),
 )
 def test_rms_of_strongly_compressed_rows_is_the_sign_of_their_mean(x, options):
     z = ib_norm(x, standardize="rms", eps=1e-12, **options).double()
     m, lam, largest = mean(x.double()), options["lam"], (x.double() - mean(x.double())).abs().amax(-1, keepdim=True)
-    # |f| <= largest·log1p(lam·largest)/lam bounds every variant in its own or the row's unit, up to a factor.
+    # Up to a factor, this bounds |f| of every variant in either unit, over |mean|.
     bound = 4 * (1 + largest) * torch.log1p(lam * (1 + largest)) / lam / m.abs()
     assert ((z - m.sign()).abs() <= bound + TOLERANCE[x.dtype]).all()
 
@@ -438,7 +443,7 @@ def test_lam_zero_is_layer_norm_or_rms_norm_plus_bias(x, options, form, seed):
     b=st.integers(-64, 64),
 )
 def test_invariances(x, compression, k, b, options, scales, shifts):
-    options = {**compression, **options, "eps": 1e-12}
+    options = {**compression, **options, "eps": 1e-18}
     moved = (k if scales else 1) * (x + (b if shifts else 0))
     assert_near(ib_norm(moved, **options), ib_norm(x, **options), TOLERANCE[x.dtype])
 
@@ -611,7 +616,7 @@ def test_ib_norm_module_is_its_function_in_float64_too(x, options, seed):
 
 
 @PROPERTY
-@given(st.sampled_from(["L", "T"]), st.floats(-8, 4).map(lambda exponent: 10.0**exponent))
+@given(st.sampled_from(["L", "T"]), powers_of_ten(-8, 4))
 def test_learned_lam_is_the_softplus_of_theta_and_starts_at_lam(variant, lam):
     norm = IBNorm(8, variant=variant, lam=lam, learn_lam=True)
     assert norm.theta.shape == (1,)
