@@ -6,7 +6,7 @@ per site; `SiteTable` says which sites an architecture has.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from .norms import NORMS, norm_name, resolve_norm_kwargs
 
 DEFAULT_NORM = "ibnorm_l"
 NORM_FIELDS = ("norm_type", "norm_kwargs", "norm_overrides")
+_OTHER_NORMS = "_norms_were_given"
 _OPTION_NAMES = {option for entry in NORMS.values() for option in entry.defaults}
 
 
@@ -53,6 +54,19 @@ LLAMA_SITES = SiteTable("layers", ("input_layernorm", "post_attention_layernorm"
 GPT2_SITES = SiteTable("h", ("ln_1", "ln_2"), "ln_f", "layernorm", optional=(("ln_cross_attn", "add_cross_attention"),))
 
 
+def _strays(fields: Iterable[str]) -> list[str]:
+    """Those of `fields` that look like a norm's but are no field of a config."""
+    return [key for key in fields if key in _OPTION_NAMES or (key.startswith("norm_") and key not in NORM_FIELDS)]
+
+
+def _refuse_strays(kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for a misplaced norm option: Transformers would keep it as an attribute that does nothing."""
+    for key in _strays(kwargs):
+        if key in _OPTION_NAMES:
+            raise ValueError(f"{key}: got {kwargs[key]!r} as a config field; write norm_kwargs={{{key!r}: ...}}")
+        raise ValueError(f"{key}: no such config field; norm fields are {', '.join(NORM_FIELDS)}")
+
+
 class NormConfigMixin:
     """Resolves and checks the norm fields; a family's config adds where its eps and its norms are."""
 
@@ -65,12 +79,8 @@ class NormConfigMixin:
     norm_overrides: list | dict | None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Transformers keeps unknown keyword arguments as attributes: a misplaced norm option would be silently ignored.
-        for key in kwargs:
-            if key.startswith("norm_"):
-                raise ValueError(f"{key}: no such config field; norm fields are {', '.join(NORM_FIELDS)}")
-            if key in _OPTION_NAMES:
-                raise ValueError(f"{key}: got {kwargs[key]!r} as a config field; write norm_kwargs={{{key!r}: ...}}")
+        _refuse_strays(kwargs)
+        kwargs.pop("model_type", None)  # as an attribute it would hide the class's
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.resolve_norms()
 
@@ -118,12 +128,22 @@ class NormConfigMixin:
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        # Here too, for then Transformers does not warn of the stock checkpoint's model type.
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
         return cls._with_norm(config_dict, kwargs), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return super().from_dict(cls._with_norm(config_dict, kwargs), **kwargs)  # type: ignore[misc]
+        config_dict = cls._with_norm(config_dict, kwargs)
+        _refuse_strays(kwargs)
+        # Keys like ours that a file happens to have ("bias", "order") are its own affair.
+        strays = {key: config_dict.pop(key) for key in [*_strays(config_dict), _OTHER_NORMS] if key in config_dict}
+        if not cls.__module__.startswith("transformers_modules."):
+            config_dict.pop("auto_map", None)  # the code stays behind when this package saves the model
+        loaded = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        config: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        vars(config).update(strays)
+        return loaded
 
     @classmethod
     def _with_norm(cls, config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -148,13 +168,25 @@ class NormConfigMixin:
         elif eps in kwargs and "norm_type" not in given and "norm_kwargs" not in given:
             raise ValueError(f"{eps}: the norms of this checkpoint have an eps each; pass norm_kwargs={{'eps': ...}}")
         kept = dict(config_dict)
+        options = kept.pop("norm_kwargs", None)
         if "norm_type" in given and norm_name(given["norm_type"]) != kept.get("norm_type"):
-            kept.pop("norm_kwargs", None)  # the other norm's options
-        return {**kept, **given}
+            options = None  # the other norm's
+        if isinstance(given.get("norm_kwargs"), Mapping):
+            given["norm_kwargs"] = {**(options or {}), **given["norm_kwargs"]}
+        if given:
+            given[_OTHER_NORMS] = True
+        return {**kept, "norm_kwargs": options, **given}
 
     def to_dict(self) -> dict[str, Any]:
         self._name_to_peft()
-        return super().to_dict()  # type: ignore[misc]
+        fields = super().to_dict()  # type: ignore[misc]
+        fields.pop(_OTHER_NORMS, None)
+        return fields
+
+    @property
+    def norms_were_given(self) -> bool:
+        """Whether this config was loaded with norm fields as arguments, so that its checkpoint may have other norms."""
+        return getattr(self, _OTHER_NORMS, False)
 
     def _name_to_peft(self) -> None:
         """Give this model type the adapter targets PEFT has for the stock one.
@@ -181,8 +213,8 @@ class IBNormLlamaConfig(NormConfigMixin, LlamaConfig):
             match wins; nothing is inherited from `norm_kwargs`. A dict is taken too, and kept as a list.
         **kwargs: every field of LlamaConfig.
 
-    `from_pretrained` of a stock checkpoint needs an explicit `norm_type`. With another `norm_type` than the
-    checkpoint's, options that are not given take their defaults.
+    `from_pretrained` of a stock checkpoint needs an explicit `norm_type`. Given `norm_kwargs` change single options of
+    the checkpoint's norm; with another `norm_type`, options that are not given take their defaults.
 
     Raises:
         ValueError, TypeError: unknown norm or option (with the nearest name), a value that is not allowed, or a glob

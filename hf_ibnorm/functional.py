@@ -6,6 +6,7 @@ where a naive `sign(c) * ...` would give slope 0.
 """
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +43,9 @@ def check_number(field: str, value: object, low: float, high: float = math.inf, 
     if torch.compiler.is_compiling():  # numbers are symbols there; modules checked theirs when they were made
         return
     bound = f">= {low:g}" + ("" if high == math.inf else f" and {'<=' if high_allowed else '<'} {high:g}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers too
         raise TypeError(f"{field}: got {value!r}, must be a finite number {bound}")
-    if not math.isfinite(value) or value < low or value > high or (value == high and not high_allowed):
+    if not math.isfinite(value) or not low <= float(value) <= high or (value == high and not high_allowed):
         raise ValueError(f"{field}: got {value!r}, must be a finite number {bound}")
 
 

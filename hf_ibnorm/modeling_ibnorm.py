@@ -20,8 +20,8 @@ def check_sites(base: nn.Module, expected: list[str]) -> None:
     if sorted(found) != sorted(expected):
         raise RuntimeError(
             f"{type(base).__name__}: expected {len(expected)} norms, found {len(found)} "
-            f"(unexpected or missing: {', '.join(sorted(set(found) ^ set(expected)))}); either the model was changed, "
-            "or this release of Transformers is not one hf_ibnorm knows"
+            f"(unexpected or missing: {', '.join(sorted(set(found) ^ set(expected)))}); either the model was changed "
+            "(PEFT wraps norms that are trained), or this release of Transformers is not one hf_ibnorm knows"
         )
 
 
@@ -29,8 +29,11 @@ def install_norms(base: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Put the norm that `config` chooses for it at every site of the base model `base`.
 
     Raises:
+        TypeError: `config` is a stock one.
         RuntimeError: the norms found are not the ones expected, which means that Transformers changed the architecture.
     """
+    if not hasattr(config, "norm_site_table"):
+        raise TypeError(f"config: got {type(config).__name__}, {type(base).__name__} takes one with norms")
     sites = config.norm_site_table.names(config)
     check_sites(base, sites)
     config.resolve_norms()  # fields may have been set since the config was made
@@ -49,8 +52,25 @@ def set_site(base: nn.Module, site: str, norm: nn.Module) -> None:
     setattr(base.get_submodule(parent), attribute, norm)
 
 
+def record_lam(model: PreTrainedModel) -> None:
+    """Let the config say each site's λ as it is: a norm's `set_lam`, or one on a part of the model, does not."""
+    config = model.config
+    for site in config.norm_site_table.names(config):
+        name, options = config.norm_at(site)
+        lam = getattr(model.base_model.get_submodule(site), "lam_value", None)
+        if "lam" in options and lam not in (None, options["lam"]):
+            config.norm_overrides = [*config.norm_overrides, [site, {"type": name, "kwargs": {**options, "lam": lam}}]]
+
+
+def forget_origin(model: PreTrainedModel) -> None:
+    """Clear `name_or_path`: PEFT would note that checkpoint, which has other norms, as the base of an adapter."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.name_or_path = module.config.name_or_path = ""
+
+
 class NormInitMixin:
-    """Initialization of our norms inside Transformers; belongs on base models and on every class with a head.
+    """Our norms inside Transformers: initialization, loading, saving. On base models and on every class with a head.
 
     Loading builds models on the meta device and lets the nearest enclosing PreTrainedModel fill what the checkpoint
     lacks, non-persistent buffers included.
@@ -67,6 +87,18 @@ class NormInitMixin:
         # attention and MLP are such modules, and would lose the 1/sqrt(2L) scaling of their output projections.
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         super()._initialize_weights(module, is_custom_code and bool(own), **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.norms_were_given:
+            forget_origin(model)
+        return loaded
+
+    def save_pretrained(self, *args, **kwargs) -> Any:
+        record_lam(self)  # type: ignore[arg-type]
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
         super()._set_gradient_checkpointing(enable, *args, **kwargs)  # type: ignore[misc]

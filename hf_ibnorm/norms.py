@@ -7,6 +7,7 @@ options, the controls (torch's LayerNorm and RMSNorm, Dynamic Tanh) included; `b
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,10 +186,11 @@ class IBNorm(NormBase):
         if self.lam is not None:
             init.constant_(self.lam, self.lam_value)
         if self.theta is not None:
-            init.constant_(self.theta, self._theta(self.lam_value))
+            init.constant_(self.theta, self.initial_theta())
 
-    def _theta(self, lam: float) -> float:
-        """The theta that gives `lam`."""
+    def initial_theta(self) -> float:
+        """The theta that learning starts from, the one that gives `lam_value`."""
+        lam = self.lam_value
         if self.variant == "shrink":
             return math.log(lam / (1 - lam))
         return lam + math.log(-math.expm1(-lam))  # log(expm1(lam)), which would overflow
@@ -207,14 +209,13 @@ class IBNorm(NormBase):
             if self.lam is not None:
                 self.lam.fill_(self.lam_value)
             if self.theta is not None:
-                self.theta.fill_(self._theta(self.lam_value))
+                self.theta.fill_(self.initial_theta())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IBNorm":
         super()._apply(fn, recurse)
         # A cast rounds lam and `to_empty` forgets it; state dicts do not hold it. Written anew it survives both.
         if self.lam is not None:
-            self.lam = self.lam.float()
-            self.lam.fill_(self.lam_value)
+            self.lam = torch.full_like(self.lam, self.lam_value, dtype=torch.float32)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -439,10 +440,10 @@ def resolve_norm_kwargs(
     resolved = {**entry.defaults, **given}
     if model_eps is not None and entry.model_eps and "eps" in resolved and "eps" not in given:
         resolved["eps"] = model_eps
-    # Numbers as floats, so that a config reads the same whether 4 or 4.0 was typed.
-    for key, default in entry.defaults.items():
-        if isinstance(default, float) and isinstance(resolved[key], int) and not isinstance(resolved[key], bool):
-            resolved[key] = float(resolved[key])
+    # Numbers as floats, so that a config reads the same whether 4, 4.0 or numpy's 4 was given.
+    for key, value in resolved.items():
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            resolved[key] = float(value)
     try:
         _build(entry, 1, resolved, device="meta")
     except (TypeError, ValueError) as error:

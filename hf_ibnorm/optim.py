@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from .modeling_ibnorm import NormInitMixin
 from .norms import NORMS, IBNorm
 
 
@@ -26,7 +27,8 @@ def no_decay_parameter_names(model: nn.Module) -> list[str]:
 def set_lam(model: nn.Module, value: float) -> None:
     """Set λ of every IBNorm in `model`, and in its config, so that a checkpoint taken now loads with it.
 
-    A compiled model does not recompile. With `learn_lam` the parameter `theta` is set; it goes on learning from there.
+    Given a part of a model, it sets λ there, and saving the model writes that into the config. A compiled model does
+    not recompile. With `learn_lam` the parameter `theta` is set; it goes on learning from there.
 
     Args:
         model: any module with `IBNorm`s in it (arXiv 2510.25262), wrapped or not.
@@ -37,7 +39,10 @@ def set_lam(model: nn.Module, value: float) -> None:
     """
     norms = {name: module for name, module in model.named_modules() if isinstance(module, IBNorm)}
     if not norms:
-        raise ValueError(f"model: {type(model).__name__} has no IBNorm, so there is no lam to set")
+        raise ValueError(
+            f"model: {type(model).__name__} has no IBNorm, so there is no lam to set"
+            " (import hf_ibnorm before loading a checkpoint that carries its code)"
+        )
     for name, norm in norms.items():
         try:
             norm.checked_lam(value)
@@ -45,10 +50,9 @@ def set_lam(model: nn.Module, value: float) -> None:
             raise type(error)(f"{error} (variant {norm.variant}, {name or 'the model itself'})") from None
     for norm in norms.values():
         norm.set_lam(value)
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    for config in configs.values():
-        if not hasattr(config, "norm_kwargs"):
-            continue
+    whole: dict[int, Any] = {id(m.config): m for m in model.modules() if isinstance(m, NormInitMixin)}
+    for each in whole.values():
+        config = each.config
         if NORMS[config.norm_type].cls is IBNorm:
             config.norm_kwargs = {**config.norm_kwargs, "lam": float(value)}
         config.norm_overrides = [

@@ -19,14 +19,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_ibnorm import NORM_FIELDS, SiteTable
 from .families import FAMILIES, Family
-from .modeling_ibnorm import build_site, check_checkpointing, check_sites, set_site
-from .norms import norm_name, resolve_norm_kwargs
+from .modeling_ibnorm import build_site, check_checkpointing, check_sites, forget_origin, set_site
+from .norms import IBNorm, norm_name, resolve_norm_kwargs
 
 _OURS = {stock: ours for family in FAMILIES for stock, ours in family.stock_classes.items()}
-_STOCK_OR_OURS = {*_OURS, *_OURS.values()}
 
 _RECORD = "_norms_before"
+_ADAPTER_BASE = "base_model_name_or_path"
+_OF_THE_NORMS = (*NORM_FIELDS, "architectures", "auto_map", "_name_or_path")
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name or name == "_is_full_backward_hook"]
+_MOVED = ("weight", "bias")
 # Transformers replaces functions of torch.nn.init while it initializes a model: two threads must not do so at once.
 _INITIALIZING = threading.Lock()
 
@@ -36,41 +38,50 @@ class _State:
     """All that patching changes in a model."""
 
     norms: dict[str, nn.Module]
-    classes: list[tuple[nn.Module, type]]
-    configs: list[tuple[nn.Module, PreTrainedConfig]]
-    loss_type: str | None
+    lams: dict[str, float]
+    attributes: list[tuple[Any, str, Any]]
+    """(object, name, value): classes, configs, and where the weights came from."""
 
     @classmethod
     def of(cls, target: "_Target") -> "_State":
-        return cls(
-            norms={site: target.base.get_submodule(site) for site in target.sites},
-            classes=[(module, type(module)) for module in target.model.modules() if type(module) in _STOCK_OR_OURS],
-            configs=[(m, m.__dict__["config"]) for m in target.root.modules() if "config" in m.__dict__],
-            loss_type=target.model.loss_type,
-        )
+        norms = {site: target.base.get_submodule(site) for site in target.sites}
+        models = [module for module in target.model.modules() if isinstance(module, PreTrainedModel)]
+        attributes = [
+            (m, name, getattr(m, name)) for m in models for name in ("__class__", "name_or_path", "loss_type")
+        ]
+        attributes += [(m, "config", m.config) for m in target.root.modules() if "config" in vars(m)]
+        attributes += [(adapter, _ADAPTER_BASE, getattr(adapter, _ADAPTER_BASE)) for adapter in target.adapters]
+        lams = {site: norm.lam_value for site, norm in norms.items() if isinstance(norm, IBNorm)}
+        return cls(norms, lams, attributes)
 
     def put_back(self, target: "_Target") -> None:
+        """Undo the changes; what else was changed in the config (attention, vocabulary) stays changed."""
         for site, norm in self.norms.items():
             current = target.base.get_submodule(site)
-            norm.train(current.training)
-            norm.to(**_factory(target.base, current if [*current.parameters()] else norm))
-            set_site(target.base, site, norm)
-        for module, cls in self.classes:
-            module.__class__ = cls
-        for module, config in self.configs:
-            vars(module)["config"] = config
-        target.model.loss_type = self.loss_type
+            if current is not norm:
+                norm.train(current.training)
+                norm.to(**_factory(target.base, current if [*current.parameters()] else norm))
+                set_site(target.base, site, norm)
+            if isinstance(norm, IBNorm) and norm.lam_value != self.lams[site]:
+                if norm.learn_lam:
+                    norm.lam_value = self.lams[site]  # where learning began; theta is a trained parameter
+                else:
+                    norm.set_lam(self.lams[site])
+        for item, name, value in self.attributes:
+            setattr(item, name, value)
+        config = target.model.config
+        vars(config).update({key: value for key, value in vars(target.config).items() if key not in _OF_THE_NORMS})
+        target.point_at(config)
 
 
 class _Target:
     """The parts of a model that patching works on."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.root = model
+    def __init__(self, model: nn.Module, classes: str = "exact") -> None:
+        root: Any = model
         # PEFT's wrapper holds the model; anything else that wraps one (DDP, compile) would go on with the old norms.
-        wrapped: Any = model
-        self.model = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
-        self.family = _family(self.model)
+        self.root, self.model = root, root.get_base_model() if hasattr(root, "get_base_model") else root
+        self.family = _family(self.model, classes)
         self.base: Any = self.model.base_model
         self.config: Any = self.model.config
         self.table: SiteTable = self.family.config.norm_site_table
@@ -82,13 +93,29 @@ class _Target:
     def is_stock(self) -> bool:
         return not isinstance(self.config, self.family.config)
 
+    @property
+    def adapters(self) -> list[Any]:
+        """PEFT's configs of the adapters on the model."""
+        adapters = getattr(self.root, "peft_config", None) or getattr(self.model, "peft_config", None)
+        return list(adapters.values()) if isinstance(adapters, dict) else []
 
-def _family(model: nn.Module) -> Family:
+    def point_at(self, config: PreTrainedConfig) -> None:
+        """Let every module that reads the model's config read `config`: attention has a reference of its own."""
+        for module in self.root.modules():
+            if isinstance(vars(module).get("config"), type(self.config)):
+                module.config = config
+
+
+def _family(model: nn.Module, classes: str) -> Family:
     for family in FAMILIES:
-        if type(model) in (*family.stock_classes, *family.stock_classes.values()):
+        known = (*family.stock_classes, *family.stock_classes.values())
+        # A subclass may do anything in its methods, which patching would lose with the class.
+        if type(model) in known if classes == "exact" else isinstance(model, known):
             return family
-    known = ", ".join(cls.__name__ for family in FAMILIES for pair in family.stock_classes.items() for cls in pair)
-    raise TypeError(f"model: got {type(model).__name__}, known are {known}, bare or wrapped by PEFT")
+    name, names = type(model).__name__, [cls.__name__ for family in FAMILIES for cls in family.stock_classes]
+    if type(model).__module__.startswith("transformers_modules."):
+        raise TypeError(f"model: got {name} of a checkpoint's own code; import hf_ibnorm before loading it")
+    raise TypeError(f"model: got {name}, known are {', '.join(names)}, stock or registered, bare or wrapped by PEFT")
 
 
 def norm_sites(model: nn.Module) -> dict[str, nn.Module]:
@@ -104,7 +131,7 @@ def norm_sites(model: nn.Module) -> dict[str, nn.Module]:
         TypeError: a model of another family; the message names those that are known.
         RuntimeError: the model has norms where the architecture has none, or lacks some.
     """
-    target = _Target(model)
+    target = _Target(model, "derived too")
     return {target.prefix + site: target.base.get_submodule(site) for site in target.sites}
 
 
@@ -139,24 +166,29 @@ def apply_norm(model: nn.Module, norm: str, sites: str | Sequence[str] | None = 
         RuntimeError: the model is not the architecture it says.
 
     Warns:
-        UserWarning: trained γ or β that the new norm has no place for.
+        UserWarning: trained parameters that the new norm has no place for.
     """
     target = _Target(model)
-    config = _patched_config(target, norm, sites, norm_kwargs)
-    norms = _build_norms(target, config)
+    config, globs = _patched_config(target, norm, sites, norm_kwargs)
+    norms = _build_norms(target, config, globs)
     check_checkpointing(target.model, norms.values())
-    registered = _check_against_registered(target, config, norms)
-
+    registered = _registered_model(target, config)
+    _check_keys(target, registered, norms)
     before = _State.of(target)
-    lost = [loss for site, new in norms.items() for loss in _move(target.base.get_submodule(site), new, site)]
-    for site, new in norms.items():
-        set_site(target.base, site, new)
-    for module, cls in before.classes:
-        module.__class__ = _OURS.get(cls, cls)
-    _point_at(target, config)
-    target.model.loss_type = registered.loss_type
-    _warn_of(lost)
+    _warn_of_lost([(site, before.norms[site], new) for site, new in norms.items()])
+
     target.model.__dict__.setdefault(_RECORD, before)
+    for site, new in norms.items():
+        _move(before.norms[site], new)
+        set_site(target.base, site, new)
+    for item, name, value in before.attributes:
+        if name == "__class__":
+            item.__class__ = _OURS.get(value, value)
+    target.point_at(config)
+    target.model.loss_type = registered.loss_type
+    forget_origin(target.model)
+    for adapter in target.adapters:
+        setattr(adapter, _ADAPTER_BASE, None)
     return model
 
 
@@ -178,7 +210,7 @@ def restore_norm(model: nn.Module) -> nn.Module:
             with these norms, not patched (`hf-ibnorm convert` makes a stock checkpoint of such a model).
 
     Warns:
-        UserWarning: trained γ or β that the old norm has no place for; RMSNorm has no β.
+        UserWarning: trained parameters that the old norm has no place for; RMSNorm has no β.
     """
     target = _Target(model)
     before: _State | None = target.model.__dict__.get(_RECORD)
@@ -189,14 +221,13 @@ def restore_norm(model: nn.Module) -> nn.Module:
             else f"model: this {type(target.model).__name__} was loaded or built with its norms, not patched by "
             "apply_norm; `hf-ibnorm convert` makes a stock checkpoint of it"
         )
-    norms, current = {site: target.base.get_submodule(site) for site in target.sites}, target.config
-    old = next(config for module, config in before.configs if module is target.model)
+    swapped = [(site, target.base.get_submodule(site), norm) for site, norm in before.norms.items()]
+    swapped = [(site, current, norm) for site, current, norm in swapped if current is not norm]
+    _warn_of_lost(swapped)
     before.put_back(target)
-    lost = [loss for site, norm in norms.items() for loss in _move(norm, target.base.get_submodule(site), site)]
-    vars(old).update({key: value for key, value in vars(current).items() if key not in NORM_FIELDS})
-    _point_at(target, old)
+    for _, current, norm in swapped:
+        _move(current, norm)
     del target.model.__dict__[_RECORD]
-    _warn_of(lost)
     return model
 
 
@@ -206,8 +237,8 @@ def swapped_norms(
 ) -> Iterator[nn.Module]:
     """`with swapped_norms(model, norm): ...` applies a norm and afterwards puts back exactly what was there.
 
-    The norms, their parameters' values, classes and config are those of before, also after an exception, whatever was
-    done to them in between. Training inside changes the other weights, which stay changed.
+    The norms, their parameters' values, hooks and λ, the classes and the norm fields of the config are those of before,
+    also after an exception. What else is done inside (training other weights, another attention) stays done.
 
     Args:
         model, norm, sites, **norm_kwargs: as in `apply_norm`.
@@ -220,41 +251,53 @@ def swapped_norms(
     """
     target = _Target(model)
     before, record = _State.of(target), target.model.__dict__.get(_RECORD)
-    values = [(p, p.detach().clone()) for module in before.norms.values() for p in module.parameters()]
+    old = before.norms.values()
+    hooks = [(norm, name, copy.copy(vars(norm)[name])) for norm in old for name in _HOOKS]
+    values = [(p, p.detach().clone(), p.requires_grad) for norm in old for p in norm.parameters()]
     try:
         yield apply_norm(model, norm, sites, **norm_kwargs)
     finally:
-        before.put_back(target)
+        now = _Target(model)
+        before.put_back(now)
         target.model.__dict__.pop(_RECORD, None)
         if record is not None:
             target.model.__dict__[_RECORD] = record
-        with torch.no_grad():
-            for parameter, value in values:
-                if not (value.is_meta or torch.equal(parameter, value)):  # an unneeded copy would spoil a graph
+        for each, name, content in hooks:
+            if isinstance(content, dict):  # emptied and filled, because handles hold this very dict
+                vars(each)[name].clear()
+                vars(each)[name].update(content)
+            else:
+                vars(each)[name] = content
+        for parameter, value, requires_grad in values:
+            parameter.requires_grad_(requires_grad)
+            if not (value.is_meta or torch.equal(parameter, value)):  # an unneeded copy would spoil a graph
+                with torch.no_grad():
                     parameter.copy_(value)
 
 
 def _patched_config(
     target: _Target, norm: str, sites: str | Sequence[str] | None, norm_kwargs: dict[str, Any]
-) -> PreTrainedConfig:
-    """The config the patched model will have; a copy, because models may share one."""
+) -> tuple[Any, list[str]]:
+    """The config the patched model will have, a copy because models may share one; and the globs of its new norm."""
     config: Any = copy.deepcopy(target.config)
     if target.is_stock:
         config.__class__ = target.family.config
+        vars(config).pop("model_type", None)  # a loaded config has it as an attribute, which would hide the class's
         config.norm_type, config.norm_kwargs, config.norm_overrides = target.table.stock, None, []
     name = norm_name(norm, "norm")
     kwargs = resolve_norm_kwargs(name, norm_kwargs, getattr(config, config.norm_eps_field))
     if sites is None:
+        globs = ["*"]
         config.norm_type, config.norm_kwargs, config.norm_overrides = name, kwargs, []
     else:
-        globs = [sites] if isinstance(sites, str) else list(sites)
+        globs = [glob.removeprefix(target.prefix) for glob in ([sites] if isinstance(sites, str) else sites)]
         for glob in globs or [""]:
             if not any(fnmatchcase(site, glob) for site in target.sites):
                 raise ValueError(f"sites: {glob!r} matches no site; sites are {target.table.describe(config)}")
         kept = [override for override in config.norm_overrides if override[0] not in globs]
         config.norm_overrides = kept + [[glob, {"type": name, "kwargs": kwargs}] for glob in globs]
     config.resolve_norms()
-    return config
+    return config, globs
 
 
 def _factory(base: nn.Module, norm: nn.Module) -> dict[str, Any]:
@@ -264,56 +307,60 @@ def _factory(base: nn.Module, norm: nn.Module) -> dict[str, Any]:
     return {"device": like.device, "dtype": like.dtype}
 
 
-def _build_norms(target: _Target, config: Any) -> dict[str, nn.Module]:
-    """The new norm of every site that changes; sites that shared a module share the new one."""
+def _build_norms(target: _Target, config: Any, globs: list[str]) -> dict[str, nn.Module]:
+    """The new norm of every site that changes; sites that shared a module share the new one.
+
+    In a stock model that is every site: those not chosen get the registry's form of the stock norm.
+    """
     norms: dict[str, nn.Module] = {}
     shared: dict[tuple[int, str], nn.Module] = {}
     for site in target.sites:
-        old, (name, kwargs) = target.base.get_submodule(site), config.norm_at(site)
-        if not target.is_stock and target.config.norm_at(site) == (name, kwargs):
+        if not (target.is_stock or any(fnmatchcase(site, glob) for glob in globs)):
             continue
+        old = target.base.get_submodule(site)
         if getattr(getattr(old, "_hf_hook", None), "offload", False):
             raise ValueError(f"model: the norm {target.prefix}{site} is offloaded; patch before dispatching the model")
-        key = (id(old), f"{name} {kwargs}")
+        key = (id(old), repr(config.norm_at(site)))
         if key not in shared:
-            trained = [parameter.requires_grad for parameter in old.parameters()] or [True]
-            shared[key] = build_site(config, site, **_factory(target.base, old)).requires_grad_(any(trained))
+            shared[key] = build_site(config, site, **_factory(target.base, old))
         norms[site] = shared[key]
     return norms
 
 
-def _check_against_registered(target: _Target, config: Any, norms: dict[str, nn.Module]) -> PreTrainedModel:
-    """The registered model of `config` on the meta device, whose state the patched model must have key for key.
+def _registered_model(target: _Target, config: Any) -> PreTrainedModel:
+    """The model of `config` on the meta device.
 
-    Building it also makes its class known to Transformers' recorder of hidden states, which would give None.
-
-    Raises:
-        RuntimeError: the keys differ: what would be saved would not load.
+    Building it makes its class known to Transformers' recorder of hidden states, which would give None otherwise.
     """
-    cls = _OURS.get(type(target.model), type(target.model))
     with _INITIALIZING, torch.device("meta"):
-        registered = cls(copy.deepcopy(config))
+        return _OURS.get(type(target.model), type(target.model))(copy.deepcopy(config))
+
+
+def _check_keys(target: _Target, registered: PreTrainedModel, norms: dict[str, nn.Module]) -> None:
+    """Raise RuntimeError unless the patched model will have the state of the registered one, key for key.
+
+    What would be saved could not be loaded. Adapters have keys of their own and are saved apart.
+    """
     if any(type(module).__module__.startswith("peft.") for module in target.model.modules()):
-        return registered  # adapters have keys of their own, and are saved apart
+        return
     inner = "" if target.base is target.model else f"{target.model.base_model_prefix}."
     ours = {key for key in target.model.state_dict() if not key.startswith(tuple(f"{inner}{site}." for site in norms))}
     ours |= {f"{inner}{site}.{key}" for site, norm in norms.items() for key in norm.state_dict()}
-    if differing := ours ^ set(registered.state_dict()):
-        raise RuntimeError(f"model: patched it would differ from a {cls.__name__} in {', '.join(sorted(differing))}")
-    return registered
+    if differing := sorted(ours ^ set(registered.state_dict())):
+        raise RuntimeError(
+            f"model: patched it would differ from a {type(registered).__name__} in {len(differing)} tensors "
+            f"({', '.join(differing[:5])}), so that it could not be loaded; was it changed or quantized?"
+        )
 
 
-def _move(old: nn.Module, new: nn.Module, site: str) -> list[str]:
-    """Give `new` what `old` has: γ and β themselves, training mode, hooks. Returns trained tensors that are lost."""
-    lost = []
-    for name, initial in (("weight", 1.0), ("bias", 0.0)):
-        tensor = getattr(old, name, None)
-        if tensor is None:
-            continue
-        if getattr(new, name, None) is not None:
-            setattr(new, name, tensor)
-        elif not tensor.is_meta and (tensor != initial).any():
-            lost.append(f"{site}.{name}")
+def _move(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` what `old` has: γ and β themselves, training mode, hooks; other parameters follow `requires_grad`."""
+    trainable = [parameter.requires_grad for parameter in old.parameters()]
+    for name, parameter in [*new.named_parameters(recurse=False)]:
+        if name in _MOVED and getattr(old, name, None) is not None:
+            setattr(new, name, getattr(old, name))
+        elif trainable:
+            parameter.requires_grad_(any(trainable))
     new.train(old.training)
     for name in _HOOKS:  # the very same dicts, so that the handles that remove hooks go on working
         vars(new)[name] = vars(old)[name]
@@ -321,17 +368,19 @@ def _move(old: nn.Module, new: nn.Module, site: str) -> list[str]:
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(new, old._hf_hook)
-    return lost
 
 
-def _point_at(target: _Target, config: PreTrainedConfig) -> None:
-    """Let every module that reads the model's config read `config`: attention has a reference of its own."""
-    for module in target.root.modules():
-        if isinstance(vars(module).get("config"), type(target.config)):
-            vars(module)["config"] = config
-
-
-def _warn_of(lost: list[str]) -> None:
+def _warn_of_lost(swaps: list[tuple[str, nn.Module, nn.Module]]) -> None:
+    """Warn of trained parameters of `old` that have no place in `new`, for each (site, old, new)."""
+    lost = []
+    for site, old, new in swaps:
+        initial = {"weight": 1.0, "bias": 0.0, "alpha": getattr(old, "init_alpha", 0.0)}
+        if isinstance(old, IBNorm) and old.theta is not None:
+            initial["theta"] = old.initial_theta()
+        for name, parameter in old.named_parameters(recurse=False):
+            kept = name in _MOVED and getattr(new, name, None) is not None
+            if not (kept or parameter.is_meta or torch.equal(parameter, torch.full_like(parameter, initial[name]))):
+                lost.append(f"{site}.{name}")
     if lost:
         warnings.warn(
             f"the new norms have no place for trained {', '.join(lost)}: {len(lost)} dropped", UserWarning, stacklevel=3

@@ -53,12 +53,14 @@ def tiny_config():
 
 
 @pytest.fixture
-def stock_model(tiny_config):
-    """Factory of tiny stock models, their parameters moved off the initial values: stock_model("gpt2")."""
+def stock_model(tiny_config, tmp_path_factory):
+    """Factory of tiny stock models as users have them, loaded from a directory: stock_model("gpt2")."""
 
     def make(family: str, cls=None, **fields):
-        config = stock_config(tiny_config(family, **fields))
+        cls = cls or stock_of(FAMILY[family].causal_lm)
+        folder = tmp_path_factory.mktemp("stock")
         torch.manual_seed(1)
-        return shake((cls or stock_of(FAMILY[family].causal_lm))(config))
+        shake(cls(stock_config(tiny_config(family, **fields)))).save_pretrained(folder)
+        return cls.from_pretrained(folder)
 
     return make

@@ -119,14 +119,19 @@ def test_an_override_for_a_block_taken_away_later_is_an_error(tiny_config, tmp_p
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loading_with_another_norm_takes_its_defaults(tiny_config, family, tmp_path):
-    model = shake(build(tiny_config(family, norm_type="ibnorm_t", norm_kwargs={"lam": 0.3})))
+    model = shake(build(tiny_config(family, norm_type="ibnorm_t", norm_kwargs={"lam": 0.3, "standardize": "rms"})))
     model.save_pretrained(tmp_path)
     for load in (FAMILY[family].causal_lm.from_pretrained, AutoModelForCausalLM.from_pretrained):
         assert load(tmp_path, norm_type="IBNorm-T").config.norm_kwargs["lam"] == 0.3
         other = load(tmp_path, norm_type="layernormalnorm", norm_overrides={FINAL[family]: "dyt"})
         assert other.config.norm_kwargs["noise"] == 1.0
         assert kinds(other) == ["LayerNormalNorm"] * 4 + ["DynamicTanh"]
-        assert load(tmp_path, norm_kwargs={"lam": 7}).config.norm_kwargs["lam"] == 7.0
+        changed = load(tmp_path, norm_kwargs={"lam": 7}).config
+        assert changed.norm_kwargs == {**model.config.norm_kwargs, "lam": 7.0}
+        changed.save_pretrained(tmp_path / "changed")
+        assert "given" not in (tmp_path / "changed" / "config.json").read_text()
+        with pytest.raises(ValueError, match=r"norm_typ: no such config field|lam: got 7 as a config field"):
+            load(tmp_path, **{"norm_typ": "dyt"} if load == AutoModelForCausalLM.from_pretrained else {"lam": 7})
         with pytest.raises(ValueError, match="pass norm_kwargs={'eps'"):
             load(tmp_path, **{model.config.norm_eps_field: 1e-3})
     assert AutoConfig.from_pretrained(tmp_path, norm_type="dyt").norm_kwargs["init_alpha"] == 0.5
@@ -169,6 +174,14 @@ def test_a_stock_checkpoint_takes_its_eps_and_other_fields_from_the_arguments_to
     model = FAMILY[family].classifier.from_pretrained(tmp_path, norm_type="ibnorm_l", num_labels=3, **{field: 1e-3})
     assert model.config.norm_kwargs["eps"] == 1e-3
     assert model.score.out_features == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stock_config_object_is_refused(stock_model, tiny_config, family):
+    with pytest.raises(TypeError, match=r"config: got \w+Config, IBNorm\w+Model takes one with norms"):
+        FAMILY[family].causal_lm(stock_model(family).config)
+    config = type(tiny_config(family))(**stock_model(family).config.to_dict())
+    assert config.model_type == config.to_dict()["model_type"] == f"ibnorm_{family}"
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):

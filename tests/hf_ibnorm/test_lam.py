@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -48,9 +49,22 @@ def test_set_lam_reaches_through_wrappers_and_patched_models(stock_model):
         set_lam(wrapped, 1.0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lam_of_a_part_is_saved_with_that_part(tiny_config, family, tmp_path):
+    model = shake(build(tiny_config(family)))
+    first, *_, last = norm_sites(model).values()
+    first.set_lam(1.0)
+    set_lam(last, 2.0)
+    assert model.config.norm_kwargs["lam"] == 4.0
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [norm.lam.item() for norm in norm_sites(loaded).values()] == [1.0, 4.0, 4.0, 4.0, 2.0]
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
 def test_set_lam_works_on_a_module_without_config():
     layers = nn.Sequential(IBNorm(4), nn.Linear(4, 4), IBNorm(4, variant="T"))
-    set_lam(layers, 3)
+    set_lam(layers, np.float32(3))
     assert [layers[0].lam.item(), layers[2].lam.item()] == [3.0, 3.0]
     assert "lam=3.0" in repr(layers[0])
     set_lam(layers[0], 0)

@@ -32,10 +32,12 @@ from hf_ibnorm import (
     apply_norm,
     norm_sites,
     restore_norm,
+    set_lam,
     swapped_norms,
 )
 
 
+@torch.no_grad()
 def logits(model):
     return model(tokens()).logits
 
@@ -64,14 +66,14 @@ def test_patched_saved_and_loaded_is_the_same_model_to_the_bit(stock_model, fami
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_patched_model_is_like_one_built_from_its_config(stock_model, family):
-    model = apply_norm(stock_model(family), "ibnorm_t", lam=0.3).train()
-    built = FAMILY[family].causal_lm(copy.deepcopy(model.config))
-    unlike = {key for key in vars(model) if key != "_norms_before" and str(vars(model)[key]) != str(vars(built)[key])}
+def test_patched_model_is_like_one_loaded(stock_model, family, tmp_path):
+    model = apply_norm(stock_model(family), "ibnorm_t", lam=0.3)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded.name_or_path = loaded.config.name_or_path = ""
+    assert set(vars(model)) - set(vars(loaded)) == {"_norms_before"}
+    unlike = {key for key in vars(loaded) if str(vars(model)[key]) != str(vars(loaded)[key])}
     assert unlike == set()
-    assert set(vars(model)) - set(vars(built)) == {"_norms_before"}
-    built.load_state_dict(model.state_dict())
-    assert torch.equal(logits(built.eval()), logits(model.eval()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,6 +196,96 @@ def test_a_model_on_the_meta_device_stays_there(stock_model, family):
     model = apply_norm(stock_model(family).to("meta"), "ibnorm_l")
     assert all(tensor.is_meta for norm in norm_sites(model).values() for tensor in norm.parameters())
     restore_norm(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lam_is_put_back_with_the_norms(tiny_config, family):
+    model = shake(build(tiny_config(family, norm_type="ibnorm_l")))
+    before = logits(model)
+    with swapped_norms(model, "ibnorm_t", sites=FINAL[family]):
+        set_lam(model, 1.0)
+    assert torch.equal(logits(model), before)
+    apply_norm(model, "ibnorm_t", sites=FINAL[family])
+    set_lam(model, 1.0)
+    restore_norm(model)
+    assert torch.equal(logits(model), before)
+    assert model.config.norm_kwargs["lam"] == 4.0
+
+
+def test_applying_again_replaces_what_was_learned_and_says_so(stock_model):
+    model = apply_norm(stock_model("llama"), "ibnorm_l", learn_lam=True, lam=1.0)
+    for norm in norm_sites(model).values():
+        nn.init.constant_(norm.theta, 9.0)
+    with pytest.warns(UserWarning, match=r"trained layers\.0\.input_layernorm\.theta.*: 5 dropped"):
+        apply_norm(model, "ibnorm_l", learn_lam=True, lam=1.0)
+    assert next(iter(norm_sites(model).values())).current_lam().item() == pytest.approx(1.0)
+
+
+def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was(stock_model):
+    model = stock_model("gpt2")
+    modules, before = dict(model.named_modules()), logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="no place"):
+            apply_norm(model, "rmsnorm")
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(logits(model), before)
+    assert model.config.model_type == "gpt2"
+
+
+def test_a_bias_that_comes_back_is_frozen_like_its_norm(stock_model):
+    model = apply_norm(stock_model("gpt2"), "rmsnorm")
+    model.requires_grad_(False)
+    restore_norm(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_are_taken_by_their_qualified_names_too(stock_model, family, tmp_path):
+    model = stock_model(family)
+    first, *rest = norm_sites(model)
+    apply_norm(model, "ibnorm_l", sites=[first])
+    sites = norm_sites(model)
+    assert isinstance(sites[first], IBNorm)
+    assert not any(isinstance(sites[name], IBNorm) for name in rest)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_key_like_an_option_in_a_stock_config_is_left_alone(stock_model, family, tmp_path):
+    model = stock_model(family)
+    model.config.bias = False  # as configs of related architectures have it
+    model.save_pretrained(tmp_path / "stock")
+    apply_norm(model, "ibnorm_l").save_pretrained(tmp_path / "patched")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
+    assert loaded.config.bias is False
+    assert torch.equal(logits(loaded), logits(model))
+    FAMILY[family].causal_lm.from_pretrained(tmp_path / "stock", norm_type="ibnorm_l")
+
+
+def test_swapping_some_norms_of_a_partly_offloaded_model_leaves_the_others_working(tiny_config, tmp_path):
+    shake(build(tiny_config("llama"))).save_pretrained(tmp_path)
+    names = ("embed_tokens", "layers.0", "layers.1", "rotary_emb", "norm")
+    device_map = {f"model.{name}": "disk" if name == "layers.0" else "cpu" for name in names} | {"lm_head": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "off")
+    before = logits(model)
+    with swapped_norms(model, "ibnorm_t", sites="norm"):
+        assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(model), before)
+    restore_norm(apply_norm(model, "dyt", sites="norm"))
+    assert torch.equal(logits(model), before)
+
+
+def test_sites_of_a_derived_class_can_be_read(stock_model):
+    class Derived(IBNormLlamaForCausalLM):
+        """As FSDP2 makes one of every class it shards."""
+
+    model = apply_norm(stock_model("llama"), "ibnorm_l")
+    model.__class__ = Derived
+    assert len(norm_sites(model)) == 5
+    with pytest.raises(TypeError, match="got Derived"):
+        apply_norm(model, "ibnorm_t")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -356,8 +448,9 @@ def test_patching_draws_no_random_numbers(stock_model, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_swapped_norms_puts_back_exactly_what_was_there(stock_model, family):
     model = stock_model(family)
-    modules, before, config = dict(model.named_modules()), logits(model), model.config
-    state = {key: value.clone() for key, value in model.state_dict().items()}
+    before, config, norms = logits(model), model.config, norm_sites(model)
+    states = {name: copy.deepcopy(norm.state_dict()) for name, norm in norms.items()}
+    handles, seen = [], []
 
     def inside():
         with swapped_norms(model, "ibnorm_l", lam=2.0) as swapped:
@@ -365,15 +458,22 @@ def test_swapped_norms_puts_back_exactly_what_was_there(stock_model, family):
             assert not torch.equal(logits(model), before)
             for norm in norm_sites(model).values():  # as training would
                 nn.init.constant_(norm.weight, 7.0)
-            model.set_attn_implementation("eager")
+            handles.append(norm.register_full_backward_hook(lambda *_: seen.append("hook left behind")))
+            norm.weight.requires_grad_(False)
+            model.resize_token_embeddings(70)
             raise KeyError
 
     with pytest.raises(KeyError):
         inside()
-    assert dict(model.named_modules()) == modules
     assert model.config is config
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert torch.equal(logits(model), before)
+    for name, norm in norm_sites(model).items():
+        assert norm is norms[name]
+        assert all(torch.equal(value, states[name][key]) for key, value in norm.state_dict().items())
+        assert all(parameter.requires_grad for parameter in norm.parameters())
+    assert torch.equal(logits(model)[..., :61], before)
+    assert config.vocab_size == 70  # what was done to the rest stays done
+    model(tokens(), labels=tokens()).loss.backward()
+    assert seen == []
     with pytest.raises(ValueError, match="nothing to restore"):
         restore_norm(model)
 
@@ -419,9 +519,11 @@ def test_an_unknown_family_is_an_error_that_says_what_is_known(stock_model):
         """A subclass: its own methods would be lost with the class."""
 
     for model in (bert, nn.Linear(2, 2), Mine(stock_model("llama").config), torch.compile(stock_model("llama"))):
-        for use in (norm_sites, restore_norm, lambda model: apply_norm(model, "ibnorm_l")):
-            with pytest.raises(TypeError, match=r"model: got \w+, known are .*LlamaModel, .*IBNormGPT2LMHeadModel"):
+        for use in (restore_norm, lambda model: apply_norm(model, "ibnorm_l")):
+            with pytest.raises(TypeError, match=r"model: got \w+, known are .*LlamaModel, .*GPT2LMHeadModel"):
                 use(model)
+    with pytest.raises(TypeError, match="got BertModel"):
+        norm_sites(bert)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -473,10 +575,39 @@ def test_patching_under_peft_keeps_the_adapter_working(stock_model, family, tmp_
     assert all(name.startswith("base_model.model.") for name in norm_sites(model))
     assert not any(p.requires_grad for norm in norm_sites(model).values() for p in norm.parameters())
     after = logits(model)
+    assert model.peft_config["default"].base_model_name_or_path is None
     model.save_pretrained(tmp_path)
     fresh = peft.PeftModel.from_pretrained(apply_norm(stock_model(family), "ibnorm_l"), tmp_path).eval()
     assert torch.equal(logits(fresh), after)
     assert torch.equal(logits(restore_norm(model)), before)
+    assert model.peft_config["default"].base_model_name_or_path == model.name_or_path == stock.config.name_or_path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", ["patched", "loaded"])
+def test_an_adapter_never_names_the_stock_checkpoint_as_its_base(stock_model, family, how, tmp_path):
+    stock = stock_model(family)
+    folder = stock.name_or_path
+    cls = FAMILY[family].causal_lm
+    model = apply_norm(stock, "ibnorm_l") if how == "patched" else cls.from_pretrained(folder, norm_type="ibnorm_l")
+    assert model.name_or_path == model.config.name_or_path == ""
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    wrapped.save_pretrained(tmp_path)  # PEFT would read the base's config here, and find a stock one
+    with pytest.raises((OSError, ValueError)):
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_default_targets_of_peft_hold_for_a_patched_model_in_a_fresh_process(stock_model):
+    code = """
+        import sys, peft
+        from transformers import AutoModelForCausalLM
+        from hf_ibnorm import apply_norm
+        model = apply_norm(AutoModelForCausalLM.from_pretrained(sys.argv[1]), "ibnorm_l")
+        assert model.config.model_type == "ibnorm_llama"
+        peft.get_peft_model(model, peft.LoraConfig())
+    """
+    folder = stock_model("llama").name_or_path
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), folder], check=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

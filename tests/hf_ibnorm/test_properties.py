@@ -601,7 +601,7 @@ def test_half_types_are_computed_in_float32_and_cast_back(make, x, parameter_dty
     norm = with_affine(make(x.shape[-1], dtype=parameter_dtype), seed)
     upstream = normal(seed, *x.shape, dtype=x.dtype)
     y, gradient = run(norm, x, upstream)
-    wide_y, wide_gradient = run(norm, x.float(), upstream.float())
+    wide_y, wide_gradient = run(norm.float(), x.float(), upstream.float())
     assert y.dtype == x.dtype
     assert torch.equal(y, wide_y.to(x.dtype))
     assert torch.equal(gradient, wide_gradient.to(x.dtype))
@@ -689,8 +689,8 @@ def test_power_transform_is_scipys(h, lam):
 
 
 @PROPERTY
-@given(rows(), POWERS, SEEDS)
-def test_slopes_of_the_power_transform_are_their_formulas(h, lam, seed):
+@given(rows(), POWERS)
+def test_slopes_of_the_power_transform_are_their_formulas(h, lam):
     lam = torch.full_like(h, lam)
     psi, by_h, by_lam = power_by_hand(h, lam)
     y, *gradients = with_gradients(power_transform, (h, lam), torch.ones_like(h))
