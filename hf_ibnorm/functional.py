@@ -18,6 +18,8 @@ STANDARDIZE = ("layer", "rms")
 ORDERS = ("compress_first", "standardize_first")
 NOISE_MODES = ("scaled", "unscaled", "dropout")
 
+# A smaller lam is 0: float32 could not divide by it. A larger one than _HUGE would overflow.
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, 1e30
 # Below these |u| the quotients expm1(u)/u, log1p(u)/u and tanh(u)/u are replaced by their Taylor series, whose
 # derivatives keep all their digits. The first terms left out are below 1e-15.
 _EXPM1_RADIUS, _EXPM1 = 0.25, tuple(1.0 / math.factorial(k + 1) for k in range(11))
@@ -50,11 +52,11 @@ def check_number(field: str, value: object, low: float, high: float = math.inf, 
 
 
 def check_lam(variant: str, lam: object) -> None:
-    """Raise unless `lam` suits `variant`: S takes lam >= 1, L and T lam >= 0, shrink 0 <= lam < 1."""
+    """Raise unless `lam` suits `variant`: S takes lam >= 1, L and T lam >= 0 (up to 1e30), shrink 0 <= lam < 1."""
     if variant == "shrink":
         check_number("lam", lam, 0.0, 1.0, high_allowed=False)
     else:
-        check_number("lam", lam, 1.0 if variant == "S" else 0.0)
+        check_number("lam", lam, 1.0 if variant == "S" else 0.0, _HUGE)
 
 
 def _compute(x: Tensor) -> Tensor:
@@ -90,11 +92,11 @@ def _shape(c: Tensor, variant: str, lam: float | Tensor) -> Tensor:
         t = lam * c.abs().mean(-1, keepdim=True)
         return c - c.clamp(-t, t)
     if not isinstance(lam, Tensor):
-        return c if lam == 0 else _shape_at(c, variant, lam)
+        return c if lam < _TINY else _shape_at(c, variant, lam)
     if lam.ndim or lam.requires_grad:  # a learned one
         return _shape_for_learning(c, variant, lam)
     # No branch on the value: that would synchronise the device and break a compiled graph.
-    return torch.where(lam == 0, c, _shape_at(c, variant, torch.where(lam == 0, 1.0, lam)))
+    return torch.where(lam < _TINY, c, _shape_at(c, variant, torch.where(lam < _TINY, 1.0, lam)))
 
 
 def _shape_at(c: Tensor, variant: str, lam: float | Tensor) -> Tensor:

@@ -15,8 +15,8 @@ def add_remote_code(checkpoint: str | Path) -> list[Path]:
 
     Afterwards `AutoModel`, `AutoModelForCausalLM` and `AutoModelForSequenceClassification` load it with
     `trust_remote_code=True` in an environment that has only Transformers, with the same logits to the bit
-    (`backend="reference"`), and models saved there carry the code on. Where hf_ibnorm is imported, it is used instead
-    unless `trust_remote_code=True` is passed.
+    (`backend="reference"`), and models saved there carry the code on. Where hf_ibnorm is imported its own classes are
+    used, and what they save does not carry the code: call this again.
 
     Args:
         checkpoint: a directory that `save_pretrained` wrote. Its `config.json` is rewritten, with an `auto_map`.

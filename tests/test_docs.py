@@ -1,5 +1,6 @@
 """Every code block in docs/ runs, in the order of its page; links lead somewhere."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -12,34 +13,27 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
 
-def run(page, folder, **environment):
-    """Run a page's blocks: bash as it stands, python in one process so that names stay from block to block."""
-    text = page.read_text(encoding="utf-8")
+def run(page, folder):
+    """Run a page: its blocks from top to bottom, those in Python that follow each other as one script."""
     here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    session = []
-    for language, code in re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL):
-        if language == "python":
-            session.append(code)
-            code = "\n".join(session)
-        command = {"python": [sys.executable, "-c", code], "bash": ["bash", "-euo", "pipefail", "-c", code]}[language]
-        done = subprocess.run(
-            command, cwd=folder, env={**os.environ, "PATH": here, **environment}, capture_output=True, text=True
-        )
+    environment = {**os.environ, "PATH": here, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert {language for language, _ in blocks} == {"python", "bash"}
+    for language, group in itertools.groupby(blocks, key=lambda block: block[0]):
+        code = "\n".join(code for _, code in group)
+        start = {"python": [sys.executable, "-c"], "bash": ["bash", "-euo", "pipefail", "-c"]}[language]
+        done = subprocess.run([*start, code], cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{page.name}:\n{code}\n{done.stdout}\n{done.stderr}"
-    return len(session)
 
 
 def test_the_library_page_runs(tmp_path):
-    page = DOCS / "library.md"
-    blocks = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
-    done = subprocess.run([sys.executable, "-c", blocks], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(DOCS / "library.md", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "library"], ids=lambda page: page.stem)
 def test_the_pages_of_the_commands_run(page, tmp_path):
-    assert run(page, tmp_path, OMP_NUM_THREADS="1") == 1
+    run(page, tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

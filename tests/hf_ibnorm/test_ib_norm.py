@@ -227,3 +227,12 @@ def test_kurtosis_of_gaussian_input_goes_down(variant, expected):
 def test_bad_options_are_named(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         ib_norm(torch.zeros(2, 3), **options)
+
+
+@pytest.mark.parametrize("variant", ["L", "T"])
+@pytest.mark.parametrize("lam", [1e-46, 1e-45, 1e-38, 1e-30, 1e30])
+def test_any_lam_a_number_can_be_stays_finite_in_float32(variant, lam):
+    c = torch.tensor([-3.0, 0.0, 1e-3, 1e4])
+    for given in (lam, torch.tensor(lam), torch.tensor([lam])):
+        f = compress(c, variant=variant, lam=given)
+        torch.testing.assert_close(f, c if lam < 1 else torch.zeros(4))
