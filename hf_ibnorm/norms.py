@@ -6,6 +6,7 @@ options, the controls (torch's LayerNorm and RMSNorm, Dynamic Tanh) included; `b
 """
 
 import difflib
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -356,19 +357,15 @@ class NormEntry:
 DEFAULT_LAM = {"L": 4.0, "S": 4.0, "T": 2.0, "shrink": 0.5}
 
 
+def _options(cls: type[nn.Module], *fixed: str) -> dict[str, Any]:
+    """The options of one of our norms with their defaults, as its signature has them."""
+    parameters = inspect.signature(cls).parameters
+    left_out = ("normalized_shape", "device", "dtype", *fixed)
+    return {name: parameter.default for name, parameter in parameters.items() if name not in left_out}
+
+
 def _ibnorm(variant: str) -> NormEntry:
-    defaults = {
-        "lam": DEFAULT_LAM[variant],
-        "learn_lam": False,
-        "unit": "raw",
-        "standardize": "layer",
-        "order": "compress_first",
-        "eps": 1e-6,
-        "elementwise_affine": True,
-        "bias": True,
-        "backend": "auto",
-    }
-    return NormEntry(IBNorm, {"variant": variant}, defaults)
+    return NormEntry(IBNorm, {"variant": variant}, {**_options(IBNorm, "variant"), "lam": DEFAULT_LAM[variant]})
 
 
 NORMS: dict[str, NormEntry] = {
@@ -376,24 +373,11 @@ NORMS: dict[str, NormEntry] = {
     "ibnorm_l": _ibnorm("L"),
     "ibnorm_t": _ibnorm("T"),
     "ibnorm_shrink": _ibnorm("shrink"),
-    "layernormalnorm": NormEntry(
-        LayerNormalNorm,
-        {},
-        {
-            "noise": 1.0,
-            "noise_mode": "scaled",
-            "keep_prob": None,
-            "alpha": 1.0,
-            "eps": 1e-5,
-            "elementwise_affine": True,
-            "bias": True,
-            "backend": "auto",
-        },
-        model_eps=False,  # its eps sits in the Newton step too
-    ),
+    # Its eps sits in the Newton step too: 1e-5 whatever the model's.
+    "layernormalnorm": NormEntry(LayerNormalNorm, {}, _options(LayerNormalNorm), model_eps=False),
     "layernorm": NormEntry(nn.LayerNorm, {}, {"eps": 1e-5, "elementwise_affine": True, "bias": True}),
     "rmsnorm": NormEntry(nn.RMSNorm, {}, {"eps": 1e-6, "elementwise_affine": True}),
-    "dyt": NormEntry(DynamicTanh, {}, {"init_alpha": 0.5, "elementwise_affine": True, "bias": True}),
+    "dyt": NormEntry(DynamicTanh, {}, _options(DynamicTanh)),
 }
 _NAMES = {name.replace("_", ""): name for name in NORMS}
 

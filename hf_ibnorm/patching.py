@@ -77,11 +77,11 @@ class _State:
 class _Target:
     """The parts of a model that patching works on."""
 
-    def __init__(self, model: nn.Module, classes: str = "exact") -> None:
+    def __init__(self, model: nn.Module, exact: bool = True) -> None:
         root: Any = model
         # PEFT's wrapper holds the model; anything else that wraps one (DDP, compile) would go on with the old norms.
         self.root, self.model = root, root.get_base_model() if hasattr(root, "get_base_model") else root
-        self.family = _family(self.model, classes)
+        self.family = _family(self.model, exact)
         self.base: Any = self.model.base_model
         self.config: Any = self.model.config
         self.table: SiteTable = self.family.config.norm_site_table
@@ -106,11 +106,11 @@ class _Target:
                 module.config = config
 
 
-def _family(model: nn.Module, classes: str) -> Family:
+def _family(model: nn.Module, exact: bool) -> Family:
     for family in FAMILIES:
         known = (*family.stock_classes, *family.stock_classes.values())
         # A subclass may do anything in its methods, which patching would lose with the class.
-        if type(model) in known if classes == "exact" else isinstance(model, known):
+        if type(model) in known or (isinstance(model, known) and not exact):
             return family
     name, names = type(model).__name__, [cls.__name__ for family in FAMILIES for cls in family.stock_classes]
     if type(model).__module__.startswith("transformers_modules."):
@@ -131,7 +131,7 @@ def norm_sites(model: nn.Module) -> dict[str, nn.Module]:
         TypeError: a model of another family; the message names those that are known.
         RuntimeError: the model has norms where the architecture has none, or lacks some.
     """
-    target = _Target(model, "derived too")
+    target = _Target(model, exact=False)
     return {target.prefix + site: target.base.get_submodule(site) for site in target.sites}
 
 

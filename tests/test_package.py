@@ -73,17 +73,10 @@ def test_docstrings_say_what_goes_in_and_what_comes_out(documented):
     text = inspect.getdoc(documented)
     for name in inspect.signature(documented).parameters:
         assert re.search(rf"^    [\w, *]*\b{name}\b[\w, *]*:", text, re.MULTILINE), name
-    assert re.search(
-        "^(Returns|Yields|Shape):?" if documented is not hf_ibnorm.set_lam else "Raises", text, re.MULTILINE
-    )
+    returns_nothing = documented is hf_ibnorm.set_lam
+    assert returns_nothing or re.search("^(Returns|Yields|Shape):", text, re.MULTILINE)
     if documented.__module__ in ("hf_ibnorm.functional", "hf_ibnorm.norms") and documented.__name__ != "build_norm":
         assert "arXiv" in text
-
-
-def test_every_option_of_a_norm_is_documented():
-    for name, entry in hf_ibnorm.NORMS.items():
-        if entry.cls.__module__.startswith("hf_ibnorm"):
-            assert set(entry.defaults) <= set(inspect.signature(entry.cls).parameters), name
 
 
 def test_importing_the_library_loads_none_of_the_heavy_libraries():

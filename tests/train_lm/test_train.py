@@ -288,7 +288,9 @@ def test_the_command_prints_one_line_and_exits_2_on_bad_input(tmp_path):
     command = [sys.executable, "-m", "train_lm", "--config", "tiny", "--run_dir", str(tmp_path / "run")]
     done = subprocess.run([*command, "--model.norm_kwargs.lam", "-3"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: norm_kwargs.lam: got -3.0, must be a finite number >= 0 and <= 1e+30 (norm ibnorm_l)\n"
+    assert (
+        done.stderr == "error: norm_kwargs.lam: got -3.0, must be a finite number >= 0 and <= 1e+30 (norm ibnorm_l)\n"
+    )
     assert not list(tmp_path.iterdir())
 
 
