@@ -21,6 +21,7 @@ from .norms import NORMS, norm_name, resolve_norm_kwargs
 DEFAULT_NORM = "ibnorm_l"
 NORM_FIELDS = ("norm_type", "norm_kwargs", "norm_overrides")
 _OTHER_NORMS = "_norms_were_given"
+_ARGUMENTS = ("norm", "sites", "variant")  # of apply_norm and IBNorm
 _OPTION_NAMES = {option for entry in NORMS.values() for option in entry.defaults}
 
 
@@ -56,7 +57,8 @@ GPT2_SITES = SiteTable("h", ("ln_1", "ln_2"), "ln_f", "layernorm", optional=(("l
 
 def _strays(fields: Iterable[str]) -> list[str]:
     """Those of `fields` that look like a norm's but are no field of a config."""
-    return [key for key in fields if key in _OPTION_NAMES or (key.startswith("norm_") and key not in NORM_FIELDS)]
+    like_a_norms = [key for key in fields if key in (*_OPTION_NAMES, *_ARGUMENTS) or key.startswith("norm_")]
+    return [key for key in like_a_norms if key not in NORM_FIELDS]
 
 
 def _refuse_strays(kwargs: Mapping[str, Any]) -> None:

@@ -338,9 +338,9 @@ def check_noise(noise: float, noise_mode: str, keep_prob: float | None) -> None:
     check_number("noise", noise, 0.0)
     check_choice("noise_mode", noise_mode, NOISE_MODES)
     if noise_mode == "dropout":
+        if keep_prob is None or keep_prob == 0:
+            raise ValueError(f"keep_prob: got {keep_prob!r}, noise_mode 'dropout' needs one > 0 and <= 1")
         check_number("keep_prob", keep_prob, 0.0, 1.0)
-        if keep_prob == 0:
-            raise ValueError("keep_prob: got 0, must be > 0 and <= 1")
     elif keep_prob is not None:
         raise ValueError(
             f"keep_prob: got {keep_prob!r} with noise_mode {noise_mode!r}; it goes with noise_mode 'dropout'"

@@ -95,7 +95,7 @@ class NormBase(nn.Module):
             init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        options = ", ".join(f"{name.removesuffix('_value')}={getattr(self, name)}" for name in self._described)
+        options = ", ".join(f"{name.removesuffix('_shown')}={getattr(self, name)}" for name in self._described)
         affine = f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}"
         return f"{self.normalized_shape}, {options}, {affine}"
 
@@ -131,7 +131,7 @@ class IBNorm(NormBase):
         ValueError, TypeError: naming the field, the value and what is allowed.
     """
 
-    _described = ("variant", "lam_value", "learn_lam", "unit", "standardize", "order", "eps", "backend")
+    _described = ("variant", "lam_shown", "learn_lam", "unit", "standardize", "order", "eps", "backend")
     lam: Tensor | None
     theta: nn.Parameter | None
 
@@ -202,6 +202,12 @@ class IBNorm(NormBase):
             return self.lam  # type: ignore[return-value]
         theta = self.theta if self.theta.dtype == torch.float64 else self.theta.float()
         return torch.sigmoid(theta) if self.variant == "shrink" else F.softplus(theta)
+
+    @property
+    def lam_shown(self) -> float:
+        """λ for `print(model)`: a learned one as it is now."""
+        learned = self.theta is not None and not self.theta.is_meta
+        return round(self.current_lam().item(), 4) if learned else self.lam_value
 
     def set_lam(self, value: float) -> None:
         """Set lam in place; `hf_ibnorm.set_lam` does so for a whole model and its config."""
@@ -394,9 +400,11 @@ def norm_name(name: str, field: str = "norm_type") -> str:
     Raises:
         ValueError: no such norm; the message gives the nearest name and all of them.
     """
-    key = str(name).lower().replace("-", "").replace("_", "")
+    if not isinstance(name, str):
+        raise ValueError(f"{field}: got a {type(name).__name__}, must be the name of a norm: {', '.join(NORMS)}")
+    key = name.lower().replace("-", "").replace("_", "")
     if key not in _NAMES:
-        hint = nearest(str(name).lower().replace("-", "_"), list(NORMS))
+        hint = nearest(name.lower().replace("-", "_"), list(NORMS))
         raise ValueError(f"{field}: unknown norm {name!r}{hint}; known are {', '.join(NORMS)}")
     return _NAMES[key]
 

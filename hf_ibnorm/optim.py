@@ -27,8 +27,9 @@ def no_decay_parameter_names(model: nn.Module) -> list[str]:
 def set_lam(model: nn.Module, value: float) -> None:
     """Set λ of every IBNorm in `model`, and in its config, so that a checkpoint taken now loads with it.
 
-    Given a part of a model, it sets λ there, and saving the model writes that into the config. A compiled model does
-    not recompile. With `learn_lam` the parameter `theta` is set; it goes on learning from there.
+    Given a part of a model, it sets λ there, and saving the model writes that into the config. What PEFT saves of an
+    adapter does not hold λ: it is the base's. A compiled model does not recompile. With `learn_lam` the parameter
+    `theta` is set; it goes on learning from there.
 
     Args:
         model: any module with `IBNorm`s in it (arXiv 2510.25262), wrapped or not.

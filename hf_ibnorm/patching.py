@@ -7,7 +7,7 @@ saving and loading it needs nothing special. γ and β stay the very same parame
 import copy
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -135,7 +135,9 @@ def norm_sites(model: nn.Module) -> dict[str, nn.Module]:
     return {target.prefix + site: target.base.get_submodule(site) for site in target.sites}
 
 
-def apply_norm(model: nn.Module, norm: str, sites: str | Sequence[str] | None = None, **norm_kwargs: Any) -> nn.Module:
+def apply_norm(
+    model: nn.Module, norm: str, sites: str | Collection[str] | None = None, **norm_kwargs: Any
+) -> nn.Module:
     """Replace the norms of a live model, in place.
 
     Device, dtype, training mode, hooks, ties and `requires_grad` are kept. γ and β stay the same parameters where the
@@ -160,7 +162,7 @@ def apply_norm(model: nn.Module, norm: str, sites: str | Sequence[str] | None = 
         The same model.
 
     Raises:
-        TypeError: a model of another family; the message names those that are known.
+        TypeError: a model of another family (the message names those that are known), or a misplaced argument.
         ValueError: an unknown norm or option, a value that is not allowed, a glob that matches no site, offloaded
             norms, or gradient checkpointing without `preserve_rng_state` for a norm that draws noise.
         RuntimeError: the model is not the architecture it says.
@@ -233,7 +235,7 @@ def restore_norm(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def swapped_norms(
-    model: nn.Module, norm: str, sites: str | Sequence[str] | None = None, **norm_kwargs: Any
+    model: nn.Module, norm: str, sites: str | Collection[str] | None = None, **norm_kwargs: Any
 ) -> Iterator[nn.Module]:
     """`with swapped_norms(model, norm): ...` applies a norm and afterwards puts back exactly what was there.
 
@@ -276,9 +278,15 @@ def swapped_norms(
 
 
 def _patched_config(
-    target: _Target, norm: str, sites: str | Sequence[str] | None, norm_kwargs: dict[str, Any]
+    target: _Target, norm: str, sites: str | Collection[str] | None, norm_kwargs: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """The config the patched model will have, a copy because models may share one; and the globs of its new norm."""
+    for misplaced, right in (("norm_kwargs", "the options themselves, such as lam=2.0"), ("site", "sites=")):
+        if misplaced in norm_kwargs:
+            raise TypeError(f"{misplaced}: no such argument of apply_norm; write {right}")
+    globs: list[Any] = [sites] if isinstance(sites, str) or not isinstance(sites, Collection) else list(sites)
+    if sites is not None and not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"sites: got {sites!r}, must be a glob or a list of globs")
     config: Any = copy.deepcopy(target.config)
     if target.is_stock:
         config.__class__ = target.family.config
@@ -290,8 +298,10 @@ def _patched_config(
         globs = ["*"]
         config.norm_type, config.norm_kwargs, config.norm_overrides = name, kwargs, []
     else:
-        globs = [glob.removeprefix(target.prefix) for glob in ([sites] if isinstance(sites, str) else sites)]
-        for glob in globs or [""]:
+        globs = [glob.removeprefix(target.prefix) for glob in globs]
+        if not globs:
+            raise ValueError(f"sites: got no glob; sites are {target.table.describe(config)}")
+        for glob in globs:
             if not any(fnmatchcase(site, glob) for site in target.sites):
                 raise ValueError(f"sites: {glob!r} matches no site; sites are {target.table.describe(config)}")
         kept = [override for override in config.norm_overrides if override[0] not in globs]

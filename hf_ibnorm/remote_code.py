@@ -29,6 +29,8 @@ def add_remote_code(checkpoint: str | Path) -> list[Path]:
         ValueError: `config.json` is of another model type; the message names those that are known.
     """
     checkpoint = Path(checkpoint)
+    if not (checkpoint / "config.json").is_file():
+        raise FileNotFoundError(f"checkpoint: {checkpoint} has no config.json; must be a directory with a saved model")
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     known = {family.config.model_type: family for family in FAMILIES}
     if config.get("model_type") not in known:

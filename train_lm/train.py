@@ -77,8 +77,9 @@ def train(config: TrainConfig) -> Path:
 
     with Progress(config.max_steps, enabled=accelerator.is_main_process) as progress:
         progress.say(
-            f"{run.model.config.norm_type}: {run.model.num_parameters():,} parameters, {run.train.targets:,} training "
-            f"tokens, {config.max_steps:,} steps of {global_batch * config.block_size:,}; "
+            f"{run.model.config.norm_type}{' (with overrides)' if run.model.config.norm_overrides else ''}: "
+            f"{run.model.num_parameters():,} parameters, {run.train.targets:,} training tokens, "
+            f"{config.max_steps:,} steps of {global_batch * config.block_size:,}; "
             f"initial shared weights {run.hashes['init_sha'][:16]}"
         )
         for step in range(1, config.max_steps + 1):

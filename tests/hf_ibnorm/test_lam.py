@@ -104,6 +104,8 @@ def test_a_learned_lam_starts_at_lam_gets_gradients_and_stays_allowed(name):
             assert 0 <= norm.current_lam().item() < (1.0001 if name == "ibnorm_shrink" else math.inf)
         assert torch.isfinite(norm(x)).all()
     assert abs(norm.current_lam().item() - 0.5) > 0.01
+    assert f"lam={norm.lam_shown}," in repr(norm)
+    assert norm.lam_shown == pytest.approx(norm.current_lam().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("lam", [1e-4, 0.01, 1.0, 30.0, 2000.0])

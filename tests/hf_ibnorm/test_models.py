@@ -201,6 +201,8 @@ def test_default_norm_is_ibnorm_l():
         ({"norm_kwargs": {"lam": -2.0}}, "norm_kwargs.lam: got -2.0"),
         ({"norm_kwargs": {"lamda": 2.0}}, "did you mean 'lam'"),
         ({"norm_kind": "ibnorm_l"}, "norm_kind: no such config field"),
+        ({"norm": "ibnorm_l"}, "norm: no such config field; norm fields are norm_type"),
+        ({"variant": "T"}, "variant: no such config field"),
         ({"lam": 4.0}, "write norm_kwargs={'lam': ...}"),
         ({"norm_kwargs": 4.0}, "norm_kwargs"),
     ],

@@ -534,13 +534,18 @@ def test_an_unknown_family_is_an_error_that_says_what_is_known(stock_model):
         (("ibnorm_l",), {"lamda": 2.0}, "norm_kwargs.lamda: .*did you mean 'lam'"),
         (("ibnorm_l",), {"lam": -1.0}, "norm_kwargs.lam: got -1.0"),
         (("ibnorm_l", "layers.7.*"), {}, r"sites: 'layers.7.\*' matches no site; sites are .*N from 0 to 1"),
-        (("ibnorm_l", []), {}, "sites: '' matches no site"),
+        (("ibnorm_l", []), {}, "sites: got no glob"),
+        (("ibnorm_l", [0]), {}, r"sites: got \[0\], must be a glob"),
+        (("ibnorm_l", 0), {}, "sites: got 0, must be a glob"),
+        (("ibnorm_l",), {"site": "norm"}, "site: no such argument of apply_norm; write sites="),
+        (("ibnorm_l",), {"norm_kwargs": {"lam": 2}}, "norm_kwargs: no such argument .* lam=2.0"),
+        ((IBNorm(4),), {}, "norm: got a IBNorm, must be the name of a norm"),
     ],
 )
 def test_bad_arguments_leave_the_model_as_it_was(stock_model, family, arguments, options, message):
     model = stock_model(family)
     modules, before = dict(model.named_modules()), logits(model)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         apply_norm(model, *arguments, **options)
     assert dict(model.named_modules()) == modules
     assert torch.equal(logits(model), before)
