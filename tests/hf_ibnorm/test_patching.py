@@ -450,7 +450,7 @@ def test_swapped_norms_puts_back_exactly_what_was_there(stock_model, family):
     model = stock_model(family)
     before, config, norms = logits(model), model.config, norm_sites(model)
     states = {name: copy.deepcopy(norm.state_dict()) for name, norm in norms.items()}
-    handles, seen = [], []
+    seen = []
 
     def inside():
         with swapped_norms(model, "ibnorm_l", lam=2.0) as swapped:
@@ -458,7 +458,8 @@ def test_swapped_norms_puts_back_exactly_what_was_there(stock_model, family):
             assert not torch.equal(logits(model), before)
             for norm in norm_sites(model).values():  # as training would
                 nn.init.constant_(norm.weight, 7.0)
-            handles.append(norm.register_full_backward_hook(lambda *_: seen.append("hook left behind")))
+            norm.register_forward_hook(lambda *_: seen.append("hook left behind"))
+            norm.register_full_backward_hook(lambda *_: seen.append("hook left behind"))
             norm.weight.requires_grad_(False)
             model.resize_token_embeddings(70)
             raise KeyError
@@ -472,6 +473,7 @@ def test_swapped_norms_puts_back_exactly_what_was_there(stock_model, family):
         assert all(parameter.requires_grad for parameter in norm.parameters())
     assert torch.equal(logits(model)[..., :61], before)
     assert config.vocab_size == 70  # what was done to the rest stays done
+    seen.clear()
     model(tokens(), labels=tokens()).loss.backward()
     assert seen == []
     with pytest.raises(ValueError, match="nothing to restore"):
