@@ -73,6 +73,7 @@ def test_patched_model_is_like_one_loaded(stock_model, family, tmp_path):
     loaded.name_or_path = loaded.config.name_or_path = ""
     assert set(vars(model)) - set(vars(loaded)) == {"_norms_before"}
     unlike = {key for key in vars(loaded) if str(vars(model)[key]) != str(vars(loaded)[key])}
+    unlike -= {"_weight_conversions"}  # in older Transformers, what was renamed while loading which file
     assert unlike == set()
 
 
