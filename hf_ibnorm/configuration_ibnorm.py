@@ -50,6 +50,11 @@ class SiteTable:
         in_block = ", ".join(f"{self.blocks}.N.{site}" for site in self._in_block(config))
         return f"{in_block} (N from 0 to {config.num_hidden_layers - 1}), {self.final}"
 
+    def check_glob(self, what: str, glob: str, config: PreTrainedConfig) -> None:
+        """Raise ValueError, beginning with `what`, unless `glob` matches a site."""
+        if not any(fnmatchcase(site, glob) for site in self.names(config)):
+            raise ValueError(f"{what} matches no site; sites are {self.describe(config)}")
+
 
 LLAMA_SITES = SiteTable("layers", ("input_layernorm", "post_attention_layernorm"), "norm", "rmsnorm")
 GPT2_SITES = SiteTable("h", ("ln_1", "ln_2"), "ln_f", "layernorm", optional=(("ln_cross_attn", "add_cross_attention"),))
@@ -108,7 +113,6 @@ class NormConfigMixin:
     def _resolved(self) -> tuple[str, dict[str, Any], list]:
         eps = getattr(self, self.norm_eps_field)
         name, kwargs = norm_name(self.norm_type), resolve_norm_kwargs(self.norm_type, self.norm_kwargs, eps)
-        sites = self.norm_site_table.names(self)  # type: ignore[arg-type]
         overrides = self.norm_overrides or []
         resolved = []
         for item in overrides.items() if isinstance(overrides, Mapping) else overrides:
@@ -116,10 +120,7 @@ class NormConfigMixin:
                 raise ValueError(f"norm_overrides: got {item!r}, must be [glob, norm name or {{'type', 'kwargs'}}]")
             glob, norm = item
             field = f"norm_overrides[{glob!r}]"
-            if not any(fnmatchcase(site, glob) for site in sites):
-                raise ValueError(
-                    f"{field}: matches no site; sites are {self.norm_site_table.describe(self)}"  # type: ignore[arg-type]
-                )
+            self.norm_site_table.check_glob(f"{field}:", glob, self)  # type: ignore[arg-type]
             norm = {"type": norm} if isinstance(norm, str) else norm
             if not isinstance(norm, Mapping) or not {"type"} <= set(norm) <= {"type", "kwargs"}:
                 raise ValueError(f"{field}: got {norm!r}, must be a norm name or {{'type': ..., 'kwargs': {{...}}}}")

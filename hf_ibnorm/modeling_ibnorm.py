@@ -1,4 +1,4 @@
-"""What every model family shares: the function that puts its norms in place, their initialization, a guard."""
+"""What every model family shares: putting its norms in place, initializing, loading and saving them, and the guards."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

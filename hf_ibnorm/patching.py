@@ -302,8 +302,7 @@ def _patched_config(
         if not globs:
             raise ValueError(f"sites: got no glob; sites are {target.table.describe(config)}")
         for glob in globs:
-            if not any(fnmatchcase(site, glob) for site in target.sites):
-                raise ValueError(f"sites: {glob!r} matches no site; sites are {target.table.describe(config)}")
+            target.table.check_glob(f"sites: {glob!r}", glob, config)
         kept = [override for override in config.norm_overrides if override[0] not in globs]
         config.norm_overrides = kept + [[glob, {"type": name, "kwargs": kwargs}] for glob in globs]
     config.resolve_norms()
