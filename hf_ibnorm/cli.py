@@ -1,6 +1,7 @@
 """What every command shares: one-line errors, exit codes, quiet libraries; and the `hf-ibnorm` command itself.
 
-Exit codes: 0 done, 2 bad input (one line on stderr, no traceback), 1 a fault of ours (with its traceback).
+Exit codes: 0 done, 2 bad input (one line on stderr, no traceback), 1 a fault of ours (with its traceback), 75
+stopped by a signal and resumable.
 """
 
 import argparse
@@ -18,10 +19,15 @@ from .norms import nearest
 from .version import __version__
 
 BAD_INPUT = 2
+STOPPED = 75  # EX_TEMPFAIL: the same command can go on later
 
 
 class UserError(Exception):
     """Something the user can mend: its message is one line that names the field, the value and what is allowed."""
+
+
+class Stopped(Exception):
+    """A signal ended the program in order; its message says where it stands."""
 
 
 @contextmanager
@@ -49,6 +55,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `... | head` closed our output; point it elsewhere, or Python complains at exit

@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Asking for the mask sets it for the whole process: once, before there are threads.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -46,21 +50,15 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush a rename inside `folder` to the disk, where the system can open folders at all."""
     try:
         handle = os.open(folder, os.O_RDONLY)
@@ -85,6 +83,12 @@ def sha256(parts: Iterable[bytes | str]) -> str:
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)
     return digest.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -145,6 +149,17 @@ def environment_record() -> dict[str, Any]:
     }
 
 
+def numerics_record() -> dict[str, Any]:
+    """What the bits of a computation depend on besides its input: software, kind of device, threads, norm backend."""
+    record = environment_record()
+    versions = {name: record["versions"][name] for name in ("hf_ibnorm", "torch", "transformers", "accelerate")}
+    if record["cuda"] is None:
+        device = {"device": f"cpu, {record['cpu_capability']}", "threads": record["torch_threads"]}
+    else:
+        device = {"device": record["device"], "cuda": record["cuda"]}
+    return {**versions, **device, "norm_backend": record["norm_backend"]}
+
+
 def cpu_name() -> str:
     """The processor's own name where the system tells it, else its architecture."""
     try:
@@ -157,38 +172,50 @@ def cpu_name() -> str:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Fill a directory whole or not at all: yields a temporary one beside `path`, flushed and renamed at the end.
 
+    Args:
+        path: the directory to make.
+        replace: whether it may take the place of one that is there.
+
     Raises:
-        FileExistsError: `path` exists and is not empty.
+        FileExistsError: `path` exists and is not empty, and `replace` is false.
     """
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    umask = _umask()
-    temporary.chmod(0o777 & ~umask)
+    temporary.chmod(0o777 & ~_UMASK)
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
+                file.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
+            elif file.is_dir():
+                sync_folder(file)
+        sync_folder(temporary)
         if path.is_dir() and any(path.iterdir()):
-            raise FileExistsError(f"{path} is not empty")
-        os.rename(temporary, path)
+            if not replace:
+                raise FileExistsError(f"{path} is not empty")
+            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            os.rename(path, aside)
+            os.rename(temporary, path)
+            shutil.rmtree(aside)
+        else:
+            os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def check_new_directory(field: str, path: Path) -> None:
+def check_new_directory(field: str, path: Path, hint: str = "") -> None:
     """Raise OSError unless `path` can become a new directory: absent or empty, and something can be written there.
 
-    Nothing is left behind; `field` opens the message.
+    Nothing is left behind; `field` opens the message, `hint` ends that about a directory that is not empty.
     """
     if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(f"{field}: {path} is not empty; name a new directory")
+        raise FileExistsError(f"{field}: {path} is not empty; name a new directory{hint}")
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise NotADirectoryError(f"{field}: {path} is no directory; name a new one")
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -1,15 +1,21 @@
 """Shared by all tests: few threads, no hub, small models."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tokens of the test corpora, for this run of the tests only.
+os.environ["HF_IBNORM_CACHE"] = tempfile.mkdtemp(prefix="hf_ibnorm_tests_")
 
 import pytest
 import torch
 from helpers import FAMILY, shake, stock_config, stock_of
 from transformers.utils import logging
 
+atexit.register(shutil.rmtree, os.environ["HF_IBNORM_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # faster for models this small, and deaf to what else runs
 logging.disable_progress_bar()
 

@@ -1,20 +1,20 @@
 """The settings of a pretraining run: two dataclasses are the YAML recipe, the command line and its help at once."""
 
+import math
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser
-from transformers import PreTrainedConfig
 
 from hf_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
 from hf_ibnorm.cli import UserError, bad_input
-from hf_ibnorm.data import CORPORA
 from hf_ibnorm.functional import check_choice, check_number
 from hf_ibnorm.norms import nearest
 
 RECIPES = Path(__file__).parent / "recipes"
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "dvclive", "swanlab")
 
 
 @dataclass
@@ -23,8 +23,10 @@ class ModelConfig:
 
     Args:
         model_type: architecture, llama or gpt2.
+        init_from: directory or name of a Llama or GPT-2 checkpoint to start from, stock or ours; its sizes take the
+            place of those here, its tokenizer is the run's unless another one is given.
         norm_type: norm at every site: ibnorm_s, ibnorm_l, ibnorm_t, ibnorm_shrink, layernormalnorm, layernorm, rmsnorm
-            or dyt.
+            or dyt (null, with init_from only: the norms that checkpoint has).
         norm_kwargs: its options. A whole {...} replaces the recipe's, --model.norm_kwargs.lam 4 merges into it.
         norm_overrides: sites with another norm, a list of [glob, norm], such as '[[layers.0.*, dyt]]', or a mapping;
             norm is a name or {type: ..., kwargs: {...}}; the last match wins.
@@ -39,10 +41,12 @@ class ModelConfig:
         initializer_range: standard deviation of the initial matrices.
         norm_eps: the model's own epsilon (null: 1e-6 for llama, 1e-5 for gpt2).
         dropout: everywhere for gpt2, in the attention for llama.
+        dtype: of the weights, float32; for bfloat16 arithmetic see mixed_precision.
     """
 
     model_type: Literal["llama", "gpt2"] = "llama"
-    norm_type: str = "ibnorm_l"
+    init_from: str | None = None
+    norm_type: str | None = "ibnorm_l"
     norm_kwargs: dict[str, Any] = field(default_factory=dict)
     norm_overrides: list[Any] | dict[str, Any] = field(default_factory=list)
     vocab_size: int | None = None
@@ -56,6 +60,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     norm_eps: float | None = None
     dropout: float = 0.0
+    dtype: str = "float32"
 
 
 @dataclass
@@ -63,10 +68,25 @@ class TrainConfig:
     """One pretraining run.
 
     Args:
-        run_dir: directory of the run, new or empty.
+        run_dir: directory of the run, new or empty unless resume says otherwise.
+        resume: no; auto (go on from the newest whole checkpoint in run_dir, to the bit; from step 0 where there is
+            none); or inexact (the same even where the machine or the software computes other bits by now).
         seed: of the initial weights, the data order and the noise.
-        corpus: embedded corpus, austen or sotu.
-        tokenizer_vocab_size: tokens of the byte-level BPE tokenizer trained on the training split (at least 257).
+        corpus: embedded corpus (austen, sotu); file, glob or folder of .txt, .jsonl or .parquet, also as .gz, .xz or
+            .zst; or name of a dataset of the datasets library, on the Hub or saved to disk.
+        corpus_config: configuration of a dataset, such as en for allenai/c4.
+        train_split: split of a dataset to train on.
+        validation_split: split of a dataset to validate on.
+        validation_corpus: where validation text comes from if the corpus has none (null: it is held out).
+        validation_every: hold out one document in so many, beginning with the first; not for streaming.
+        text_field: where a line or row of the corpus has its text.
+        streaming: read, shuffle and tokenize the corpus while training, instead of tokenizing it first.
+        shuffle_buffer: streaming: documents among which the next one is drawn.
+        tokenizer: directory or name of a tokenizer (null: a byte-level BPE is trained on the training split).
+        tokenizer_vocab_size: tokens of the tokenizer that is trained (at least 257).
+        tokenizer_documents: documents it is trained on (null: all; streaming: the first 10000).
+        tokenizer_threads: threads that tokenize.
+        cache_dir: where tokens are kept between runs (null: $HF_IBNORM_CACHE, or else ~/.cache/hf_ibnorm).
         block_size: tokens a sequence, at most the model's context.
         max_steps: optimizer steps.
         per_device_train_batch_size: sequences a device takes at a time.
@@ -80,15 +100,36 @@ class TrainConfig:
         adam_beta2: decay of AdamW's running mean of its square.
         adam_epsilon: added to the root of that mean.
         max_grad_norm: gradients are clipped to this norm (0: not at all).
+        lam_schedule: strength of IBNorm: constant, or linear from 0 to what norm_kwargs say.
+        lam_warmup_steps: steps of the linear schedule.
         mixed_precision: no, bf16 or fp16: autocast over float32 weights.
         eval_every: steps between two validations (the last step always has one).
+        max_eval_blocks: blocks of the validation split that are used (null: all).
+        checkpoint_every: steps between two checkpoints (0: only where a signal stops the run).
+        keep_last: checkpoints kept, the newest ones; step 0 is always kept.
+        keep_every: checkpoints at multiples of this step are kept too (0: none).
+        max_skipped_steps: steps in a row without a finite loss and gradient that end the run; each is skipped.
+        log_with: trackers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, aim, comet_ml, dvclive, swanlab.
         model: the model.
     """
 
     run_dir: str
+    resume: Literal["no", "auto", "inexact"] = "no"
     seed: int = 0
     corpus: str = "austen"
+    corpus_config: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    validation_corpus: str | None = None
+    validation_every: int = 100
+    text_field: str = "text"
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+    tokenizer: str | None = None
     tokenizer_vocab_size: int = 2048
+    tokenizer_documents: int | None = None
+    tokenizer_threads: int = 2
+    cache_dir: str | None = None
     block_size: int = 256
     max_steps: int = 400
     per_device_train_batch_size: int = 8
@@ -102,8 +143,16 @@ class TrainConfig:
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    lam_schedule: Literal["constant", "linear"] = "constant"
+    lam_warmup_steps: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     eval_every: int = 100
+    max_eval_blocks: int | None = None
+    checkpoint_every: int = 100
+    keep_last: int = 2
+    keep_every: int = 0
+    max_skipped_steps: int = 10
+    log_with: list[str] = field(default_factory=lambda: ["tensorboard"])
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def validate(self) -> None:
@@ -112,22 +161,38 @@ class TrainConfig:
         Raises:
             ValueError, TypeError: naming the field, the value and what is allowed.
         """
-        check_choice("corpus", self.corpus, tuple(CORPORA))
-        batches = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
-        for name in (*batches, "max_steps", "eval_every"):
-            check_number(name, getattr(self, name), 1)
+        for name, low in _LEAST.items():
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, low)
         check_number("seed", self.seed, 0, 2**31)
-        check_number("block_size", self.block_size, 2)
-        check_number("tokenizer_vocab_size", self.tokenizer_vocab_size, 257)
-        for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"):
-            check_number(name, getattr(self, name), 0.0)
         for name in ("adam_beta1", "adam_beta2"):
             check_number(name, getattr(self, name), 0.0, 1.0, high_allowed=False)
         check_number("min_lr_rate", self.min_lr_rate, 0.0, 1.0)
-        check_number("warmup_steps", self.warmup_steps, 0)
-        if self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps: got {self.warmup_steps}, must be <= max_steps = {self.max_steps}")
+        for name in ("warmup_steps", "lam_warmup_steps"):
+            check_number(name, getattr(self, name), 0)
+            if getattr(self, name) > self.max_steps:
+                raise ValueError(f"{name}: got {getattr(self, name)}, must be <= max_steps = {self.max_steps}")
+        if self.lam_schedule == "linear" and not self.lam_warmup_steps:
+            raise ValueError("lam_warmup_steps: got 0, must be >= 1 with lam_schedule linear")
+        for name in self.log_with:
+            check_choice("log_with", name, TRACKERS)
+        self._validate_model()
+
+    def _validate_model(self) -> None:
         model = self.model
+        if model.dtype != "float32":
+            raise ValueError(
+                f"model.dtype: got {model.dtype!r}, must be 'float32': in bfloat16 a gain near 1 never moves, its "
+                "updates round away; for bfloat16 arithmetic over float32 weights set mixed_precision to bf16"
+            )
+        if model.norm_type is None and model.init_from is None:
+            raise ValueError(
+                "model.norm_type: got null, which keeps the norms of model.init_from; must be a norm's name"
+            )
+        if model.norm_type is None and (model.norm_kwargs or model.norm_overrides):
+            raise ValueError(
+                "model.norm_type: got null, must be a norm's name where model.norm_kwargs or overrides are given"
+            )
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             check_number(f"model.{name}", getattr(model, name), 1)
         for name in ("vocab_size", "num_key_value_heads", "max_position_embeddings"):
@@ -137,6 +202,8 @@ class TrainConfig:
         check_number("model.initializer_range", model.initializer_range, 0.0, 1.0)
         if model.norm_eps is not None:
             check_number("model.norm_eps", model.norm_eps, 0.0)
+        if model.init_from is not None:
+            return  # the sizes are the checkpoint's
         for name, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
             heads, divided = getattr(model, name), getattr(model, whole)
             if heads is not None and divided % heads:
@@ -147,19 +214,56 @@ class TrainConfig:
                 f"model.num_attention_heads: got {model.num_attention_heads}, which makes heads {width} wide; "
                 "rotary embeddings need an even width"
             )
-        context = model.max_position_embeddings
+        self.check_context(model.max_position_embeddings)
+
+    def check_context(self, context: int | None) -> None:
+        """Raise ValueError where a block does not fit into a model's `context`."""
         if context is not None and self.block_size > context:
             raise ValueError(f"block_size: got {self.block_size}, must be <= model.max_position_embeddings = {context}")
 
     def as_recipe(self) -> dict[str, Any]:
-        """Every resolved value but `run_dir`: a recipe that repeats this run."""
+        """Every resolved value but `run_dir` and `resume`: a recipe that repeats this run."""
         content = asdict(self)
-        del content["run_dir"]
+        del content["run_dir"], content["resume"]
         return content
 
 
-def build_model_config(config: TrainConfig, vocab_size: int | None = None, eos_token_id: int = 0) -> PreTrainedConfig:
-    """The Transformers config of the model to train.
+_LEAST: dict[str, float] = {
+    **dict.fromkeys(("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_every", "max_eval_blocks", "keep_last"), 1),
+    **dict.fromkeys(("shuffle_buffer", "tokenizer_documents", "tokenizer_threads", "max_skipped_steps"), 1),
+    **dict.fromkeys(("checkpoint_every", "keep_every"), 0),
+    **dict.fromkeys(("block_size", "validation_every"), 2),
+    "tokenizer_vocab_size": 257,
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), 0.0),
+}
+"""The least value of each number; an integer where only integers are allowed."""
+
+RESUMABLE_CHANGES = frozenset(
+    ("checkpoint_every", "keep_last", "keep_every", "log_with", "cache_dir", "tokenizer_threads", "max_skipped_steps")
+)
+"""Fields that a resumed run may change: none of them enters what is computed."""
+
+_SAME_BUT_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+# Field of ModelConfig → attribute of the family's config.
+_NAMES = {
+    "llama": {name: name for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    | {"num_key_value_heads": "num_key_value_heads", "max_position_embeddings": "max_position_embeddings"}
+    | {"norm_eps": "rms_norm_eps", "dropout": "attention_dropout"},
+    "gpt2": {"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer"}
+    | {"num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}
+    | {"norm_eps": "layer_norm_epsilon", "dropout": "resid_pdrop"},
+}
+for _names in _NAMES.values():
+    _names |= {name: name for name in ("vocab_size", "tie_word_embeddings", "initializer_range")}
+_EPS = {"llama": 1e-6, "gpt2": 1e-5}
+
+
+def build_model_config(
+    config: TrainConfig, vocab_size: int | None = None, eos_token_id: int = 0
+) -> IBNormLlamaConfig | IBNormGPT2Config:
+    """The Transformers config of the model to train, where it does not start from a checkpoint.
 
     Args:
         config: a validated run.
@@ -171,60 +275,83 @@ def build_model_config(config: TrainConfig, vocab_size: int | None = None, eos_t
     """
     model = config.model
     rows = model.vocab_size or vocab_size or config.tokenizer_vocab_size
+    check_vocabulary(rows, vocab_size)
+    if model.model_type == "gpt2" and model.num_key_value_heads not in (None, model.num_attention_heads):
+        raise ValueError(f"model.num_key_value_heads: got {model.num_key_value_heads}, gpt2 has no grouped heads")
+    given = {
+        **asdict(model),
+        "vocab_size": rows,
+        "max_position_embeddings": model.max_position_embeddings or config.block_size,
+        "norm_eps": _EPS[model.model_type] if model.norm_eps is None else model.norm_eps,
+    }
+    values = {attribute: given[name] for name, attribute in _NAMES[model.model_type].items()}
+    if model.model_type == "gpt2":
+        values |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), model.dropout)
+    family = IBNormLlamaConfig if model.model_type == "llama" else IBNormGPT2Config
+    return family(
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        norm_type=model.norm_type,
+        norm_kwargs=dict(model.norm_kwargs or {}),
+        norm_overrides=model.norm_overrides,
+        **values,
+    )
+
+
+def check_vocabulary(rows: int, vocab_size: int | None) -> None:
+    """Raise ValueError where a tokenizer has more tokens than the embedding has rows."""
     if vocab_size is not None and rows < vocab_size:
         raise ValueError(f"model.vocab_size: got {rows}, the tokenizer has {vocab_size} tokens")
-    context = model.max_position_embeddings or config.block_size
-    shared = {
-        "vocab_size": rows,
-        "tie_word_embeddings": model.tie_word_embeddings,
-        "initializer_range": model.initializer_range,
-        "bos_token_id": eos_token_id,
-        "eos_token_id": eos_token_id,
-        "norm_type": model.norm_type,
-        "norm_kwargs": dict(model.norm_kwargs or {}),
-        "norm_overrides": model.norm_overrides,
-    }
-    if model.model_type == "llama":
-        return IBNormLlamaConfig(
-            hidden_size=model.hidden_size,
-            intermediate_size=model.intermediate_size,
-            num_hidden_layers=model.num_hidden_layers,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_key_value_heads,
-            max_position_embeddings=context,
-            attention_dropout=model.dropout,
-            rms_norm_eps=1e-6 if model.norm_eps is None else model.norm_eps,
-            **shared,
-        )
-    if model.num_key_value_heads not in (None, model.num_attention_heads):
-        raise ValueError(f"model.num_key_value_heads: got {model.num_key_value_heads}, gpt2 has no grouped heads")
-    return IBNormGPT2Config(
-        n_embd=model.hidden_size,
-        n_inner=model.intermediate_size,
-        n_layer=model.num_hidden_layers,
-        n_head=model.num_attention_heads,
-        n_positions=context,
-        resid_pdrop=model.dropout,
-        embd_pdrop=model.dropout,
-        attn_pdrop=model.dropout,
-        layer_norm_epsilon=1e-5 if model.norm_eps is None else model.norm_eps,
-        **shared,
-    )
 
 
 def resolved(config: TrainConfig, built: IBNormLlamaConfig | IBNormGPT2Config) -> TrainConfig:
-    """`config` with every field that was left open set to what `built` made of it."""
+    """`config` with every field of the model that was left open, or that a checkpoint decided, set to what it is."""
+    model_type: Any = built.model_type.removeprefix("ibnorm_")
+    values = {name: getattr(built, attribute) for name, attribute in _NAMES[model_type].items()}
+    if values["intermediate_size"] is None:
+        values["intermediate_size"] = 4 * values["hidden_size"]  # what GPT-2 makes of it
     model = replace(
         config.model,
+        model_type=model_type,
         norm_type=built.norm_type,
         norm_kwargs=built.norm_kwargs,
         norm_overrides=built.norm_overrides,
-        vocab_size=built.vocab_size,
-        num_key_value_heads=getattr(built, "num_key_value_heads", None),
-        max_position_embeddings=built.max_position_embeddings,
-        norm_eps=getattr(built, built.norm_eps_field),
+        **values,
     )
     return replace(config, model=model)
+
+
+def changed_fields(then: dict[str, Any], now: dict[str, Any], processes: tuple[int, int]) -> list[str]:
+    """What keeps a run from being resumed with other settings: "field was X, got Y" for each that matters.
+
+    Args:
+        then: `as_recipe()` of the run.
+        now: the same of the settings it is to go on with.
+        processes: number of processes then and now. Where it changed, the batch may be split in another way.
+    """
+
+    def flat(recipe: dict[str, Any]) -> dict[str, Any]:
+        return {**recipe, **{f"model.{name}": value for name, value in recipe["model"].items()}, "model": None}
+
+    before, after = flat(then), flat(now)
+    sizes = [
+        each * math.prod(side[name] for name in _SAME_BUT_SPLIT)
+        for each, side in zip(processes, (before, after), strict=True)
+    ]
+    free = RESUMABLE_CHANGES | (
+        set(_SAME_BUT_SPLIT) if sizes[0] == sizes[1] and processes[0] != processes[1] else set()
+    )
+    found = [
+        f"{name} was {before.get(name)!r}, got {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if name not in free and before.get(name) != after.get(name)
+    ]
+    if not found and sizes[0] != sizes[1]:
+        found.append(
+            f"a step had {sizes[0]} sequences with {processes[0]} processes, with {processes[1]} it has {sizes[1]}; "
+            "set gradient_accumulation_steps or per_device_train_batch_size so that it has as many"
+        )
+    return found
 
 
 class _Parser(ArgumentParser):
@@ -252,7 +379,7 @@ def build_parser() -> ArgumentParser:
     parser = _Parser(
         prog="train_lm",
         allow_abbrev=False,  # --confi would slip past _config_first
-        description="Pretrain a language model on an embedded corpus. Any field of the recipe can be set as a flag. "
+        description="Pretrain a language model. Any field of the recipe can be set as a flag. "
         "The defaults shown are those without --config.",
     )
     parser.add_argument(

@@ -1,47 +1,53 @@
 """The training loop, to be read from top to bottom: prepare, then step after step, then the final model."""
 
-import json
 import math
 import os
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed
 import torch.nn.functional as F
-import yaml
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list, set_seed
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_ibnorm.cli import UserError, bad_input
-from hf_ibnorm.data import load_corpus
-from hf_ibnorm.files import (
-    atomic_directory,
-    check_new_directory,
-    environment_record,
-    sha256,
-    sha256_tensors,
-    write_json,
-    write_text,
-)
+from hf_ibnorm.cli import Stopped, UserError, bad_input
+from hf_ibnorm.files import cpu_name, numerics_record, sha256
 from hf_ibnorm.modeling_ibnorm import is_norm
 from hf_ibnorm.optim import no_decay_parameter_names
 
-from .config import TrainConfig, build_model_config, resolved
-from .data import IGNORE, BlockOrder, PackedTokens, split_batch, train_tokenizer, wrap_tokenizer
+from .checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    Snapshot,
+    copy_model,
+    optimizer_tensors,
+    process_state,
+    restore_optimizer,
+    restore_random_states,
+    steps_in,
+)
+from .config import TrainConfig, build_model_config
+from .data import IGNORE, PackedData, PackedTokens
+from .metrics import MetricsFile, check_trackers, start_trackers, truncate_metrics
+from .prepare import Run, agree_on_start, check_room, note_resume, prepare, save_model, write_run_files
 from .progress import Progress
+from .signals import StopSignals
+from .throughput import flops_per_token, peak_flops, peak_memory_gb
 
 
 def train(config: TrainConfig) -> Path:
     """Pretrain a model and return the directory of the finished one.
 
     The run directory then holds `config.yaml` (a recipe that repeats the run), `environment.json`, `metrics.jsonl`
-    (one object a step), `checkpoints/step-0/model/` (the initial weights) and `final/`, both of which
-    `from_pretrained` loads, tokenizer included.
+    (one object a step), `checkpoints/step-N/` and `final/`; `final` and each checkpoint's `model/` are loaded by
+    `from_pretrained`, tokenizer included.
 
     Args:
         config: the run, as `TrainConfig` documents it.
@@ -50,91 +56,278 @@ def train(config: TrainConfig) -> Path:
         `run_dir/final`.
 
     Raises:
-        UserError: bad input, before anything is written; or training diverged, with what was learnt kept on disk.
+        UserError: bad input, before anything is written; a disk that is full; or training diverged, with what was
+            learnt kept on disk.
+        Stopped: SIGTERM or SIGINT came; a checkpoint of the last step is on disk.
     """
+    with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        return _train(config, signals, stack)
+
+
+def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     with bad_input():
         config.validate()
-        build_model_config(config)  # its errors come before any work on the data
+        if config.model.init_from is None:
+            build_model_config(config)  # its errors come before any work on the data
     check_precision(config.mixed_precision)
-    # Without cpu=True two processes without a GPU would not find each other and train two models into one directory.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision)
+    check_trackers(config.log_with)
     run_dir = Path(config.run_dir)
-    check_run_dir(run_dir, accelerator)
+    final = run_dir / "final"
+    # Without cpu=True two processes without a GPU would not find each other and train two models into one directory.
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.mixed_precision,
+        log_with=config.log_with,
+        project_dir=run_dir,
+    )
+    stack.callback(accelerator.end_training)
+    start = agree_on_start(config, run_dir, accelerator)
+    progress = Progress(config.max_steps, enabled=accelerator.is_main_process)
+    for message in start.messages:
+        progress.say(message)
 
-    run = prepare(config, accelerator)
-    if accelerator.is_main_process:
-        with bad_input(OSError, about="run_dir: "):
-            write_run_files(run_dir, resolved(config, run.model.config), run, accelerator)
-    accelerator.wait_for_everyone()
-
+    run = prepare(config, accelerator, start)
+    stack.callback(run.train.close)
+    config, checkpoint = run.config, start.checkpoint()
+    if start.finished:
+        progress.say(f"already finished: {final}")
+        return final
     model = accelerator.prepare(run.model)
     optimizer = accelerator.prepare(build_optimizer(run.model, config))
-    processes, micro_batches = accelerator.num_processes, config.gradient_accumulation_steps
-    global_batch = config.per_device_train_batch_size * micro_batches * processes
-    order = BlockOrder(run.train.blocks, config.seed)
-    tokens = 0
-    set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each rank
-
-    with Progress(config.max_steps, enabled=accelerator.is_main_process) as progress:
-        progress.say(
-            f"{run.model.config.norm_type}{' (with overrides)' if run.model.config.norm_overrides else ''}: "
-            f"{run.model.num_parameters():,} parameters, {run.train.targets:,} training tokens, "
-            f"{config.max_steps:,} steps of {global_batch * config.block_size:,}; "
-            f"initial shared weights {run.hashes['init_sha'][:16]}"
-        )
-        for step in range(1, config.max_steps + 1):
-            started = time.perf_counter()
-            model.train()
-            lr = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            indices = order.take((step - 1) * global_batch, global_batch)
-            inputs, targets = run.train.batch(indices)
-            batch_tokens = int((targets != IGNORE).sum())
-            batch_sha = sha256([inputs.numpy().tobytes(), targets.numpy().tobytes()])[:16]
-
-            loss_sum = torch.zeros((), device=accelerator.device)
-            for i, part in enumerate(split_batch(indices, micro_batches, processes, accelerator.process_index), 1):
-                inputs, targets = (tensor.to(accelerator.device) for tensor in run.train.batch(part))
-                # Gradients are averaged over processes, hence the factor: every token of the global batch weighs alike.
-                with accelerator.no_sync(model) if i < micro_batches else nullcontext():
-                    part_sum = token_loss(model, inputs, targets)
-                    accelerator.backward(part_sum * (processes / batch_tokens))
-                loss_sum += part_sum.detach()
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-
-            loss = accelerator.reduce(loss_sum, "sum").item() / batch_tokens
-            tokens += batch_tokens
-            row: dict[str, Any] = {
-                "step": step,
-                "loss": loss,
-                "lr": lr,
-                "tokens": tokens,
-                "tokens_per_second": batch_tokens / (time.perf_counter() - started),
-                "grad_norm": float(norm),
-                "batch_sha": batch_sha,
-            }
-            check_finite("loss", loss, step, config)
-            if config.mixed_precision != "fp16":  # whose scaler skips the step and halves its scale
-                check_finite("grad_norm", row["grad_norm"], step, config)
-            if step % config.eval_every == 0 or step == config.max_steps:
-                # Unwrapped: DDP would expect every process to run equally many batches.
-                bare = accelerator.unwrap_model(model)
-                row["eval_loss"] = evaluate(bare, run.validation, config, accelerator)
-                check_finite("eval_loss", row["eval_loss"], step, config)
-            if accelerator.is_main_process:
-                append_metrics(run_dir, row)
-                progress.update(row)
-
-    final = run_dir / "final"
+    state = State(run, optimizer, accelerator)
+    set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each process
+    for message in state.restore(checkpoint) if checkpoint else ():
+        progress.say(message)
+    run.set_lam(lam_fraction(state.step, config))
+    problem = [""]
     if accelerator.is_main_process:
-        save_model(final, accelerator.unwrap_model(model), run.tokenizer)
+        try:
+            begin_writing(run_dir, state, checkpoint, config, stack)
+        except UserError as error:
+            problem = [str(error)]
+    if found := broadcast_object_list(problem)[0]:
+        raise UserError(found)
+    checkpointer = Checkpointer(run_dir / "checkpoints", config.keep_last, config.keep_every)
+    stack.callback(checkpointer.wait)
+    if checkpoint is None and (snapshot := state.snapshot()):
+        checkpointer.write(snapshot)
+        checkpointer.finish()
+    start_trackers(accelerator, config.as_recipe(), state.step)
+    progress.say(describe(run, config, accelerator))
+
+    stack.enter_context(progress)
+    signals.finish_steps = True
+    micro_batches, peak = (
+        config.gradient_accumulation_steps,
+        peak_flops(device_name(accelerator), config.mixed_precision),
+    )
+    for step in range(state.step + 1, config.max_steps + 1):
+        started = time.perf_counter()
+        model.train()
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        run.set_lam(lam_fraction(step, config))
+        batch = run.train.next()
+        gain_movement = state.gain_movement()
+
+        loss_sum = torch.zeros((), device=accelerator.device)
+        for i, part in enumerate(batch.parts, 1):
+            inputs, targets = (tensor.to(accelerator.device) for tensor in part)
+            # Gradients are averaged over processes, hence the factor: every token of the global batch weighs alike.
+            with accelerator.no_sync(model) if i < micro_batches else nullcontext():
+                part_sum = token_loss(model, inputs, targets)
+                accelerator.backward(part_sum * (accelerator.num_processes / batch.tokens))
+            loss_sum += part_sum.detach()
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+
+        # The one place where processes tell each other something, and where the host waits for the device.
+        mine = torch.stack([loss_sum, norm, gain_movement]).double()
+        asked = [bool(signals.name), checkpointer.error is not None, int(batch.sha[:12], 16)]
+        told = accelerator.gather(torch.cat([mine, mine.new_tensor(asked)])[None]).T.tolist()
+        losses, (grad_norm, *_), (moved, *_), stops, failures, parts = told
+        loss = math.fsum(losses) / batch.tokens if all(map(math.isfinite, losses)) else math.nan
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite or config.mixed_precision == "fp16":  # whose scaler skips the step by itself, and needs to know
+            optimizer.step()
+        optimizer.zero_grad()
+        state.count(batch.tokens, finite)
+
+        seconds = time.perf_counter() - started
+        speed = batch.tokens / seconds
+        row: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "tokens": state.tokens,
+            "tokens_per_second": speed,
+            "grad_norm": grad_norm,
+            "gain_movement": moved,
+            "batch_sha": batch.sha if run.train.shared_sha else sha256(map(str, parts))[:16],
+            "mfu": peak and speed * state.flops_per_token / (peak * accelerator.num_processes),
+            "memory_gb": peak_memory_gb(accelerator.device),
+        }
+        if run.lams:
+            row["lam_fraction"] = lam_fraction(step, config)
+        if not finite:
+            row["skipped"] = state.skipped
+        if step % config.eval_every == 0 or step == config.max_steps:
+            # Unwrapped: DDP would expect every process to run equally many batches.
+            row["eval_loss"] = evaluate(accelerator.unwrap_model(model), run.validation, config, accelerator)
+        if accelerator.is_main_process:
+            with bad_input(OSError, about="run_dir: metrics.jsonl cannot be written: "):
+                state.metrics.append(row)
+            progress.update(row)
+        accelerator.log({key: value for key, value in row.items() if isinstance(value, int | float)}, step=step)
+        check_health(row, state, config, checkpointer)
+
+        due = config.checkpoint_every and step % config.checkpoint_every == 0 and finite
+        if any(failures):
+            raise UserError(f"run_dir: a checkpoint could not be written: {checkpointer.error}")
+        if due or (any(stops) and step < config.max_steps):
+            snapshot = state.snapshot()
+            if snapshot is not None:
+                checkpointer.write(snapshot)
+        if any(stops) and step < config.max_steps:
+            checkpointer.finish()
+            accelerator.wait_for_everyone()  # a launcher kills the other processes as soon as one has ended
+            raise Stopped(f"after step {step}, with a checkpoint; go on with --resume auto")
+
+    checkpointer.finish()
+    if accelerator.is_main_process:
+        with bad_input(OSError, about=f"run_dir: {final} cannot be written: "):
+            save_model(final, accelerator.unwrap_model(model), run.tokenizer)
         progress.say(f"finished: {final}")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     return final
+
+
+class State:
+    """What changes from step to step, besides the model: counts, optimizer, generators, position in the data.
+
+    Args:
+        run: model and data.
+        optimizer: as Accelerate has prepared it.
+        accelerator: the run's.
+    """
+
+    metrics: MetricsFile
+
+    def __init__(self, run: Run, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> None:
+        self.run, self.optimizer, self.accelerator = run, optimizer, accelerator
+        self.step = self.tokens = self.skipped = 0
+        self.flops_per_token = flops_per_token(run.model, run.config.block_size)
+        norms = [name for name, module in run.model.named_modules() if is_norm(module)]
+        self.gains = {f"{name}.weight": getattr(run.model.get_submodule(name), "weight", None) for name in norms}
+        self.gains = {name: gain for name, gain in self.gains.items() if gain is not None}
+        self.start_gains = {name: gain.detach().clone() for name, gain in self.gains.items()}
+
+    def count(self, tokens: int, finite: bool) -> None:
+        """Count a finished step."""
+        self.step += 1
+        self.tokens += tokens
+        self.skipped = 0 if finite else self.skipped + 1
+
+    def gain_movement(self) -> Tensor:
+        """Root mean square of how far the norms' gains are from where they started, on the device."""
+        if not self.gains:
+            return torch.zeros((), device=self.accelerator.device)
+        moved = torch.cat([(gain.detach() - self.start_gains[name]).flatten() for name, gain in self.gains.items()])
+        return moved.square().mean().sqrt()
+
+    def snapshot(self) -> Snapshot | None:
+        """A copy of all that a checkpoint holds, on the first process; the others send it their part.
+
+        Every process must call this, and training may go on as soon as it returns.
+        """
+        mine, scaler = process_state(self.run.train.state()), self.accelerator.scaler
+        processes: list[Any] = [mine]
+        if self.accelerator.num_processes > 1:
+            processes = [None] * self.accelerator.num_processes
+            torch.distributed.gather_object(mine, processes if self.accelerator.is_main_process else None)
+        if not self.accelerator.is_main_process:
+            return None
+        start = {f"start/{name}": gain.to("cpu", copy=True) for name, gain in self.start_gains.items()}
+        state = {
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "num_processes": self.accelerator.num_processes,
+            "config": self.run.config.as_recipe(),
+            "hashes": self.run.hashes,
+            "numerics": numerics_record(),
+            "metrics": self.metrics.mark(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        model = copy_model(self.run.model)
+        tensors = optimizer_tensors(self.run.model, self.optimizer.optimizer) | start
+        return Snapshot(self.step, model, self.run.tokenizer, tensors, processes, state)
+
+    def restore(self, checkpoint: Checkpoint) -> list[str]:
+        """Go on where `checkpoint` was taken; the model has its weights already. Returns what the user should know."""
+        saved, process, messages = checkpoint.state, self.accelerator.process_index, []
+        self.step, self.tokens, self.skipped = checkpoint.step, saved["tokens"], saved["skipped"]
+        tensors = checkpoint.tensors
+        restore_optimizer(self.run.model, self.optimizer.optimizer, tensors)
+        for name, gain in self.start_gains.items():
+            gain.copy_(tensors[f"start/{name}"])
+        if self.accelerator.scaler and saved["scaler"]:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        then = saved["num_processes"]
+        own = checkpoint.process(process if process < then else 0)
+        self.run.train.load_state(own["data"])
+        if then == self.accelerator.num_processes:
+            restore_random_states(own)  # last: nothing may draw between here and the next step
+        else:
+            set_seed(self.run.config.seed + self.step, device_specific=True)
+            messages.append(
+                f"resume: {then} processes have become {self.accelerator.num_processes}: the batches go on in the same "
+                "order, sums are rounded and noise is drawn in another way"
+            )
+        return messages
+
+
+def begin_writing(
+    run_dir: Path, state: State, checkpoint: Checkpoint | None, config: TrainConfig, stack: ExitStack
+) -> None:
+    """Take possession of the run directory and, for a new run, write what is known before the first step.
+
+    Raises:
+        UserError: another run writes there, or there is no room.
+    """
+    check_room(run_dir, state.run.model, config, resumed=checkpoint is not None)
+    with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(FileLock(run_dir / ".lock", timeout=0))
+        except Timeout:
+            raise UserError(f"run_dir: {run_dir} is in use by another run") from None
+        path = run_dir / "metrics.jsonl"
+        if checkpoint is None:
+            truncate_metrics(path, {"bytes": 0})
+            write_run_files(run_dir, state.run, state.accelerator)
+        else:
+            truncate_metrics(path, checkpoint.state["metrics"])
+            note_resume(run_dir, state.step, state.accelerator)
+        state.metrics = MetricsFile(path)
+        stack.callback(state.metrics.close)
+
+
+def check_health(row: dict[str, Any], state: State, config: TrainConfig, checkpointer: Checkpointer) -> None:
+    """Stop a run whose numbers are lost; checkpoints of better days stay.
+
+    Raises:
+        UserError: too many steps in a row were skipped, or the validation loss is not finite.
+    """
+    name = next((name for name in ("loss", "grad_norm") if not math.isfinite(row[name])), "eval_loss")
+    if state.skipped >= config.max_skipped_steps or not math.isfinite(row.get("eval_loss", 0.0)):
+        checkpointer.wait()
+        whole = steps_in(checkpointer.folder)
+        raise UserError(
+            f"{name}: got {row[name]} at step {row['step']}, {state.skipped} steps in a row skipped; "
+            f"training diverged: a learning_rate of {config.learning_rate:g} may be too high; "
+            f"the last checkpoint is step-{whole[-1]}"
+        )
 
 
 def check_precision(wanted: str) -> None:
@@ -150,71 +343,26 @@ def check_precision(wanted: str) -> None:
         raise UserError(f"mixed_precision: got {wanted!r}, but the launcher was given {launched!r}; set both alike")
 
 
-def check_run_dir(run_dir: Path, accelerator: Accelerator) -> None:
-    """Refuse a run directory that is not new; every process learns what the first one found.
-
-    Raises:
-        UserError: `run_dir` is not empty, no directory, or cannot be written.
-    """
-    problem = [""]
-    if accelerator.is_main_process:
-        try:
-            check_new_directory("run_dir", run_dir)
-        except OSError as error:
-            problem = [str(error)]
-    if found := broadcast_object_list(problem)[0]:
-        raise UserError(found)
-
-
-def check_finite(name: str, value: float, step: int, config: TrainConfig) -> None:
-    """Stop a run whose numbers are lost; what it has written so far stays.
-
-    Raises:
-        UserError: `value` is NaN or infinite.
-    """
-    if not math.isfinite(value):
-        raise UserError(
-            f"{name}: got {value} at step {step}, training diverged: a learning_rate of {config.learning_rate:g} "
-            "is too high"
-        )
-
-
-@dataclass
-class Run:
-    """What a run trains and on what."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
-    train: PackedTokens
-    validation: PackedTokens
-    hashes: dict[str, str]
-
-
-def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
-    """Tokenizer, packed splits and initial model: the same on every process and, norms apart, for every norm."""
-    documents = {split: load_corpus(config.corpus, split) for split in ("train", "validation")}
-    # Trained once and handed on: the ranks must not depend on every one of them getting the same.
-    trained = [train_tokenizer(documents["train"], config.tokenizer_vocab_size) if accelerator.is_main_process else ""]
-    tokenizer = wrap_tokenizer(
-        broadcast_object_list(trained)[0], config.model.max_position_embeddings or config.block_size
+def describe(run: Run, config: TrainConfig, accelerator: Accelerator) -> str:
+    """What is about to happen, in one line."""
+    model, sequences = run.model.config, run.train.layout.sequences
+    tokens = (
+        f"{run.train.packed.targets:,} training tokens" if isinstance(run.train, PackedData) else "a stream of tokens"
     )
-    with bad_input():
-        model_config = build_model_config(config, len(tokenizer), tokenizer.eos_token_id)
-    set_seed(config.seed)
-    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-    hashes = {
-        "init_sha": shared_weights_sha(model),
-        "tokenizer_sha": sha256([tokenizer.backend_tokenizer.to_str()]),
-        **{f"{split}_sha": sha256(texts) for split, texts in documents.items()},
-    }
-    packed = {split: PackedTokens(tokenizer, texts, config.block_size) for split, texts in documents.items()}
-    return Run(model, tokenizer, packed["train"], packed["validation"], hashes)
+    device = device_name(accelerator)
+    known = peak_flops(device, config.mixed_precision) is not None
+    return (
+        f"{model.norm_type}{' (with overrides)' if model.norm_overrides else ''}: "
+        f"{run.model.num_parameters():,} parameters, {tokens}, "
+        f"{config.max_steps:,} steps of {sequences * config.block_size:,}; "
+        f"initial shared weights {(run.hashes['init_sha'] or '')[:16]}; "
+        f"{device}{'' if known else ' (peak FLOP/s unknown, so no MFU)'}"
+    )
 
 
-def shared_weights_sha(model: nn.Module) -> str:
-    """Hash of every parameter that does not belong to a norm: equal for two models that differ in their norms only."""
-    norms = tuple(f"{name}." for name, module in model.named_modules() if is_norm(module))
-    return sha256_tensors((name, value) for name, value in model.named_parameters() if not name.startswith(norms))
+def device_name(accelerator: Accelerator) -> str:
+    """What the run computes on."""
+    return torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else cpu_name()
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -226,7 +374,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for name, p in parameters.items() if name in kept], "weight_decay": 0.0},
     ]
     betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -238,6 +386,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
+def lam_fraction(step: int, config: TrainConfig) -> float:
+    """λ of `step` as a fraction of its final value."""
+    return 1.0 if config.lam_schedule == "constant" else min(1.0, step / config.lam_warmup_steps)
+
+
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Sum of the negative log-likelihoods, in nats, of the targets that count."""
     logits = model(input_ids=inputs, use_cache=False).logits
@@ -246,50 +399,19 @@ def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: PackedTokens, config: TrainConfig, accelerator: Accelerator) -> float:
-    """Mean loss in nats over every token of a whole split, in eval mode: dropout and noise norms are quiet."""
-    model.eval()
+    """Mean loss in nats over every token of a whole split, in eval mode: dropout and noise norms are quiet.
+
+    Raises:
+        RuntimeError: a part of the model stays in training mode.
+    """
+    if loud := [name for name, module in model.eval().named_modules() if module.training]:
+        raise RuntimeError(f"{', '.join(loud)}: still in training mode, the loss would be that of a noisy model")
     size = config.per_device_eval_batch_size
     total = torch.zeros((), dtype=torch.float64)
     mine = range(accelerator.process_index, data.blocks, accelerator.num_processes)
     for start in range(0, len(mine), size):
-        batch = data.batch(mine[start : start + size])
+        batch = data.batch(np.array(mine[start : start + size]))
         inputs, targets = (tensor.to(accelerator.device) for tensor in batch)
         total += token_loss(model, inputs, targets).double().cpu()
     summed = accelerator.reduce(total.to(accelerator.device), "sum")
     return summed.item() / data.targets
-
-
-def write_run_files(run_dir: Path, config: TrainConfig, run: Run, accelerator: Accelerator) -> None:
-    """Everything about the run that is known before its first step."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "config.yaml", yaml.safe_dump(config.as_recipe(), sort_keys=False))
-    record = environment_record()
-    record |= {
-        **run.hashes,
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
-        "train_tokens": run.train.targets,
-        "train_blocks": run.train.blocks,
-        "train_padding": run.train.padding,
-        "validation_tokens": run.validation.targets,
-        "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-    }
-    write_json(run_dir / "environment.json", record)
-    step_0 = run_dir / "checkpoints" / "step-0"
-    step_0.mkdir(parents=True)
-    save_model(step_0 / "model", run.model, run.tokenizer)
-
-
-def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Save model and tokenizer as one directory that `from_pretrained` loads, whole or not at all."""
-    with atomic_directory(path) as directory:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-
-
-def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
-    """Add one line to `metrics.jsonl`; a gradient norm that overflowed (fp16) becomes null, JSON has no infinity."""
-    if not math.isfinite(row["grad_norm"]):
-        row = {**row, "grad_norm": None}
-    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")

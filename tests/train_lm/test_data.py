@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from train_lm.data import END_OF_TEXT, IGNORE, BlockOrder, PackedTokens, split_batch, train_tokenizer, wrap_tokenizer
+from train_lm.data import IGNORE, BlockOrder, Layout, PackedTokens, split_batch
+from train_lm.tokenizer import END_OF_TEXT, encode, train_tokenizer, wrap_tokenizer
 
 TEXTS = ["It was a truth — universally acknowledged. " * 20, "Émile 日本 \x00\t ok", "A third, short one."]
 
@@ -16,6 +17,10 @@ TEXTS = ["It was a truth — universally acknowledged. " * 20, "Émile 日本 \x
 @pytest.fixture(scope="module")
 def tokenizer():
     return wrap_tokenizer(train_tokenizer(TEXTS, 300), 64)
+
+
+def packed_texts(tokenizer, block_size):
+    return PackedTokens(encode(tokenizer, TEXTS), tokenizer.eos_token_id, block_size)
 
 
 def test_any_text_survives_the_tokenizer(tokenizer):
@@ -37,7 +42,7 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
 
 
 def test_training_a_tokenizer_is_deterministic_across_processes():
-    code = f"from train_lm.data import train_tokenizer; print(train_tokenizer({TEXTS!r}, 300))"
+    code = f"from train_lm.tokenizer import train_tokenizer; print(train_tokenizer({TEXTS!r}, 300))"
     outputs = {
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
     }
@@ -46,7 +51,7 @@ def test_training_a_tokenizer_is_deterministic_across_processes():
 
 @pytest.mark.parametrize("block_size", [2, 7, 16, 10_000])
 def test_every_token_but_the_first_is_predicted_exactly_once(tokenizer, block_size):
-    packed = PackedTokens(tokenizer, TEXTS, block_size)
+    packed = packed_texts(tokenizer, block_size)
     inputs, targets = packed.batch(np.arange(packed.blocks))
     assert inputs.shape == targets.shape == (packed.blocks, block_size)
     counted = targets[targets != IGNORE].numpy()
@@ -57,7 +62,7 @@ def test_every_token_but_the_first_is_predicted_exactly_once(tokenizer, block_si
 
 
 def test_stream_is_every_document_followed_by_the_end_of_text(tokenizer):
-    packed = PackedTokens(tokenizer, TEXTS, 8)
+    packed = packed_texts(tokenizer, 8)
     eos = tokenizer.eos_token_id
     assert (packed.stream == eos).sum() == len(TEXTS)
     assert packed.stream[-1] == eos
@@ -76,13 +81,14 @@ def test_every_epoch_reads_each_block_once_in_an_order_of_its_own():
 @pytest.mark.parametrize(("micro_batches", "processes"), [(1, 1), (8, 1), (2, 4), (1, 8)])
 def test_splitting_a_global_batch_loses_and_repeats_nothing(micro_batches, processes):
     indices = np.arange(16)
-    parts = [part for process in range(processes) for part in split_batch(indices, micro_batches, processes, process)]
+    layouts = [Layout(16 // micro_batches // processes, micro_batches, processes, each) for each in range(processes)]
+    parts = [part for layout in layouts for part in split_batch(indices, layout)]
     assert sorted(np.concatenate(parts)) == list(range(16))
-    first = [next(split_batch(indices, micro_batches, processes, process)) for process in range(processes)]
+    first = [next(split_batch(indices, layout)) for layout in layouts]
     np.testing.assert_array_equal(np.concatenate(first), indices[: 16 // micro_batches])
 
 
 def test_batches_are_torch_tensors_of_token_ids(tokenizer):
-    inputs, targets = PackedTokens(tokenizer, TEXTS, 8).batch(np.array([2, 0]))
+    inputs, targets = packed_texts(tokenizer, 8).batch(np.array([2, 0]))
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.shape == (2, 8)

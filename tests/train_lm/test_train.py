@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_ibnorm.cli import UserError
 from train_lm.__main__ import main
 from train_lm.config import RECIPES, ModelConfig, TrainConfig, build_model_config, read_command_line, shipped_recipes
-from train_lm.data import IGNORE, PackedTokens, train_tokenizer, wrap_tokenizer
+from train_lm.data import IGNORE, PackedTokens
+from train_lm.metrics import MEASURED
+from train_lm.tokenizer import encode, train_tokenizer, wrap_tokenizer
 from train_lm.train import build_optimizer, evaluate, learning_rate, train
-
-TIMING = ("tokens_per_second",)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def small_corpus(monkeypatch):
     def pages(corpus, split):
         return [text[: 20_100 if split == "train" else 2_000] for text in data.load_corpus(corpus, split)[:2]]
 
-    monkeypatch.setattr("train_lm.train.load_corpus", pages)
+    monkeypatch.setattr("train_lm.corpus.load_corpus", pages)
     AcceleratorState._reset_state(True)  # one process may not change its precision
 
 
@@ -47,7 +47,7 @@ def metrics(run_dir):
 
 
 def without_timing(rows):
-    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
 
 
 def test_run_directory_holds_what_the_design_says(tmp_path):
@@ -55,15 +55,20 @@ def test_run_directory_holds_what_the_design_says(tmp_path):
     run = tmp_path / "run"
     assert final == run / "final"
     assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.yaml",
         "environment.json",
         "final",
         "metrics.jsonl",
+        "tensorboard",
     ]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-0", "step-10", "step-5"]
+    assert (run / "checkpoints" / "latest").read_text() == "step-10\n"
     rows = metrics(run)
     assert [row["step"] for row in rows] == list(range(1, 11))
-    assert set(rows[0]) == {"step", "loss", "lr", "tokens", "tokens_per_second", "grad_norm", "batch_sha"}
+    promised = {"step", "loss", "lr", "tokens", "tokens_per_second", "grad_norm", "batch_sha"}
+    assert set(rows[0]) == promised | {"gain_movement", "mfu", "memory_gb"}
     assert [row["step"] for row in rows if "eval_loss" in row] == [5, 10]
     assert rows[-1]["tokens"] == 10 * 4 * 2 * 32
     assert rows[-1]["eval_loss"] < rows[4]["eval_loss"] < np.log(300)
@@ -153,7 +158,7 @@ def test_validation_is_the_token_mean_over_the_whole_split_in_eval_mode():
     run.per_device_eval_batch_size = 4
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(build_model_config(run, len(tokenizer), 0)).train()
-    data = PackedTokens(tokenizer, texts, 16)
+    data = PackedTokens(encode(tokenizer, texts), tokenizer.eos_token_id, 16)
     assert data.padding > 0
     assert data.blocks % run.per_device_eval_batch_size != 0
     measured = evaluate(model, data, run, Accelerator(cpu=True))
@@ -195,7 +200,7 @@ def test_every_recipe_is_complete_and_commented(name):
     for key, value in recipe.items():
         if key != "model":
             assert getattr(run, key) == value
-    assert set(recipe) == set(TrainConfig.__dataclass_fields__) - {"run_dir"}
+    assert set(recipe) == set(TrainConfig.__dataclass_fields__) - {"run_dir", "resume"}
     assert set(recipe["model"]) == set(ModelConfig.__dataclass_fields__)
     for line in text.splitlines():
         assert line.startswith("#") or re.match(r" *\w+:.* # .{5,}", line), f"no comment: {line}"
@@ -235,7 +240,7 @@ BAD = {
     "fp16 without a GPU": (["--mixed_precision", "fp16"], "mixed_precision: got 'fp16', which needs a GPU"),
     "more warmup than steps": (["--max_steps", "1"], "warmup_steps: got 2, must be <= max_steps = 1"),
     "nan learning rate": (["--learning_rate", "nan"], "learning_rate: got 'nan', must be float"),
-    "unknown corpus": (["--corpus", "bronte"], "corpus: got 'bronte', allowed are austen, sotu"),
+    "unknown corpus": (["--corpus", "bronte"], "corpus: got 'bronte', no embedded corpus (austen, sotu), no file"),
     "heads that do not divide": (["--model.num_attention_heads", "3"], "model.num_attention_heads: got 3"),
     "unknown recipe": (["--config", "tinny"], "(did you mean 'tiny'?)"),
     "unknown precision": (
@@ -278,7 +283,7 @@ def test_a_run_directory_that_cannot_be_made_is_refused():
 
 
 def test_divergence_stops_the_run_with_a_reason_and_keeps_what_was_written(tmp_path):
-    with pytest.raises(UserError, match="training diverged: a learning_rate of 1e"):
+    with pytest.raises(UserError, match=r"training diverged: a learning_rate of 1e.*the last checkpoint is step-0"):
         train(config(tmp_path / "run", "--learning_rate", "1e30", "--max_grad_norm", "0", "--warmup_steps", "0"))
     assert len(metrics(tmp_path / "run")) >= 1
     assert not (tmp_path / "run" / "final").exists()
@@ -349,14 +354,14 @@ def script(tmp_path):
     path.write_text(
         """import torch
 from hf_ibnorm import data
-import train_lm.train
+import train_lm.corpus
 from train_lm.__main__ import main
 
 def pages(corpus, split):
     return [text[: 20_100 if split == "train" else 2_000] for text in data.load_corpus(corpus, split)[:2]]
 
 if __name__ == "__main__":
-    train_lm.train.load_corpus = pages
+    train_lm.corpus.load_corpus = pages
     main()
 """
     )

@@ -1,0 +1,286 @@
+"""Checkpoints: everything a run needs to go on to the bit, in a directory that is whole or not there.
+
+    step-40/
+        model/                  weights in float32, config, tokenizer: what `from_pretrained` loads
+        training.safetensors    AdamW's moments by parameter; the norms' gains at the start
+        process-00000.json.gz   random states and data position, one file a process
+        state.json              step, settings, hashes, what the bits depend on
+        manifest.json           size and SHA-256 of every other file
+
+A checkpoint is copied in memory while training waits, and written by a thread while training goes on: into a temporary
+directory, flushed, renamed, and only then named in `latest`; older ones are pruned last. No file here is a pickle.
+"""
+
+import base64
+import copy
+import gzip
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_ibnorm.cli import UserError
+from hf_ibnorm.files import atomic_directory, sha256, sha256_file, write_json, write_text
+
+FORMAT = 1
+
+
+@dataclass
+class Snapshot:
+    """A copy in memory of all that goes into a checkpoint; training may go on at once.
+
+    Args:
+        step: steps done.
+        model: copy of the model, on the CPU.
+        tokenizer: the run's.
+        tensors: contents of `training.safetensors`, on the CPU.
+        processes: for each process, what `process_state` gives.
+        state: contents of `state.json`.
+    """
+
+    step: int
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    tensors: dict[str, Tensor]
+    processes: list[dict[str, Any]]
+    state: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its tensors."""
+        tensors = [*self.model.parameters(), *self.tensors.values()]
+        return sum(each.numel() * each.element_size() for each in tensors)
+
+
+def copy_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` on the CPU with ties kept; its parameters are copied once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    copies = {id(each): _like(each, each.detach().to("cpu", copy=True)) for each in tensors}
+    return copy.deepcopy(model, copies)
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies of the optimizer's state on the CPU, named kind/parameter."""
+    return {
+        f"{kind}/{name}": value.detach().to("cpu", copy=True)
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give the optimizer the state that `optimizer_tensors` took."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if name in ordered and kind != "start":
+            state.setdefault(ordered.index(name), {})[kind] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def process_state(data: dict[str, Any]) -> dict[str, Any]:
+    """This process's data position and the state of every random generator it has."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    return {
+        "data": data,
+        "python": [version, list(words), gauss],
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}},
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+    }
+
+
+def restore_random_states(state: dict[str, Any]) -> None:
+    """Set every random generator of this process as `process_state` found it."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy_state = state["numpy"]
+    key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+    torch.set_rng_state(_decode(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(state["cuda"]))
+
+
+def _encode(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step}"
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
+    """Write a checkpoint into `folder`, whole or not at all; one of the same step is replaced."""
+    path = folder / checkpoint_name(snapshot.step)
+    with atomic_directory(path, replace=True) as directory:
+        snapshot.model.save_pretrained(directory / "model")
+        snapshot.tokenizer.save_pretrained(directory / "model")
+        save_file(snapshot.tensors, directory / "training.safetensors")
+        for i, state in enumerate(snapshot.processes):
+            packed = gzip.compress(json.dumps(state).encode(), compresslevel=1, mtime=0)
+            (directory / _process_file(i)).write_bytes(packed)
+        write_json(directory / "state.json", {"format": FORMAT, "step": snapshot.step, **snapshot.state})
+        names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
+        files = {name: [(directory / name).stat().st_size, sha256_file(directory / name)] for name in names}
+        write_json(directory / "manifest.json", {"files": files, "sha256": _own_sha(files)})
+    write_text(folder / "latest", f"{path.name}\n")
+
+
+def _process_file(process: int) -> str:
+    return f"process-{process:05}.json.gz"
+
+
+def _own_sha(files: dict[str, Any]) -> str:
+    return sha256([json.dumps(files, sort_keys=True)])
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint in `path`; None where every file is as it was written."""
+    manifest = path / "manifest.json"
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        files = content["files"]
+        if _own_sha(files) != content["sha256"]:
+            return "manifest.json is damaged"
+        for name, (size, digest) in files.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, not {size}"
+            if sha256_file(file) != digest:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json is damaged ({error})"
+    return None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    path: Path
+    state: dict[str, Any] = field(repr=False)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.state["step"])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Contents of `training.safetensors`."""
+        return load_file(self.path / "training.safetensors")
+
+    def process(self, process: int) -> dict[str, Any]:
+        """What `process_state` gave on one process."""
+        content: dict[str, Any] = json.loads(gzip.decompress((self.path / _process_file(process)).read_bytes()))
+        return content
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints in `folder`, whole or not, ascending."""
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in `path`.
+
+    Raises:
+        ValueError: a file in it is missing or damaged, or it was written by a later release; the message says which.
+    """
+    if problem := damage(path):
+        raise ValueError(problem)
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state["format"] != FORMAT:
+        raise ValueError(f"its format is {state['format']}, this release reads {FORMAT}")
+    return Checkpoint(path, state)
+
+
+class Checkpointer:
+    """Writes checkpoints in a thread, one at a time, and prunes old ones.
+
+    Args:
+        folder: the run's `checkpoints`.
+        keep_last: how many to keep, the newest ones up to the one just written.
+        keep_every: multiples of this step are kept too (0: none); step 0 always is.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self.error: BaseException | None = None
+        self._thread: Thread | None = None
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Begin to write; waits for the one before to be done."""
+        self.wait()
+        self._thread = Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> None:
+        """Wait, and raise UserError if a checkpoint could not be written."""
+        self.wait()
+        if self.error is not None:
+            raise UserError(f"run_dir: a checkpoint could not be written: {self.error}") from self.error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            write_checkpoint(self.folder, snapshot)
+            self._prune(snapshot.step)
+        except BaseException as error:
+            self.error = error
+
+    def _prune(self, step: int) -> None:
+        """Remove what is not to be kept. Later steps than this one stay: a run that went back may need none of them,
+        but they must not make it lose the checkpoint it went back to."""
+        past = [each for each in steps_in(self.folder) if each <= step]
+        for each in past[: -self.keep_last]:
+            if each and not (self.keep_every and each % self.keep_every == 0):
+                path = self.folder / checkpoint_name(each)
+                aside = self.folder / f".{path.name}.pruned"
+                os.rename(path, aside)  # at once: a kill in the middle of the removal must not leave half a checkpoint
+                shutil.rmtree(aside)
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what a killed run had not finished writing or removing."""
+    leftovers = [path for name in ("config.yaml", "environment.json", "final") for path in run_dir.glob(f".{name}.*")]
+    leftovers += [path for name in ("step-*", "latest") for path in (run_dir / "checkpoints").glob(f".{name}.*")]
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,427 @@
+"""What a run is made of before its first step: where it begins, its text, its tokenizer, its model."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_ibnorm import IBNorm
+from hf_ibnorm.cli import UserError, bad_input
+from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
+from hf_ibnorm.families import FAMILIES, Family
+from hf_ibnorm.files import (
+    atomic_directory,
+    check_new_directory,
+    environment_record,
+    numerics_record,
+    sha256,
+    sha256_tensors,
+    write_json,
+    write_text,
+)
+from hf_ibnorm.modeling_ibnorm import is_norm
+
+from .cache import Cache, encode_all
+from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_checkpoint, steps_in
+from .config import TrainConfig, build_model_config, changed_fields, check_vocabulary, resolved
+from .corpus import CorpusOptions, Documents, HeldOut, open_corpus
+from .data import Layout, PackedData, PackedTokens, StreamedData
+from .metrics import metrics_damage
+from .tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
+
+STREAMED_TOKENIZER_DOCUMENTS = 10_000
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Args:
+        path: the checkpoint to go on from; None for step 0.
+        saved: settings the run began with, as `TrainConfig.as_recipe` gives them; None for a new run.
+        finished: whether there is nothing left to do.
+        messages: what the user should know.
+    """
+
+    path: Path | None
+    saved: dict[str, Any] | None
+    finished: bool
+    messages: list[str]
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint, which `find_start` has verified."""
+        if self.path is None:
+            return None
+        return Checkpoint(self.path, json.loads((self.path / "state.json").read_text(encoding="utf-8")))
+
+
+def find_start(config: TrainConfig, run_dir: Path) -> Start:
+    """Where the run in `run_dir` begins: at step 0, or after the newest whole checkpoint.
+
+    Raises:
+        UserError: the directory is not new and not to be resumed, holds something else, or cannot be written.
+    """
+    if config.resume == "no" or not run_dir.is_dir() or not any(each.name[0] != "." for each in run_dir.iterdir()):
+        with bad_input(OSError):
+            if config.resume == "no" or not run_dir.is_dir():
+                hint = "; or go on with it: --resume auto" if (run_dir / "config.yaml").exists() else ""
+                check_new_directory("run_dir", run_dir, hint)
+        return Start(None, None, False, [f"resume: no run in {run_dir}, starting at step 0"] * (config.resume != "no"))
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(f"run_dir: {run_dir} is not empty and holds no run to resume; name a new directory")
+    with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
+        clear_leftovers(run_dir)
+    messages = []
+    for step in reversed(steps_in(run_dir / "checkpoints")):
+        path = run_dir / "checkpoints" / checkpoint_name(step)
+        try:
+            found = read_checkpoint(path)
+            if problem := metrics_damage(run_dir / "metrics.jsonl", found.state["metrics"]):
+                raise ValueError(problem)
+        except ValueError as error:
+            messages.append(f"resume: skipped {path.name}: {error}")
+            continue
+        finished = (run_dir / "final").exists()
+        if not finished:
+            messages.append(f"resume: going on after {path.name}")
+        return Start(path, found.state["config"], finished, messages)
+    messages.append("resume: no whole checkpoint, starting at step 0")
+    try:
+        saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        saved = None
+    return Start(None, saved if isinstance(saved, dict) and "model" in saved else None, False, messages)
+
+
+def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator) -> Start:
+    """`find_start` on the first process; every other one learns what it found.
+
+    Raises:
+        UserError: as `find_start`, on every process.
+    """
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [find_start(config, run_dir)]
+        except UserError as error:
+            found = [str(error)]
+    start = broadcast_object_list(found)[0]
+    if isinstance(start, str):
+        raise UserError(start)
+    return start
+
+
+@dataclass
+class Run:
+    """What a run trains and on what."""
+
+    config: TrainConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    train: PackedData | StreamedData
+    validation: PackedTokens
+    hashes: dict[str, str | None]
+    lams: dict[str, float]
+    """Site → λ at the end of its schedule."""
+
+    def set_lam(self, fraction: float) -> None:
+        """Set every λ to this fraction of its final value."""
+        for site, lam in self.lams.items():
+            self.model.base_model.get_submodule(site).set_lam(lam * fraction)
+
+
+def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
+    """Text, tokenizer and model: the same on every process and, norms apart, for every norm.
+
+    Raises:
+        UserError: something of it cannot be had, or is not what the run to be resumed began with.
+    """
+    checkpoint = start.checkpoint()
+    cache = Cache(config.cache_dir)
+    texts = open_texts(config, cache)
+    tokenizer = make_tokenizer(config, cache, texts["train"], checkpoint)
+    model, model_config = make_model(config, tokenizer, start)
+    config = resolved(config, model_config)
+    hashes = {
+        "init_sha": checkpoint.state["hashes"]["init_sha"] if checkpoint else shared_weights_sha(model),
+        "tokenizer_sha": sha256([tokenizer.backend_tokenizer.to_str()]),
+        **{f"{split}_sha": documents.fingerprint for split, documents in texts.items()},
+    }
+    if len({json.dumps(each, sort_keys=True) for each in gather_object([hashes])}) > 1:
+        raise UserError("corpus: the processes have different text, tokenizers or initial weights")
+    check_settings(config, start, checkpoint, accelerator, hashes)
+
+    size, eos, threads = config.block_size, tokenizer.eos_token_id, config.tokenizer_threads
+    layout = Layout(
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+    train: PackedData | StreamedData
+    if config.streaming:
+        train = StreamedData(texts["train"], tokenizer, size, config.seed, config.shuffle_buffer, threads, layout)
+    else:
+        fingerprint = texts["train"].fingerprint
+        assert fingerprint is not None, "only streams have none"
+        packed = PackedTokens(cache.tokens(fingerprint, tokenizer, texts["train"], threads), eos, size)
+        train = PackedData(packed, config.seed, layout)
+    stream = validation_tokens(cache, texts["validation"], tokenizer, config)
+    validation = PackedTokens(stream, eos, size, config.max_eval_blocks)
+    with bad_input():
+        lams = final_lams(config, model, model_config)
+    return Run(config, model, tokenizer, train, validation, hashes, lams)
+
+
+def open_texts(config: TrainConfig, cache: Cache) -> dict[str, Documents]:
+    """The documents of the training and the validation split."""
+    options = CorpusOptions(config.corpus_config, config.text_field, config.streaming, cache.file_sha)
+    train = open_corpus(config.corpus, "train", config.train_split, options)
+    assert train is not None
+    if config.validation_corpus is not None:
+        validation = open_corpus(
+            config.validation_corpus, "validation", config.validation_split, options
+        ) or open_corpus(config.validation_corpus, "train", config.train_split, options)
+        assert validation is not None
+        return {"train": train, "validation": validation}
+    if validation := open_corpus(config.corpus, "validation", config.validation_split, options):
+        return {"train": train, "validation": validation}
+    if config.streaming:
+        raise UserError(
+            f"validation_corpus: got null, and {config.corpus} has no split {config.validation_split!r}; name files or "
+            "a dataset to validate on (only without streaming are documents held out)"
+        )
+    return {part: HeldOut(train, config.validation_every, rest=part == "train") for part in ("train", "validation")}
+
+
+def make_tokenizer(
+    config: TrainConfig, cache: Cache, documents: Documents, checkpoint: Checkpoint | None
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of the checkpoint, the one asked for, or one trained on `documents`."""
+    if checkpoint is not None:
+        return load_tokenizer("run_dir", checkpoint.path / "model")
+    if config.tokenizer is not None or config.model.init_from is not None:
+        field = "tokenizer" if config.tokenizer is not None else "model.init_from"
+        return load_tokenizer(field, config.tokenizer or config.model.init_from or "")
+    limit = config.tokenizer_documents or (STREAMED_TOKENIZER_DOCUMENTS if config.streaming else None)
+
+    def trained() -> str:
+        return train_tokenizer(islice(documents, limit), config.tokenizer_vocab_size)
+
+    if documents.fingerprint is None:
+        text = trained()
+    else:
+        text = cache.text("tokenizer", [documents.fingerprint, str(config.tokenizer_vocab_size), str(limit)], trained)
+    return wrap_tokenizer(text, config.model.max_position_embeddings or config.block_size)
+
+
+def validation_tokens(
+    cache: Cache, documents: Documents, tokenizer: PreTrainedTokenizerFast, config: TrainConfig
+) -> np.ndarray:
+    """The validation split as tokens, from the cache where its text has a hash."""
+    if documents.fingerprint is not None:
+        return cache.tokens(documents.fingerprint, tokenizer, documents, config.tokenizer_threads)
+    wanted = None if config.max_eval_blocks is None else config.max_eval_blocks * config.block_size + 1
+    chunks, have = [], 0
+    for ids in encode_all(tokenizer, documents, config.tokenizer_threads):
+        chunks.append(ids)
+        have += len(ids)
+        if wanted is not None and have >= wanted:
+            break
+    if not chunks:
+        raise UserError("validation_split: it has no document")
+    return np.concatenate(chunks)
+
+
+def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: Start) -> tuple[PreTrainedModel, Any]:
+    """The model to train in float32, and the config it began with (λ may have been ramped since)."""
+    set_seed(config.seed)
+    with bad_input():
+        if config.model.init_from is None:
+            model_config = build_model_config(config, len(tokenizer), tokenizer.eos_token_id)
+            family = family_of(model_config.model_type)
+        else:
+            where = start.path / "model" if start.path else config.model.init_from
+            family, model_config = starting_config(config, where, start.saved)
+            check_vocabulary(model_config.vocab_size, len(tokenizer))
+            config.check_context(model_config.max_position_embeddings)
+        if start.path is not None:
+            model = family.causal_lm.from_pretrained(start.path / "model", dtype=torch.float32)
+            for name in NORM_FIELDS:  # the checkpoint's own say where a ramped λ stood then
+                setattr(model.config, name, getattr(model_config, name))
+        elif config.model.init_from is not None:
+            model = family.causal_lm.from_pretrained(config.model.init_from, config=model_config, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UserError(f"model: {name} is {parameter.dtype}, must be torch.float32, or its updates round away")
+    return model, model_config
+
+
+def family_of(model_type: str) -> Family:
+    """The family that `model_type` belongs to, ours or stock.
+
+    Raises:
+        ValueError: none.
+    """
+    for family in FAMILIES:
+        ours = family.config.model_type
+        if model_type in (ours, ours.removeprefix("ibnorm_")):
+            return family
+    known = ", ".join(family.config.model_type.removeprefix("ibnorm_") for family in FAMILIES)
+    raise ValueError(f"model.init_from: got a {model_type} model, known are {known}, stock or ours")
+
+
+def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any] | None) -> tuple[Family, Any]:
+    """Family and config of the checkpoint `where`, with the norms of the run."""
+    try:
+        found = AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.init_from: got {str(where)!r}, no model could be loaded: {str(error)[:300]}"
+        ) from error
+    family = family_of(found.model_type)
+    model = config.model
+    if model.norm_type is None and saved is not None:
+        norms = {name: saved["model"][name] for name in ("norm_type", "norm_kwargs", "norm_overrides")}
+    elif model.norm_type is not None:
+        norms = {"norm_type": model.norm_type, "norm_kwargs": model.norm_kwargs, "norm_overrides": model.norm_overrides}
+    elif isinstance(found, family.config):
+        norms = {}
+    else:
+        norms = {"norm_type": family.config.norm_site_table.stock}
+    return family, family.config.from_pretrained(where, **norms)
+
+
+def final_lams(config: TrainConfig, model: PreTrainedModel, model_config: Any) -> dict[str, float]:
+    """Site → λ at the end of the schedule; empty where λ does not change.
+
+    Raises:
+        ValueError: λ is to be ramped and cannot be.
+    """
+    if config.lam_schedule == "constant":
+        return {}
+    lams = {}
+    for site in model_config.norm_site_table.names(model_config):
+        norm = model.base_model.get_submodule(site)
+        if isinstance(norm, IBNorm):
+            if norm.learn_lam:
+                raise ValueError(f"lam_schedule: got 'linear', but {site} learns its lam (learn_lam)")
+            try:
+                norm.checked_lam(0.0)
+            except ValueError as error:
+                raise ValueError(f"lam_schedule: got 'linear', which starts at 0; {site}: {error}") from error
+            lams[site] = float(model_config.norm_at(site)[1]["lam"])
+    if not lams:
+        raise ValueError("lam_schedule: got 'linear', but the model has no IBNorm")
+    return lams
+
+
+def check_settings(
+    config: TrainConfig,
+    start: Start,
+    checkpoint: Checkpoint | None,
+    accelerator: Accelerator,
+    hashes: dict[str, str | None],
+) -> None:
+    """Refuse to go on where the result would not be that of a run never interrupted.
+
+    Raises:
+        UserError: settings, text, machine or software differ, or a stream would be dealt out to another number of
+            processes.
+    """
+    processes = accelerator.num_processes
+    if start.saved is not None:
+        then = checkpoint.state["num_processes"] if checkpoint else processes
+        now = json.loads(json.dumps(config.as_recipe()))
+        if changed := changed_fields(start.saved, now, (then, processes)):
+            raise UserError(f"resume: {'; '.join(changed)}; a resumed run keeps its settings")
+    if checkpoint is None:
+        return
+    state = checkpoint.state
+    for name, value in hashes.items():
+        if value != state["hashes"][name]:
+            raise UserError(f"resume: {name} is not what it was: the corpus or the tokenizer has changed since")
+    if config.streaming and processes != state["num_processes"]:
+        raise UserError(
+            f"resume: the stream was dealt out to {state['num_processes']} processes, got {processes}; what each of "
+            "them has read, and holds in its shuffle buffer, cannot be dealt out anew"
+        )
+    now = numerics_record()
+    changed = [
+        f"{name} was {was!r}, is {now.get(name)!r}" for name, was in state["numerics"].items() if was != now.get(name)
+    ]
+    if changed and config.resume != "inexact":
+        raise UserError(
+            f"resume: {'; '.join(changed)}; the result would not be the same to the bit (--resume inexact goes on "
+            "anyway)"
+        )
+
+
+def shared_weights_sha(model: nn.Module) -> str:
+    """Hash of every parameter that does not belong to a norm: equal for two models that differ in their norms only."""
+    norms = tuple(f"{name}." for name, module in model.named_modules() if is_norm(module))
+    return sha256_tensors((name, value) for name, value in model.named_parameters() if not name.startswith(norms))
+
+
+def check_room(run_dir: Path, model: nn.Module, config: TrainConfig, resumed: bool) -> None:
+    """Refuse a run whose checkpoints have no room on the disk.
+
+    Raises:
+        UserError: with what is needed and what is free.
+    """
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    kept = config.keep_last + 1 if config.checkpoint_every and not resumed else 1
+    needed = 3 * weights * kept + 2 * weights  # AdamW has two numbers for each weight; step 0 and the final model none
+    above = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if (free := shutil.disk_usage(above).free) < needed:
+        raise UserError(
+            f"run_dir: {run_dir} needs {needed / 1e9:.3g} GB for its checkpoints, {free / 1e9:.3g} GB are free; "
+            "make room or lower keep_last"
+        )
+
+
+def write_run_files(run_dir: Path, run: Run, accelerator: Accelerator) -> None:
+    """Everything about a new run that is known before its first step."""
+    write_text(run_dir / "config.yaml", yaml.safe_dump(run.config.as_recipe(), sort_keys=False))
+    record = environment_record() | {
+        **run.hashes,
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "validation_tokens": run.validation.targets,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    if isinstance(run.train, PackedData):
+        packed = run.train.packed
+        record |= {"train_tokens": packed.targets, "train_blocks": packed.blocks, "train_padding": packed.padding}
+    write_json(run_dir / "environment.json", record)
+
+
+def note_resume(run_dir: Path, step: int, accelerator: Accelerator) -> None:
+    """Add a line about this resume to `environment.json`."""
+    path = run_dir / "environment.json"
+    now = environment_record() | {"num_processes": accelerator.num_processes}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = now  # lost, but nothing depends on it
+    noted = {"step": step, **{name: now[name] for name in ("date", "device", "versions", "num_processes", "command")}}
+    write_json(path, {**record, "resumed": [*record.get("resumed", []), noted]})
+
+
+def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Save model and tokenizer as one directory that `from_pretrained` loads, whole or not at all."""
+    with atomic_directory(path) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)

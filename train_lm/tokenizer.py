@@ -1,0 +1,76 @@
+"""The tokenizer of a run: trained on its text, or an existing one."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hf_ibnorm.cli import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> str:
+    """Train a byte-level BPE tokenizer on `documents`.
+
+    Every byte has a token, so no text is unknown; the one special token stands between documents. Deterministic.
+
+    Args:
+        documents: texts of the training split.
+        vocab_size: at least 257 (256 bytes and the special token); small corpora may give fewer tokens.
+
+    Returns:
+        The tokenizer as the JSON text of the `tokenizers` library.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer.to_str()
+
+
+def wrap_tokenizer(json_text: str, context: int) -> PreTrainedTokenizerFast:
+    """The trained tokenizer as Transformers knows it; text starts after the end of the text before."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json_text),
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
+    """A tokenizer from a directory or from the Hub.
+
+    Raises:
+        UserError: there is none, it is not a fast one, or it has no token that ends a text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{field}: got {str(where)!r}, no tokenizer could be loaded: {str(error)[:300]}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{field}: got {str(where)!r}, a {type(tokenizer).__name__}; must be a fast tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{field}: got {str(where)!r}, which has no eos_token to set between documents")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
+    """`texts` as one array of token ids, each text followed by the end-of-text token."""
+    eos = tokenizer.eos_token_id
+    # The backend directly: a whole novel in one call would only draw a warning about the context length. It does not
+    # hold the interpreter's lock, so that threads encode side by side.
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return np.concatenate([np.array([*each.ids, eos], dtype=np.uint32) for each in encoded])
