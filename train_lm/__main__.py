@@ -7,7 +7,7 @@ from hf_ibnorm.cli import quiet_libraries, require_extra, run_command
 
 
 def _main() -> None:
-    require_extra("train", "accelerate", "tokenizers")
+    require_extra("train", "accelerate", "datasets", "filelock", "tensorboard", "tokenizers")
     from .config import read_command_line
     from .train import train
 

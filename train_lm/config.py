@@ -12,6 +12,7 @@ from hf_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.functional import check_choice, check_number
 from hf_ibnorm.norms import nearest
+from hf_ibnorm.report.runs import HARMLESS
 
 RECIPES = Path(__file__).parent / "recipes"
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "dvclive", "swanlab")
@@ -239,11 +240,6 @@ _LEAST: dict[str, float] = {
 }
 """The least value of each number; an integer where only integers are allowed."""
 
-RESUMABLE_CHANGES = frozenset(
-    ("checkpoint_every", "keep_last", "keep_every", "log_with", "cache_dir", "tokenizer_threads", "max_skipped_steps")
-)
-"""Fields that a resumed run may change: none of them enters what is computed."""
-
 _SAME_BUT_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 # Field of ModelConfig → attribute of the family's config.
@@ -338,9 +334,7 @@ def changed_fields(then: dict[str, Any], now: dict[str, Any], processes: tuple[i
         each * math.prod(side[name] for name in _SAME_BUT_SPLIT)
         for each, side in zip(processes, (before, after), strict=True)
     ]
-    free = RESUMABLE_CHANGES | (
-        set(_SAME_BUT_SPLIT) if sizes[0] == sizes[1] and processes[0] != processes[1] else set()
-    )
+    free = HARMLESS | (set(_SAME_BUT_SPLIT) if sizes[0] == sizes[1] and processes[0] != processes[1] else set())
     found = [
         f"{name} was {before.get(name)!r}, got {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())

@@ -25,15 +25,16 @@ _SETTINGS: Any = {
 
 
 @contextmanager
-def figure(path: Path) -> Iterator[Any]:
-    """Axes to draw on; saved to `path` (PNG), whole or not at all."""
+def figure(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
+    """Axes to draw on, a grid of them where there are more; saved to `path` (PNG), whole or not at all."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context(_SETTINGS):
-        fig, axes = plt.subplots()
+        width, height = _SETTINGS["figure.figsize"]
+        fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows))
         try:
             yield axes
             drawn = BytesIO()
@@ -47,23 +48,55 @@ def figure(path: Path) -> Iterator[Any]:
 def plot_losses(runs: list[Run], path: Path) -> None:
     """Training loss (averaged over 10 steps) and validation loss of several runs against the step."""
     with figure(path) as axes:
-        for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
-            colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
-            steps = [row["step"] for row in run.metrics]
-            losses = [row["loss"] for row in run.metrics]
-            window = min(10, len(losses))
-            smooth = [sum(losses[j : j + window]) / window for j in range(len(losses) - window + 1)]
-            axes.plot(steps[window - 1 :], smooth, style, color=colour, linewidth=1.2, label=f"{label}, training")
-            validated = [row for row in run.metrics if "eval_loss" in row]
-            axes.plot(
-                [row["step"] for row in validated],
-                [row["eval_loss"] for row in validated],
-                "os^D"[i % 4],
-                color=colour,
-                markersize=6,
-                markerfacecolor="white",
-                label=f"{label}, validation",
-            )
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss, nats per token")
-        axes.legend()
+        _draw_losses(axes, runs)
+
+
+PANELS = {
+    "grad_norm": "gradient norm",
+    "gain_movement": "movement of the gains, root mean square",
+    "tokens_per_second": "tokens per second",
+}
+
+
+def plot_runs(runs: list[Run], path: Path) -> None:
+    """Losses, gradient norm, movement of the gains and speed of several runs, finished or not, in one picture."""
+    with figure(path, 2, 2) as axes:
+        losses, *others = axes.flat
+        _draw_losses(losses, runs)
+        for panel, (field, title) in zip(others, PANELS.items(), strict=True):
+            for i, run in enumerate(runs):
+                rows = [row for row in run.metrics if row.get(field) is not None]
+                colour, style = _look(i)
+                steps, values = [row["step"] for row in rows], [row[field] for row in rows]
+                panel.plot(steps, values, style, color=colour, linewidth=1.0)
+            panel.set_xlabel("step")
+            panel.set_ylabel(title)
+            if field == "grad_norm":
+                panel.set_yscale("log")
+
+
+def _look(i: int) -> tuple[str, str]:
+    return COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
+
+
+def _draw_losses(axes: Any, runs: list[Run]) -> None:
+    for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
+        colour, style = _look(i)
+        counted = [row for row in run.metrics if row["loss"] is not None]  # of a skipped step there may be none
+        steps, losses = [row["step"] for row in counted], [row["loss"] for row in counted]
+        window = min(10, len(losses))
+        smooth = [sum(losses[j : j + window]) / window for j in range(len(losses) - window + 1) if window]
+        axes.plot(steps[-len(smooth) :], smooth, style, color=colour, linewidth=1.2, label=f"{label}, training")
+        validated = [row for row in run.metrics if row.get("eval_loss") is not None]
+        axes.plot(
+            [row["step"] for row in validated],
+            [row["eval_loss"] for row in validated],
+            "os^D"[i % 4],
+            color=colour,
+            markersize=6,
+            markerfacecolor="white",
+            label=f"{label}, validation",
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.legend()

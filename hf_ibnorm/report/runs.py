@@ -12,6 +12,11 @@ import yaml
 
 from .tables import Table, score_cell
 
+HARMLESS = frozenset(
+    ("checkpoint_every", "keep_last", "keep_every", "log_with", "cache_dir", "tokenizer_threads", "max_skipped_steps")
+)
+"""Settings of train_lm that change nothing in what is computed."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -24,22 +29,30 @@ class Run:
     scores: dict[str, Any] | None
 
     @classmethod
-    def read(cls, path: Path) -> "Run":
+    def read(cls, path: Path, finished: bool = True) -> "Run":
         """Read the run in `path`.
 
+        Args:
+            path: run directory of train_lm.
+            finished: whether it must be; of one that still runs, a line that is being written is left out.
+
         Raises:
-            ValueError: `path` is no finished run directory, or a file in it is damaged; the message names it.
+            ValueError: `path` is no run directory, or no finished one, or a file in it is damaged; the message names
+                it.
         """
-        for name in ("config.yaml", "environment.json", "metrics.jsonl", "final"):
+        for name in ("config.yaml", "environment.json", "metrics.jsonl", *(["final"] if finished else [])):
             if not (path / name).exists():
-                raise ValueError(f"run: {path} is not a finished run directory (it has no {name})")
+                kind = "a finished run directory" if finished else "a run directory"
+                raise ValueError(f"run: {path} is not {kind} (it has no {name})")
         scores = path / "scores" / "scores.json"
         config = _read(path / "config.yaml", yaml.safe_load, "seed", "model")
         if not {"norm_type", "norm_kwargs"} <= set(config["model"] or {}):
             raise ValueError(f"run: {path / 'config.yaml'} has no model.norm_type and model.norm_kwargs")
         kept = ("init_sha", "parameters", "device", "cpu_count", "versions", "date")
-        metrics = _read(path / "metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()])
-        if not metrics or "eval_loss" not in metrics[-1]:
+        metrics = _read(path / "metrics.jsonl", lambda text: _rows(text, finished))
+        if not metrics:
+            raise ValueError(f"run: {path / 'metrics.jsonl'} has no step yet")
+        if finished and "eval_loss" not in metrics[-1]:
             raise ValueError(f"run: {path / 'metrics.jsonl'} does not end with a validated step")
         return cls(
             name=path.name,
@@ -55,6 +68,13 @@ class Run:
         return statistics.median(
             (row["tokens"] - start) / row["tokens_per_second"] for start, row in zip(before, self.metrics, strict=False)
         )
+
+
+def _rows(text: str, finished: bool) -> list[dict[str, Any]]:
+    lines = text.splitlines(keepends=True)
+    if not finished and lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
 
 
 def _read(path: Path, parse: Callable[[str], Any], *fields: str) -> Any:
@@ -129,7 +149,7 @@ def fairness(runs: list[Run]) -> list[str]:
         }
         for run in runs
     ]
-    ignored = {"model", "model.norm_type", "model.norm_kwargs", "model.norm_overrides"}
+    ignored = {"model", "model.norm_type", "model.norm_kwargs", "model.norm_overrides", *HARMLESS}
     fields = sorted(set().union(*settings) - ignored)
     different = [field for field in fields if any(each.get(field) != settings[0].get(field) for each in settings)]
     if different:
