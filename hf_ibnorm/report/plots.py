@@ -46,14 +46,14 @@ def figure(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
 
 
 def plot_losses(runs: list[Run], path: Path) -> None:
-    """Training loss (averaged over 10 steps) and validation loss of several runs against the step."""
+    """Training loss (averaged over up to 10 steps) and validation loss of several runs against the step."""
     with figure(path) as axes:
         _draw_losses(axes, runs)
 
 
 PANELS = {
     "grad_norm": "gradient norm",
-    "gain_movement": "movement of the gains, root mean square",
+    "gain_movement": "gain movement, root mean square",
     "tokens_per_second": "tokens per second",
 }
 
@@ -84,8 +84,8 @@ def _draw_losses(axes: Any, runs: list[Run]) -> None:
         colour, style = _look(i)
         counted = [row for row in run.metrics if row["loss"] is not None]  # of a skipped step there may be none
         steps, losses = [row["step"] for row in counted], [row["loss"] for row in counted]
-        window = min(10, len(losses))
-        smooth = [sum(losses[j : j + window]) / window for j in range(len(losses) - window + 1) if window]
+        window = max(1, min(10, len(losses) // 10))
+        smooth = [sum(losses[j : j + window]) / window for j in range(len(losses) - window + 1)]
         axes.plot(steps[-len(smooth) :], smooth, style, color=colour, linewidth=1.2, label=f"{label}, training")
         validated = [row for row in run.metrics if row.get("eval_loss") is not None]
         axes.plot(

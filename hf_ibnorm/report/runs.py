@@ -50,9 +50,9 @@ class Run:
             raise ValueError(f"run: {path / 'config.yaml'} has no model.norm_type and model.norm_kwargs")
         kept = ("init_sha", "parameters", "device", "cpu_count", "versions", "date")
         metrics = _read(path / "metrics.jsonl", lambda text: _rows(text, finished))
-        if not metrics:
+        if not metrics and not finished:
             raise ValueError(f"run: {path / 'metrics.jsonl'} has no step yet")
-        if finished and "eval_loss" not in metrics[-1]:
+        if finished and (not metrics or "eval_loss" not in metrics[-1]):
             raise ValueError(f"run: {path / 'metrics.jsonl'} does not end with a validated step")
         return cls(
             name=path.name,
