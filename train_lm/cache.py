@@ -12,7 +12,6 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from hf_ibnorm.files import atomic_directory, sha256, sha256_file, write_text
 
 from .tokenizer import encode
 
-CHUNK = 128
-"""Documents that are tokenized at a time."""
+CHUNK = 1 << 18
+"""Characters that are tokenized at a time, more only where one document has more."""
 VERIFIED = 1 << 30
 """Bytes of tokens up to which every start checks their hash; of more, it checks their number."""
 
@@ -128,13 +127,23 @@ def _open_tokens(path: Path) -> np.ndarray | None:
         return None
 
 
+def take_chunk(texts: Iterator[str]) -> list[str]:
+    """The next of `texts`, up to `CHUNK` characters or a little more; empty at their end."""
+    chunk: list[str] = []
+    size = 0
+    while size < CHUNK and (text := next(texts, None)) is not None:
+        chunk.append(text)
+        size += len(text) + 1  # so that empty ones count too
+    return chunk
+
+
 def encode_all(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str], threads: int) -> Iterator[np.ndarray]:
     """Token ids of `documents`, in their order, some at a time; `threads` tokenize ahead of what is read."""
     texts = iter(documents)
     ahead: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         while True:
-            while len(ahead) < 2 * threads and (chunk := list(islice(texts, CHUNK))):
+            while len(ahead) < 2 * threads and (chunk := take_chunk(texts)):
                 ahead.append(pool.submit(encode, tokenizer, chunk))
             if not ahead:
                 return

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_ibnorm.cli import UserError
 from hf_ibnorm.files import sha256
 
-from .cache import CHUNK
+from .cache import take_chunk
 from .corpus import Documents
 from .tokenizer import encode
 
@@ -251,7 +251,7 @@ class StreamedData:
         self._iterator = iter(self._dataset)
 
     def _read(self) -> tuple[Future[np.ndarray], dict[str, Any]]:
-        texts = [self._draw() for _ in range(CHUNK)]
+        texts = take_chunk(iter(self._draw, None))
         return self._encoders.submit(encode, self.tokenizer, texts), self._snapshot()
 
     def _snapshot(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,13 @@ def make_tokenizer(
     """The tokenizer of the checkpoint, the one asked for, or one trained on `documents`."""
     if checkpoint is not None:
         return load_tokenizer("run_dir", checkpoint.path / "model")
+    with TemporaryDirectory() as folder:
+        _new_tokenizer(config, cache, documents).save_pretrained(folder)
+        # Loading adds parts that do nothing; with them from the start, a resumed run has the same tokenizer.
+        return load_tokenizer("tokenizer", folder)
+
+
+def _new_tokenizer(config: TrainConfig, cache: Cache, documents: Documents) -> PreTrainedTokenizerFast:
     if config.tokenizer is not None or config.model.init_from is not None:
         field = "tokenizer" if config.tokenizer is not None else "model.init_from"
         return load_tokenizer(field, config.tokenizer or config.model.init_from or "")

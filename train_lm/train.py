@@ -78,7 +78,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=config.mixed_precision,
-        log_with=config.log_with,
+        log_with=config.log_with or None,
         project_dir=run_dir,
     )
     stack.callback(accelerator.end_training)
@@ -96,6 +96,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     model = accelerator.prepare(run.model)
     optimizer = accelerator.prepare(build_optimizer(run.model, config))
     state = State(run, optimizer, accelerator)
+    settle_buckets(model, accelerator)
     set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each process
     for message in state.restore(checkpoint) if checkpoint else ():
         progress.say(message)
@@ -285,6 +286,18 @@ class State:
                 "order, sums are rounded and noise is drawn in another way"
             )
         return messages
+
+
+def settle_buckets(model: nn.Module, accelerator: Accelerator) -> None:
+    """Let DDP arrange its buckets before the first step that counts.
+
+    It does so after the first backward pass it sees, and from three processes on, sums are rounded otherwise then: the
+    first step after a resume would not be the step it was in the run never interrupted.
+    """
+    if accelerator.num_processes > 1:
+        tokens = torch.zeros((1, 2), dtype=torch.int64, device=accelerator.device)
+        accelerator.backward(token_loss(model, tokens, tokens))
+        model.zero_grad()
 
 
 def begin_writing(

@@ -1,0 +1,71 @@
+"""What the tests of training share: small runs in this process, their results, and signals that come at a step."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from hf_ibnorm import data
+from hf_ibnorm.cli import Stopped
+from train_lm.config import read_command_line
+from train_lm.metrics import MEASURED, MetricsFile
+from train_lm.train import train
+
+
+def pages(corpus, split):
+    """The first pages of each split: the loop does not care, and a tokenizer trains in no time."""
+    return [text[: 20_100 if split == "train" else 2_000] for text in data.load_corpus(corpus, split)[:2]]
+
+
+@pytest.fixture
+def small_corpus(monkeypatch):
+    monkeypatch.setattr("train_lm.corpus.load_corpus", pages)
+    AcceleratorState._reset_state(True)  # one process may not change its precision
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def config(run_dir, *flags):
+    return read_command_line(["--config", "tiny", "--run_dir", str(run_dir), *flags])
+
+
+def run(run_dir, *flags):
+    AcceleratorState._reset_state(True)
+    return train(config(run_dir, *flags))
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timing(rows):
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
+
+
+def result(run_dir):
+    """What two runs must have in common to be the same to the bit."""
+    final = Path(run_dir) / "final"
+    return without_timing(metrics(run_dir)), {path.name: path.read_bytes() for path in final.iterdir()}
+
+
+def run_stopped(monkeypatch, step, run_dir, *flags, number=signal.SIGTERM):
+    """Run until a signal that comes when `step` is noted down; the checkpoint is one of the step after it."""
+    append = MetricsFile.append
+
+    def and_signal(self, row):
+        append(self, row)
+        if row["step"] == step:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricsFile, "append", and_signal)
+        with pytest.raises(Stopped, match=f"after step {step + 1}"):
+            run(run_dir, *flags)
+
+
+def steps(run_dir):
+    """Names in the folder of checkpoints."""
+    return sorted(path.name for path in (Path(run_dir) / "checkpoints").iterdir())
