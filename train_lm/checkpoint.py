@@ -146,7 +146,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
         write_json(directory / "state.json", {"format": FORMAT, "step": snapshot.step, **snapshot.state})
         names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
         files = {name: [(directory / name).stat().st_size, sha256_file(directory / name)] for name in names}
-        write_json(directory / "manifest.json", {"files": files, "sha256": _own_sha(files)})
+        write_text(directory / "manifest.json", _manifest(files))
     write_text(folder / "latest", f"{path.name}\n")
 
 
@@ -154,17 +154,18 @@ def _process_file(process: int) -> str:
     return f"process-{process:05}.json.gz"
 
 
-def _own_sha(files: dict[str, Any]) -> str:
-    return sha256([json.dumps(files, sort_keys=True)])
+def _manifest(files: dict[str, Any]) -> str:
+    """Contents of `manifest.json`, which ends in its own hash."""
+    return json.dumps({"files": files, "sha256": sha256([json.dumps(files)])}, indent=2) + "\n"
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with the checkpoint in `path`; None where every file is as it was written."""
     manifest = path / "manifest.json"
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        files = content["files"]
-        if _own_sha(files) != content["sha256"]:
+        text = manifest.read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        if text != _manifest(files):
             return "manifest.json is damaged"
         for name, (size, digest) in files.items():
             file = path / name

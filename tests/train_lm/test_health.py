@@ -1,0 +1,234 @@
+"""A run that is not well says so, and loses nothing of what it had learnt."""
+
+import os
+import resource
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from accelerate import Accelerator
+from training import config, metrics, run, small_corpus, steps, without_timing
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import train_lm.train
+from hf_ibnorm.cli import UserError
+from train_lm.checkpoint import damage
+from train_lm.config import build_model_config
+from train_lm.data import PackedTokens
+from train_lm.prepare import check_room
+
+pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
+
+
+def poisoned(monkeypatch, steps, where="loss", parts=2):
+    """Let the loss, or its gradient, be NaN or infinite in these steps (of `parts` micro-batches)."""
+    calls, original = 0, train_lm.train.token_loss
+
+    def token_loss(model, inputs, targets):
+        nonlocal calls
+        loss = original(model, inputs, targets)
+        if model.training:
+            calls += 1
+            if -(-calls // parts) in steps:
+                return loss * float("nan") if where == "loss" else loss + (loss - loss.detach()) * 1e38 * 1e38
+        return loss
+
+    monkeypatch.setattr(train_lm.train, "token_loss", token_loss)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_without_a_finite_loss_and_gradient_is_skipped_and_counted(tmp_path, monkeypatch, where):
+    seen = []
+    poisoned(monkeypatch, {4, 5}, where)
+    original = train_lm.train.State.count
+
+    def count(self, tokens, finite):
+        seen.append(next(self.run.model.parameters()).detach().clone())
+        original(self, tokens, finite)
+
+    monkeypatch.setattr(train_lm.train.State, "count", count)
+    run(tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    assert [row.get("skipped") for row in rows] == [None, None, None, 1, 2, None, None, None, None, None]
+    assert [row["loss"] is None for row in rows[3:5]] == [where == "loss"] * 2
+    moved = [not torch.equal(a, b) for a, b in pairwise(seen)]
+    assert moved == [True, True, False, False, True, True, True, True, True]
+    assert steps(tmp_path / "run") == ["latest", "step-0", "step-10"], "a checkpoint of a bad step"
+    assert rows[-1]["eval_loss"] < rows[4]["eval_loss"]
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(tmp_path, monkeypatch):
+    poisoned(monkeypatch, range(7, 100))
+    flags = ["--max_steps", "60", "--checkpoint_every", "3", "--keep_last", "1", "--max_skipped_steps", "4"]
+    with pytest.raises(UserError, match=r"loss: got nan at step 10, 4 steps in a row skipped; .* step-6$"):
+        run(tmp_path / "run", *flags, "--eval_every", "50")
+    assert len(metrics(tmp_path / "run")) == 10
+    assert damage(tmp_path / "run" / "checkpoints" / "step-6") is None
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_skipped_steps_are_counted_across_a_resume(tmp_path, monkeypatch):
+    from training import run_stopped
+
+    flags = ["--max_skipped_steps", "6", "--eval_every", "50"]
+    with monkeypatch.context() as patched:
+        poisoned(patched, range(2, 100))
+        run_stopped(patched, 3, tmp_path / "run", *flags)
+    poisoned(monkeypatch, range(100))
+    with pytest.raises(UserError, match="at step 7, 6 steps in a row"):
+        run(tmp_path / "run", *flags, "--resume", "auto")
+
+
+@pytest.mark.parametrize("norm", ["ibnorm_l", "rmsnorm", "dyt"])
+def test_gain_movement_is_what_the_weights_say(tmp_path, norm):
+    run(tmp_path / "run", "--model.norm_type", norm, "--checkpoint_every", "5")
+    start, then = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / name / "model")
+        for name in ("step-0", "step-5")
+    )
+    gains = [name for name, value in start.named_parameters() if "norm" in name and name.endswith("weight")]
+    moved = torch.cat([(then.get_parameter(name) - start.get_parameter(name)).flatten() for name in gains])
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["gain_movement"] == 0
+    # As the step after the checkpoint finds the gains.
+    assert rows[5]["gain_movement"] == pytest.approx(moved.square().mean().sqrt().item(), rel=1e-5)
+
+
+def test_weights_in_bfloat16_are_refused_with_the_reason(tmp_path):
+    with pytest.raises(UserError, match=r"model.dtype: got 'bfloat16'.*a gain near 1 never moves.*mixed_precision"):
+        run(tmp_path / "run", "--model.dtype", "bfloat16")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_reason_is_true_and_autocast_is_the_remedy(tmp_path):
+    gain = torch.ones(4, dtype=torch.bfloat16)
+    for _ in range(100):
+        gain += 1e-3
+    assert torch.equal(gain, torch.ones_like(gain))
+    run(tmp_path / "run", "--mixed_precision", "bf16")
+    assert metrics(tmp_path / "run")[-1]["gain_movement"] > 1e-3
+
+
+def test_a_bfloat16_checkpoint_is_trained_in_float32(tmp_path):
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    stock = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=64, **size)).to(torch.bfloat16)
+    stock.save_pretrained(tmp_path / "stock")
+    run(tmp_path / "first", "--max_steps", "2")
+    flags = ["--model.init_from", str(tmp_path / "stock"), "--tokenizer", str(tmp_path / "first" / "final")]
+    run(tmp_path / "run", *flags, "--model.norm_type", "ibnorm_t")
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step-0" / "model")
+    assert start.dtype == torch.float32
+    assert start.config.norm_type == "ibnorm_t"
+    for name, value in stock.named_parameters():
+        assert torch.equal(start.get_parameter(name), value.float()), name
+    assert metrics(tmp_path / "run")[-1]["gain_movement"] > 1e-4
+
+
+STARTS = {
+    "model.init_from: got 'ABSENT', no": ("ABSENT",),
+    "model.init_from: got a bert model, known are llama, gpt2": ("BERT",),
+    "model.init_from: got 'LLAMA', no tokenizer": ("LLAMA",),
+    "block_size: got 32, must be <= model.max_position_embeddings = 16": ("LLAMA", "--tokenizer", "TOKENIZER"),
+    "model.vocab_size: got 40, the tokenizer has": ("SMALL", "--tokenizer", "TOKENIZER"),
+}
+
+
+@pytest.mark.parametrize("message", STARTS)
+def test_a_checkpoint_that_cannot_be_started_from_is_refused(tmp_path, message):
+    from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name, rows, context in (("LLAMA", 300, 16), ("SMALL", 40, 64)):
+        LlamaForCausalLM(LlamaConfig(vocab_size=rows, max_position_embeddings=context, **size)).save_pretrained(
+            tmp_path / name
+        )
+    (tmp_path / "BERT").mkdir()
+    (tmp_path / "BERT" / "config.json").write_text('{"model_type": "bert"}')
+    wrap_tokenizer(train_tokenizer(["some text"], 257), 16).save_pretrained(tmp_path / "TOKENIZER")
+    if "BERT" in STARTS[message]:
+        wrap_tokenizer(train_tokenizer(["some text"], 257), 16).save_pretrained(tmp_path / "BERT")
+    flags = [str(tmp_path / flag) if flag.isupper() else flag for flag in STARTS[message]]
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "run", "--model.init_from", *flags)
+    assert message in str(caught.value).replace(f"{tmp_path}/", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_is_quiet_and_draws_nothing(tmp_path):
+    noisy = ["--model.norm_type", "layernormalnorm", "--model.dropout", "0.3"]
+    for name, every in (("often", "1"), ("once", "10")):
+        run(tmp_path / name, *noisy, "--eval_every", every)
+    often, once = (without_timing(metrics(tmp_path / name)) for name in ("often", "once"))
+    assert [row["loss"] for row in often] == [row["loss"] for row in once]
+    assert often[-1]["eval_loss"] == once[-1]["eval_loss"]
+
+
+def test_evaluating_with_noise_on_is_impossible(tmp_path):
+    wanted = config(tmp_path, "--model.norm_type", "layernormalnorm")
+    model = AutoModelForCausalLM.from_config(build_model_config(wanted, 300, 0))
+    model.model.norm.train = lambda mode=True: model.model.norm  # a part that does not listen
+    with pytest.raises(RuntimeError, match=r"model\.norm: still in training mode"):
+        train_lm.train.evaluate(model, PackedTokens(torch.arange(65).numpy(), 0, 8), wanted, Accelerator(cpu=True))
+
+
+def test_a_disk_without_room_is_an_error_before_training(tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1_000_000))
+    with pytest.raises(
+        UserError, match=r"run_dir: .* needs 0.00134 GB for its checkpoints, 0.001 GB are free; make room"
+    ):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(tmp_path / "run", "--checkpoint_every", "0", "--max_steps", "2", "--log_with", "[]")
+
+
+def test_room_is_for_the_checkpoints_that_will_be_kept(tmp_path, monkeypatch):
+    import shutil
+
+    wanted = config(tmp_path, "--keep_last", "3")
+    model = AutoModelForCausalLM.from_config(build_model_config(wanted, 300, 0))
+    weights = 4 * model.num_parameters()
+    for free, fits in ((14 * weights, True), (14 * weights - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
+        if fits:
+            check_room(tmp_path, model, wanted, resumed=False)
+        else:
+            with pytest.raises(UserError, match="lower keep_last"):
+                check_room(tmp_path, model, wanted, resumed=False)
+
+
+def test_a_file_that_cannot_grow_ends_the_run_and_leaves_no_half_checkpoint(tmp_path):
+    # A limit on the size of files stands in for a full disk: both fail a write in its middle.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="run_dir: a checkpoint could not be written: .*File too large"):
+            run(tmp_path / "run", "--checkpoint_every", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["latest", "step-0"]
+    assert damage(tmp_path / "run" / "checkpoints" / "step-0") is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_loses_no_checkpoint(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "none", str(tmp_path)]).returncode:
+        pytest.skip("this system does not let root mount a disk")
+    try:
+        flags = ["--config", "tiny", "--run_dir", str(tmp_path / "run"), "--checkpoint_every", "2", "--keep_every", "2"]
+        (tmp_path / "filler").write_bytes(bytes(200_000))
+        done = subprocess.run(
+            [sys.executable, "-m", "train_lm", *flags, "--max_eval_blocks", "1"], capture_output=True, text=True
+        )
+        assert done.returncode == 2, done.stderr
+        assert "No space left on device" in done.stderr
+        assert done.stderr.count("\n") == 1
+        whole = [name for name in steps(tmp_path / "run") if name.startswith("step-")]
+        assert len(whole) >= 2
+        assert all(damage(tmp_path / "run" / "checkpoints" / name) is None for name in whole)
+        (tmp_path / "filler").unlink()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
