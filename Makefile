@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-oldest | lint | setup | clean; every target makes .venv on first use.
+# make demo | test | test-slow | test-oldest | soak | bench | lint | setup | clean; every target makes .venv on first use.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ DEMO_FLAGS ?=
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 OLDEST := .venv-oldest
 
-.PHONY: setup demo test test-slow test-oldest lint wheel clean
+.PHONY: setup demo test test-slow test-oldest soak bench lint wheel clean
 
 setup: $(VENV)/.ready
 
@@ -55,6 +55,17 @@ $(OLDEST)/.ready: pyproject.toml constraints.txt
 	$(OLDEST)/bin/python -m pip install -q -c $(OLDEST)/constraints.txt -e '.[dev]' transformers==$(OLDEST_TRANSFORMERS)
 	touch $@
 
+# A training killed 200 times and resumed as often; rewrites soak/ and nothing else.
+soak: setup
+	rm -rf soak
+	$(PY) tests/killing.py --kills 200 --folder soak
+
+bench: setup
+	$(PY) benchmarks/imports.py --output benchmarks/results/imports.csv
+	for what in trainer loop start checkpoint; do \
+	  $(PY) benchmarks/training.py $$what --output benchmarks/results/training_$$what.csv || exit 1; \
+	done
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -65,4 +76,4 @@ wheel: setup
 	$(PY) -m build --wheel
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist demo soak *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

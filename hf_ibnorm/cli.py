@@ -26,8 +26,11 @@ class UserError(Exception):
     """Something the user can mend: its message is one line that names the field, the value and what is allowed."""
 
 
-class Stopped(Exception):
-    """A signal ended the program in order; its message says where it stands."""
+class Stopped(BaseException):
+    """A signal ended the program in order; its message says where it stands.
+
+    No Exception, like KeyboardInterrupt: it may come anywhere, and code that catches errors must not take it for one.
+    """
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def numerics_record() -> dict[str, Any]:
     record = environment_record()
     versions = {name: record["versions"][name] for name in ("hf_ibnorm", "torch", "transformers", "accelerate")}
     if record["cuda"] is None:
-        device = {"device": f"cpu, {record['cpu_capability']}", "threads": record["torch_threads"]}
+        device = {"device": f"{record['device']}, {record['cpu_capability']}", "threads": record["torch_threads"]}
     else:
         device = {"device": record["device"], "cuda": record["cuda"]}
     return {**versions, **device, "norm_backend": record["norm_backend"]}

@@ -89,6 +89,8 @@ class Cache:
         """
         key = [fingerprint, tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)]
         path = self.folder / f"tokens-{sha256(key)}"
+        if (tokens := _open_tokens(path)) is not None:  # whole or not there: that needs no lock
+            return tokens
         with self._errors(), FileLock(f"{path}.lock"):
             if (tokens := _open_tokens(path)) is None:
                 shutil.rmtree(path, ignore_errors=True)  # a run that has the damaged file open keeps its own

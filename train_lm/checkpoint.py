@@ -3,7 +3,8 @@
     step-40/
         model/                  weights in float32, config, tokenizer: what `from_pretrained` loads
         training.safetensors    AdamW's moments by parameter; the norms' gains at the start
-        process-00000.json.gz   random states and data position, one file a process
+        process-00000.jsonl.gz  random states and data position, one file a process
+        metrics.jsonl.gz        the run's metrics so far
         state.json              step, settings, hashes, what the bits depend on
         manifest.json           size and SHA-256 of every other file
 
@@ -19,7 +20,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -48,6 +50,7 @@ class Snapshot:
         tensors: contents of `training.safetensors`, on the CPU.
         processes: for each process, what `process_state` gives.
         state: contents of `state.json`.
+        metrics: reads `metrics.jsonl` as it was.
     """
 
     step: int
@@ -56,6 +59,7 @@ class Snapshot:
     tensors: dict[str, Tensor]
     processes: list[dict[str, Any]]
     state: dict[str, Any]
+    metrics: Callable[[], bytes]
 
     @property
     def bytes(self) -> int:
@@ -141,8 +145,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
         snapshot.tokenizer.save_pretrained(directory / "model")
         save_file(snapshot.tensors, directory / "training.safetensors")
         for i, state in enumerate(snapshot.processes):
-            packed = gzip.compress(json.dumps(state).encode(), compresslevel=1, mtime=0)
-            (directory / _process_file(i)).write_bytes(packed)
+            _write_process(directory / _process_file(i), state)
+        (directory / "metrics.jsonl.gz").write_bytes(gzip.compress(snapshot.metrics(), compresslevel=1, mtime=0))
         write_json(directory / "state.json", {"format": FORMAT, "step": snapshot.step, **snapshot.state})
         names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
         files = {name: [(directory / name).stat().st_size, sha256_file(directory / name)] for name in names}
@@ -151,7 +155,19 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
 
 
 def _process_file(process: int) -> str:
-    return f"process-{process:05}.json.gz"
+    return f"process-{process:05}.jsonl.gz"
+
+
+def _write_process(path: Path, state: dict[str, Any]) -> None:
+    """One process's state in the first line, then one line for each document of its shuffle buffer.
+
+    One by one, since encoding all of them in one call would not let training go on meanwhile.
+    """
+    data = {key: value for key, value in state["data"].items() if key != "buffer"}
+    with gzip.open(path, "wt", compresslevel=1, encoding="utf-8") as file:
+        file.write(json.dumps({**state, "data": data}) + "\n")
+        for text in state["data"].get("buffer", ()):
+            file.write(json.dumps(text) + "\n")
 
 
 def _manifest(files: dict[str, Any]) -> str:
@@ -201,8 +217,15 @@ class Checkpoint:
 
     def process(self, process: int) -> dict[str, Any]:
         """What `process_state` gave on one process."""
-        content: dict[str, Any] = json.loads(gzip.decompress((self.path / _process_file(process)).read_bytes()))
+        with gzip.open(self.path / _process_file(process), "rt", encoding="utf-8") as file:
+            content: dict[str, Any] = json.loads(next(file))
+            content["data"]["buffer"] = [json.loads(line) for line in file]
         return content
+
+    @property
+    def metrics(self) -> bytes:
+        """Contents of `metrics.jsonl` as it was."""
+        return gzip.decompress((self.path / "metrics.jsonl.gz").read_bytes())
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -232,18 +255,34 @@ class Checkpointer:
         folder: the run's `checkpoints`.
         keep_last: how many to keep, the newest ones up to the one just written.
         keep_every: multiples of this step are kept too (0: none); step 0 always is.
+        newest: step of the newest whole one there is.
+        damaged: steps of those that are not whole, and do not count until they are written again.
     """
 
-    def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
+    def __init__(
+        self, folder: Path, keep_last: int, keep_every: int, newest: int = 0, damaged: Collection[int] = ()
+    ) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self.newest, self.damaged = newest, set(damaged)
         self.error: BaseException | None = None
         self._thread: Thread | None = None
 
-    def write(self, snapshot: Snapshot) -> None:
-        """Begin to write; waits for the one before to be done."""
+    @property
+    def problem(self) -> str:
+        """Why a checkpoint could not be written; empty where all is well."""
+        return "" if self.error is None else f"run_dir: a checkpoint could not be written: {self.error}"
+
+    def write(self, snapshot: Snapshot | None, prune: bool = True) -> None:
+        """Begin to write, once the one before is done; None for nothing.
+
+        Args:
+            snapshot: what to write.
+            prune: whether older ones may go then.
+        """
         self.wait()
-        self._thread = Thread(target=self._write, args=(snapshot,), name="checkpoint")
-        self._thread.start()
+        if snapshot is not None:
+            self._thread = Thread(target=self._write, args=(snapshot, prune), name="checkpoint")
+            self._thread.start()
 
     def wait(self) -> None:
         """Return when nothing is being written any more."""
@@ -254,20 +293,24 @@ class Checkpointer:
     def finish(self) -> None:
         """Wait, and raise UserError if a checkpoint could not be written."""
         self.wait()
-        if self.error is not None:
-            raise UserError(f"run_dir: a checkpoint could not be written: {self.error}") from self.error
+        if self.problem:
+            raise UserError(self.problem) from self.error
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, prune: bool) -> None:
         try:
             write_checkpoint(self.folder, snapshot)
-            self._prune(snapshot.step)
+            self.newest = snapshot.step
+            self.damaged.discard(snapshot.step)
+            if prune:
+                with suppress(OSError):  # what cannot be removed now can be after the next one
+                    self._prune(snapshot.step)
         except BaseException as error:
             self.error = error
 
     def _prune(self, step: int) -> None:
         """Remove what is not to be kept. Later steps than this one stay: a run that went back may need none of them,
         but they must not make it lose the checkpoint it went back to."""
-        past = [each for each in steps_in(self.folder) if each <= step]
+        past = [each for each in steps_in(self.folder) if each <= step and each not in self.damaged]
         for each in past[: -self.keep_last]:
             if each and not (self.keep_every and each % self.keep_every == 0):
                 path = self.folder / checkpoint_name(each)

@@ -24,8 +24,8 @@ class ModelConfig:
 
     Args:
         model_type: architecture, llama or gpt2.
-        init_from: directory or name of a Llama or GPT-2 checkpoint to start from, stock or ours; its sizes take the
-            place of those here, its tokenizer is the run's unless another one is given.
+        init_from: directory or name of a Llama or GPT-2 checkpoint to start from, stock or ours; its sizes and
+            epsilon take the place of those here, its tokenizer is the run's unless another one is given.
         norm_type: norm at every site: ibnorm_s, ibnorm_l, ibnorm_t, ibnorm_shrink, layernormalnorm, layernorm, rmsnorm
             or dyt (null, with init_from only: the norms that checkpoint has).
         norm_kwargs: its options. A whole {...} replaces the recipe's, --model.norm_kwargs.lam 4 merges into it.
@@ -104,6 +104,7 @@ class TrainConfig:
         lam_schedule: strength of IBNorm: constant, or linear from 0 to what norm_kwargs say.
         lam_warmup_steps: steps of the linear schedule.
         mixed_precision: no, bf16 or fp16: autocast over float32 weights.
+        deterministic: on a GPU, use algorithms that give the same bits each time, where there are any; slower.
         eval_every: steps between two validations (the last step always has one).
         max_eval_blocks: blocks of the validation split that are used (null: all).
         checkpoint_every: steps between two checkpoints (0: only where a signal stops the run).
@@ -147,6 +148,7 @@ class TrainConfig:
     lam_schedule: Literal["constant", "linear"] = "constant"
     lam_warmup_steps: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    deterministic: bool = True
     eval_every: int = 100
     max_eval_blocks: int | None = None
     checkpoint_every: int = 100
@@ -254,6 +256,8 @@ _NAMES = {
 for _names in _NAMES.values():
     _names |= {name: name for name in ("vocab_size", "tie_word_embeddings", "initializer_range")}
 _EPS = {"llama": 1e-6, "gpt2": 1e-5}
+DROPOUTS = {"llama": ("attention_dropout",), "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+"""Attributes of a family's config that the field `dropout` sets."""
 
 
 def build_model_config(
@@ -282,7 +286,7 @@ def build_model_config(
     }
     values = {attribute: given[name] for name, attribute in _NAMES[model.model_type].items()}
     if model.model_type == "gpt2":
-        values |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), model.dropout)
+        values |= dict.fromkeys(DROPOUTS["gpt2"], model.dropout)
     family = IBNormLlamaConfig if model.model_type == "llama" else IBNormGPT2Config
     return family(
         bos_token_id=eos_token_id,

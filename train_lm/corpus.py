@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,7 @@ def read_file(path: Path, field: str) -> Iterator[str]:
             yield from _pieces(file) if kind == ".txt" else _lines(file, path, field)
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, lzma.LZMAError, _zstd_error(path)) as error:  # EOFError: cut off
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, _zstd_error(path)) as error:  # EOFError: cut off
         raise UserError(f"corpus: {path} cannot be read: {error}") from error
 
 
@@ -254,7 +255,12 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
 
 def _text(row: Any, field: str, where: str) -> str:
     text = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape
+            raise UserError(f"corpus: {where} is no text: {error}") from None
+    else:
         has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"text_field: got {field!r}, {where} has no text there (it has {has})")
     return text

@@ -25,6 +25,8 @@ from .tokenizer import encode
 
 IGNORE = -100
 """Target of a position that counts in no loss, as in torch's cross entropy."""
+BUFFER_CHARACTERS = 1 << 26
+"""What a shuffle buffer holds at most: checkpoints hold it too."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Batch:
     tokens: int
     sha: str
 
+    @classmethod
+    def of_nothing(cls, layout: Layout) -> "Batch":
+        """For a process that cannot go on, while the others need it to take its part in the step."""
+        inputs = torch.zeros((layout.per_device, 1), dtype=torch.int64)
+        return cls([(inputs, torch.full_like(inputs, IGNORE))] * layout.micro_batches, 1, "0")
+
 
 class PackedTokens:
     """One stream of tokens, each document followed by the end-of-text token, cut into blocks.
@@ -75,9 +83,14 @@ class PackedTokens:
         eos: the end-of-text token.
         block_size: B, tokens a block.
         max_blocks: leave out the blocks after so many.
+
+    Raises:
+        UserError: there is nothing to predict.
     """
 
     def __init__(self, stream: np.ndarray, eos: int, block_size: int, max_blocks: int | None = None) -> None:
+        if len(stream) < 2:
+            raise UserError("corpus: its training or validation split has no text")
         if max_blocks is not None:
             stream = stream[: max_blocks * block_size + 1]
         self.stream, self.eos, self.block_size = stream, eos, block_size
@@ -194,6 +207,7 @@ class StreamedData:
         self._start(epoch=0)
         self._rng = np.random.default_rng((seed, layout.process))
         self._buffer: list[str] = []
+        self._characters = 0
         self._tokens = np.array([tokenizer.eos_token_id], dtype=np.uint32)  # the first token needs an input as well
         self._position = self._snapshot()
         # One thread reads, so that the order of documents is that of the source; several tokenize.
@@ -236,6 +250,7 @@ class StreamedData:
         self._ended, self._met = state["ended"], state["met"]
         self._rng.bit_generator.state = state["rng"]
         self._buffer = list(state["buffer"])
+        self._characters = sum(map(len, self._buffer))
         self._tokens = np.array(state["tokens"], dtype=np.uint32)
         self._position = self._snapshot()
 
@@ -267,16 +282,18 @@ class StreamedData:
     def _draw(self) -> str:
         """The next document: a random one of the buffer, which is filled up first."""
         while True:
-            while not self._ended and len(self._buffer) < self.buffer_size:
+            while not self._ended and len(self._buffer) < self.buffer_size and self._characters < BUFFER_CHARACTERS:
                 row = next(self._iterator, None)
                 if row is None:
                     self._ended = True
                 else:
                     self._met = True
                     self._buffer.append(self.documents.text(row))
+                    self._characters += len(self._buffer[-1])
             if self._buffer:
                 i = int(self._rng.integers(len(self._buffer)))
                 self._buffer[i], self._buffer[-1] = self._buffer[-1], self._buffer[i]
+                self._characters -= len(self._buffer[-1])
                 return self._buffer.pop()
             if not self._met:
                 raise UserError(

@@ -1,9 +1,10 @@
 """What a run writes as it goes: `metrics.jsonl`, one object a step, and the trackers of Accelerate."""
 
-import hashlib
+import errno
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,58 +12,42 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from hf_ibnorm.cli import UserError
+from hf_ibnorm.files import write_bytes
 
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")
 """Fields that differ between two runs of the same settings: time and memory."""
 
 
 class MetricsFile:
-    """`metrics.jsonl`. A checkpoint notes how long the file was and its hash, so that a resumed run can cut it there.
+    """`metrics.jsonl`, which begins with what it had at the checkpoint that training goes on from.
 
     Args:
-        path: the file; appended to.
+        path: the file; replaced.
+        content: what it begins with.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        content = path.read_bytes() if path.exists() else b""
-        self._digest, self._bytes = hashlib.sha256(content), len(content)
-        self._file = path.open("ab")
+    def __init__(self, path: Path, content: bytes = b"") -> None:
+        write_bytes(path, content)
+        # Unbuffered: what a full disk does not take must not be tried again when the file is closed.
+        self._file = path.open("r+b", buffering=0)
+        self._bytes = self._file.seek(0, os.SEEK_END)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line; a number that is not finite becomes null, JSON has no infinity."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         line = (json.dumps(clean, allow_nan=False) + "\n").encode()
-        self._file.write(line)
-        self._file.flush()
-        self._digest.update(line)
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._bytes += len(line)
 
-    def mark(self) -> dict[str, Any]:
-        """Length and hash of what is in the file, which is on the disk when this returns."""
-        os.fsync(self._file.fileno())
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+    def so_far(self) -> Callable[[], bytes]:
+        """A function that reads what is in the file now, even after more was added, or the file was removed."""
+        length = self._bytes
+        return lambda: os.pread(self._file.fileno(), length, 0)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def metrics_damage(path: Path, mark: dict[str, Any]) -> str | None:
-    """What keeps the file from being cut at `mark`; None where it begins with what was there then."""
-    content = path.read_bytes() if path.exists() else b""
-    if len(content) < mark["bytes"]:
-        return f"{path.name} has {len(content)} bytes, not the {mark['bytes']} of that step"
-    if hashlib.sha256(content[: mark["bytes"]]).hexdigest() != mark["sha256"]:
-        return f"{path.name} is not what it was at that step"
-    return None
-
-
-def truncate_metrics(path: Path, mark: dict[str, Any]) -> None:
-    """Cut the file at `mark`: what was written after it will be written again."""
-    with path.open("ab") as file:
-        file.truncate(mark["bytes"])
-        os.fsync(file.fileno())
 
 
 def check_trackers(names: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -34,10 +37,9 @@ from hf_ibnorm.modeling_ibnorm import is_norm
 
 from .cache import Cache, encode_all
 from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_checkpoint, steps_in
-from .config import TrainConfig, build_model_config, changed_fields, check_vocabulary, resolved
+from .config import DROPOUTS, TrainConfig, build_model_config, changed_fields, check_vocabulary, resolved
 from .corpus import CorpusOptions, Documents, HeldOut, open_corpus
 from .data import Layout, PackedData, PackedTokens, StreamedData
-from .metrics import metrics_damage
 from .tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
 
 STREAMED_TOKENIZER_DOCUMENTS = 10_000
@@ -52,12 +54,14 @@ class Start:
         saved: settings the run began with, as `TrainConfig.as_recipe` gives them; None for a new run.
         finished: whether there is nothing left to do.
         messages: what the user should know.
+        damaged: steps of checkpoints that were skipped.
     """
 
-    path: Path | None
-    saved: dict[str, Any] | None
-    finished: bool
-    messages: list[str]
+    path: Path | None = None
+    saved: dict[str, Any] | None = None
+    finished: bool = False
+    messages: list[str] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
 
     def checkpoint(self) -> Checkpoint | None:
         """The checkpoint, which `find_start` has verified."""
@@ -66,59 +70,81 @@ class Start:
         return Checkpoint(self.path, json.loads((self.path / "state.json").read_text(encoding="utf-8")))
 
 
-def find_start(config: TrainConfig, run_dir: Path) -> Start:
-    """Where the run in `run_dir` begins: at step 0, or after the newest whole checkpoint.
+def lock(run_dir: Path) -> FileLock:
+    """The lock of a run directory, held by this process until it is released or the process ends.
 
     Raises:
-        UserError: the directory is not new and not to be resumed, holds something else, or cannot be written.
+        UserError: another run holds it.
     """
-    if config.resume == "no" or not run_dir.is_dir() or not any(each.name[0] != "." for each in run_dir.iterdir()):
+    held = FileLock(run_dir / ".lock", timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(f"run_dir: {run_dir} is in use by another run") from None
+    return held
+
+
+def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
+    """Where the run in `run_dir` begins: at step 0, or after the newest whole checkpoint. Locks a run that is there.
+
+    Raises:
+        UserError: the directory is not new and not to be resumed, holds something else, cannot be written, or another
+            run is at work in it.
+    """
+    there = run_dir.is_dir() and any(each.name[0] != "." for each in run_dir.iterdir())
+    if config.resume == "no" or not there:
+        hint = "; or go on with it: --resume auto" if (run_dir / "config.yaml").exists() else ""
         with bad_input(OSError):
             if config.resume == "no" or not run_dir.is_dir():
-                hint = "; or go on with it: --resume auto" if (run_dir / "config.yaml").exists() else ""
                 check_new_directory("run_dir", run_dir, hint)
-        return Start(None, None, False, [f"resume: no run in {run_dir}, starting at step 0"] * (config.resume != "no"))
+        return Start(messages=[f"resume: no run in {run_dir}, starting at step 0"] * (config.resume != "no"))
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"run_dir: {run_dir} is not empty and holds no run to resume; name a new directory")
+    if (run_dir / "final").exists():
+        return Start(finished=True, messages=[f"already finished: {run_dir / 'final'}"])
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
+        stack.callback(lock(run_dir).release)
         clear_leftovers(run_dir)
-    messages = []
+    messages, damaged = [], []
     for step in reversed(steps_in(run_dir / "checkpoints")):
         path = run_dir / "checkpoints" / checkpoint_name(step)
         try:
             found = read_checkpoint(path)
-            if problem := metrics_damage(run_dir / "metrics.jsonl", found.state["metrics"]):
-                raise ValueError(problem)
         except ValueError as error:
             messages.append(f"resume: skipped {path.name}: {error}")
+            damaged.append(step)
             continue
-        finished = (run_dir / "final").exists()
-        if not finished:
-            messages.append(f"resume: going on after {path.name}")
-        return Start(path, found.state["config"], finished, messages)
+        messages.append(f"resume: going on after {path.name}")
+        return Start(path, found.state["config"], False, messages, damaged)
     messages.append("resume: no whole checkpoint, starting at step 0")
     try:
         saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError):
         saved = None
-    return Start(None, saved if isinstance(saved, dict) and "model" in saved else None, False, messages)
+    return Start(None, saved if isinstance(saved, dict) and "model" in saved else None, False, messages, damaged)
 
 
-def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator) -> Start:
+def raise_together(problem: str, accelerator: Accelerator) -> None:
+    """Raise UserError on every process if any of them has a `problem`, or the others would wait for it for ever."""
+    problems: list[str] = gather_object([problem])
+    if found := next(filter(None, problems), ""):
+        raise UserError(found)
+
+
+def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator, stack: ExitStack) -> Start:
     """`find_start` on the first process; every other one learns what it found.
 
     Raises:
         UserError: as `find_start`, on every process.
     """
-    found: list[Any] = [None]
+    problem, found = "", [Start()]
     if accelerator.is_main_process:
         try:
-            found = [find_start(config, run_dir)]
+            found = [find_start(config, run_dir, stack)]
         except UserError as error:
-            found = [str(error)]
-    start = broadcast_object_list(found)[0]
-    if isinstance(start, str):
-        raise UserError(start)
+            problem = str(error)
+    raise_together(problem, accelerator)
+    start: Start = broadcast_object_list(found)[0]
     return start
 
 
@@ -147,6 +173,19 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
     Raises:
         UserError: something of it cannot be had, or is not what the run to be resumed began with.
     """
+    problem, run = "", None
+    try:
+        run = _prepare(config, accelerator, start)
+    except UserError as error:
+        problem = str(error)
+    raise_together(problem, accelerator)
+    assert run is not None
+    if len({json.dumps(each, sort_keys=True) for each in gather_object([run.hashes])}) > 1:
+        raise UserError("corpus: the processes have different text, tokenizers or initial weights")
+    return run
+
+
+def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
     checkpoint = start.checkpoint()
     cache = Cache(config.cache_dir)
     texts = open_texts(config, cache)
@@ -158,8 +197,6 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
         "tokenizer_sha": sha256([tokenizer.backend_tokenizer.to_str()]),
         **{f"{split}_sha": documents.fingerprint for split, documents in texts.items()},
     }
-    if len({json.dumps(each, sort_keys=True) for each in gather_object([hashes])}) > 1:
-        raise UserError("corpus: the processes have different text, tokenizers or initial weights")
     check_settings(config, start, checkpoint, accelerator, hashes)
 
     size, eos, threads = config.block_size, tokenizer.eos_token_id, config.tokenizer_threads
@@ -268,13 +305,34 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
             for name in NORM_FIELDS:  # the checkpoint's own say where a ramped λ stood then
                 setattr(model.config, name, getattr(model_config, name))
         elif config.model.init_from is not None:
-            model = family.causal_lm.from_pretrained(config.model.init_from, config=model_config, dtype=torch.float32)
+            model = load_start(family, config.model.init_from, model_config)
         else:
             model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise UserError(f"model: {name} is {parameter.dtype}, must be torch.float32, or its updates round away")
     return model, model_config
+
+
+def load_start(family: Family, where: str, model_config: Any) -> PreTrainedModel:
+    """The model of a checkpoint with the norms of `model_config`.
+
+    Raises:
+        ValueError: weights besides those of norms are missing, or a file is damaged.
+    """
+    try:
+        model, found = family.causal_lm.from_pretrained(
+            where, config=model_config, dtype=torch.float32, output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"model.init_from: got {where!r}, which cannot be read: {str(error)[:300]}") from error
+    norms = tuple(f"{name}." for name, module in model.named_modules() if is_norm(module))
+    lost = sorted({key for key in found["missing_keys"] if not key.startswith(norms)} | {*found["mismatched_keys"]})
+    if lost:
+        raise ValueError(
+            f"model.init_from: got {where!r}, which lacks {', '.join(map(str, lost[:5]))}: {len(lost)} in all"
+        )
+    return model
 
 
 def family_of(model_type: str) -> Family:
@@ -309,7 +367,10 @@ def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any
         norms = {}
     else:
         norms = {"norm_type": family.config.norm_site_table.stock}
-    return family, family.config.from_pretrained(where, **norms)
+    built = family.config.from_pretrained(where, **norms)
+    for name in DROPOUTS[family.config.model_type.removeprefix("ibnorm_")]:
+        setattr(built, name, model.dropout)
+    return family, built
 
 
 def final_lams(config: TrainConfig, model: PreTrainedModel, model_config: Any) -> dict[str, float]:

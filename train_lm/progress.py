@@ -36,7 +36,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self.enabled:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, row: dict[str, Any]) -> None:
         """Show the metrics of a finished step."""

@@ -1,5 +1,6 @@
 """How fast a run is: model FLOPs utilization and memory."""
 
+import re
 import resource
 import sys
 
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 PEAK_FLOPS = {
-    # device name contains: (bf16 and fp16 tensor cores, dense; float32 without them), FLOP/s, from NVIDIA's data sheets
+    # words of the device's name: (bf16 and fp16 tensor cores, dense; float32 without them), FLOP/s, from NVIDIA's data sheets
     "B200": (2.25e15, 80e12),
     "H200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
@@ -28,7 +29,7 @@ PEAK_FLOPS = {
 def peak_flops(device: str, mixed_precision: str) -> float | None:
     """FLOP/s that one device can do at most; None where it is not in the table."""
     for name, (low, full) in PEAK_FLOPS.items():
-        if name in device:
+        if re.search(rf"\b{name}\b", device):
             return full if mixed_precision == "no" else low
     return None
 

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch.distributed
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast_object_list, set_seed
-from filelock import FileLock, Timeout
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hf_ibnorm.cli import Stopped, UserError, bad_input
@@ -31,12 +31,21 @@ from .checkpoint import (
     process_state,
     restore_optimizer,
     restore_random_states,
-    steps_in,
 )
 from .config import TrainConfig, build_model_config
-from .data import IGNORE, PackedData, PackedTokens
-from .metrics import MetricsFile, check_trackers, start_trackers, truncate_metrics
-from .prepare import Run, agree_on_start, check_room, note_resume, prepare, save_model, write_run_files
+from .data import IGNORE, Batch, PackedData, PackedTokens
+from .metrics import MetricsFile, check_trackers, start_trackers
+from .prepare import (
+    Run,
+    agree_on_start,
+    check_room,
+    lock,
+    note_resume,
+    prepare,
+    raise_together,
+    save_model,
+    write_run_files,
+)
 from .progress import Progress
 from .signals import StopSignals
 from .throughput import flops_per_token, peak_flops, peak_memory_gb
@@ -75,24 +84,32 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     run_dir = Path(config.run_dir)
     final = run_dir / "final"
     # Without cpu=True two processes without a GPU would not find each other and train two models into one directory.
+    if config.deterministic and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was never written
     accelerator = Accelerator(
+        # The loop sums over micro-batches itself; a launcher's setting would divide the loss a second time.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         cpu=not torch.cuda.is_available(),
         mixed_precision=config.mixed_precision,
         log_with=config.log_with or None,
         project_dir=run_dir,
     )
+    check_launcher(accelerator)
+    stack.enter_context(suppress(OSError))  # of a tracker that cannot write its last words
     stack.callback(accelerator.end_training)
-    start = agree_on_start(config, run_dir, accelerator)
+    start = agree_on_start(config, run_dir, accelerator, stack)
     progress = Progress(config.max_steps, enabled=accelerator.is_main_process)
     for message in start.messages:
         progress.say(message)
 
+    if start.finished:
+        return final
+
     run = prepare(config, accelerator, start)
     stack.callback(run.train.close)
     config, checkpoint = run.config, start.checkpoint()
-    if start.finished:
-        progress.say(f"already finished: {final}")
-        return final
     model = accelerator.prepare(run.model)
     optimizer = accelerator.prepare(build_optimizer(run.model, config))
     state = State(run, optimizer, accelerator)
@@ -101,24 +118,24 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     for message in state.restore(checkpoint) if checkpoint else ():
         progress.say(message)
     run.set_lam(lam_fraction(state.step, config))
-    problem = [""]
+    problem = ""
     if accelerator.is_main_process:
         try:
             begin_writing(run_dir, state, checkpoint, config, stack)
         except UserError as error:
-            problem = [str(error)]
-    if found := broadcast_object_list(problem)[0]:
-        raise UserError(found)
-    checkpointer = Checkpointer(run_dir / "checkpoints", config.keep_last, config.keep_every)
+            problem = str(error)
+    raise_together(problem, accelerator)
+    checkpointer = Checkpointer(run_dir / "checkpoints", config.keep_last, config.keep_every, state.step, start.damaged)
     stack.callback(checkpointer.wait)
-    if checkpoint is None and (snapshot := state.snapshot()):
-        checkpointer.write(snapshot)
+    if checkpoint is None:
+        checkpointer.write(state.snapshot(checkpointer))
         checkpointer.finish()
     start_trackers(accelerator, config.as_recipe(), state.step)
     progress.say(describe(run, config, accelerator))
 
     stack.enter_context(progress)
     signals.finish_steps = True
+    waiting: list[Snapshot | None] = []  # written when a finite step has shown that its weights are good
     micro_batches, peak = (
         config.gradient_accumulation_steps,
         peak_flops(device_name(accelerator), config.mixed_precision),
@@ -130,7 +147,11 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = lr
         run.set_lam(lam_fraction(step, config))
-        batch = run.train.next()
+        problem, batch = "", Batch.of_nothing(run.train.layout)
+        try:
+            batch = run.train.next()
+        except UserError as error:  # on this process; the others are waiting for it
+            problem = str(error)
         gain_movement = state.gain_movement()
 
         loss_sum = torch.zeros((), device=accelerator.device)
@@ -145,14 +166,20 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
 
         # The one place where processes tell each other something, and where the host waits for the device.
         mine = torch.stack([loss_sum, norm, gain_movement]).double()
-        asked = [bool(signals.name), checkpointer.error is not None, int(batch.sha[:12], 16)]
+        problem = problem or checkpointer.problem
+        asked = [bool(signals.name), bool(problem), int(batch.sha[:12], 16)]
         told = accelerator.gather(torch.cat([mine, mine.new_tensor(asked)])[None]).T.tolist()
         losses, (grad_norm, *_), (moved, *_), stops, failures, parts = told
         loss = math.fsum(losses) / batch.tokens if all(map(math.isfinite, losses)) else math.nan
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if any(failures):
+            raise_together(problem, accelerator)
         if finite or config.mixed_precision == "fp16":  # whose scaler skips the step by itself, and needs to know
             optimizer.step()
+            finite = finite and not optimizer.step_was_skipped
         optimizer.zero_grad()
+        if finite and waiting:
+            checkpointer.write(waiting.pop())
         state.count(batch.tokens, finite)
 
         seconds = time.perf_counter() - started
@@ -180,24 +207,25 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             with bad_input(OSError, about="run_dir: metrics.jsonl cannot be written: "):
                 state.metrics.append(row)
             progress.update(row)
-        accelerator.log({key: value for key, value in row.items() if isinstance(value, int | float)}, step=step)
+        with bad_input(OSError, about="log_with: a tracker cannot write: "):
+            accelerator.log({key: value for key, value in row.items() if isinstance(value, int | float)}, step=step)
         check_health(row, state, config, checkpointer)
 
-        due = config.checkpoint_every and step % config.checkpoint_every == 0 and finite
-        if any(failures):
-            raise UserError(f"run_dir: a checkpoint could not be written: {checkpointer.error}")
-        if due or (any(stops) and step < config.max_steps):
-            snapshot = state.snapshot()
-            if snapshot is not None:
-                checkpointer.write(snapshot)
-        if any(stops) and step < config.max_steps:
-            checkpointer.finish()
-            accelerator.wait_for_everyone()  # a launcher kills the other processes as soon as one has ended
+        stopping = any(stops) and step < config.max_steps
+        if stopping or (config.checkpoint_every and step % config.checkpoint_every == 0 and finite):
+            waiting = [state.snapshot(checkpointer)]
+        if stopping or step == config.max_steps:
+            while waiting:
+                checkpointer.write(waiting.pop(), prune=finite)
+            checkpointer.wait()
+            raise_together(
+                checkpointer.problem, accelerator
+            )  # and a launcher kills the others as soon as one has ended
+        if stopping:
             raise Stopped(f"after step {step}, with a checkpoint; go on with --resume auto")
 
-    checkpointer.finish()
     if accelerator.is_main_process:
-        with bad_input(OSError, about=f"run_dir: {final} cannot be written: "):
+        with bad_input(OSError, SafetensorError, about=f"run_dir: {final} cannot be written: "):
             save_model(final, accelerator.unwrap_model(model), run.tokenizer)
         progress.say(f"finished: {final}")
     accelerator.wait_for_everyone()
@@ -218,6 +246,7 @@ class State:
     def __init__(self, run: Run, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> None:
         self.run, self.optimizer, self.accelerator = run, optimizer, accelerator
         self.step = self.tokens = self.skipped = 0
+        self.numerics = numerics_record()
         self.flops_per_token = flops_per_token(run.model, run.config.block_size)
         norms = [name for name, module in run.model.named_modules() if is_norm(module)]
         self.gains = {f"{name}.weight": getattr(run.model.get_submodule(name), "weight", None) for name in norms}
@@ -237,11 +266,12 @@ class State:
         moved = torch.cat([(gain.detach() - self.start_gains[name]).flatten() for name, gain in self.gains.items()])
         return moved.square().mean().sqrt()
 
-    def snapshot(self) -> Snapshot | None:
+    def snapshot(self, checkpointer: Checkpointer) -> Snapshot | None:
         """A copy of all that a checkpoint holds, on the first process; the others send it their part.
 
         Every process must call this, and training may go on as soon as it returns.
         """
+        checkpointer.wait()  # first, or there would be two copies in memory
         mine, scaler = process_state(self.run.train.state()), self.accelerator.scaler
         processes: list[Any] = [mine]
         if self.accelerator.num_processes > 1:
@@ -256,13 +286,12 @@ class State:
             "num_processes": self.accelerator.num_processes,
             "config": self.run.config.as_recipe(),
             "hashes": self.run.hashes,
-            "numerics": numerics_record(),
-            "metrics": self.metrics.mark(),
+            "numerics": self.numerics,
             "scaler": scaler.state_dict() if scaler else None,
         }
         model = copy_model(self.run.model)
         tensors = optimizer_tensors(self.run.model, self.optimizer.optimizer) | start
-        return Snapshot(self.step, model, self.run.tokenizer, tensors, processes, state)
+        return Snapshot(self.step, model, self.run.tokenizer, tensors, processes, state, self.metrics.so_far())
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
         """Go on where `checkpoint` was taken; the model has its weights already. Returns what the user should know."""
@@ -295,6 +324,7 @@ def settle_buckets(model: nn.Module, accelerator: Accelerator) -> None:
     first step after a resume would not be the step it was in the run never interrupted.
     """
     if accelerator.num_processes > 1:
+        model.train()
         tokens = torch.zeros((1, 2), dtype=torch.int64, device=accelerator.device)
         accelerator.backward(token_loss(model, tokens, tokens))
         model.zero_grad()
@@ -310,19 +340,15 @@ def begin_writing(
     """
     check_room(run_dir, state.run.model, config, resumed=checkpoint is not None)
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        try:
-            stack.enter_context(FileLock(run_dir / ".lock", timeout=0))
-        except Timeout:
-            raise UserError(f"run_dir: {run_dir} is in use by another run") from None
-        path = run_dir / "metrics.jsonl"
         if checkpoint is None:
-            truncate_metrics(path, {"bytes": 0})
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not (run_dir / "config.yaml").exists():  # else `find_start` has locked it
+                stack.callback(lock(run_dir).release)
             write_run_files(run_dir, state.run, state.accelerator)
         else:
-            truncate_metrics(path, checkpoint.state["metrics"])
             note_resume(run_dir, state.step, state.accelerator)
-        state.metrics = MetricsFile(path)
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+        state.metrics = MetricsFile(run_dir / "metrics.jsonl", checkpoint.metrics if checkpoint else b"")
         stack.callback(state.metrics.close)
 
 
@@ -335,12 +361,22 @@ def check_health(row: dict[str, Any], state: State, config: TrainConfig, checkpo
     name = next((name for name in ("loss", "grad_norm") if not math.isfinite(row[name])), "eval_loss")
     if state.skipped >= config.max_skipped_steps or not math.isfinite(row.get("eval_loss", 0.0)):
         checkpointer.wait()
-        whole = steps_in(checkpointer.folder)
         raise UserError(
             f"{name}: got {row[name]} at step {row['step']}, {state.skipped} steps in a row skipped; "
             f"training diverged: a learning_rate of {config.learning_rate:g} may be too high; "
-            f"the last checkpoint is step-{whole[-1]}"
+            f"the last checkpoint is step-{checkpointer.newest}"
         )
+
+
+def check_launcher(accelerator: Accelerator) -> None:
+    """Refuse what a launcher may have been told and this program does not do.
+
+    Raises:
+        UserError: FSDP, DeepSpeed or another kind of distribution.
+    """
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UserError(f"launcher: got {kind.value}, allowed are one process, or several with DDP")
 
 
 def check_precision(wanted: str) -> None:
