@@ -55,6 +55,7 @@ class Start:
         finished: whether there is nothing left to do.
         messages: what the user should know.
         damaged: steps of checkpoints that were skipped.
+        locked: whether the first process holds the lock of the directory already.
     """
 
     path: Path | None = None
@@ -62,6 +63,7 @@ class Start:
     finished: bool = False
     messages: list[str] = field(default_factory=list)
     damaged: list[int] = field(default_factory=list)
+    locked: bool = False
 
     def checkpoint(self) -> Checkpoint | None:
         """The checkpoint, which `find_start` has verified."""
@@ -115,13 +117,15 @@ def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
             damaged.append(step)
             continue
         messages.append(f"resume: going on after {path.name}")
-        return Start(path, found.state["config"], False, messages, damaged)
+        return Start(path, found.state["config"], False, messages, damaged, locked=True)
     messages.append("resume: no whole checkpoint, starting at step 0")
     try:
         saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError):
         saved = None
-    return Start(None, saved if isinstance(saved, dict) and "model" in saved else None, False, messages, damaged)
+    return Start(
+        None, saved if isinstance(saved, dict) and "model" in saved else None, False, messages, damaged, locked=True
+    )
 
 
 def raise_together(problem: str, accelerator: Accelerator) -> None:

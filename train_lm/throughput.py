@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 PEAK_FLOPS = {
-    # words of the device's name: (bf16 and fp16 tensor cores, dense; float32 without them), FLOP/s, from NVIDIA's data sheets
+    # Words of the device's name: (bf16 and fp16 on tensor cores, dense; float32 without), by NVIDIA's data sheets.
     "B200": (2.25e15, 80e12),
     "H200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),

@@ -37,6 +37,7 @@ from .data import IGNORE, Batch, PackedData, PackedTokens
 from .metrics import MetricsFile, check_trackers, start_trackers
 from .prepare import (
     Run,
+    Start,
     agree_on_start,
     check_room,
     lock,
@@ -97,8 +98,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         project_dir=run_dir,
     )
     check_launcher(accelerator)
-    stack.enter_context(suppress(OSError))  # of a tracker that cannot write its last words
-    stack.callback(accelerator.end_training)
+    stack.callback(end_tracking, accelerator)
     start = agree_on_start(config, run_dir, accelerator, stack)
     progress = Progress(config.max_steps, enabled=accelerator.is_main_process)
     for message in start.messages:
@@ -121,7 +121,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     problem = ""
     if accelerator.is_main_process:
         try:
-            begin_writing(run_dir, state, checkpoint, config, stack)
+            begin_writing(run_dir, state, start, config, stack)
         except UserError as error:
             problem = str(error)
     raise_together(problem, accelerator)
@@ -330,26 +330,32 @@ def settle_buckets(model: nn.Module, accelerator: Accelerator) -> None:
         model.zero_grad()
 
 
-def begin_writing(
-    run_dir: Path, state: State, checkpoint: Checkpoint | None, config: TrainConfig, stack: ExitStack
-) -> None:
+def begin_writing(run_dir: Path, state: State, start: Start, config: TrainConfig, stack: ExitStack) -> None:
     """Take possession of the run directory and, for a new run, write what is known before the first step.
 
     Raises:
         UserError: another run writes there, or there is no room.
     """
+    checkpoint = start.checkpoint()
     check_room(run_dir, state.run.model, config, resumed=checkpoint is not None)
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
         if checkpoint is None:
             run_dir.mkdir(parents=True, exist_ok=True)
-            if not (run_dir / "config.yaml").exists():  # else `find_start` has locked it
+            if not start.locked:
                 stack.callback(lock(run_dir).release)
+                if (run_dir / "config.yaml").exists():
+                    raise UserError(f"run_dir: {run_dir} has become that of another run; name a new directory")
             write_run_files(run_dir, state.run, state.accelerator)
         else:
             note_resume(run_dir, state.step, state.accelerator)
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         state.metrics = MetricsFile(run_dir / "metrics.jsonl", checkpoint.metrics if checkpoint else b"")
         stack.callback(state.metrics.close)
+
+
+def end_tracking(accelerator: Accelerator) -> None:
+    with suppress(OSError):  # of a tracker that cannot write its last words
+        accelerator.end_training()
 
 
 def check_health(row: dict[str, Any], state: State, config: TrainConfig, checkpointer: Checkpointer) -> None:

@@ -14,10 +14,16 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_ibnorm.cli import UserError
 from hf_ibnorm.files import sha256_file
-from train_lm.cache import CHUNK, Cache, encode_all
+from train_lm.cache import Cache, encode_all
 from train_lm.tokenizer import encode, train_tokenizer, wrap_tokenizer
 
-TEXTS = [f"Document {i}: {'it was a truth ' * (i % 7)}— é 日本 😀\r\n" for i in range(3 * CHUNK)] + ["", "last"]
+TEXTS = [f"Document {i}: {'it was a truth ' * (i % 7)}— é 日本 😀\r\n" for i in range(400)] + ["", "last"]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Many chunks of the few texts."""
+    monkeypatch.setattr("train_lm.cache.CHUNK", 1000)
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +133,9 @@ def test_number_of_threads_does_not_change_the_tokens(cache, tokenizer, expected
 
 def test_no_more_documents_are_read_ahead_than_keep_the_threads_busy(tokenizer):
     met = []
-    endless = (met.append(i) or "text" for i in count())
+    endless = (met.append(i) or "x" * 99 for i in count())
     assert len(list(islice(encode_all(tokenizer, endless, 2), 3))) == 3
-    assert len(met) <= (3 + 2 * 2) * CHUNK
+    assert len(met) <= (3 + 2 * 2) * 10
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(300, "<u2"), (1 << 16, "<u2"), ((1 << 16) + 1, "<u4")])
@@ -202,21 +208,12 @@ def test_no_wrong_bit_in_what_is_noted_about_tokens_makes_them_others(cache, tok
             assert same_tokens(tokens, expected), path.read_bytes()
 
 
-def test_an_entry_that_is_a_file_or_an_empty_folder_is_made_anew_or_one_line(cache, tokenizer, expected):
+def test_an_entry_without_its_files_is_made_anew(cache, tokenizer, expected):
     cache.tokens("key", tokenizer, TEXTS, 1)
-    folder = entry(cache)
-    for file in folder.iterdir():
+    for file in entry(cache).iterdir():
         file.unlink()
     assert same_tokens(cache.tokens("key", tokenizer, TEXTS, 1), expected)
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
-    folder.write_text("no folder")
-    try:
-        assert same_tokens(cache.tokens("key", tokenizer, TEXTS, 1), expected)
-    except UserError as error:
-        (line,) = str(error).splitlines()
-        assert line.startswith("cache_dir: ")
+    assert same_tokens(cache.tokens("key", tokenizer, Unreadable(), 1), expected)
 
 
 def test_of_tokens_too_many_to_hash_the_number_is_checked(cache, tokenizer, expected, monkeypatch):
@@ -296,6 +293,14 @@ def test_a_build_that_is_killed_leaves_no_entry_and_a_later_one_succeeds(cache, 
     assert same_tokens(cache.tokens("key", tokenizer, Unreadable(), 1), expected)
 
 
+def test_what_a_killed_build_left_is_removed_by_the_next_one(cache, tokenizer, monkeypatch):
+    """It may be as large as the corpus."""
+    in_processes(1, lambda: cache.tokens("key", tokenizer, killed_in_documents(monkeypatch), 1))
+    assert temporary(cache)
+    cache.tokens("key", tokenizer, TEXTS, 1)
+    assert not temporary(cache)
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_processes_that_want_the_same_tokens_at_once_read_the_documents_once(
     cache, tokenizer, expected, tmp_path, damaged
@@ -323,11 +328,11 @@ def test_a_process_that_waits_makes_what_a_killed_one_did_not(cache, tokenizer, 
     marker = tmp_path / "marker"
 
     def documents():
-        yield from TEXTS[: 2 * CHUNK]
+        yield from TEXTS[:200]
         try:
             marker.touch(exist_ok=False)
         except FileExistsError:
-            yield from TEXTS[2 * CHUNK :]
+            yield from TEXTS[200:]
         else:
             os.kill(os.getpid(), signal.SIGKILL)
 

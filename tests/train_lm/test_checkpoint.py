@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import metrics, result, run, small_corpus, steps
+from training import result, run, small_corpus, steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ibnorm.cli import UserError
@@ -28,12 +28,13 @@ pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
 FILES = [
     "manifest.json",
+    "metrics.jsonl.gz",
     "model/config.json",
     "model/generation_config.json",
     "model/model.safetensors",
     "model/tokenizer.json",
     "model/tokenizer_config.json",
-    "process-00000.json.gz",
+    "process-00000.jsonl.gz",
     "state.json",
     "training.safetensors",
 ]
@@ -123,22 +124,28 @@ def test_with_every_checkpoint_damaged_training_starts_over(cut, finished, capsy
     assert result(cut) == result(finished)
 
 
-@pytest.mark.parametrize("harm", [empty, flip, os.unlink], ids=lambda harm: harm.__name__)
-def test_metrics_that_are_not_those_of_a_checkpoint_count_as_damage(cut, finished, harm, capsys):
-    harm(cut / "metrics.jsonl")  # the flip is after step 4
+@pytest.mark.parametrize("harm", [empty, truncate, flip, os.unlink], ids=lambda harm: harm.__name__)
+def test_metrics_are_made_whole_from_the_checkpoint(cut, finished, harm):
+    harm(cut / "metrics.jsonl")
     run(cut, "--checkpoint_every", "4", "--model.norm_type", "layernormalnorm", "--resume", "auto")
-    out = capsys.readouterr().out
-    assert "skipped step-8: metrics.jsonl" in out
-    assert f"going on after step-{4 if harm is flip else 0}" in out
     assert result(cut) == result(finished)
 
 
-def test_falling_back_does_not_lose_the_checkpoint_fallen_back_to(cut):
-    # With one checkpoint to keep, the damaged newer one must not count as the one.
+def test_damaged_checkpoints_do_not_count_among_those_to_keep(cut):
+    # 4 is whole, 8 is not: with two to keep, 4 must survive 9.
     flip(cut / "checkpoints" / "step-8" / "state.json")
-    flags = ["--checkpoint_every", "5", "--keep_last", "1", "--model.norm_type", "layernormalnorm"]
-    run(cut, *flags, "--max_skipped_steps", "3", "--resume", "auto")
-    assert damage(cut / "checkpoints" / "step-10") is None
+    flags = ["--checkpoint_every", "9", "--keep_last", "2", "--model.norm_type", "layernormalnorm"]
+    run(cut, *flags, "--resume", "auto")
+    whole = [name for name in steps(cut) if name.startswith("step-") and damage(cut / "checkpoints" / name) is None]
+    assert whole == ["step-0", "step-4", "step-9"]
+
+
+def test_a_checkpoint_whose_weights_turn_out_bad_is_never_written(tmp_path):
+    # The update of the first step destroys the weights, which only the second step finds out.
+    flags = ["--learning_rate", "1e20", "--warmup_steps", "0", "--max_grad_norm", "0"]
+    with pytest.raises(UserError, match="training diverged.*the last checkpoint is step-0"):
+        run(tmp_path / "run", *flags, "--checkpoint_every", "1", "--keep_last", "1", "--max_skipped_steps", "3")
+    assert steps(tmp_path / "run") == ["latest", "step-0"]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +169,9 @@ def snapshot(finished):
     """A snapshot of step 2 made from a checkpoint."""
     model = AutoModelForCausalLM.from_pretrained(finished / "checkpoints" / "step-4" / "model")
     tokenizer = AutoTokenizer.from_pretrained(finished / "final")
-    return Snapshot(2, model, tokenizer, {"start/x": torch.ones(3)}, [process_state({"place": 3})], {"tokens": 7})
+    return Snapshot(
+        2, model, tokenizer, {"start/x": torch.ones(3)}, [process_state({"place": 3})], {"tokens": 7}, bytes
+    )
 
 
 def crashing_at(call):
@@ -198,7 +207,7 @@ def test_a_process_that_ends_at_any_call_leaves_whole_checkpoints_only(snapshot,
             try:
                 crashing_at(call)
                 checkpointer = Checkpointer(trial, keep_last=1, keep_every=0)
-                checkpointer._write(snapshot)
+                checkpointer._write(snapshot, prune=True)
                 os._exit(9 if checkpointer.error else 0)
             finally:
                 os._exit(8)
@@ -279,8 +288,8 @@ def test_random_states_survive_json():
     assert (draw(), draw()) == expected
 
 
-def test_metrics_are_on_disk_before_the_checkpoint_that_counts_on_them(finished):
-    state = read_checkpoint(finished / "checkpoints" / "step-8").state
-    length = sum(len(json.dumps(row)) + 1 for row in metrics(finished)[:8])
-    assert state["metrics"]["bytes"] == length
-    assert state["tokens"] == metrics(finished)[7]["tokens"]
+def test_a_checkpoint_has_the_metrics_up_to_its_step(finished):
+    checkpoint = read_checkpoint(finished / "checkpoints" / "step-8")
+    rows = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert checkpoint.metrics == b"".join(rows[:8])
+    assert checkpoint.state["tokens"] == json.loads(rows[7])["tokens"]

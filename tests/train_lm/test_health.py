@@ -60,11 +60,11 @@ def test_a_step_without_a_finite_loss_and_gradient_is_skipped_and_counted(tmp_pa
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(tmp_path, monkeypatch):
-    poisoned(monkeypatch, range(7, 100))
+    poisoned(monkeypatch, range(8, 100))
     flags = ["--max_steps", "60", "--checkpoint_every", "3", "--keep_last", "1", "--max_skipped_steps", "4"]
-    with pytest.raises(UserError, match=r"loss: got nan at step 10, 4 steps in a row skipped; .* step-6$"):
+    with pytest.raises(UserError, match=r"loss: got nan at step 11, 4 steps in a row skipped; .* step-6$"):
         run(tmp_path / "run", *flags, "--eval_every", "50")
-    assert len(metrics(tmp_path / "run")) == 10
+    assert len(metrics(tmp_path / "run")) == 11
     assert damage(tmp_path / "run" / "checkpoints" / "step-6") is None
     assert not (tmp_path / "run" / "final").exists()
 

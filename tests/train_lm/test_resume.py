@@ -178,12 +178,25 @@ def test_environment_notes_every_resume(straight):
     assert resumed[0]["num_processes"] == 1
 
 
-def test_another_run_in_the_same_directory_is_refused(straight):
+def test_a_finished_run_is_not_trained_again_for_want_of_its_checkpoints(straight, capsys):
+    shutil.rmtree(straight / "checkpoints")
+    before = (straight / "metrics.jsonl").read_bytes()
+    run(straight, *NOISE, "--resume", "auto")
+    assert "already finished" in capsys.readouterr().out
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_second_command_does_not_disturb_the_run_at_work(straight):
     from filelock import FileLock
 
     cut = cut_short(straight, "step-10")
+    half = cut / "checkpoints" / ".step-10.being_written"
+    half.mkdir()
     with FileLock(cut / ".lock"), pytest.raises(UserError, match="is in use by another run"):
         run(cut, *NOISE, "--resume", "auto")
+    assert half.is_dir()
+    run(cut, *NOISE, "--resume", "auto")
+    assert not half.exists()
 
 
 def test_a_ramp_is_saved_as_it_stands_and_ends_where_it_should(tmp_path, monkeypatch):
