@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -9,11 +10,13 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
 from training import config, metrics, run, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import train_lm.train
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.cli import Stopped, UserError
 from train_lm.checkpoint import damage
 from train_lm.config import build_model_config
 from train_lm.data import PackedTokens
@@ -154,6 +157,80 @@ def test_a_checkpoint_that_cannot_be_started_from_is_refused(tmp_path, message):
         run(tmp_path / "run", "--model.init_from", *flags)
     assert message in str(caught.value).replace(f"{tmp_path}/", "")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("harm", ["missing weights", "a truncated file"])
+def test_a_checkpoint_that_is_not_whole_is_not_started_from(tmp_path, harm):
+    run(tmp_path / "first", "--max_steps", "2")
+    file = tmp_path / "first" / "final" / "model.safetensors"
+    if harm == "missing weights":
+        kept = {key: value for key, value in load_file(file).items() if ".1.mlp." not in key}
+        save_file(kept, file, {"format": "pt"})
+    else:
+        os.truncate(file, file.stat().st_size - 100)
+    said = {
+        "missing weights": "which lacks model.layers.1.mlp.down_proj.weight, .*: 3 in",
+        "a truncated file": "cannot be read",
+    }[harm]
+    with pytest.raises(UserError, match=rf"model.init_from: got .*{said}"):
+        run(tmp_path / "run", "--model.init_from", str(tmp_path / "first" / "final"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_dropout_is_the_runs_own_when_it_starts_from_a_checkpoint(tmp_path):
+    run(tmp_path / "first", "--max_steps", "2", "--model.dropout", "0.1")
+    flags = ["--max_steps", "2", "--model.init_from", str(tmp_path / "first" / "final"), "--model.dropout", "0.3"]
+    model = AutoModelForCausalLM.from_pretrained(run(tmp_path / "run", *flags))
+    assert model.config.attention_dropout == 0.3
+
+
+def test_a_launchers_own_accumulation_does_not_divide_the_gradient_again(tmp_path, monkeypatch):
+    run(tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run(tmp_path / "told")
+    assert without_timing(metrics(tmp_path / "told")) == without_timing(metrics(tmp_path / "plain"))
+
+
+def test_a_way_of_distributing_that_is_not_ours_is_refused(tmp_path, monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(type(accelerator), "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(UserError, match="launcher: got DEEPSPEED"):
+        train_lm.train.check_launcher(accelerator)
+
+
+def test_a_signal_while_the_text_is_read_ends_the_command_as_a_signal_does(tmp_path, monkeypatch):
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("train_lm.corpus.load_corpus", interrupted)
+    with pytest.raises(Stopped, match="SIGTERM before the first step"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_an_error_on_one_process_reaches_the_user_from_all_of_them(tmp_path):
+    # Of one document to stream, the second of two processes gets none.
+    (tmp_path / "one.jsonl").write_text('{"text": "%s"}\n' % ("a word " * 400))
+    (tmp_path / "other.jsonl").write_text('{"text": "%s"}\n' % ("a word " * 400))
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "train_lm",
+    ]
+    flags = ["--config", "tiny", "--run_dir", str(tmp_path / "run"), "--corpus", str(tmp_path / "one.jsonl")]
+    flags += ["--streaming", "true", "--validation_corpus", str(tmp_path / "other.jsonl")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, "-m", "train_lm", *flags], capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert done.stderr.count("error: corpus: process 1 of 2 gets no document of it") == 1
+    assert "train_lm/train.py" not in done.stderr, "a process left a traceback"
 
 
 def test_validation_is_quiet_and_draws_nothing(tmp_path):

@@ -118,7 +118,7 @@ def test_norms_share_data_order_and_initial_weights_and_seeds_do_not(tmp_path):
 
 def few_blocks(*flags):
     """Flags of a run whose last block holds 7 tokens and 505 that do not count, so that micro-batches are unequal."""
-    return ["--block_size", "512", "--max_steps", "12", "--eval_every", "6", "--learning_rate", "3e-3", *flags]
+    return ["--block_size", "512", "--max_steps", "20", "--eval_every", "10", "--learning_rate", "3e-3", *flags]
 
 
 @pytest.mark.parametrize("flags", [("8", "1"), ("2", "4"), ("1", "8")])
@@ -391,6 +391,7 @@ def test_noise_differs_between_processes(tmp_path, script):
     # Each process notes a number of the stream that its norms draw from, in a file of its own: on a shared standard
     # output lines of two processes can run together.
     probe = f"""    from accelerate import PartialState
+    import train_lm.train
     original = train_lm.train.token_loss
     def noting(model, inputs, targets):
         if model.training:
@@ -404,8 +405,9 @@ def test_noise_differs_between_processes(tmp_path, script):
     done = launch(script, "--config", "tiny", *flags, processes=2)
     assert done.returncode == 0, done.stderr
     drawn = [(tmp_path / f"drawn-{process}").read_text().split() for process in (0, 1)]
-    assert [len(values) for values in drawn] == [4, 4]
-    assert len(set(drawn[0] + drawn[1])) == 8
+    # The first is of the pass that settles DDP's buckets, before the streams are set apart.
+    assert [len(values) for values in drawn] == [5, 5]
+    assert len(set(drawn[0][1:] + drawn[1][1:])) == 8
 
 
 @pytest.mark.slow

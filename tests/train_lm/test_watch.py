@@ -76,7 +76,8 @@ def test_peak_flops_are_known_for_known_devices_only():
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
     assert peak_flops("NVIDIA L40S", "no") == 91.6e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "no") == 19.5e12
-    assert peak_flops("AMD EPYC", "no") is None
+    for unknown in ("AMD EPYC", "NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA T400"):
+        assert peak_flops(unknown, "no") is None
 
 
 def test_an_unknown_device_says_that_it_is_and_mfu_is_null(tmp_path, capsys):
