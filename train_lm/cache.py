@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.files import atomic_directory, sha256, sha256_file, write_text
 
 from .tokenizer import encode
@@ -28,6 +28,9 @@ CHUNK = 1 << 18
 """Characters that are tokenized at a time, more only where one document has more."""
 VERIFIED = 1 << 30
 """Bytes of tokens up to which every start checks their hash; of more, it checks their number."""
+
+
+DTYPES = ("<u2", "<u4")
 
 
 class Cache:
@@ -49,8 +52,6 @@ class Cache:
                 raise PermissionError("no permission to write")
 
     def _errors(self) -> Any:
-        from hf_ibnorm.cli import bad_input
-
         return bad_input(OSError, about=f"cache_dir: {self.folder} cannot be used: ")
 
     def text(self, kind: str, key: Iterable[str], make: Callable[[], str]) -> str:
@@ -63,13 +64,15 @@ class Cache:
                     return str(kept["text"])
             except (OSError, ValueError, KeyError, TypeError):
                 pass
-            text = make()
+            with bad_input(OSError, about="corpus: it cannot be read: "):
+                text = make()
             write_text(path, json.dumps({"text": text, "sha256": sha256([text])}))
             return text
 
     def file_sha(self, path: Path) -> str:
         """Hash of a file's content, read again only where its size or time of change is another."""
-        stat = path.stat()
+        with bad_input(OSError, about="corpus: "):
+            stat = path.stat()
         key = [str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), str(stat.st_ino)]
         return self.text("file", key, lambda: sha256_file(path))
 
@@ -93,7 +96,9 @@ class Cache:
             return tokens
         with self._errors(), FileLock(f"{path}.lock"):
             if (tokens := _open_tokens(path)) is None:
-                shutil.rmtree(path, ignore_errors=True)  # a run that has the damaged file open keeps its own
+                # What a killed run left, or what is damaged; a run that has that open keeps its own.
+                for old in (path, *self.folder.glob(f".{path.name}.*")):
+                    shutil.rmtree(old, ignore_errors=True)
                 with atomic_directory(path) as folder:
                     _write_tokens(folder, tokenizer, documents, threads)
                 tokens = _open_tokens(path)
@@ -102,10 +107,10 @@ class Cache:
 
 
 def _write_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: Iterable[str], threads: int) -> None:
-    dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
+    dtype = np.dtype(DTYPES[max(tokenizer.get_vocab().values()) >= 1 << 16])
     digest, count = hashlib.sha256(), 0
     with (folder / "tokens.bin").open("wb") as file:
-        for ids in encode_all(tokenizer, documents, threads):
+        for ids in encode_all(tokenizer, _readable(documents), threads):
             raw = ids.astype(dtype).tobytes()
             file.write(raw)
             digest.update(raw)
@@ -116,10 +121,18 @@ def _write_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: I
     write_text(folder / "meta.json", json.dumps(meta))
 
 
+def _readable(documents: Iterable[str]) -> Iterator[str]:
+    """`documents`, whose errors are theirs and not the cache's."""
+    with bad_input(OSError, about="corpus: it cannot be read: "):
+        yield from documents
+
+
 def _open_tokens(path: Path) -> np.ndarray | None:
     """The tokens in an entry; None where it is missing or damaged."""
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        if meta["dtype"] not in DTYPES:
+            return None
         file, dtype = path / "tokens.bin", np.dtype(meta["dtype"])
         size = file.stat().st_size
         if size != meta["tokens"] * dtype.itemsize or (size <= VERIFIED and sha256_file(file) != meta["sha256"]):

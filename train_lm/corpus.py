@@ -11,10 +11,11 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.data import CORPORA, load_corpus
 from hf_ibnorm.files import sha256, sha256_file
 from hf_ibnorm.norms import nearest
@@ -47,6 +48,14 @@ class Documents:
     def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
         """This process's part, with the position in it as `state_dict()`; `seed` draws the order of files."""
         raise NotImplementedError
+
+    def rows(self, dataset: "IterableDataset") -> Iterator[dict[str, Any]]:
+        """The rows of a `stream`, from where it stands.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        return iter(dataset)
 
     def text(self, row: dict[str, Any]) -> str:
         """The text of a row of `stream`."""
@@ -86,7 +95,7 @@ class Files(Documents):
 
     def __post_init__(self) -> None:
         kinds = [_kind(path) for path in self.paths]
-        self.fingerprint = sha256([self.field, *kinds, *(self.hash_file(path) for path in self.paths)])
+        self.fingerprint = sha256([self.field, str(PIECE), *kinds, *(self.hash_file(path) for path in self.paths)])
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
@@ -114,7 +123,13 @@ class Named(Documents):
         self.fingerprint = fingerprint and sha256([self.field, fingerprint])
 
     def __iter__(self) -> Iterator[str]:
-        return (_text(row, self.field, "dataset") for row in self.dataset)
+        return (self.text(row) for row in self.rows(self.dataset))
+
+    def rows(self, dataset: "IterableDataset") -> Iterator[dict[str, Any]]:
+        try:
+            yield from dataset
+        except Exception as error:  # of many kinds: a file that is gone or damaged, a network that is down
+            raise UserError(f"corpus: the dataset cannot be read: {_short(error)}") from error
 
     def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
         return _split(self.dataset, process, processes)
@@ -168,7 +183,7 @@ def _kind(path: Path) -> str:
     """
     name = path.name.lower()
     for kind in KINDS:
-        if any(name.endswith(kind + packing) for packing in PACKINGS):
+        if any(name.endswith(kind + packing) for packing in (PACKINGS if kind != ".parquet" else ("",))):
             return kind
     raise UserError(
         f"corpus: got {path}, allowed are {', '.join(KINDS)}, alone or followed by {', '.join(PACKINGS[1:])}"
@@ -183,9 +198,10 @@ def _open(path: Path) -> IO[str]:
         case ".xz":
             return lzma.open(path, **options)
         case ".zst":
-            import zstandard
+            import pyarrow as pa
 
-            return zstandard.open(path, **options)
+            # Python's own binding takes a file that was cut off for one that has ended.
+            return TextIOWrapper(pa.input_stream(str(path), compression="zstd"), encoding="utf-8", newline="\n")
     return path.open(**options)
 
 
@@ -195,6 +211,8 @@ def read_file(path: Path, field: str) -> Iterator[str]:
     Raises:
         UserError: the file cannot be read, is damaged, or has no text where `field` says; the message names the place.
     """
+    import pyarrow as pa
+
     kind = _kind(path)
     try:
         if kind == ".parquet":
@@ -202,20 +220,12 @@ def read_file(path: Path, field: str) -> Iterator[str]:
             return
         with _open(path) as file:
             yield from _pieces(file) if kind == ".txt" else _lines(file, path, field)
-    except UserError:
-        raise
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, _zstd_error(path)) as error:  # EOFError: cut off
-        raise UserError(f"corpus: {path} cannot be read: {error}") from error
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:  # EOFError: cut off
+        raise UserError(f"corpus: {path} cannot be read: {_short(error)}") from error
 
 
-def _zstd_error(path: Path) -> type[Exception]:
-    if path.suffix.lower() != ".zst":
-        return UnicodeError
-    try:
-        from zstandard import ZstdError
-    except ImportError:
-        raise UserError(f"corpus: {path} needs zstandard: pip install 'hf_ibnorm[train]'") from None
-    return ZstdError
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _pieces(file: IO[str]) -> Iterator[str]:
@@ -237,15 +247,15 @@ def _lines(file: IO[str], path: Path, field: str) -> Iterator[str]:
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"corpus: {where} is no JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"corpus: {where} is no JSON: {_short(error)}") from error
             yield _text(row, field, where)
 
 
 def _parquet(path: Path, field: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         if field not in (columns := file.schema_arrow.names):
             raise UserError(f"text_field: got {field!r}, {path} has {', '.join(columns)}")
         for batch in file.iter_batches(batch_size=1024, columns=[field]):
@@ -298,7 +308,13 @@ def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Doc
     if name in CORPORA:
         return Texts(load_corpus(name, role))
     path = Path(name).expanduser()
-    if any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+    with bad_input(
+        OSError, ValueError, about=f"corpus: got {name[:100]!r}, "
+    ):  # too long for a path, or with a zero byte
+        if not name.strip():
+            raise ValueError("must name a corpus")
+        path.exists()
+    if (path / "dataset_dict.json").is_file() or all((path / f).is_file() for f in ("state.json", "dataset_info.json")):
         return _saved(path, role, split, options)
     if path.is_dir():
         paths = _of_split(path, role)
@@ -346,8 +362,8 @@ def _saved(path: Path, role: str, split: str, options: CorpusOptions) -> Documen
 
     try:
         dataset = load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"corpus: {path} cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"corpus: {path} cannot be read: {_short(error)}") from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             return _missing(role, split, list(dataset))
@@ -370,7 +386,7 @@ def _hub(name: str, role: str, split: str, options: CorpusOptions) -> Documents 
     except Exception as error:  # of many kinds: not found, offline, gated, a configuration that is not there
         raise UserError(
             f"corpus: got {name!r}, no embedded corpus ({', '.join(CORPORA)}), no file or folder, and no dataset that "
-            f"could be loaded{nearest(name, [*CORPORA])}: {str(error)[:300]}"
+            f"could be loaded{nearest(name, [*CORPORA])}: {_short(error)}"
         ) from error
     return Named(dataset, options.field)
 

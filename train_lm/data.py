@@ -246,13 +246,14 @@ class StreamedData:
         """Go on where `state` was taken. Only before the first batch."""
         self._start(state["epoch"])
         self._dataset.load_state_dict(state["reader"])
-        self._iterator = iter(self._dataset)
+        self._iterator = self.documents.rows(self._dataset)
         self._ended, self._met = state["ended"], state["met"]
         self._rng.bit_generator.state = state["rng"]
         self._buffer = list(state["buffer"])
         self._characters = sum(map(len, self._buffer))
         self._tokens = np.array(state["tokens"], dtype=np.uint32)
-        self._position = self._snapshot()
+        # Not a new snapshot: a reader says where it stands only once it has read.
+        self._position = {name: state[name] for name in self._position}
 
     def close(self) -> None:
         """End the threads."""
@@ -263,7 +264,7 @@ class StreamedData:
         """Begin a pass over the source."""
         self._epoch, self._ended, self._met = epoch, False, False
         self._dataset = self.documents.stream(self.layout.process, self.layout.processes, (self.seed, epoch))
-        self._iterator = iter(self._dataset)
+        self._iterator = self.documents.rows(self._dataset)
 
     def _read(self) -> tuple[Future[np.ndarray], dict[str, Any]]:
         texts = take_chunk(iter(self._draw, None))
