@@ -147,11 +147,11 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = lr
         run.set_lam(lam_fraction(step, config))
-        problem, batch = "", Batch.of_nothing(run.train.layout)
+        problem = ""
         try:
             batch = run.train.next()
         except UserError as error:  # on this process; the others are waiting for it
-            problem = str(error)
+            problem, batch = str(error), Batch.of_nothing(run.train.layout)
         gain_movement = state.gain_movement()
 
         loss_sum = torch.zeros((), device=accelerator.device)

@@ -272,6 +272,15 @@ def test_optimizer_state_goes_back_to_the_parameters_it_came_from(tiny_config):
             assert torch.equal(other.state[parameter][kind], value)
 
 
+def test_a_shuffle_buffer_comes_back_text_for_text(snapshot, tmp_path):
+    buffer = ["two\nlines", "", "日本 \u2028 \x00", "\r\n", "plain"]
+    snapshot.processes = [process_state({"epoch": 3, "buffer": buffer}), process_state({"epoch": 4, "buffer": []})]
+    write_checkpoint(tmp_path, snapshot)
+    checkpoint = read_checkpoint(tmp_path / "step-2")
+    for i, expected in enumerate(snapshot.processes):
+        assert checkpoint.process(i) == json.loads(json.dumps(expected))
+
+
 def test_random_states_survive_json():
     import random
 

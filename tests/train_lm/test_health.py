@@ -198,13 +198,17 @@ def test_a_way_of_distributing_that_is_not_ours_is_refused(tmp_path, monkeypatch
         train_lm.train.check_launcher(accelerator)
 
 
-def test_a_signal_while_the_text_is_read_ends_the_command_as_a_signal_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("corpus", "reader"),
+    [("austen", "train_lm.corpus.load_corpus"), ("some/dataset", "datasets.get_dataset_split_names")],
+)
+def test_a_signal_while_the_text_is_read_ends_the_command_as_a_signal_does(tmp_path, monkeypatch, corpus, reader):
     def interrupted(*_):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("train_lm.corpus.load_corpus", interrupted)
+    monkeypatch.setattr(reader, interrupted)
     with pytest.raises(Stopped, match="SIGTERM before the first step"):
-        run(tmp_path / "run")
+        run(tmp_path / "run", "--corpus", corpus)
     assert not (tmp_path / "run").exists()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
