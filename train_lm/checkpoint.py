@@ -33,7 +33,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_ibnorm.cli import UserError
 from hf_ibnorm.files import atomic_directory, sha256, sha256_file, write_json, write_text
 
 FORMAT = 1
@@ -289,12 +288,6 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-
-    def finish(self) -> None:
-        """Wait, and raise UserError if a checkpoint could not be written."""
-        self.wait()
-        if self.problem:
-            raise UserError(self.problem) from self.error
 
     def _write(self, snapshot: Snapshot, prune: bool) -> None:
         try:

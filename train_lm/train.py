@@ -84,26 +84,12 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     check_trackers(config.log_with)
     run_dir = Path(config.run_dir)
     final = run_dir / "final"
-    # Without cpu=True two processes without a GPU would not find each other and train two models into one directory.
-    if config.deterministic and torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was never written
-    accelerator = Accelerator(
-        # The loop sums over micro-batches itself; a launcher's setting would divide the loss a second time.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=config.mixed_precision,
-        log_with=config.log_with or None,
-        project_dir=run_dir,
-    )
-    check_launcher(accelerator)
+    accelerator = make_accelerator(config)
     stack.callback(end_tracking, accelerator)
     start = agree_on_start(config, run_dir, accelerator, stack)
     progress = Progress(config.max_steps, enabled=accelerator.is_main_process)
     for message in start.messages:
         progress.say(message)
-
     if start.finished:
         return final
 
@@ -129,17 +115,15 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     stack.callback(checkpointer.wait)
     if checkpoint is None:
         checkpointer.write(state.snapshot(checkpointer))
-        checkpointer.finish()
+        checkpointer.wait()
+    raise_together(checkpointer.problem, accelerator)
     start_trackers(accelerator, config.as_recipe(), state.step)
     progress.say(describe(run, config, accelerator))
 
     stack.enter_context(progress)
     signals.finish_steps = True
     waiting: list[Snapshot | None] = []  # written when a finite step has shown that its weights are good
-    micro_batches, peak = (
-        config.gradient_accumulation_steps,
-        peak_flops(device_name(accelerator), config.mixed_precision),
-    )
+    peak = peak_flops(device_name(accelerator), config.mixed_precision)
     for step in range(state.step + 1, config.max_steps + 1):
         started = time.perf_counter()
         model.train()
@@ -158,7 +142,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         for i, part in enumerate(batch.parts, 1):
             inputs, targets = (tensor.to(accelerator.device) for tensor in part)
             # Gradients are averaged over processes, hence the factor: every token of the global batch weighs alike.
-            with accelerator.no_sync(model) if i < micro_batches else nullcontext():
+            with accelerator.no_sync(model) if i < len(batch.parts) else nullcontext():
                 part_sum = token_loss(model, inputs, targets)
                 accelerator.backward(part_sum * (accelerator.num_processes / batch.tokens))
             loss_sum += part_sum.detach()
@@ -218,9 +202,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             while waiting:
                 checkpointer.write(waiting.pop(), prune=finite)
             checkpointer.wait()
-            raise_together(
-                checkpointer.problem, accelerator
-            )  # and a launcher kills the others as soon as one has ended
+            # This waits for every process as well: a launcher kills the others as soon as one has ended.
+            raise_together(checkpointer.problem, accelerator)
         if stopping:
             raise Stopped(f"after step {step}, with a checkpoint; go on with --resume auto")
 
@@ -315,6 +298,29 @@ class State:
                 "order, sums are rounded and noise is drawn in another way"
             )
         return messages
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate as this loop needs it.
+
+    Raises:
+        UserError: the launcher was told to distribute the model in a way that this program does not know.
+    """
+    if config.deterministic and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was never written
+    accelerator = Accelerator(
+        # Without it two processes without a GPU would not find each other and train two models into one directory.
+        cpu=not torch.cuda.is_available(),
+        # The loop sums over micro-batches itself; a launcher's setting would divide the loss a second time.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        mixed_precision=config.mixed_precision,
+        log_with=config.log_with or None,
+        project_dir=config.run_dir,
+    )
+    check_launcher(accelerator)
+    return accelerator
 
 
 def settle_buckets(model: nn.Module, accelerator: Accelerator) -> None:
