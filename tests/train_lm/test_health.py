@@ -218,16 +218,7 @@ def test_an_error_on_one_process_reaches_the_user_from_all_of_them(tmp_path):
     # Of one document to stream, the second of two processes gets none.
     (tmp_path / "one.jsonl").write_text('{"text": "%s"}\n' % ("a word " * 400))
     (tmp_path / "other.jsonl").write_text('{"text": "%s"}\n' % ("a word " * 400))
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "-m",
-        "train_lm",
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     flags = ["--config", "tiny", "--run_dir", str(tmp_path / "run"), "--corpus", str(tmp_path / "one.jsonl")]
     flags += ["--streaming", "true", "--validation_corpus", str(tmp_path / "other.jsonl")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
