@@ -57,16 +57,28 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        _leave(BAD_INPUT)
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {stop}", file=sys.stderr)
-        sys.exit(STOPPED)
+        _leave(STOPPED)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
     except BrokenPipeError:  # `... | head` closed our output; point it elsewhere, or Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit; as one of several processes without taking the interpreter down in order.
+
+    There, torch's process group may wait for a thread of its own that waits for the interpreter: for ever.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -103,8 +115,10 @@ def require_extra(extra: str, *modules: str) -> None:
 
 def quiet_libraries() -> None:
     """Leave the terminal to this program: no progress bars or advice from the libraries beneath it."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
+    hub.set_verbosity_error()  # it tells of every try to reach the network
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -116,7 +116,10 @@ def _write_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: I
             digest.update(raw)
             count += len(ids)
     if not count:
-        raise UserError("corpus: it has no document")
+        raise UserError(
+            "corpus: its training or its validation split has no document (of very few, all may be held out: name a "
+            "validation_corpus)"
+        )
     meta = {"dtype": dtype.str, "tokens": count, "sha256": digest.hexdigest()}
     write_text(folder / "meta.json", json.dumps(meta))
 

@@ -80,7 +80,7 @@ class TrainConfig:
         validation_split: split of a dataset to validate on.
         validation_corpus: where validation text comes from if the corpus has none (null: it is held out).
         validation_every: hold out one document in so many, beginning with the first; not for streaming.
-        text_field: where a line or row of the corpus has its text.
+        text_field: where a line or row of the corpus, and of validation_corpus, has its text.
         streaming: read, shuffle and tokenize the corpus while training, instead of tokenizing it first.
         shuffle_buffer: streaming: documents among which the next one is drawn.
         tokenizer: directory or name of a tokenizer (null: a byte-level BPE is trained on the training split).
@@ -175,8 +175,9 @@ class TrainConfig:
             check_number(name, getattr(self, name), 0)
             if getattr(self, name) > self.max_steps:
                 raise ValueError(f"{name}: got {getattr(self, name)}, must be <= max_steps = {self.max_steps}")
-        if self.lam_schedule == "linear" and not self.lam_warmup_steps:
-            raise ValueError("lam_warmup_steps: got 0, must be >= 1 with lam_schedule linear")
+        if (self.lam_schedule == "linear") != bool(self.lam_warmup_steps):
+            allowed = "be >= 1 with lam_schedule linear and 0 with constant"
+            raise ValueError(f"lam_warmup_steps: got {self.lam_warmup_steps}, must {allowed}")
         for name in self.log_with:
             check_choice("log_with", name, TRACKERS)
         self._validate_model()

@@ -272,7 +272,7 @@ def _text(row: Any, field: str, where: str) -> str:
             raise UserError(f"corpus: {where} is no text: {error}") from None
     else:
         has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"text_field: got {field!r}, {where} has no text there (it has {has})")
+        raise UserError(f"text_field: got {field!r}, {where} has no string there (it has {has})")
     return text
 
 

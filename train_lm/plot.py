@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NoReturn
 
-from hf_ibnorm.cli import OneLineParser, bad_input, require_extra, run_command
+from hf_ibnorm.cli import OneLineParser, UserError, bad_input, require_extra, run_command
 from hf_ibnorm.report.plots import plot_runs
 from hf_ibnorm.report.runs import Run
 
@@ -18,6 +18,8 @@ def _main() -> None:
     arguments = parser.parse_args()
     require_extra("train", "matplotlib")
     output = Path(arguments.output)
+    if output.suffix.lower() != ".png":
+        raise UserError(f"output: got {arguments.output!r}, must end in .png")
     with bad_input():
         runs = [Run.read(Path(path), finished=False) for path in arguments.runs]
     with bad_input(OSError, about="output: "):

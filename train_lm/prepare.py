@@ -1,6 +1,7 @@
 """What a run is made of before its first step: where it begins, its text, its tokenizer, its model."""
 
 import json
+import re
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -102,8 +103,14 @@ def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
         return Start(messages=[f"resume: no run in {run_dir}, starting at step 0"] * (config.resume != "no"))
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"run_dir: {run_dir} is not empty and holds no run to resume; name a new directory")
+    try:
+        saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        saved = None
+    if not (isinstance(saved, dict) and "model" in saved):
+        saved = None  # damaged
     if (run_dir / "final").exists():
-        return Start(finished=True, messages=[f"already finished: {run_dir / 'final'}"])
+        return Start(None, saved, finished=True, messages=[f"already finished: {run_dir / 'final'}"])
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
         stack.callback(lock(run_dir).release)
         clear_leftovers(run_dir)
@@ -119,13 +126,7 @@ def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
         messages.append(f"resume: going on after {path.name}")
         return Start(path, found.state["config"], False, messages, damaged, locked=True)
     messages.append("resume: no whole checkpoint, starting at step 0")
-    try:
-        saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):
-        saved = None
-    return Start(
-        None, saved if isinstance(saved, dict) and "model" in saved else None, False, messages, damaged, locked=True
-    )
+    return Start(None, saved, False, messages, damaged, locked=True)
 
 
 def raise_together(problem: str, accelerator: Accelerator) -> None:
@@ -191,6 +192,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
 
 def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
     checkpoint = start.checkpoint()
+    if config.model.init_from is not None and checkpoint is None:
+        with bad_input():
+            starting_config(config, config.model.init_from, None)  # before its tokenizer is missed
     cache = Cache(config.cache_dir)
     texts = open_texts(config, cache)
     tokenizer = make_tokenizer(config, cache, texts["train"], checkpoint)
@@ -230,10 +234,13 @@ def open_texts(config: TrainConfig, cache: Cache) -> dict[str, Documents]:
     options = CorpusOptions(config.corpus_config, config.text_field, config.streaming, cache.file_sha)
     train = open_corpus(config.corpus, "train", config.train_split, options)
     assert train is not None
-    if config.validation_corpus is not None:
-        validation = open_corpus(
-            config.validation_corpus, "validation", config.validation_split, options
-        ) or open_corpus(config.validation_corpus, "train", config.train_split, options)
+    if (name := config.validation_corpus) is not None:
+        try:
+            validation = open_corpus(name, "validation", config.validation_split, options) or open_corpus(
+                name, "train", config.train_split, options
+            )
+        except UserError as error:
+            raise UserError(re.sub("^(?=corpus: )", "validation_", str(error))) from error
         assert validation is not None
         return {"train": train, "validation": validation}
     if validation := open_corpus(config.corpus, "validation", config.validation_split, options):
@@ -358,8 +365,10 @@ def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any
     try:
         found = AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
+        here = "" if Path(where).is_dir() else "no such directory, and "
+        hint = f"; did you mean {Path(where) / 'final'}?" if (Path(where) / "final").is_dir() else ""
         raise ValueError(
-            f"model.init_from: got {str(where)!r}, no model could be loaded: {str(error)[:300]}"
+            f"model.init_from: got {str(where)!r}, {here}no model could be loaded{hint}: {str(error)[:200]}"
         ) from error
     family = family_of(found.model_type)
     model = config.model
@@ -401,6 +410,29 @@ def final_lams(config: TrainConfig, model: PreTrainedModel, model_config: Any) -
     return lams
 
 
+_HASHED = {
+    "init_sha": "initial model",
+    "tokenizer_sha": "tokenizer",
+    "train_sha": "training text",
+    "validation_sha": "validation text",
+}
+
+
+def check_finished(config: TrainConfig, run_dir: Path, start: Start, accelerator: Accelerator) -> None:
+    """Refuse to call a run finished that was another one.
+
+    Raises:
+        UserError: settings differ.
+    """
+    if start.saved is not None:
+        with bad_input():
+            if config.model.init_from is None:
+                built = build_model_config(config, start.saved["model"]["vocab_size"])
+            else:
+                built = starting_config(config, run_dir / "final", start.saved)[1]
+        check_settings(resolved(config, built), start, None, accelerator, {})
+
+
 def check_settings(
     config: TrainConfig,
     start: Start,
@@ -425,7 +457,9 @@ def check_settings(
     state = checkpoint.state
     for name, value in hashes.items():
         if value != state["hashes"][name]:
-            raise UserError(f"resume: {name} is not what it was: the corpus or the tokenizer has changed since")
+            raise UserError(
+                f"resume: the {_HASHED[name]} is not what the run began with ({name}); put it back, or begin a new run"
+            )
     if config.streaming and processes != state["num_processes"]:
         raise UserError(
             f"resume: the stream was dealt out to {state['num_processes']} processes, got {processes}; what each of "

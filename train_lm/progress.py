@@ -33,9 +33,9 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self.enabled:
+    def say(self, *lines: str) -> None:
+        """Print lines above the bar."""
+        for text in lines if self.enabled else ():
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, row: dict[str, Any]) -> None:

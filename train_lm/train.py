@@ -39,6 +39,7 @@ from .prepare import (
     Run,
     Start,
     agree_on_start,
+    check_finished,
     check_room,
     lock,
     note_resume,
@@ -88,12 +89,13 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     stack.callback(end_tracking, accelerator)
     start = agree_on_start(config, run_dir, accelerator, stack)
     progress = Progress(config.max_steps, enabled=accelerator.is_main_process)
-    for message in start.messages:
-        progress.say(message)
     if start.finished:
+        check_finished(config, run_dir, start, accelerator)
+        progress.say(*start.messages)
         return final
 
     run = prepare(config, accelerator, start)
+    progress.say(*start.messages)
     stack.callback(run.train.close)
     config, checkpoint = run.config, start.checkpoint()
     model = accelerator.prepare(run.model)
@@ -101,8 +103,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     state = State(run, optimizer, accelerator)
     settle_buckets(model, accelerator)
     set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each process
-    for message in state.restore(checkpoint) if checkpoint else ():
-        progress.say(message)
+    progress.say(*state.restore(checkpoint) if checkpoint else ())
     run.set_lam(lam_fraction(state.step, config))
     problem = ""
     if accelerator.is_main_process:
@@ -407,14 +408,12 @@ def check_precision(wanted: str) -> None:
 def describe(run: Run, config: TrainConfig, accelerator: Accelerator) -> str:
     """What is about to happen, in one line."""
     model, sequences = run.model.config, run.train.layout.sequences
-    tokens = (
-        f"{run.train.packed.targets:,} training tokens" if isinstance(run.train, PackedData) else "a stream of tokens"
-    )
+    tokens = f"{run.train.packed.targets:,} training tokens" if isinstance(run.train, PackedData) else "a stream"
     device = device_name(accelerator)
     known = peak_flops(device, config.mixed_precision) is not None
     return (
         f"{model.norm_type}{' (with overrides)' if model.norm_overrides else ''}: "
-        f"{run.model.num_parameters():,} parameters, {tokens}, "
+        f"{run.model.num_parameters():,} parameters, {tokens} of {config.corpus}, "
         f"{config.max_steps:,} steps of {sequences * config.block_size:,}; "
         f"initial shared weights {(run.hashes['init_sha'] or '')[:16]}; "
         f"{device}{'' if known else ' (peak FLOP/s unknown, so no MFU)'}"

@@ -20,7 +20,7 @@ from eval.suites import MULTIPLE_CHOICE, SUITES, Benchmark
 from hf_ibnorm import load_corpus
 from hf_ibnorm.cli import UserError
 from train_lm.config import build_model_config, read_command_line
-from train_lm.data import train_tokenizer, wrap_tokenizer
+from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
 ROOT = Path(__file__).parents[2]
 NOVEL = 3_000

@@ -130,7 +130,8 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32(tmp_path):
 
 
 STARTS = {
-    "model.init_from: got 'ABSENT', no": ("ABSENT",),
+    "model.init_from: got 'ABSENT', no such directory, and no model": ("ABSENT",),
+    "model.init_from: got 'RUN', no model could be loaded; did you mean RUN/final?": ("RUN",),
     "model.init_from: got a bert model, known are llama, gpt2": ("BERT",),
     "model.init_from: got 'LLAMA', no tokenizer": ("LLAMA",),
     "block_size: got 32, must be <= model.max_position_embeddings = 16": ("LLAMA", "--tokenizer", "TOKENIZER"),
@@ -147,6 +148,7 @@ def test_a_checkpoint_that_cannot_be_started_from_is_refused(tmp_path, message):
         LlamaForCausalLM(LlamaConfig(vocab_size=rows, max_position_embeddings=context, **size)).save_pretrained(
             tmp_path / name
         )
+    (tmp_path / "RUN" / "final").mkdir(parents=True)
     (tmp_path / "BERT").mkdir()
     (tmp_path / "BERT" / "config.json").write_text('{"model_type": "bert"}')
     wrap_tokenizer(train_tokenizer(["some text"], 257), 16).save_pretrained(tmp_path / "TOKENIZER")
