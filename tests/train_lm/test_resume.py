@@ -268,7 +268,8 @@ def killed(folder, *flags):
 
 def test_a_run_killed_while_it_writes_a_checkpoint_resumes_to_the_bit(tmp_path):
     counts = killed(tmp_path, "--kills", "1", "--moment", "checkpoint")
-    assert counts["checkpoint"] == counts["identical"] == 1
+    assert counts["kills"] == counts["checkpoint"] == 1
+    assert counts["identical"] == counts["runs"] >= 1
 
 
 @pytest.mark.slow
