@@ -30,6 +30,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 # The same small Llama pretrained twice, scored, and set side by side; rewrites demo/ and nothing else.
+demo: export HF_IBNORM_CACHE = demo/.cache
 demo: setup
 	rm -rf demo && mkdir demo
 	@for norm in $(DEMO_NORMS); do \

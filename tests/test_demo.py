@@ -26,7 +26,13 @@ def test_make_demo_trains_scores_and_reports_and_clears_its_own_folder_only(tmp_
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     demo = tree / "demo"
-    assert sorted(path.name for path in demo.iterdir()) == ["ibnorm_t", "loss.png", "report.md", "rmsnorm"]
+    assert sorted(path.name for path in demo.iterdir()) == [
+        ".cache",
+        "ibnorm_t",
+        "loss.png",
+        "report.md",
+        "rmsnorm",
+    ]
     assert (tree / "mine").exists()
     report = (demo / "report.md").read_text()
     first_row = report.splitlines()[2]
