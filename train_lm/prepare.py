@@ -466,6 +466,8 @@ def check_settings(
             "them has read, and holds in its shuffle buffer, cannot be dealt out anew"
         )
     now = numerics_record()
+    if processes != state["num_processes"]:  # then no bits are promised, and launchers set the number of threads
+        now["threads"] = state["numerics"].get("threads")
     changed = [
         f"{name} was {was!r}, is {now.get(name)!r}" for name, was in state["numerics"].items() if was != now.get(name)
     ]
