@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from hf_ibnorm.cli import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> str:
@@ -55,6 +56,9 @@ def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
         UserError: there is none, it is not a fast one, or it has no token that ends a text.
     """
     try:
+        # Older Transformers make an empty tokenizer where a directory has a model only.
+        if Path(where).is_dir() and not any((Path(where) / name).exists() for name in _FILES):
+            raise FileNotFoundError(f"it has none of {', '.join(_FILES)}")
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{field}: got {str(where)!r}, no tokenizer could be loaded: {str(error)[:300]}") from error
