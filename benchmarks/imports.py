@@ -4,17 +4,12 @@ python benchmarks/imports.py [--repeats 9] [--output benchmarks/results/imports.
 """
 
 import argparse
-import csv
-import os
-import platform
 import statistics
 import subprocess
 import sys
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
-from hf_ibnorm.files import cpu_name
+from results_file import report
 
 STATEMENTS = {
     "transformers llama": "import transformers.models.llama.modeling_llama",
@@ -40,24 +35,12 @@ def main() -> None:
     times = [{name: seconds(statement) for name, statement in STATEMENTS.items()} for _ in range(arguments.repeats)]
     median = {name: statistics.median(each[name] for each in times) for name in STATEMENTS}
     stock, ours = median.values()
-    row = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", "hf_ibnorm")},
-        "repeats": arguments.repeats,
+    figures = {
         "llama_seconds": f"{stock:.3f}",
         "with_hf_ibnorm_seconds": f"{ours:.3f}",
         "added_seconds": f"{ours - stock:.3f}",
     }
-    for name, value in row.items():
-        print(f"{name:24}{value}")
-    if arguments.output:
-        with arguments.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row)
-            writer.writeheader()
-            writer.writerow(row)
+    report(figures, ("torch", "transformers", "hf_ibnorm"), arguments.repeats, arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,17 @@ Each takes [--repeats N] [--output FILE.csv].
 """
 
 import argparse
-import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hf_ibnorm.files import cpu_name
+from results_file import report
 
 SHAPES = {
     "trainer": ["--config", "demo", "--model.norm_type", "rmsnorm", "--max_steps", "30", "--warmup_steps", "2"],
@@ -263,22 +259,7 @@ def main() -> None:
     measured = {"start": start, "checkpoint": checkpoint}
     what, repeats = arguments.what, arguments.repeats
     figures = measured[what](repeats) if what in measured else beside(what, repeats)
-    row = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "hf_ibnorm")},
-        "repeats": repeats,
-        **figures,
-    }
-    for name, value in row.items():
-        print(f"{name:24}{value}")
-    if arguments.output:
-        with arguments.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row)
-            writer.writeheader()
-            writer.writerow(row)
+    report(figures, ("torch", "transformers", "accelerate", "hf_ibnorm"), repeats, arguments.output)
 
 
 if __name__ == "__main__":

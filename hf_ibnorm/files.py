@@ -122,8 +122,10 @@ def git_revision(folder: Path) -> str | None:
     return commit and commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def environment_record() -> dict[str, Any]:
-    """What a result depends on besides its own settings: versions, device, threads, norm backends, git revision."""
+NORM_BACKEND = "reference"
+
+
+def _versions() -> dict[str, str | None]:
     from .version import __version__
 
     versions: dict[str, str | None] = {"hf_ibnorm": __version__, "python": platform.python_version()}
@@ -132,10 +134,15 @@ def environment_record() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    return versions
+
+
+def environment_record() -> dict[str, Any]:
+    """What a result depends on besides its own settings: versions, device, threads, norm backends, git revision."""
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
+        "versions": _versions(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if cuda else cpu_name(),
         "device_count": torch.cuda.device_count() if cuda else 1,
@@ -143,7 +150,7 @@ def environment_record() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "norm_backend": "reference",
+        "norm_backend": NORM_BACKEND,
         "git_revision": git_revision(Path(__file__).parent),
         "command": sys.argv,
     }
@@ -151,13 +158,14 @@ def environment_record() -> dict[str, Any]:
 
 def numerics_record() -> dict[str, Any]:
     """What the bits of a computation depend on besides its input: software, kind of device, threads, norm backend."""
-    record = environment_record()
-    versions = {name: record["versions"][name] for name in ("hf_ibnorm", "torch", "transformers", "accelerate")}
-    if record["cuda"] is None:
-        device = {"device": f"{record['device']}, {record['cpu_capability']}", "threads": record["torch_threads"]}
+    versions = _versions()
+    if torch.cuda.is_available():
+        device: dict[str, Any] = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     else:
-        device = {"device": record["device"], "cuda": record["cuda"]}
-    return {**versions, **device, "norm_backend": record["norm_backend"]}
+        capability = torch.backends.cpu.get_cpu_capability()
+        device = {"device": f"{cpu_name()}, {capability}", "threads": torch.get_num_threads()}
+    kept = {name: versions[name] for name in ("hf_ibnorm", "torch", "transformers", "accelerate")}
+    return {**kept, **device, "norm_backend": NORM_BACKEND}
 
 
 def cpu_name() -> str:
@@ -209,6 +217,11 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def existing_folder(path: Path) -> Path:
+    """`path`, or the nearest above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
 def check_new_directory(field: str, path: Path, hint: str = "") -> None:
     """Raise OSError unless `path` can become a new directory: absent or empty, and something can be written there.
 
@@ -218,7 +231,7 @@ def check_new_directory(field: str, path: Path, hint: str = "") -> None:
         raise FileExistsError(f"{field}: {path} is not empty; name a new directory{hint}")
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise NotADirectoryError(f"{field}: {path} is no directory; name a new one")
-    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    above = existing_folder(path)
     try:  # permissions alone do not tell: root, read-only and virtual file systems
         os.rmdir(tempfile.mkdtemp(dir=above))
     except OSError as error:

@@ -91,11 +91,12 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     """Give the optimizer the state that `optimizer_tensors` took."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    places = {name: i for i, name in enumerate(ordered)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
-        if name in ordered and kind != "start":
-            state.setdefault(ordered.index(name), {})[kind] = value
+        if name in places and kind != "start":
+            state.setdefault(places[name], {})[kind] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -12,7 +12,7 @@ from hf_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.functional import check_choice, check_number
 from hf_ibnorm.norms import nearest
-from hf_ibnorm.report.runs import HARMLESS
+from hf_ibnorm.report.runs import HARMLESS, flat_settings
 
 RECIPES = Path(__file__).parent / "recipes"
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "dvclive", "swanlab")
@@ -331,10 +331,7 @@ def changed_fields(then: dict[str, Any], now: dict[str, Any], processes: tuple[i
         processes: number of processes then and now. Where it changed, the batch may be split in another way.
     """
 
-    def flat(recipe: dict[str, Any]) -> dict[str, Any]:
-        return {**recipe, **{f"model.{name}": value for name, value in recipe["model"].items()}, "model": None}
-
-    before, after = flat(then), flat(now)
+    before, after = flat_settings(then), flat_settings(now)
     sizes = [
         each * math.prod(side[name] for name in _SAME_BUT_SPLIT)
         for each, side in zip(processes, (before, after), strict=True)

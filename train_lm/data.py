@@ -134,7 +134,7 @@ class BlockOrder:
 
 
 def split_batch(indices: np.ndarray, layout: Layout) -> Iterator[np.ndarray]:
-    """This process's part of a global batch, one array of block indices for each micro-batch."""
+    """This process's part of the `indices` of a global batch, one array for each micro-batch."""
     for part in indices.reshape(layout.micro_batches, layout.processes, -1):
         yield part[layout.process]
 
@@ -158,7 +158,7 @@ class PackedData:
         indices = self._order.take(self._place, self.layout.sequences)
         self._place += len(indices)
         inputs, targets = self.packed.batch(indices)
-        parts = [self.packed.batch(part) for part in split_batch(indices, self.layout)]
+        parts = [(inputs[rows], targets[rows]) for rows in split_batch(np.arange(len(indices)), self.layout)]
         return Batch(parts, int((targets != IGNORE).sum()), _sha(inputs, targets))
 
     def state(self) -> dict[str, Any]:
@@ -240,7 +240,7 @@ class StreamedData:
 
     def state(self) -> dict[str, Any]:
         """Where this process's next batch begins, as JSON can hold it."""
-        return {**self._position, "tokens": self._tokens.tolist(), "processes": self.layout.processes}
+        return {**self._position, "tokens": self._tokens.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Only before the first batch."""

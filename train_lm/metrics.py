@@ -13,6 +13,7 @@ from accelerate.tracking import get_available_trackers
 
 from hf_ibnorm.cli import UserError
 from hf_ibnorm.files import write_bytes
+from hf_ibnorm.report.runs import flat_settings
 
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")
 """Fields that differ between two runs of the same settings: time and memory."""
@@ -63,9 +64,8 @@ def start_trackers(accelerator: Accelerator, config: dict[str, Any], step: int) 
     if not accelerator.log_with:
         return
     others = [each for each in accelerator.log_with if str(each) != "tensorboard"]
-    settings = {**config, **{f"model.{name}": value for name, value in config["model"].items()}}
-    del settings["model"]
-    plain = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in settings.items()}
+    settings = flat_settings(config).items()
+    plain = {name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in settings}
     # TensorBoard's own form of settings is a second run beside the first; they are in config.yaml anyway.
     accelerator.init_trackers(
         "tensorboard" if not others else "hf_ibnorm",

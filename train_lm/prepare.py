@@ -3,12 +3,13 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from hf_ibnorm.files import (
     atomic_directory,
     check_new_directory,
     environment_record,
+    existing_folder,
     numerics_record,
     sha256,
     sha256_tensors,
@@ -44,6 +46,8 @@ from .data import Layout, PackedData, PackedTokens, StreamedData
 from .tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
 
 STREAMED_TOKENIZER_DOCUMENTS = 10_000
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -136,20 +140,30 @@ def raise_together(problem: str, accelerator: Accelerator) -> None:
         raise UserError(found)
 
 
+def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` gives on this process, once it is done on all of them.
+
+    Raises:
+        UserError: it raised one on any process; then all raise it.
+    """
+    problem, result = "", None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    raise_together(problem, accelerator)
+    return cast(T, result)
+
+
 def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator, stack: ExitStack) -> Start:
     """`find_start` on the first process; every other one learns what it found.
 
     Raises:
         UserError: as `find_start`, on every process.
     """
-    problem, found = "", [Start()]
-    if accelerator.is_main_process:
-        try:
-            found = [find_start(config, run_dir, stack)]
-        except UserError as error:
-            problem = str(error)
-    raise_together(problem, accelerator)
-    start: Start = broadcast_object_list(found)[0]
+    main = accelerator.is_main_process
+    found = together(accelerator, lambda: find_start(config, run_dir, stack) if main else Start())
+    start: Start = broadcast_object_list([found])[0]
     return start
 
 
@@ -178,13 +192,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
     Raises:
         UserError: something of it cannot be had, or is not what the run to be resumed began with.
     """
-    problem, run = "", None
-    try:
-        run = _prepare(config, accelerator, start)
-    except UserError as error:
-        problem = str(error)
-    raise_together(problem, accelerator)
-    assert run is not None
+    run = together(accelerator, lambda: _prepare(config, accelerator, start))
     if len({json.dumps(each, sort_keys=True) for each in gather_object([run.hashes])}) > 1:
         raise UserError("corpus: the processes have different text, tokenizers or initial weights")
     return run
@@ -337,7 +345,7 @@ def load_start(family: Family, where: str, model_config: Any) -> PreTrainedModel
         )
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"model.init_from: got {where!r}, which cannot be read: {str(error)[:300]}") from error
-    norms = tuple(f"{name}." for name, module in model.named_modules() if is_norm(module))
+    norms = norm_prefixes(model)
     lost = sorted({key for key in found["missing_keys"] if not key.startswith(norms)} | {*found["mismatched_keys"]})
     if lost:
         raise ValueError(
@@ -478,9 +486,14 @@ def check_settings(
         )
 
 
+def norm_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the norms' parameters begin with."""
+    return tuple(f"{name}." for name, module in model.named_modules() if is_norm(module))
+
+
 def shared_weights_sha(model: nn.Module) -> str:
     """Hash of every parameter that does not belong to a norm: equal for two models that differ in their norms only."""
-    norms = tuple(f"{name}." for name, module in model.named_modules() if is_norm(module))
+    norms = norm_prefixes(model)
     return sha256_tensors((name, value) for name, value in model.named_parameters() if not name.startswith(norms))
 
 
@@ -493,8 +506,7 @@ def check_room(run_dir: Path, model: nn.Module, config: TrainConfig, resumed: bo
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     kept = config.keep_last + 1 if config.checkpoint_every and not resumed else 1
     needed = 3 * weights * kept + 2 * weights  # AdamW has two numbers for each weight; step 0 and the final model none
-    above = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    if (free := shutil.disk_usage(above).free) < needed:
+    if (free := shutil.disk_usage(existing_folder(run_dir)).free) < needed:
         raise UserError(
             f"run_dir: {run_dir} needs {needed / 1e9:.3g} GB for its checkpoints, {free / 1e9:.3g} GB are free; "
             "make room or lower keep_last"

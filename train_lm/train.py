@@ -46,6 +46,7 @@ from .prepare import (
     prepare,
     raise_together,
     save_model,
+    together,
     write_run_files,
 )
 from .progress import Progress
@@ -105,13 +106,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each process
     progress.say(*state.restore(checkpoint) if checkpoint else ())
     run.set_lam(lam_fraction(state.step, config))
-    problem = ""
-    if accelerator.is_main_process:
-        try:
-            begin_writing(run_dir, state, start, config, stack)
-        except UserError as error:
-            problem = str(error)
-    raise_together(problem, accelerator)
+    main = accelerator.is_main_process
+    together(accelerator, lambda: begin_writing(run_dir, state, start, config, stack) if main else None)
     checkpointer = Checkpointer(run_dir / "checkpoints", config.keep_last, config.keep_every, state.step, start.damaged)
     stack.callback(checkpointer.wait)
     if checkpoint is None:

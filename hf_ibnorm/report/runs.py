@@ -18,6 +18,12 @@ HARMLESS = frozenset(
 """Settings of train_lm that change nothing in what is computed."""
 
 
+def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings on one level: those of the model as `model.name`."""
+    model = {f"model.{name}": value for name, value in config["model"].items()}
+    return {**{name: value for name, value in config.items() if name != "model"}, **model}
+
+
 @dataclass(frozen=True)
 class Run:
     """A training run as its directory describes it; `scores` is None where `scores/scores.json` is missing."""
@@ -142,14 +148,9 @@ def fairness(runs: list[Run]) -> list[str]:
     else:
         lines.append("WARNING: the runs did not see the same batches in the same order.")
     settings = [
-        {
-            **run.config,
-            **{f"model.{key}": value for key, value in run.config["model"].items()},
-            "number of processes": run.environment.get("num_processes"),
-        }
-        for run in runs
+        {**flat_settings(run.config), "number of processes": run.environment.get("num_processes")} for run in runs
     ]
-    ignored = {"model", "model.norm_type", "model.norm_kwargs", "model.norm_overrides", *HARMLESS}
+    ignored = {"model.norm_type", "model.norm_kwargs", "model.norm_overrides", *HARMLESS}
     fields = sorted(set().union(*settings) - ignored)
     different = [field for field in fields if any(each.get(field) != settings[0].get(field) for each in settings)]
     if different:
