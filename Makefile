@@ -15,7 +15,7 @@ OLDEST := .venv-oldest
 
 .PHONY: setup demo test test-slow test-oldest soak bench lint wheel clean
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready $(VENV)/.kernels
 
 # True where .venv already has a torch that pyproject.toml allows; it is kept then.
 HAS_TORCH = $(PY) -c "import importlib.metadata as m, re; from pip._vendor.packaging.requirements import Requirement as R; \
@@ -24,9 +24,17 @@ HAS_TORCH = $(PY) -c "import importlib.metadata as m, re; from pip._vendor.packa
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	$(HAS_TORCH) || $(PY) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	grep -vE "^(torch$(call or_triton,$(PY)))==" constraints.txt > $(VENV)/constraints.txt
 	$(PY) -m pip install -q -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $@
+
+# A torch for GPUs brings the Triton it needs: "|triton" where there is one, so that no constraint takes its place.
+or_triton = $$($(1) -c "import importlib.metadata as m; m.version('triton'); print('|triton')" 2>/dev/null)
+
+# Without a compiler the norms run as plain PyTorch, and so does all else here.
+$(VENV)/.kernels: $(VENV)/.ready hf_ibnorm/kernels/cpu/norms.cpp
+	$(PY) -m hf_ibnorm.cli build_kernels || true
 	touch $@
 
 # The same small Llama pretrained twice, scored, and set side by side; rewrites demo/ and nothing else.
@@ -51,8 +59,8 @@ test-oldest: $(OLDEST)/.ready
 
 $(OLDEST)/.ready: pyproject.toml constraints.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(torch|transformers|tokenizers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	grep -vE "^(torch|transformers|tokenizers|huggingface_hub$(call or_triton,$(OLDEST)/bin/python))==" constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install -q -c $(OLDEST)/constraints.txt -e '.[dev]' transformers==$(OLDEST_TRANSFORMERS)
 	touch $@
 

@@ -3,29 +3,51 @@
 import csv
 import os
 import platform
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_ibnorm.files import cpu_name
+
+
+def machine(packages: tuple[str, ...], repeats: int, device: str = "cpu") -> dict[str, Any]:
+    """The columns that every row begins with."""
+    names = (
+        {"device": torch.cuda.get_device_name()} if device == "cuda" else {"cpu": cpu_name(), "cores": os.cpu_count()}
+    )
+    installed = {each.metadata["Name"]: each.version for each in metadata.distributions()}
+    versions = {name: installed.get(name, "") for name in packages}
+    today = datetime.now(UTC).date().isoformat()
+    return {"date": today, **names, "python": platform.python_version(), **versions, "repeats": repeats}
 
 
 def report(figures: dict[str, Any], packages: tuple[str, ...], repeats: int, output: Path | None) -> None:
     """Print the figures, and write them to `output` as a CSV file of one row."""
-    row = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        "repeats": repeats,
-        **figures,
-    }
+    row = {**machine(packages, repeats), **figures}
     for name, value in row.items():
         print(f"{name:24}{value}")
     if output:
-        with output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row)
-            writer.writeheader()
-            writer.writerow(row)
+        _write([row], output)
+
+
+def write_rows(
+    rows: Iterable[dict[str, Any]], packages: tuple[str, ...], repeats: int, output: Path | None, device: str
+) -> None:
+    """Print rows of figures as they come, and write them all to `output` as a CSV file."""
+    written = []
+    for row in rows:
+        print("  ".join(f"{value!s:{38 if not i else 10}}" for i, value in enumerate(row.values())), flush=True)
+        written.append({**machine(packages, repeats, device), **row})
+    if output:
+        _write(written, output)
+
+
+def _write(rows: list[dict[str, Any]], output: Path) -> None:
+    with output.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

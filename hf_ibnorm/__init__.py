@@ -3,6 +3,7 @@
 Importing this package registers the `ibnorm_llama` and `ibnorm_gpt2` models with the Auto classes.
 """
 
+from . import kernels as kernels  # registers torch.ops.hf_ibnorm
 from .configuration_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
 from .data import load_corpus
 from .families import register

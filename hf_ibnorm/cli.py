@@ -131,9 +131,21 @@ def _env(arguments: argparse.Namespace) -> None:
         print(json.dumps(record, indent=2))
         return
     record.update({f"{name} version": version for name, version in record.pop("versions").items()})
+    record.update({f"norm backend on {kind}": text for kind, text in record.pop("norm_backend").items()})
     record["command"] = " ".join(record["command"])
     for key, value in record.items():
         print(f"{key.replace('_', ' ') if 'version' not in key else key}: {'none' if value is None else value}")
+
+
+def _build_kernels(arguments: argparse.Namespace) -> None:
+    import time
+
+    from .kernels.cpu.build import BuildError, build, folder
+
+    start = time.perf_counter()
+    with bad_input(BuildError), bad_input(OSError, about=f"{folder()} cannot be used: "):
+        path, made = build(arguments.force)
+    print(f"built {path} in {time.perf_counter() - start:.0f} s" if made else f"{path} is there already")
 
 
 def _main() -> None:
@@ -143,6 +155,14 @@ def _main() -> None:
     env = verbs.add_parser("env", help="versions, device, backends, git revision: what a bug report needs")
     env.add_argument("--json", action="store_true", help="print JSON (default: a line each)")
     env.set_defaults(run=_env)
+    build = verbs.add_parser(
+        "build_kernels",
+        help="compile the CPU's fused norms (needs a C++ compiler: $CXX, c++, g++ or clang++)",
+        description="Compile the CPU's fused norms for this torch and processor into $HF_IBNORM_KERNELS, or else "
+        "hf_ibnorm/kernels in the user's cache directory. A GPU's are compiled by Triton when they are first used.",
+    )
+    build.add_argument("--force", action="store_true", help="compile even where they are built (default: not)")
+    build.set_defaults(run=_build_kernels)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

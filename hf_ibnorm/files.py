@@ -122,7 +122,11 @@ def git_revision(folder: Path) -> str | None:
     return commit and commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-NORM_BACKEND = "reference"
+def _norm_backends() -> dict[str, str]:
+    """What runs the norms on each kind of device there is: fused kernels and their build, or "reference" and why."""
+    from .kernels import describe  # not above: building kernels needs this module
+
+    return {kind: describe(kind) for kind in (("cuda", "cpu") if torch.cuda.is_available() else ("cpu",))}
 
 
 def _versions() -> dict[str, str | None]:
@@ -150,7 +154,7 @@ def environment_record() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "norm_backend": NORM_BACKEND,
+        "norm_backend": _norm_backends(),
         "git_revision": git_revision(Path(__file__).parent),
         "command": sys.argv,
     }
@@ -165,7 +169,9 @@ def numerics_record() -> dict[str, Any]:
         capability = torch.backends.cpu.get_cpu_capability()
         device = {"device": f"{cpu_name()}, {capability}", "threads": torch.get_num_threads()}
     kept = {name: versions[name] for name in ("hf_ibnorm", "torch", "transformers", "accelerate")}
-    return {**kept, **device, "norm_backend": NORM_BACKEND}
+    # The first is the device that trains. Why there are no kernels does not change what the formulas compute.
+    backend = next(iter(_norm_backends().values()))
+    return {**kept, **device, "norm_backend": backend if backend.startswith("fused") else "reference"}
 
 
 def cpu_name() -> str:

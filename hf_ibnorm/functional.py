@@ -315,22 +315,53 @@ def normal_norm(
     Raises:
         ValueError, TypeError: an option is unknown, out of range or does not go with `noise_mode`.
     """
-    check_noise(noise, noise_mode, keep_prob)
+    scale, mode = resolve_noise(noise, noise_mode, keep_prob, training)
     check_number("alpha", alpha, 0.0, 1.0)
     check_number("eps", eps, 0.0)
+    normals = None
+    if mode != "none":
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        normals = torch.randn(x.shape, generator=generator, device=x.device, dtype=dtype)
+    return normal_norm_with(x, weight, bias, normals, scale, mode, alpha, eps)
+
+
+def normal_norm_with(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normals: Tensor | None,
+    noise: float,
+    noise_mode: str,
+    alpha: float,
+    eps: float,
+) -> Tensor:
+    """`normal_norm` with its noise given: `normals` of the shape of `x`, the rest as `resolve_noise` returns it."""
     dtype, x = x.dtype, _compute(x)
     h = F.layer_norm(_deviation(x)[1], x.shape[-1:], eps=eps)
     p = power_transform(h, newton_lambda(h, alpha=alpha, eps=eps))
-    if training and (noise > 0 or noise_mode == "dropout"):
-        n = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
-        if keep_prob is not None:
-            p = p * (1 + n * math.sqrt((1 - keep_prob) / keep_prob))
+    if normals is not None and noise_mode != "none":
+        if noise_mode == "dropout":
+            p = p * (1 + normals * noise)
         elif noise_mode == "scaled":
             centred = p.detach() - p.detach().mean(-1, keepdim=True)
-            p = p + noise * centred.abs().mean(-1, keepdim=True) * n
+            p = p + noise * centred.abs().mean(-1, keepdim=True) * normals
         else:
-            p = p + noise * math.sqrt(2 / math.pi) * n
+            p = p + noise * math.sqrt(2 / math.pi) * normals
     return affine(p, weight, bias).to(dtype)
+
+
+def resolve_noise(noise: float, noise_mode: str, keep_prob: float | None, training: bool) -> tuple[float, str]:
+    """Strength and mode of the noise that `normal_norm` adds: ("none" outside training and where its strength is 0).
+
+    For "dropout" the strength is sqrt((1 - keep_prob)/keep_prob), which multiplies the normals.
+
+    Raises:
+        ValueError, TypeError: as `check_noise`.
+    """
+    check_noise(noise, noise_mode, keep_prob)
+    if not training or (noise == 0 and noise_mode != "dropout"):
+        return 0.0, "none"
+    return (noise, noise_mode) if keep_prob is None else (math.sqrt((1 - keep_prob) / keep_prob), noise_mode)
 
 
 def check_noise(noise: float, noise_mode: str, keep_prob: float | None) -> None:

@@ -9,6 +9,7 @@ import difflib
 import inspect
 import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,10 +49,19 @@ def _check_bool(field: str, value: Any) -> None:
         raise TypeError(f"{field}: got {value!r}, must be true or false")
 
 
-def _check_backend(backend: Any) -> None:
+def _fused(name: str, backend: Any) -> Callable[..., Tensor] | None:
+    """The form of `functional.<name>` that runs kernels where it can; None where `backend` is "reference".
+
+    Looked up, not imported: this file travels with checkpoints, and without the package the formulas run.
+
+    Raises:
+        ValueError: no such backend, or "fused" without the package.
+    """
     check_choice("backend", backend, BACKENDS)
-    if backend == "fused":
-        raise ValueError("backend: got 'fused', but this version has no fused kernels; use 'auto' or 'reference'")
+    kernels = sys.modules.get("hf_ibnorm.kernels")
+    if kernels is None and backend == "fused":
+        raise ValueError("backend: got 'fused', which needs the package: import hf_ibnorm first, or use 'auto'")
+    return None if kernels is None or backend == "reference" else getattr(kernels, name)
 
 
 class NormBase(nn.Module):
@@ -156,7 +166,7 @@ class IBNorm(NormBase):
         check_choice("unit", unit, UNITS)
         check_choice("standardize", standardize, STANDARDIZE)
         check_choice("order", order, ORDERS)
-        _check_backend(backend)
+        self._fused = _fused("ib_norm", backend)
         check_number("eps", eps, 0.0)
         _check_bool("learn_lam", learn_lam)
         if learn_lam and variant == "S":
@@ -227,17 +237,17 @@ class IBNorm(NormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x` of shape (..., N) over its last dimension."""
-        return ib_norm(
-            x,
-            self.weight,
-            self.bias,
-            variant=self.variant,
-            lam=self.current_lam(),
-            unit=self.unit,
-            standardize=self.standardize,
-            order=self.order,
-            eps=self.eps,
-        )
+        options: dict[str, Any] = {
+            "variant": self.variant,
+            "lam": self.current_lam(),
+            "unit": self.unit,
+            "standardize": self.standardize,
+            "order": self.order,
+            "eps": self.eps,
+        }
+        if self._fused is None:
+            return ib_norm(x, self.weight, self.bias, **options)
+        return self._fused(x, self.weight, self.bias, **options, backend=self.backend)
 
 
 class LayerNormalNorm(NormBase):
@@ -283,7 +293,7 @@ class LayerNormalNorm(NormBase):
         check_noise(noise, noise_mode, keep_prob)
         check_number("alpha", alpha, 0.0, 1.0)
         check_number("eps", eps, 0.0)
-        _check_backend(backend)
+        self._fused = _fused("normal_norm", backend)
         self.noise, self.noise_mode, self.keep_prob = float(noise), noise_mode, keep_prob
         self.alpha, self.eps, self.backend = float(alpha), float(eps), backend
         self.reset_parameters()
@@ -295,17 +305,17 @@ class LayerNormalNorm(NormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x` of shape (..., N) over its last dimension; noisy in training mode."""
-        return normal_norm(
-            x,
-            self.weight,
-            self.bias,
-            noise=self.noise,
-            noise_mode=self.noise_mode,
-            keep_prob=self.keep_prob,
-            alpha=self.alpha,
-            eps=self.eps,
-            training=self.training,
-        )
+        options: dict[str, Any] = {
+            "noise": self.noise,
+            "noise_mode": self.noise_mode,
+            "keep_prob": self.keep_prob,
+            "alpha": self.alpha,
+            "eps": self.eps,
+            "training": self.training,
+        }
+        if self._fused is None:
+            return normal_norm(x, self.weight, self.bias, **options)
+        return self._fused(x, self.weight, self.bias, **options, backend=self.backend)
 
 
 class DynamicTanh(NormBase):

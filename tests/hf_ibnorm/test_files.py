@@ -7,10 +7,12 @@ import stat
 import pytest
 import torch
 
+import hf_ibnorm
 from hf_ibnorm.files import (
     atomic_directory,
     check_new_directory,
     environment_record,
+    numerics_record,
     sha256,
     sha256_tensors,
     write_json,
@@ -96,4 +98,11 @@ def test_a_new_directory_is_checked_without_being_made(tmp_path):
 def test_environment_record_is_json_and_names_the_versions():
     record = json.loads(json.dumps(environment_record()))
     assert record["versions"]["torch"] == torch.__version__
-    assert record["norm_backend"] == "reference"
+    assert record["norm_backend"]["cpu"].startswith(("fused (C++", "reference ("))
+
+
+def test_the_numerics_of_a_run_name_the_build_of_the_kernels_but_not_why_there_are_none(monkeypatch):
+    monkeypatch.setattr(hf_ibnorm.kernels, "describe", lambda kind: f"fused ({kind} build 1)")
+    assert numerics_record()["norm_backend"] == "fused (cpu build 1)"
+    monkeypatch.setattr(hf_ibnorm.kernels, "describe", lambda kind: "reference (no compiler)")
+    assert numerics_record()["norm_backend"] == "reference"

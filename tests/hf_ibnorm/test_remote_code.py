@@ -56,7 +56,8 @@ WITHOUT_THE_PACKAGE = """
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_loads_and_saves_again_without_the_package_to_the_bit(tiny_config, family, tmp_path):
-    fields = {"norm_type": "ibnorm_t", "norm_overrides": {FINAL[family]: "layernormalnorm"}, "pad_token_id": 0}
+    final = {"type": "layernormalnorm", "kwargs": {"backend": "reference"}}
+    fields = {"norm_type": "ibnorm_t", "norm_overrides": {FINAL[family]: final}, "pad_token_id": 0}
     fields["norm_kwargs"] = {"lam": 0.3, "backend": "reference"}
     model = shake(build(tiny_config(family, **fields)))
     classifier = shake(build(tiny_config(family, **fields), cls=AutoModelForSequenceClassification))

@@ -1,0 +1,109 @@
+"""Tables and plot of docs/performance.md from the CSV files of `benchmarks/fused.py`: nothing there is typed.
+
+python benchmarks/page.py
+"""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+from hf_ibnorm.files import write_text
+from hf_ibnorm.report.plots import COLOURS, figure
+from hf_ibnorm.report.tables import Table
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE, PLOT = ROOT / "benchmarks/results", ROOT / "docs/performance.md", ROOT / "docs/img/performance.png"
+SHAPES = (("4096", "1024"), ("2048", "512"))
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def measured_on(rows: list[Row]) -> str:
+    """The machine and versions of a result file, in a line."""
+    row = rows[0]
+    where = row.get("device") or f"{row['cores']} cores of an {row['cpu']}"
+    return (
+        f"{where}, torch {row['torch']}, Transformers {row['transformers']}, {row['date']}, "
+        f"medians of {row['repeats']} interleaved rounds"
+    )
+
+
+def norms_table(rows: list[Row]) -> str:
+    """Every candidate at both shapes: milliseconds and ratios."""
+    columns = ["norm"]
+    for height, width in SHAPES:
+        columns += [f"{height}×{width}: forward, ms", "backward, ms", "both ÷ layer_norm", "GB/s", "peak extra, MB"]
+    table = Table(columns)
+    for norm in dict.fromkeys(row["norm"] for row in rows if row["direction"] == "both"):
+        cells = [f"**{norm}**" if norm.endswith("ours") else norm]
+        for shape in SHAPES:
+            by = {r["direction"]: r for r in rows if r["norm"] == norm and (r["rows"], r["width"]) == shape}
+            both = by["both"]
+            cells += [f"{float(by[each]['ms']):.2f}" for each in ("forward", "backward")]
+            cells += [both["ratio_to_layer_norm"], both["gigabytes_per_second"], both["peak_extra_mb"]]
+        table.rows.append(cells)
+    return table.markdown()
+
+
+def steps_table(rows: list[Row]) -> str:
+    """Every norm in both Llamas: seconds of a step and its ratio to the stock model's."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    table = Table(["norm", *(cell for model in models for cell in (f"{model}: s a step", "÷ stock (least–most)"))])
+    for norm in dict.fromkeys(row["norm"] for row in rows):
+        cells = [norm]
+        for model in models:
+            row = next(r for r in rows if (r["model"], r["norm"]) == (model, norm))
+            cells += [row["seconds"], f"{row['ratio_to_stock']} ({row['ratio_least']}–{row['ratio_most']})"]
+        table.rows.append(cells)
+    return table.markdown()
+
+
+def page(text: str, tables: dict[str, str]) -> str:
+    """`text` with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by the table of that name."""
+    for name, table in tables.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.S)  # type: ignore[misc]
+    return text
+
+
+def tables() -> dict[str, str]:
+    """What the page shows of the results."""
+    norms, steps = read("fused_norms"), read("fused_steps")
+    return {
+        "norms": f"{measured_on(norms)}:\n\n{norms_table(norms)}",
+        "steps": f"{measured_on(steps)}:\n\n{steps_table(steps)}",
+    }
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Forward and backward of every norm as a multiple of torch's layer_norm, by width."""
+    both = [row for row in rows if row["direction"] == "both"]
+    widths = list(dict.fromkeys(int(row["width"]) for row in both))
+    shown = [norm for norm in dict.fromkeys(row["norm"] for row in both) if norm != "torch layer_norm"]
+    with figure(path) as axes:
+        ours: Any = iter(COLOURS)
+        for norm in shown:
+            ratios = [float(row["ratio_to_layer_norm"]) for row in both if row["norm"] == norm]
+            if norm.endswith("ours"):
+                axes.plot(widths, ratios, label=norm, color=next(ours), marker="o")
+            else:
+                axes.plot(widths, ratios, label=norm, color="0.6", linestyle="--" if "compile" in norm else ":")
+                axes.annotate(norm, (widths[-1], ratios[-1]), fontsize=5, color="0.4")
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", xlabel="width", ylabel="forward + backward ÷ torch layer_norm")
+        axes.set_xticks(widths, [str(width) for width in widths])
+        axes.minorticks_off()
+        axes.legend(fontsize=7)
+
+
+def main() -> None:
+    write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), tables()))
+    plot(read("fused_norms"), PLOT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Compiling the CPU kernels, once for a machine, into the user's cache directory.
+
+Builds are shared by every environment that the key allows, made under a lock that its owner's death releases, in a
+temporary directory, and renamed when they have been tried: whatever is killed when, the next build is not in the way of
+anything, and nothing half made is ever loaded.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+SOURCE = Path(__file__).with_name("norms.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+# By torch.backends.cpu.get_cpu_capability(), which ATEN_CPU_CAPABILITY can lower. Nothing else is asked of the
+# processor: -march=native would break where a cache directory is shared by machines.
+INSTRUCTIONS = {
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"],
+}
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be compiled; the message is one line that says why and what to do."""
+
+
+def flags() -> list[str]:
+    """The compiler's flags for this processor."""
+    return [*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])]
+
+
+def key() -> str:
+    """Name of the build that this source, torch and processor need."""
+    # From the package's own files only when it is asked for: they import this package.
+    from ...files import sha256
+
+    abi = f"{torch.compiled_with_cxx11_abi()}"
+    return sha256([torch.__version__, abi, torch.backends.cpu.get_cpu_capability(), *flags(), SOURCE.read_bytes()])[:16]
+
+
+def folder() -> Path:
+    """Where builds are kept: $HF_IBNORM_KERNELS, else hf_ibnorm/kernels in $XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_IBNORM_KERNELS") or f"{home}/hf_ibnorm/kernels").expanduser()
+
+
+def library_path() -> Path:
+    """The library that this source, torch and processor need, built or not."""
+    return folder() / f"norms-{key()}.so"
+
+
+def compiler() -> str:
+    """The C++ compiler: $CXX, else the first of c++, g++ and clang++ on the PATH.
+
+    Raises:
+        BuildError: there is none.
+    """
+    wanted = os.environ.get("CXX")
+    found = [shutil.which(name) for name in ([wanted] if wanted else COMPILERS)]
+    if not any(found):
+        lacks = f"CXX: {wanted!r}" if wanted else f"a C++ compiler ({', '.join(COMPILERS)})"
+        raise BuildError(f"{lacks} is not on the PATH; install one (apt install g++), or norms stay plain PyTorch")
+    return next(path for path in found if path)
+
+
+def build(force: bool = False) -> tuple[Path, bool]:
+    """Compile the kernels unless they are there.
+
+    Args:
+        force: compile them anyway.
+
+    Returns:
+        The library, and whether it was compiled now.
+
+    Raises:
+        BuildError: there is no compiler, it failed, or what it made computes something else than the formulas.
+        OSError: the cache directory cannot be written.
+    """
+    target = library_path()
+    if target.exists() and not force:
+        return target, False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / ".lock"):
+        if target.exists() and not force:  # another process was faster
+            return target, False
+        for left in target.parent.glob(".build-*"):  # by one that was killed: we hold the lock
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as temporary:
+            made = Path(temporary) / target.name
+            command = [compiler(), *flags(), "-o", str(made), str(SOURCE)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [done.stderr.strip()]
+                raise BuildError(f"{' '.join(command)} failed: {errors[0] or f'exit code {done.returncode}'}")
+            _try(made)
+            os.replace(made, target)
+    return target, True
+
+
+def _try(library: Path) -> None:
+    """Raise BuildError unless the library agrees with the formulas on a small input."""
+    from ...functional import ib_norm
+    from ..options import IBNormOptions
+    from . import Library
+
+    x = torch.linspace(-3, 3, 2 * 37).reshape(2, 37)
+    try:
+        made = Library(ctypes.CDLL(str(library)))
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"the library just compiled cannot be loaded: {error}") from None
+    y, _ = made.forward(x, None, None, IBNormOptions(torch.tensor(2.0), "T", "raw", "layer", "compress_first", 1e-6))
+    if not torch.allclose(y, ib_norm(x, variant="T", lam=2.0), atol=1e-5):
+        raise BuildError(f"the library just compiled with {compiler()} computes something else than the formulas")

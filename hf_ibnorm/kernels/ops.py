@@ -1,0 +1,252 @@
+"""The fused norms as torch ops: `torch.ops.hf_ibnorm.*`, with what autograd and torch.compile need to know of them.
+
+An op runs the kernels of its input's device. Its backward keeps the input and `STATS` numbers a row, and is an op too;
+where it is to be differentiated itself (create_graph), the formulas of `hf_ibnorm.functional` are.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from . import cpu
+from .options import STATS, IBNormOptions, NormalNormOptions, Options
+
+_LIBRARIES: dict[str, Any] = {}
+"""What has `forward`, `backward`, `normals` and `dtypes` for a kind of device, once it is loaded."""
+
+
+def library(device_type: str) -> Any:
+    """The kernels for a kind of device ("cpu" or "cuda").
+
+    Raises:
+        OSError, AttributeError, ImportError, RuntimeError: there are none, for this reason.
+    """
+    if device_type not in _LIBRARIES:
+        if device_type == "cpu":
+            _LIBRARIES["cpu"] = cpu.load()
+        elif device_type == "cuda":
+            from . import triton
+
+            triton.check_device()
+            _LIBRARIES["cuda"] = triton
+        else:
+            raise RuntimeError(f"there are none for {device_type} devices")
+    return _LIBRARIES[device_type]
+
+
+def forget() -> None:
+    """Load kernels anew at their next use."""
+    _LIBRARIES.clear()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` as (rows, N), the elements of a row side by side; a copy only where its strides ask for one."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _check(x: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless kernels may read the tensors: they trust these shapes."""
+    if not x.ndim or not x.shape[-1]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, must be (..., N) with N >= 1")
+    if x.dtype not in library(x.device.type).dtypes:
+        raise ValueError(f"x: got {x.dtype}, the kernels compute float32, bfloat16 and float16")
+    shapes = {
+        "weight": x.shape[-1:],
+        "bias": x.shape[-1:],
+        "lam": (),
+        "seed": (1,),
+        "normals": x.shape,
+        "grad": x.shape,
+    }
+    dtypes = {"lam": torch.float32, "seed": torch.int64, "normals": torch.float32, "grad": x.dtype}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        wanted = tuple(shapes[name])
+        if tuple(tensor.shape) != wanted or tensor.device != x.device or tensor.dtype != dtypes.get(name, tensor.dtype):
+            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: got {got}, must be {wanted} {dtypes.get(name, '')} on {x.device}")
+
+
+def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    _check(x, weight=weight, bias=bias, **_tensors(options))
+    y, stats = library(x.device.type).forward(_rows(x), weight, bias, _contiguous(options))
+    return y.view(x.shape), stats
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    needs_weight: bool,
+    needs_bias: bool,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, grad=grad, weight=weight, **_tensors(options))
+    grads = library(x.device.type).backward(
+        _rows(grad), _rows(x), stats, weight, needs_weight, needs_bias, _contiguous(options)
+    )
+    dx, dweight, dbias = (x.new_empty(0, dtype=torch.float32) if each is None else each for each in grads)
+    return dx.view(x.shape), dweight, dbias
+
+
+def _tensors(options: Options) -> dict[str, Tensor | None]:
+    return {name: value for name, value in options._asdict().items() if isinstance(value, Tensor)}
+
+
+def _contiguous(options: Options) -> Options:
+    if isinstance(options, NormalNormOptions) and options.normals is not None:
+        return options._replace(normals=options.normals.contiguous())
+    return options
+
+
+def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows = math.prod(x.shape[:-1])
+    return x.new_empty(x.shape), x.new_empty(rows, STATS, dtype=torch.float32)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, needs_weight: bool, needs_bias: bool, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[-1]
+    dweight, dbias = (x.new_empty(n if needed else 0, dtype=torch.float32) for needed in (needs_weight, needs_bias))
+    return x.new_empty(x.shape), dweight, dbias
+
+
+# ---- IBNorm
+
+
+@torch.library.custom_op("hf_ibnorm::ib_norm", mutates_args=())
+def ib_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lam: Tensor,
+    variant: str,
+    unit: str,
+    standardize: str,
+    order: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`functional.ib_norm` and what its backward keeps of each row; options as in `IBNormOptions`."""
+    return _forward(x, weight, bias, IBNormOptions(lam, variant, unit, standardize, order, eps))
+
+
+@torch.library.custom_op("hf_ibnorm::ib_norm_backward", mutates_args=())
+def ib_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    needs_weight: bool,
+    needs_bias: bool,
+    lam: Tensor,
+    variant: str,
+    unit: str,
+    standardize: str,
+    order: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, and in float32 of weight and bias, empty where they are not needed."""
+    options = IBNormOptions(lam, variant, unit, standardize, order, eps)
+    return _backward(grad, x, stats, weight, needs_weight, needs_bias, options)
+
+
+# ---- LayerNormalNorm
+
+
+@torch.library.custom_op("hf_ibnorm::normal_norm", mutates_args=())
+def normal_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    normals: Tensor | None,
+    noise: float,
+    noise_mode: str,
+    alpha: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`functional.normal_norm` and what its backward keeps of each row; options as in `NormalNormOptions`."""
+    return _forward(x, weight, bias, NormalNormOptions(seed, normals, noise, noise_mode, alpha, eps))
+
+
+@torch.library.custom_op("hf_ibnorm::normal_norm_backward", mutates_args=())
+def normal_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    needs_weight: bool,
+    needs_bias: bool,
+    seed: Tensor | None,
+    normals: Tensor | None,
+    noise: float,
+    noise_mode: str,
+    alpha: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, and in float32 of weight and bias, empty where they are not needed."""
+    options = NormalNormOptions(seed, normals, noise, noise_mode, alpha, eps)
+    return _backward(grad, x, stats, weight, needs_weight, needs_bias, options)
+
+
+# ---- autograd
+
+
+def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+    """What an op computes, by the formulas: differentiable to any order."""
+    if isinstance(options, IBNormOptions):
+        return functional.ib_norm(x, weight, bias, **options._asdict())
+    normals = options.normals
+    if normals is None and options.seed is not None:
+        rows = math.prod(x.shape[:-1])
+        normals = library(x.device.type).normals(options.seed, rows, x.shape[-1]).view(x.shape)
+    return functional.normal_norm_with(
+        x, weight, bias, normals, options.noise, options.noise_mode, options.alpha, options.eps
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(
+        x, weight, bias, output[1], *(value if isinstance(value, Tensor) else None for value in options)
+    )
+    ctx.values = [None if isinstance(value, Tensor) else value for value in options]
+
+
+def _gradients(
+    ctx: Any, grad: Tensor | None, grad_stats: None, *, kind: type[Options], op: Any
+) -> tuple[Tensor | None, ...]:
+    none = (None,) * (3 + len(ctx.values))
+    if grad is None:
+        return none
+    x, weight, bias, stats, *tensors = ctx.saved_tensors
+    given = [value if tensor is None else tensor for value, tensor in zip(ctx.values, tensors, strict=True)]
+    needs = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        inputs = [each for each, needed in zip((x, weight, bias), needs, strict=True) if needed]
+        y = formula(x, weight, bias, kind(*given))
+        grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+        return (*(next(grads) if needed else None for needed in needs), *none[3:])
+    dx, dweight, dbias = op(grad, x, stats, weight, needs[1], needs[2], *given)
+    dweight = dweight.to(weight.dtype) if needs[1] else None
+    return (dx if needs[0] else None, dweight, dbias.to(bias.dtype) if needs[2] else None, *none[3:])
+
+
+ib_norm.register_fake(_fake_forward)
+ib_norm_backward.register_fake(_fake_backward)
+ib_norm.register_autograd(partial(_gradients, kind=IBNormOptions, op=ib_norm_backward), setup_context=_setup)
+normal_norm.register_fake(_fake_forward)
+normal_norm_backward.register_fake(_fake_backward)
+normal_norm.register_autograd(
+    partial(_gradients, kind=NormalNormOptions, op=normal_norm_backward), setup_context=_setup
+)

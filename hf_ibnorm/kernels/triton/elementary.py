@@ -1,0 +1,49 @@
+"""Elementary functions of the Triton kernels: float32, to a few units in the last place.
+
+Triton's own log and exp are the GPU's approximations, whose error is absolute near 1: `log(1 + u)` would have no digits
+left for small u, where most activations are. Polynomials and reductions are those of `../cpu/norms.cpp`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log1p_positive(u):
+    """log(1 + u), u >= 0, as k·log(2) + log(1 + m) with 1 + m in [0.75, 1.5]."""
+    k = ((u + 1.0).to(tl.int32, bitcast=True) - 0x3F400000) & -8388608
+    scale = (0x40800000 - k).to(tl.float32, bitcast=True) * 0.25
+    m = (u.to(tl.int32, bitcast=True) - k).to(tl.float32, bitcast=True) + (scale - 1.0)
+    p = -0.044909581542015076
+    p = p * m + 0.10448328405618668
+    p = p * m - 0.131622314453125
+    p = p * m + 0.14482061564922333
+    p = p * m - 0.16647766530513763
+    p = p * m + 0.19990606606006622
+    p = p * m - 0.250000536441803
+    p = p * m + 0.3333345353603363
+    p = p * m - 0.5
+    # the last term keeps NaN and infinity
+    return (k >> 23).to(tl.float32) * 0.6931471805599453 + (m * m * p + m) + u * 0.0
+
+
+@triton.jit
+def exponential(q):
+    """exp(q) - 1 and exp(q), as 2^j·exp(f) with |f| <= log(2)/2."""
+    q = tl.where(q > 89.0, 89.0, q)
+    q = tl.where(q < -87.0, -87.0, q)
+    shifted = q * 1.4426950408889634 + 12582912.0  # 1.5·2^23: adding it rounds to an integer
+    j = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    whole = shifted - 12582912.0
+    f = q - whole * 0.693145751953125 - whole * 1.428606765330187e-06
+    p = 0.0001984588598133996
+    p = p * f + 0.0013940727803856134
+    p = p * f + 0.008333389647305012
+    p = p * f + 0.04166635870933533
+    p = p * f + 0.1666666567325592
+    p = p * f + 0.5
+    p = f * f * p + f
+    half = ((j + 126) << 23).to(tl.float32, bitcast=True)  # 2^(j-1): 2^128 is no float32
+    value = half * p + half
+    minus_one = half * p + (half - 0.5)
+    return minus_one + minus_one, value + value

@@ -1,0 +1,174 @@
+"""Forward and backward of IBNorm in Triton: formulas and names as in `../cpu/norms.cpp`."""
+
+import triton
+import triton.language as tl
+
+from .elementary import exponential, log1p_positive
+
+
+@triton.jit
+def compress(c, lam, VARIANT: tl.constexpr):
+    """f(c) and f'(c)."""
+    tiny = lam < 1.1754943508222875e-38  # the limit of L and T at 0 is the identity
+    lam = tl.where(tiny, 1.0, lam)
+    inverse = 1.0 / lam
+    if VARIANT == "S":
+        f = c * inverse
+        slope = tl.zeros_like(c) + inverse
+    elif VARIANT == "L":
+        u = tl.abs(c) * lam
+        slope = 1.0 / (1.0 + u)
+        f = log1p_positive(u) * inverse
+        f = tl.where(c < 0, -f, f)
+    else:
+        v = tl.abs(c) * (2.0 * lam)
+        e, _ = exponential(tl.where(v > 40.0, 40.0, v))
+        below = 1.0 / (e + 2.0)
+        slope = 4.0 * (e + 1.0) * below * below
+        f = e * below * inverse
+        f = tl.where(c < 0, -f, f)
+    return tl.where(tiny, c, f), tl.where(tiny, 1.0, slope)
+
+
+@triton.jit
+def lam_in_unit(c, lam, n, MEAN_ABS: tl.constexpr):
+    """lam over a = mean|c| where that is the unit (f of lam/a is a·f_lam(c/a)), and a; else lam and 1."""
+    a = 1.0
+    if MEAN_ABS:
+        a = tl.sum(tl.abs(c)) / n
+        a = tl.where(a == 0.0, 1.0, a)
+        lam = tl.minimum(lam / a, 1e30)
+    return lam, a
+
+
+@triton.jit
+def forward(
+    x_ptr,
+    y_ptr,
+    stats_ptr,
+    weight_ptr,
+    bias_ptr,
+    lam_ptr,
+    x_stride,
+    n,
+    eps,
+    VARIANT: tl.constexpr,
+    MEAN_ABS: tl.constexpr,
+    RMS: tl.constexpr,
+    STANDARDIZE_FIRST: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < n
+    x = tl.load(x_ptr + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
+    lam = tl.load(lam_ptr)
+    mean = tl.sum(x) / n
+    c = tl.where(inside, x - mean, 0.0)
+    rest = tl.sum(c) / n
+    c = tl.where(inside, c - rest, 0.0)
+    if STANDARDIZE_FIRST:
+        h = x if RMS else c
+        r = 1.0 / tl.sqrt_rn(tl.sum(h * h) / n + eps)
+        shift = -mean * r if RMS else mean * 0.0
+        c = c * r
+        lam, a = lam_in_unit(c, lam, n, MEAN_ABS)
+        f, slope = compress(c, lam, VARIANT)
+        z = f - shift
+    else:
+        lam, a = lam_in_unit(c, lam, n, MEAN_ABS)
+        f, slope = compress(c, lam, VARIANT)
+        shift = -mean if RMS else tl.sum(f) / n
+        z = tl.where(inside, f - shift, 0.0)
+        r = 1.0 / tl.sqrt_rn(tl.sum(z * z) / n + eps)
+        z = z * r
+    if HAS_WEIGHT:
+        z *= tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * n + at, z.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(stats_ptr + row * 4, mean)
+    tl.store(stats_ptr + row * 4 + 1, rest)
+    tl.store(stats_ptr + row * 4 + 2, shift)
+    tl.store(stats_ptr + row * 4 + 3, r)
+
+
+@triton.jit
+def backward(
+    grad_ptr,
+    x_ptr,
+    dx_ptr,
+    stats_ptr,
+    weight_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    lam_ptr,
+    grad_stride,
+    x_stride,
+    rows,
+    n,
+    VARIANT: tl.constexpr,
+    MEAN_ABS: tl.constexpr,
+    RMS: tl.constexpr,
+    STANDARDIZE_FIRST: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    NEEDS_WEIGHT: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each program takes rows that follow each other, and leaves a row of partial sums for dweight and dbias."""
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
+    first = program * rows // programs
+    last = (program + 1) * rows // programs
+    at = tl.arange(0, BLOCK)
+    inside = at < n
+    lam_given = tl.load(lam_ptr)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    for row in range(first, last):
+        x = tl.load(x_ptr + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(grad_ptr + row * grad_stride + at, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(stats_ptr + row * 4)
+        rest = tl.load(stats_ptr + row * 4 + 1)
+        shift = tl.load(stats_ptr + row * 4 + 2)
+        r = tl.load(stats_ptr + row * 4 + 3)
+        c = tl.where(inside, x - mean - rest, 0.0)
+        if STANDARDIZE_FIRST:
+            c = c * r
+        lam, a = lam_in_unit(c, lam_given, n, MEAN_ABS)
+        f, slope = compress(c, lam, VARIANT)
+        z = f - shift
+        if not STANDARDIZE_FIRST:
+            z = z * r
+        if NEEDS_BIAS:
+            dbias += u
+        if NEEDS_WEIGHT:
+            dweight += u * z
+        if HAS_WEIGHT:
+            u = u * weight
+        d = u
+        if not STANDARDIZE_FIRST:
+            d = u - z * (tl.sum(u * z) / n)
+            if not RMS:
+                d = d - tl.sum(u) / n
+            d = tl.where(inside, d * r, 0.0)
+        dc = d * slope
+        if MEAN_ABS:
+            path = tl.sum(d * (f - c * slope)) / (a * n)
+            dc += tl.where(c > 0, path, tl.where(c < 0, -path, 0.0))
+        dc = dc - tl.sum(dc) / n
+        if RMS:
+            dc += tl.sum(d) / n
+        if STANDARDIZE_FIRST:
+            h = tl.where(inside, c - shift, 0.0)
+            dc = r * (dc - h * (tl.sum(dc * h) / n))
+        tl.store(dx_ptr + row * n + at, dc.to(dx_ptr.dtype.element_ty), mask=inside)
+    if NEEDS_WEIGHT:
+        tl.store(dweight_ptr + program * n + at, dweight, mask=inside)
+    if NEEDS_BIAS:
+        tl.store(dbias_ptr + program * n + at, dbias, mask=inside)
