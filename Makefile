@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-oldest | soak | bench | lint | setup | clean; every target makes .venv on first use.
+# make demo | test | test-slow | test-oldest | soak | bench | bench-training | lint | setup | clean; every target makes .venv on first use.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ DEMO_FLAGS ?=
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 OLDEST := .venv-oldest
 
-.PHONY: setup demo test test-slow test-oldest soak bench lint wheel clean
+.PHONY: setup demo test test-slow test-oldest soak bench bench-training lint wheel clean
 
 setup: $(VENV)/.ready $(VENV)/.kernels
 
@@ -69,7 +69,14 @@ soak: setup
 	rm -rf soak
 	$(PY) tests/killing.py --kills 200 --folder soak
 
+# The fused norms beside their peers, and docs/performance.md from what was measured.
 bench: setup
+	for what in norms steps; do \
+	  $(PY) benchmarks/fused.py $$what --output benchmarks/results/fused_$$what.csv || exit 1; \
+	done
+	$(PY) benchmarks/page.py
+
+bench-training: setup
 	$(PY) benchmarks/imports.py --output benchmarks/results/imports.csv
 	for what in trainer loop start checkpoint; do \
 	  $(PY) benchmarks/training.py $$what --output benchmarks/results/training_$$what.csv || exit 1; \

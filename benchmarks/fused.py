@@ -184,7 +184,7 @@ def norms(repeats: int, device: str) -> Iterator[dict[str, Any]]:
 
 def llama(shape: str, norm: str, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A stock Llama with `norm` in place of its own, and its optimizer."""
-    batch, context, size = LLAMAS[shape]
+    _, context, size = LLAMAS[shape]
     torch.manual_seed(0)
     heads = {"num_attention_heads": HEADS[shape], "num_key_value_heads": HEADS[shape]}
     model = LlamaForCausalLM(LlamaConfig(**size, **heads, max_position_embeddings=context))

@@ -1,8 +1,8 @@
 """Normality normalization as one writes it down from the paper: plain eager PyTorch, differentiated by autograd.
 
-A peer for the benchmarks, not part of the library. It follows arXiv 2505.00685 step by step with masks for the signs and
-powers for the transform, and keeps the division away from 0 as the published implementation does, by adding ±sqrt(eps)
-to the exponents; `tests/test_benchmarks.py` checks it against that implementation's numbers.
+A peer for the benchmarks, not part of the library. It follows arXiv 2505.00685 step by step, with masks for the signs
+and powers for the transform, and keeps the division away from 0 as the published implementation does, by adding
+±sqrt(eps) to the exponents; `tests/test_benchmarks.py` checks it against that implementation's numbers.
 """
 
 import math

@@ -55,27 +55,29 @@ def _check(x: Tensor, **tensors: Tensor | None) -> None:
         raise ValueError(f"x: got shape {tuple(x.shape)}, must be (..., N) with N >= 1")
     if x.dtype not in library(x.device.type).dtypes:
         raise ValueError(f"x: got {x.dtype}, the kernels compute float32, bfloat16 and float16")
-    shapes = {
-        "weight": x.shape[-1:],
-        "bias": x.shape[-1:],
-        "lam": (),
-        "seed": (1,),
-        "normals": x.shape,
-        "grad": x.shape,
+    row, float32 = x.shape[-1:], torch.float32
+    wanted = {
+        "weight": (row, None),
+        "bias": (row, None),
+        "lam": ((), float32),
+        "seed": ((1,), torch.int64),
+        "normals": (x.shape, float32),
+        "grad": (x.shape, x.dtype),
+        "stats": ((x.numel() // row[0], STATS), float32),
     }
-    dtypes = {"lam": torch.float32, "seed": torch.int64, "normals": torch.float32, "grad": x.dtype}
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        wanted = tuple(shapes[name])
-        if tuple(tensor.shape) != wanted or tensor.device != x.device or tensor.dtype != dtypes.get(name, tensor.dtype):
+        shape, dtype = wanted[name]
+        if tensor.shape != shape or tensor.device != x.device or tensor.dtype != (dtype or tensor.dtype):
             got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            raise ValueError(f"{name}: got {got}, must be {wanted} {dtypes.get(name, '')} on {x.device}")
+            raise ValueError(f"{name}: got {got}, must be {tuple(shape)} {dtype or ''} on {x.device}")
 
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     _check(x, weight=weight, bias=bias, **_tensors(options))
-    y, stats = library(x.device.type).forward(_rows(x), weight, bias, _contiguous(options))
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    y, stats = library(x.device.type).forward(_rows(x), weight, bias, _with_rows(options))
     return y.view(x.shape), stats
 
 
@@ -88,9 +90,9 @@ def _backward(
     needs_bias: bool,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, grad=grad, weight=weight, **_tensors(options))
+    _check(x, grad=grad, stats=stats, weight=weight, **_tensors(options))
     grads = library(x.device.type).backward(
-        _rows(grad), _rows(x), stats, weight, needs_weight, needs_bias, _contiguous(options)
+        _rows(grad), _rows(x), stats, _contiguous(weight), needs_weight, needs_bias, _with_rows(options)
     )
     dx, dweight, dbias = (x.new_empty(0, dtype=torch.float32) if each is None else each for each in grads)
     return dx.view(x.shape), dweight, dbias
@@ -100,7 +102,11 @@ def _tensors(options: Options) -> dict[str, Tensor | None]:
     return {name: value for name, value in options._asdict().items() if isinstance(value, Tensor)}
 
 
-def _contiguous(options: Options) -> Options:
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _with_rows(options: Options) -> Options:
     if isinstance(options, NormalNormOptions) and options.normals is not None:
         return options._replace(normals=options.normals.contiguous())
     return options

@@ -33,13 +33,14 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
+    return None if tensor is None else tensor.float()
 
 
 class Library:
     """The functions of a compiled `norms.cpp`, over tensors.
 
-    `x` and `grad` are (rows, N) with the elements of a row side by side; `weight` and `bias` are (N,) or None.
+    `x` and `grad` are (rows, N) with the elements of a row side by side; `weight` and `bias` are (N,), contiguous, or
+    None.
 
     Raises (at construction):
         AttributeError: this is no compiled norms.cpp.
