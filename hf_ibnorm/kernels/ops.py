@@ -125,9 +125,6 @@ def _fake_backward(
     return x.new_empty(x.shape), dweight, dbias
 
 
-# ---- IBNorm
-
-
 @torch.library.custom_op("hf_ibnorm::ib_norm", mutates_args=())
 def ib_norm(
     x: Tensor,
@@ -164,9 +161,6 @@ def ib_norm_backward(
     return _backward(grad, x, stats, weight, needs_weight, needs_bias, options)
 
 
-# ---- LayerNormalNorm
-
-
 @torch.library.custom_op("hf_ibnorm::normal_norm", mutates_args=())
 def normal_norm(
     x: Tensor,
@@ -201,9 +195,6 @@ def normal_norm_backward(
     """Gradients of x, and in float32 of weight and bias, empty where they are not needed."""
     options = NormalNormOptions(seed, normals, noise, noise_mode, alpha, eps)
     return _backward(grad, x, stats, weight, needs_weight, needs_bias, options)
-
-
-# ---- autograd
 
 
 def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:

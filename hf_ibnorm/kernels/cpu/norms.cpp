@@ -49,7 +49,7 @@ INLINE vf flipped(vf v, vf s) { return as_float(bits(v) ^ (bits(s) & int32_t(0x8
 INLINE vf at_most(vf v, float top) { return v > top ? fill(top) : v; }    // NaN stays
 INLINE vf at_least(vf v, float low) { return v < low ? fill(low) : v; }
 
-// ---- rows in memory ------------------------------------------------------------------------------------------------
+// Rows in memory.
 
 // n elements (at most W) from p, zeros behind them.
 template <class Vector, class Element> INLINE Vector take(const Element* p, int64_t n) {
@@ -101,7 +101,7 @@ INLINE void store(f16*, vf, int64_t) {}
 constexpr bool HAS_FLOAT16 = false;
 #endif
 
-// ---- sums over a row -------------------------------------------------------------------------------------------------
+// Sums over a row.
 
 INLINE float total(vf v) {  // pairwise
   float lanes[W];
@@ -142,7 +142,7 @@ INLINE vf inside(vf v, int64_t left) {
   return lane < int32_t(left) ? v : vf{};
 }
 
-// ---- elementary functions, float32, to 2 units in the last place (tests/hf_ibnorm/test_kernels_cpu.py) ---------------
+// Elementary functions, float32, to 2 units in the last place (tests/hf_ibnorm/test_kernels.py).
 
 template <int N> INLINE vf polynomial(vf x, const float (&c)[N]) {
   vf p = fill(c[N - 1]);
@@ -192,7 +192,7 @@ INLINE Exp exponential(vf q) {
   return {minus_one + minus_one, value + value};
 }
 
-// ---- noise: Philox 4x32-10 (Salmon et al., SC 2011), then Box and Muller ---------------------------------------------
+// Noise: Philox 4x32-10 (Salmon et al., SC 2011), then Box and Muller.
 
 // a·b as high and low 32 bits.
 INLINE void multiply(vu a, uint32_t b, vu& high, vu& low) {
@@ -201,9 +201,11 @@ INLINE void multiply(vu a, uint32_t b, vu& high, vu& low) {
   const vu factor = vu{} + b, odd_lanes = reinterpret_cast<vu>(vl{} + 0xffffffff00000000u);
   vu shifted = reinterpret_cast<vu>(reinterpret_cast<vl>(a) >> 32);
 #if defined(__AVX512F__)
-  vu even = vu(_mm512_mul_epu32(__m512i(a), __m512i(factor))), odd = vu(_mm512_mul_epu32(__m512i(shifted), __m512i(factor)));
+  vu even = vu(_mm512_mul_epu32(__m512i(a), __m512i(factor)));
+  vu odd = vu(_mm512_mul_epu32(__m512i(shifted), __m512i(factor)));
 #else
-  vu even = vu(_mm256_mul_epu32(__m256i(a), __m256i(factor))), odd = vu(_mm256_mul_epu32(__m256i(shifted), __m256i(factor)));
+  vu even = vu(_mm256_mul_epu32(__m256i(a), __m256i(factor)));
+  vu odd = vu(_mm256_mul_epu32(__m256i(shifted), __m256i(factor)));
 #endif
   high = vu(vl(even) >> 32) | (odd & odd_lanes);
   low = (even & ~odd_lanes) | vu(vl(odd) << 32);
@@ -250,7 +252,7 @@ INLINE void draw(float* out, uint64_t seed, uint64_t row, int64_t at) {
     static const float cosine[] = {1.0f, -19.739208221435547f, 64.9393081665039f, -85.44229888916016f,
                                    59.202796936035156f};
     for (int pair = 0; pair < 2; pair++) {
-      // 24 bits for the angle; all 32 for the radius, so that the tails reach 6.6. float(int32) is ±, so bit 31 apart.
+      // 31 bits for the radius, so that the tails reach 6.6 (a signed number has no more), 24 for the angle.
       vf uniform = __builtin_convertvector(reinterpret_cast<vi>(c[2 * pair] >> 1), vf) * 0x1p-31f + 0x1p-32f;
       vf turn = __builtin_convertvector(reinterpret_cast<vi>(c[2 * pair + 1]) >> 8, vf) * 0x1p-24f;  // [-1/2, 1/2)
       vf radius = root(-2.0f * log_normal(uniform));
@@ -270,7 +272,7 @@ INLINE void draw(float* out, uint64_t seed, uint64_t row, int64_t at) {
   }
 }
 
-// ---- work: rows in blocks, gradients of weight and bias summed in a fixed order ---------------------------------------
+// Work: rows in blocks, gradients of weight and bias summed in a fixed order.
 
 // The arguments that both norms share. Pointers may be null: `weight`, `bias` and what only one direction has.
 struct Common {
@@ -368,7 +370,7 @@ template <class T> INLINE void deviation(const T* x, int64_t n, float* c, float&
   rest = again.get(0) / n;
 }
 
-// ---- IBNorm ----------------------------------------------------------------------------------------------------------
+// IBNorm.
 
 struct Lam {
   float value, inverse;
@@ -474,7 +476,8 @@ template <Variant V, class T> struct IBNorm {
     const Lam lam_here = unit(c, a);
     Sums<2, 2> sums;  // of u, u·z
     each<2>(n, BODY {
-      vf s, value = compress<V, true>(keep_c ? load(c + i, W) : inside(load(x + i, left) - mean - rest, left), lam_here, s);
+      vf v = keep_c ? load(c + i, W) : inside(load(x + i, left) - mean - rest, left);
+      vf s, value = compress<V, true>(v, lam_here, s);
       vf up = load(g + i, left), z = (value - shift) * after;
       gather(dbias, i, up);
       gather(dweight, i, up * z);
@@ -526,7 +529,7 @@ template <Variant V, class T> struct IBNorm {
   }
 };
 
-// ---- LayerNormalNorm -------------------------------------------------------------------------------------------------
+// LayerNormalNorm.
 
 struct Noise {
   NoiseMode mode;
