@@ -3,16 +3,18 @@
 python benchmarks/fused.py norms   # forward, backward, both; widths 512 to 4096
 python benchmarks/fused.py steps   # whole training steps of two Llamas
 
-Each takes [--repeats N] [--output FILE.csv] [--device cpu|cuda]. Times are medians; every round runs every candidate
-once, so that what else the machine does meets all of them. Ratios are medians of the rounds' own ratios.
+Each takes [--repeats N] [--output FILE.csv] [--device cpu|cuda]. Times are medians; every round runs every candidate,
+in an order of its own, so that what else the machine does meets all of them, and before each timed norm the same
+untimed, so that none finds the caches and the heap as another left them. Ratios are medians of the rounds' own ratios.
 """
 
 import argparse
 import ctypes
 import gc
+import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,14 @@ def seconds(work: Callable[[], Any], device: str) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
+def in_turns(names: Iterable[str], repeats: int) -> Iterator[str]:
+    """Every name once a round, in another order each."""
+    order, generator = list(names), random.Random(0)
+    for _ in range(repeats):
+        generator.shuffle(order)
+        yield from order
+
+
 def once(norm: Norm, tensors: tuple[Tensor, ...], grad: Tensor, device: str) -> dict[str, float]:
     """Seconds of one forward and one backward."""
     forward, y = seconds(lambda: norm(*tensors), device)
@@ -159,9 +169,9 @@ def norms(repeats: int, device: str) -> Iterator[dict[str, Any]]:
                 for _ in range(3):
                     once(norm, tensors, grad, device)
             times: dict[str, list[dict[str, float]]] = {name: [] for name in found}
-            for _ in range(repeats):
-                for name, norm in found.items():
-                    times[name].append(once(norm, tensors, grad, device))
+            for name in in_turns(found, repeats):
+                once(found[name], tensors, grad, device)
+                times[name].append(once(found[name], tensors, grad, device))
             for name, norm in found.items():
                 extra = peak_extra(partial(once, norm, tensors, grad, device), device)
                 for direction in ("forward",) if name == COPY else ("forward", "backward", "both"):
@@ -217,9 +227,9 @@ def steps(repeats: int, device: str) -> Iterator[dict[str, Any]]:
         for one in made.values():
             step(*one)
         times: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for _ in range(repeats):
-            for kind, one in made.items():
-                times[kind].append(seconds(partial(step, *one), device)[0])
+        rounds = repeats * (4 if shape == "demo" else 1)  # its steps are as much shorter
+        for kind in in_turns(kinds, rounds):
+            times[kind].append(seconds(partial(step, *made[kind]), device)[0])
         for kind, each in times.items():
             ratios = [one / base for one, base in zip(each, times["stock RMSNorm"], strict=True)]
             yield {
@@ -228,6 +238,7 @@ def steps(repeats: int, device: str) -> Iterator[dict[str, Any]]:
                 "dtype": "bfloat16 autocast" if device == "cuda" else "float32",
                 "batch": batch,
                 "context": context,
+                "rounds": rounds,
                 "seconds": f"{statistics.median(each):.4f}",
                 "tokens_per_second": f"{batch * context / statistics.median(each):.0f}",
                 "ratio_to_stock": f"{statistics.median(ratios):.3f}",
@@ -239,14 +250,14 @@ def steps(repeats: int, device: str) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("norms", "steps"))
-    parser.add_argument("--repeats", type=int, help="rounds (default: 40 for norms, 10 for steps)")
+    parser.add_argument("--repeats", type=int, help="rounds (default: 20 for norms, 10 for steps)")
     parser.add_argument("--output", type=Path, help="CSV file to write (default: none)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     quiet_libraries()
     if reason := lacking(arguments.device):
         raise SystemExit(f"no fused kernels to time on {arguments.device}: {reason}")
-    repeats = arguments.repeats or {"norms": 40, "steps": 10}[arguments.what]
+    repeats = arguments.repeats or {"norms": 20, "steps": 10}[arguments.what]
     measure = {"norms": norms, "steps": steps}[arguments.what]
     write_rows(measure(repeats, arguments.device), PACKAGES, repeats, arguments.output, arguments.device)
 

@@ -1,4 +1,4 @@
-"""Tables and plot of docs/performance.md from the CSV files of `benchmarks/fused.py`: nothing there is typed.
+"""Tables and plot of docs/performance.md and the README from the CSV files of `benchmarks/fused.py`: none is typed.
 
 python benchmarks/page.py
 """
@@ -13,7 +13,9 @@ from hf_ibnorm.report.plots import COLOURS, figure
 from hf_ibnorm.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE, PLOT = ROOT / "benchmarks/results", ROOT / "docs/performance.md", ROOT / "docs/img/performance.png"
+RESULTS, PAGES, PLOT = ROOT / "benchmarks/results", ("docs/performance.md", "README.md"), "docs/img/performance.png"
+IN_README = ("torch layer_norm", "LlamaRMSNorm", "LlamaRMSNorm, torch.compile", "IBNorm-S, ours", "IBNorm-L, ours")
+IN_README += ("IBNorm-T, ours", "NormalNorm, ours", "NormalNorm with noise, ours", "NormalNorm, published form")
 SHAPES = (("4096", "1024"), ("2048", "512"))
 Row = dict[str, str]
 
@@ -27,9 +29,10 @@ def measured_on(rows: list[Row]) -> str:
     """The machine and versions of a result file, in a line."""
     row = rows[0]
     where = row.get("device") or f"{row['cores']} cores of an {row['cpu']}"
+    rounds = " and ".join(dict.fromkeys(each.get("rounds") or each["repeats"] for each in rows))
     return (
         f"{where}, torch {row['torch']}, Transformers {row['transformers']}, {row['date']}, "
-        f"medians of {row['repeats']} interleaved rounds"
+        f"medians of {rounds} interleaved rounds"
     )
 
 
@@ -63,6 +66,14 @@ def steps_table(rows: list[Row]) -> str:
     return table.markdown()
 
 
+def speed_table(rows: list[Row]) -> str:
+    """The README's few rows: forward and backward at the wider shape."""
+    shown = {r["norm"]: r for r in rows if r["direction"] == "both" and (r["rows"], r["width"]) == SHAPES[0]}
+    table = Table(["forward + backward, 4096×1024, float32", "ms", "÷ torch layer_norm"])
+    table.rows = [[norm, f"{float(shown[norm]['ms']):.1f}", shown[norm]["ratio_to_layer_norm"]] for norm in IN_README]
+    return table.markdown()
+
+
 def page(text: str, tables: dict[str, str]) -> str:
     """`text` with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by the table of that name."""
     for name, table in tables.items():
@@ -76,6 +87,7 @@ def tables() -> dict[str, str]:
     return {
         "norms": f"{measured_on(norms)}:\n\n{norms_table(norms)}",
         "steps": f"{measured_on(steps)}:\n\n{steps_table(steps)}",
+        "speed": speed_table(norms),
     }
 
 
@@ -101,8 +113,10 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), tables()))
-    plot(read("fused_norms"), PLOT)
+    made = tables()
+    for path in (ROOT / name for name in PAGES):
+        write_text(path, page(path.read_text(encoding="utf-8"), made))
+    plot(read("fused_norms"), ROOT / PLOT)
 
 
 if __name__ == "__main__":

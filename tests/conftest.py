@@ -10,8 +10,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tokens of the test corpora, for this run of the tests only.
 os.environ["HF_IBNORM_CACHE"] = tempfile.mkdtemp(prefix="hf_ibnorm_tests_")
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton reads it when it is first imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
 from helpers import FAMILY, shake, stock_config, stock_of
 from transformers.utils import logging
 

@@ -68,11 +68,11 @@ def _by_formula(backend: str, x: Tensor, *tensors: Tensor | None) -> bool:
     """
     given = [x, *(tensor for tensor in tensors if tensor is not None)]
     if (
-        x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        torch.jit.is_tracing()
+        or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         or not x.ndim
         or not x.shape[-1]
         or x.device.type == "meta"
-        or torch.jit.is_tracing()
         or torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0

@@ -78,7 +78,7 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Opt
     _check(x, weight=weight, bias=bias, **_tensors(options))
     weight, bias = _contiguous(weight), _contiguous(bias)
     y, stats = library(x.device.type).forward(_rows(x), weight, bias, _with_rows(options))
-    return y.view(x.shape), stats
+    return torch.ops.aten._unsafe_view(y, x.shape), stats  # no view for autograd: y may be changed in place
 
 
 def _backward(
@@ -92,10 +92,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, grad=grad, stats=stats, weight=weight, **_tensors(options))
     grads = library(x.device.type).backward(
-        _rows(grad), _rows(x), stats, _contiguous(weight), needs_weight, needs_bias, _with_rows(options)
+        _rows(grad), _rows(x), stats.contiguous(), _contiguous(weight), needs_weight, needs_bias, _with_rows(options)
     )
     dx, dweight, dbias = (x.new_empty(0, dtype=torch.float32) if each is None else each for each in grads)
-    return dx.view(x.shape), dweight, dbias
+    return torch.ops.aten._unsafe_view(dx, x.shape), dweight, dbias
 
 
 def _tensors(options: Options) -> dict[str, Tensor | None]:

@@ -75,7 +75,7 @@ INLINE void store(float* p, vf v, int64_t n) { put(p, v, n); }
 INLINE void store(bf16* p, vf v, int64_t n) {
   vu u = reinterpret_cast<vu>(bits(v));
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
-  rounded = v == v ? rounded : vu{} + 0x7fc0;
+  rounded = v == v ? rounded : vu{} + 0x7fc0;         // the sum above takes some NaNs for numbers
   put(p, __builtin_convertvector(rounded, vh), n);
 }
 
@@ -151,12 +151,21 @@ template <int N> INLINE vf polynomial(vf x, const float (&c)[N]) {
   return p;
 }
 
+// 1/v of positive, finite v: a division takes the processor as long as some ten other operations.
+INLINE vf inverse_of(vf v) {
+#if defined(__AVX512F__)
+  vf near = vf(_mm512_rcp14_ps(__m512(v)));
+  return near + near * (1.0f - v * near);  // one step of Newton's: 14 bits become 28
+#else
+  return 1.0f / v;
+#endif
+}
+
 // k·log(2) + log(1 + m), where k counts in units of a float's exponent and 1 + m is in [0.75, 1.5]. Coefficients: minimax
 // of (log1p(m) - m)/m².
 INLINE vf scaled_log(vi k, vf m) {
-  static const float c[] = {-0.5f, 0.3333345353603363f, -0.250000536441803f, 0.19990606606006622f,
-                            -0.16647766530513763f, 0.14482061564922333f, -0.131622314453125f, 0.10448328405618668f,
-                            -0.044909581542015076f};
+  static const float c[] = {-0.5000005960464478f, 0.3333354890346527f, -0.24993441998958588f, 0.19977077841758728f,
+                            -0.1682281196117401f, 0.14983916282653809f, -0.12067364156246185f, 0.05413243919610977f};
   return __builtin_convertvector(k >> 23, vf) * 0.6931471805599453f + (m * m * polynomial(m, c) + m);
 }
 
@@ -174,21 +183,30 @@ INLINE vf log_normal(vf v) {  // v > 0, no denormal
   return scaled_log(k, as_float(bits(v) - k) - 1.0f);
 }
 
-// exp(q) - 1 and exp(q) of 2^j·exp(f), |f| <= log(2)/2. Coefficients: minimax of (expm1(f) - f) / f².
-struct Exp { vf minus_one, value; };
-INLINE Exp exponential(vf q) {
+// exp(q) as 2^j·(1 + p), |log(1 + p)| <= log(2)/2. Coefficients: minimax of (expm1(f) - f)/f².
+struct Reduced { vi j; vf p; };
+INLINE Reduced reduced_exp(vf q) {
   static const float c[] = {0.5f, 0.1666666567325592f, 0.04166635870933533f, 0.008333389647305012f,
                             0.0013940727803856134f, 0.0001984588598133996f};
-  q = at_least(at_most(q, 89.0f), -87.0f);
   const float shift = 12582912.0f;                              // 1.5·2^23: adding it rounds to an integer
-  vf rounded = q * 1.4426950408889634f + shift;
-  vi j = bits(rounded) - bits(fill(shift));
-  vf whole = rounded - shift;
+  vf rounded = q * 1.4426950408889634f + shift, whole = rounded - shift;
   vf f = q - whole * 0.693145751953125f - whole * 1.428606765330187e-06f;
-  vf p = f * f * polynomial(f, c) + f;
-  vf half = as_float((j + 126) << 23);                          // 2^(j-1): 2^128 is no float32
-  vf value = half * p + half;
-  vf minus_one = half * p + (half - 0.5f);
+  return {bits(rounded) - bits(fill(shift)), f * f * polynomial(f, c) + f};
+}
+
+// exp(q) - 1, 0 <= q <= 80.
+INLINE vf expm1_small(vf q) {
+  const Reduced e = reduced_exp(q);
+  vf scale = as_float((e.j + 127) << 23);
+  return scale * e.p + (scale - 1.0f);
+}
+
+// exp(q) - 1 and exp(q).
+struct Exp { vf minus_one, value; };
+INLINE Exp exponential(vf q) {
+  const Reduced e = reduced_exp(at_least(at_most(q, 89.0f), -87.0f));
+  vf half = as_float((e.j + 126) << 23);                        // 2^(j-1): 2^128 is no float32
+  vf value = half * e.p + half, minus_one = half * e.p + (half - 0.5f);
   return {minus_one + minus_one, value + value};
 }
 
@@ -384,13 +402,16 @@ template <Variant V, bool SLOPE> INLINE vf compress(vf c, Lam lam, vf& slope) {
     return c * lam.inverse;
   } else if constexpr (V == LOG) {
     vf u = magnitude(c) * lam.value;
-    if constexpr (SLOPE) slope = 1.0f / (1.0f + u);
+    if constexpr (SLOPE) slope = inverse_of(1.0f + u);
     return with_sign_of(log1p_positive(u) * lam.inverse, c);
   } else {  // tanh(v) = e/(e + 2) with e = expm1(2v); its slope is 4·(e + 1)/(e + 2)²
-    vf e = exponential(at_most(magnitude(c) * (2.0f * lam.value), 40.0f)).minus_one;
-    vf inverse = 1.0f / (e + 2.0f);
+    vf e = expm1_small(at_most(magnitude(c) * (2.0f * lam.value), 40.0f));
+    vf below = e + 2.0f, inverse = inverse_of(below);
     if constexpr (SLOPE) slope = 4.0f * (e + 1.0f) * inverse * inverse;
-    return with_sign_of(e * inverse * lam.inverse, c);
+    // The quotient's own error, and that of rounding e + 2, would be a unit in the last place each: corrected.
+    vf t = e * inverse, lost = e - (below - 2.0f);
+    t += inverse * (e - t * below - t * lost);
+    return with_sign_of(t * lam.inverse, c);
   }
 }
 
@@ -676,7 +697,7 @@ template <class T> struct NormalNorm {
       vf near = ell * ell * polynomial(q, series), far = (q * e.value - e.minus_one) * inverse * inverse;
       sums.add(0, k, up * (magnitude(q) < 0.5f ? near : far));
       sums.add(1, k, value);
-      store(u + i, up * e.value / (1.0f + magnitude(v)), W);
+      store(u + i, up * e.value * inverse_of(1.0f + magnitude(v)), W);
     });
 
     if (noisy && dweight) {
@@ -695,7 +716,7 @@ template <class T> struct NormalNorm {
       vf both = deviance + a * ell;
       // sign·(d2 + h·l² + 2·sign·l·(d - mean(d)))
       vf odd = (1.0f + 2.0f * a) * ell * ell - 2.0f * deviance + 2.0f * ell * (deviance - step.mean_d);
-      vf dh = load(u + i, W) + A * (both - 1.0f / (1.0f + a)) + B * (flipped(odd, v) - 2.0f * step.dvar * both);
+      vf dh = load(u + i, W) + A * (both - inverse_of(1.0f + a)) + B * (flipped(odd, v) - 2.0f * step.dvar * both);
       dh = inside(dh, left);
       store(u + i, dh, W);
       more.add(0, k, dh);

@@ -1,0 +1,41 @@
+"""The benchmarks' own peer is what it says it is, and docs/performance.md is what was measured."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    """Modules of benchmarks/ can be imported."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield
+    for name in ("published", "page"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("case", ["gaussian", "heavy_tail", "skewed", "bimodal", "one_outlier", "tiny_scale"])
+def test_the_published_form_computes_what_was_published(case, fixtures):
+    from published import published_normal_norm
+
+    tensors = load_file(fixtures / "normalnorm_reference.safetensors")
+    reference = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"layer.{case}.")}
+    x = reference["x"].requires_grad_()
+    y = published_normal_norm(x, reference.get("weight"), reference.get("bias"))
+    torch.testing.assert_close(y, reference["y"], rtol=1e-8, atol=1e-8)
+    (gradient,) = torch.autograd.grad(y, x, reference["grad_y"])
+    torch.testing.assert_close(gradient, reference["grad_x"], rtol=1e-6, atol=1e-8)
+
+
+def test_the_pages_show_the_results_in_the_tree():
+    import page
+
+    tables = page.tables()
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in page.PAGES]
+    assert [page.page(text, tables) for text in texts] == texts
+    assert all(any(table in text for text in texts) for table in tables.values())
