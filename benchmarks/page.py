@@ -117,6 +117,7 @@ def main() -> None:
     for path in (ROOT / name for name in PAGES):
         write_text(path, page(path.read_text(encoding="utf-8"), made))
     plot(read("fused_norms"), ROOT / PLOT)
+    print(made["norms"], made["steps"], sep="\n")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ from . import ops
 
 _log = logging.getLogger(__name__)
 _PLAIN = (Tensor, nn.Parameter)
-
-
 _REASONS: dict[str, str | None] = {}
 
 

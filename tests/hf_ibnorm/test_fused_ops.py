@@ -86,8 +86,6 @@ def assert_close(actual, expected, tolerance=1e-5):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# ---- the ops as torch sees them
-
 IB_OPTIONS = ("L", "mean_abs", "layer", "compress_first", 1e-6)
 SEED, NORMALS = torch.tensor([3]), draw(8, 2, 3, N)
 
@@ -199,9 +197,6 @@ def test_tensors_of_any_strides_are_read_as_what_they_are(library, monkeypatch):
         expected = backward(grad, given[0], stats, given[1], True, True, *options)
         actual = backward(grad_apart, apart[0], stats_apart, apart[1], True, True, *options_apart)
         assert all(map(torch.equal, actual, expected)), case
-
-
-# ---- autograd
 
 
 LAYOUTS = {
@@ -380,9 +375,6 @@ def test_jacobians_and_batches_of_gradients_are_those_of_the_formulas(form):
     assert_close([jacobian(fused, x, vectorize=True)], [jacobian(reference, x)], 1e-4)
 
 
-# ---- which of the two runs
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_auto_is_fused_where_there_are_kernels(form, monkeypatch):
     fused, _ = pair(form)
@@ -544,9 +536,6 @@ def test_bad_options_are_named_as_by_the_formulas(function, options, message):
             getattr(module, function)(draw(0, 2, N), **options)
 
 
-# ---- kernels that were never built
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_fused_without_kernels_is_an_error_that_says_what_to_run(form, no_kernels):
     norm, _ = pair(form)
@@ -602,9 +591,6 @@ def test_compiled_without_kernels_is_the_formulas(no_kernels):
     torch.compiler.reset()
 
 
-# ---- noise
-
-
 def test_the_same_seed_gives_the_same_noise_and_another_seed_another():
     norm, _ = pair("noisy")
     x = draw(0, 5, N)
@@ -651,9 +637,6 @@ def test_noise_has_the_strength_that_the_formulas_give_it(change):
     torch.testing.assert_close(*strengths, rtol=0.02, atol=0)
 
 
-# ---- copies
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies_of_a_norm_run_as_it_does(form, how, tmp_path):
@@ -669,18 +652,16 @@ def test_copies_of_a_norm_run_as_it_does(form, how, tmp_path):
     assert all(map(torch.equal, step(again, x, x), step(norm, x, x)))
 
 
-# ---- torch.compile
-
-
 def small_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(N, N), shaken(IBNorm(N)), nn.GELU(), shaken(LayerNormalNorm(N, noise=0.5)))
 
 
-def test_a_compiled_model_is_one_graph_and_computes_the_same_noise_included():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_is_one_graph_and_computes_the_same_noise_included(backend):
     model, x = small_model(), draw(0, 5, N)
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert_close(step(compiled, x, x, seed=4), step(model, x, x, seed=4), 1e-4)
     torch.compiler.reset()
 
