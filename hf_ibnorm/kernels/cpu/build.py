@@ -7,6 +7,7 @@ anything, and nothing half made is ever loaded.
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -55,18 +56,18 @@ def library_path() -> Path:
     return folder() / f"norms-{key()}.so"
 
 
-def compiler() -> str:
-    """The C++ compiler: $CXX, else the first of c++, g++ and clang++ on the PATH.
+def compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, else the first of c++, g++ and clang++ on the PATH.
 
     Raises:
         BuildError: there is none.
     """
-    wanted = os.environ.get("CXX")
-    found = [shutil.which(name) for name in ([wanted] if wanted else COMPILERS)]
-    if not any(found):
-        lacks = f"CXX: {wanted!r}" if wanted else f"a C++ compiler ({', '.join(COMPILERS)})"
-        raise BuildError(f"{lacks} is not on the PATH; install one (apt install g++), or norms stay plain PyTorch")
-    return next(path for path in found if path)
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    for command in [wanted] if wanted else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            return command
+    lacks = f"CXX: {' '.join(wanted)!r}" if wanted else f"a C++ compiler ({', '.join(COMPILERS)})"
+    raise BuildError(f"{lacks} is not on the PATH; install one (apt install g++), or norms stay plain PyTorch")
 
 
 def build(force: bool = False) -> tuple[Path, bool]:
@@ -83,24 +84,35 @@ def build(force: bool = False) -> tuple[Path, bool]:
         OSError: the cache directory cannot be written.
     """
     target = library_path()
-    if target.exists() and not force:
+    if not force and _works(target):
         return target, False
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / ".lock"):
-        if target.exists() and not force:  # another process was faster
+        if not force and _works(target):  # another process was faster
             return target, False
         for left in target.parent.glob(".build-*"):  # by one that was killed: we hold the lock
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as temporary:
             made = Path(temporary) / target.name
-            command = [compiler(), *flags(), "-o", str(made), str(SOURCE)]
+            command = [*compiler(), *flags(), "-o", str(made), str(SOURCE)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [done.stderr.strip()]
                 raise BuildError(f"{' '.join(command)} failed: {errors[0] or f'exit code {done.returncode}'}")
             _try(made)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(made, target)
     return target, True
+
+
+def _works(library: Path) -> bool:
+    """Whether a library is there and can be used: one that was damaged is built anew."""
+    try:
+        _try(library)
+    except BuildError:
+        return False
+    return True
 
 
 def _try(library: Path) -> None:
@@ -116,4 +128,4 @@ def _try(library: Path) -> None:
         raise BuildError(f"the library just compiled cannot be loaded: {error}") from None
     y, _ = made.forward(x, None, None, IBNormOptions(torch.tensor(2.0), "T", "raw", "layer", "compress_first", 1e-6))
     if not torch.allclose(y, ib_norm(x, variant="T", lam=2.0), atol=1e-5):
-        raise BuildError(f"the library just compiled with {compiler()} computes something else than the formulas")
+        raise BuildError(f"the library just compiled with {compiler()[0]} computes something else than the formulas")

@@ -175,7 +175,7 @@ INLINE vi exponent(vf v) { return (bits(v) - 0x3f400000) & int32_t(0xff800000); 
 INLINE vf log1p_positive(vf u) {
   vi k = exponent(u + 1.0f);
   vf m = as_float(bits(u) - k) + (as_float(0x40800000 - k) * 0.25f - 1.0f);
-  return scaled_log(k, m) + u * 0.0f;  // the last term keeps NaN and infinity
+  return scaled_log(k, m) + u * 0.0f;  // the last term keeps NaN, and makes it of infinity, as the norms do anyway
 }
 
 INLINE vf log_normal(vf v) {  // v > 0, no denormal
@@ -409,8 +409,14 @@ template <Variant V, bool SLOPE> INLINE vf compress(vf c, Lam lam, vf& slope) {
     vf below = e + 2.0f, inverse = inverse_of(below);
     if constexpr (SLOPE) slope = 4.0f * (e + 1.0f) * inverse * inverse;
     // The quotient's own error, and that of rounding e + 2, would be a unit in the last place each: corrected.
-    vf t = e * inverse, lost = e - (below - 2.0f);
+    vf lost = e - (below - 2.0f);
+#if defined(__FMA__)
+    vf t = e * inverse;
     t += inverse * (e - t * below - t * lost);
+#else
+    vf t = e / below;  // e - t·below would be rounded
+    t -= inverse * t * lost;
+#endif
     return with_sign_of(t * lam.inverse, c);
   }
 }

@@ -22,7 +22,7 @@ def log1p_positive(u):
     p = p * m - 0.24993441998958588
     p = p * m + 0.3333354890346527
     p = p * m - 0.5000005960464478
-    # the last term keeps NaN and infinity
+    # the last term keeps NaN, and makes it of infinity, as the norms do anyway
     return (k >> 23).to(tl.float32) * 0.6931471805599453 + (m * m * p + m) + u * 0.0
 
 
