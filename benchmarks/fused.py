@@ -36,10 +36,10 @@ SHAPES = ((2048, 512), (4096, 1024), (2048, 2048), (1024, 4096))
 BASE, COPY = "torch layer_norm", "copy of x"
 PACKAGES = ("torch", "transformers", "triton", "hf_ibnorm")
 LLAMAS = {
-    "demo": (16, 256, {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}),
-    "llama-60m": (2, 256, {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8}),
+    "demo": (16, 256, {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 384}, 4),
+    "llama-60m": (2, 256, {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376}, 8),
 }
-HEADS = {"demo": 4, "llama-60m": 8}
+"""Batch, context, sizes, and how many layers and heads."""
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -194,10 +194,10 @@ def norms(repeats: int, device: str) -> Iterator[dict[str, Any]]:
 
 def llama(shape: str, norm: str, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A stock Llama with `norm` in place of its own, and its optimizer."""
-    _, context, size = LLAMAS[shape]
+    _, context, size, count = LLAMAS[shape]
     torch.manual_seed(0)
-    heads = {"num_attention_heads": HEADS[shape], "num_key_value_heads": HEADS[shape]}
-    model = LlamaForCausalLM(LlamaConfig(**size, **heads, max_position_embeddings=context))
+    size = {**size, "num_hidden_layers": count, "num_attention_heads": count, "max_position_embeddings": context}
+    model = LlamaForCausalLM(LlamaConfig(**size))
     if norm.startswith("published"):
         for name in norm_sites(model):
             model.set_submodule(name, PublishedNormalNorm(size["hidden_size"]))
@@ -212,7 +212,7 @@ def steps(repeats: int, device: str) -> Iterator[dict[str, Any]]:
     """A row for every Llama and norm: seconds of forward, loss, backward, clipping and AdamW."""
     kinds = ["stock RMSNorm", "layernorm", "rmsnorm", "ibnorm_s", "ibnorm_l", "ibnorm_t", "layernormalnorm"]
     kinds += ["ibnorm_l, formulas", "published form of layernormalnorm"]
-    for shape, (batch, context, size) in LLAMAS.items():
+    for shape, (batch, context, size, _) in LLAMAS.items():
         ids = torch.randint(size["vocab_size"], (batch, context + 1), device=device)
         made = {kind: llama(shape, kind, device) for kind in kinds}
 

@@ -6,7 +6,6 @@ python benchmarks/page.py
 import csv
 import re
 from pathlib import Path
-from typing import Any
 
 from hf_ibnorm.files import write_text
 from hf_ibnorm.report.plots import COLOURS, figure
@@ -17,6 +16,9 @@ RESULTS, PAGES, PLOT = ROOT / "benchmarks/results", ("docs/performance.md", "REA
 IN_README = ("torch layer_norm", "LlamaRMSNorm", "LlamaRMSNorm, torch.compile", "IBNorm-S, ours", "IBNorm-L, ours")
 IN_README += ("IBNorm-T, ours", "NormalNorm, ours", "NormalNorm with noise, ours", "NormalNorm, published form")
 SHAPES = (("4096", "1024"), ("2048", "512"))
+IN_PLOT = ("IBNorm-S, ours", "IBNorm-L, ours", "IBNorm-T, ours", "NormalNorm, ours", "NormalNorm with noise, ours")
+IN_PLOT += ("LlamaRMSNorm", "LlamaRMSNorm, torch.compile", "IBNorm-L, formulas", "IBNorm-L, formulas, torch.compile")
+IN_PLOT += ("NormalNorm, published form", "NormalNorm, published form, torch.compile")
 Row = dict[str, str]
 
 
@@ -92,24 +94,21 @@ def tables() -> dict[str, str]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Forward and backward of every norm as a multiple of torch's layer_norm, by width."""
+    """Forward and backward of ours and some peers as a multiple of torch's layer_norm, by width."""
     both = [row for row in rows if row["direction"] == "both"]
     widths = list(dict.fromkeys(int(row["width"]) for row in both))
-    shown = [norm for norm in dict.fromkeys(row["norm"] for row in both) if norm != "torch layer_norm"]
     with figure(path) as axes:
-        ours: Any = iter(COLOURS)
-        for norm in shown:
+        for i, norm in enumerate(IN_PLOT):
             ratios = [float(row["ratio_to_layer_norm"]) for row in both if row["norm"] == norm]
-            if norm.endswith("ours"):
-                axes.plot(widths, ratios, label=norm, color=next(ours), marker="o")
-            else:
-                axes.plot(widths, ratios, label=norm, color="0.6", linestyle="--" if "compile" in norm else ":")
-                axes.annotate(norm, (widths[-1], ratios[-1]), fontsize=5, color="0.4")
+            ours = norm.endswith("ours")
+            colour = COLOURS[i % len(COLOURS)]
+            style = {"linestyle": "-", "marker": "o"} if ours else {"linestyle": "--", "marker": "s", "alpha": 0.6}
+            axes.plot(widths, ratios, label=norm, color=colour, markersize=4, **style)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="width", ylabel="forward + backward ÷ torch layer_norm")
         axes.set_xticks(widths, [str(width) for width in widths])
         axes.minorticks_off()
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
 def main() -> None:

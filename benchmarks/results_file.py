@@ -5,13 +5,12 @@ import os
 import platform
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_ibnorm.files import cpu_name
+from hf_ibnorm.files import cpu_name, package_versions
 
 
 def machine(packages: tuple[str, ...], repeats: int, device: str = "cpu") -> dict[str, Any]:
@@ -19,8 +18,8 @@ def machine(packages: tuple[str, ...], repeats: int, device: str = "cpu") -> dic
     names = (
         {"device": torch.cuda.get_device_name()} if device == "cuda" else {"cpu": cpu_name(), "cores": os.cpu_count()}
     )
-    installed = {each.metadata["Name"]: each.version for each in metadata.distributions()}
-    versions = {name: installed.get(name, "") for name in packages}
+    installed = package_versions()
+    versions = {name: installed[name] or "" for name in packages}
     today = datetime.now(UTC).date().isoformat()
     return {"date": today, **names, "python": platform.python_version(), **versions, "repeats": repeats}
 
@@ -38,10 +37,10 @@ def write_rows(
     rows: Iterable[dict[str, Any]], packages: tuple[str, ...], repeats: int, output: Path | None, device: str
 ) -> None:
     """Print rows of figures as they come, and write them all to `output` as a CSV file."""
-    written = []
+    start, written = machine(packages, repeats, device), []
     for row in rows:
         print("  ".join(f"{value!s:{38 if not i else 10}}" for i, value in enumerate(row.values())), flush=True)
-        written.append({**machine(packages, repeats, device), **row})
+        written.append({**start, **row})
     if output:
         _write(written, output)
 

@@ -129,7 +129,8 @@ def _norm_backends() -> dict[str, str]:
     return {kind: describe(kind) for kind in (("cuda", "cpu") if torch.cuda.is_available() else ("cpu",))}
 
 
-def _versions() -> dict[str, str | None]:
+def package_versions() -> dict[str, str | None]:
+    """Versions of this package, Python and `PACKAGES`; None where one is not installed."""
     from .version import __version__
 
     versions: dict[str, str | None] = {"hf_ibnorm": __version__, "python": platform.python_version()}
@@ -146,7 +147,7 @@ def environment_record() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
+        "versions": package_versions(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if cuda else cpu_name(),
         "device_count": torch.cuda.device_count() if cuda else 1,
@@ -162,7 +163,7 @@ def environment_record() -> dict[str, Any]:
 
 def numerics_record() -> dict[str, Any]:
     """What the bits of a computation depend on besides its input: software, kind of device, threads, norm backend."""
-    versions = _versions()
+    versions = package_versions()
     if torch.cuda.is_available():
         device: dict[str, Any] = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     else:

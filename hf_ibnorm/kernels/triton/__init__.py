@@ -63,6 +63,14 @@ def _ib_flags(options: IBNormOptions) -> dict[str, Any]:
     }
 
 
+def _noise(options: NormalNormOptions, stand_in: Tensor) -> tuple[Tensor, Tensor]:
+    """Seed and normals; `stand_in`, which is not read, for what there is none of: a kernel takes no null pointer."""
+    return (
+        stand_in if options.seed is None else options.seed,
+        stand_in if options.normals is None else options.normals,
+    )
+
+
 def _normal_flags(options: NormalNormOptions) -> dict[str, Any]:
     return {"MODE": options.noise_mode, "GIVEN": options.normals is not None}
 
@@ -84,10 +92,9 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Opti
             launch = ib_norm.forward[(rows,)]
             launch(*pointers, options.lam, x.stride(0), n, options.eps, **_ib_flags(options), **shared)
         else:
-            seed, normals = (x if each is None else each for each in (options.seed, options.normals))
             numbers = (options.noise, options.alpha, options.eps)
             launch = normal_norm.forward[(rows,)]
-            launch(*pointers, seed, normals, x.stride(0), n, *numbers, **_normal_flags(options), **shared)
+            launch(*pointers, *_noise(options, x), x.stride(0), n, *numbers, **_normal_flags(options), **shared)
     return y, stats
 
 
@@ -121,10 +128,9 @@ def backward(
             if isinstance(options, IBNormOptions):
                 ib_norm.backward[(programs,)](*pointers, options.lam, *sizes, **_ib_flags(options), **shared)
             else:
-                seed, normals = (x if each is None else each for each in (options.seed, options.normals))
                 numbers = (options.noise, options.alpha, options.eps)
                 launch = normal_norm.backward[(programs,)]
-                launch(*pointers, seed, normals, *sizes, *numbers, **_normal_flags(options), **shared)
+                launch(*pointers, *_noise(options, x), *sizes, *numbers, **_normal_flags(options), **shared)
     return dx, *(None if each is None else each.sum(0) for each in (dweight, dbias))  # type: ignore[return-value]
 
 
