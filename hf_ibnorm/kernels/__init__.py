@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from . import ops
+from .options import IBNormOptions, NormalNormOptions
 
 _log = logging.getLogger(__name__)
 _PLAIN = (Tensor, nn.Parameter)
@@ -133,7 +134,7 @@ def ib_norm(
     if not isinstance(lam, Tensor):
         functional.check_lam(variant, lam)
         lam = torch.full((), lam, dtype=torch.float32, device=x.device)
-    return ops.ib_norm(x, weight, bias, lam, variant, unit, standardize, order, eps)[0]
+    return ops.run(x, weight, bias, IBNormOptions(lam, variant, unit, standardize, order, eps))
 
 
 def normal_norm(
@@ -181,4 +182,4 @@ def normal_norm(
     seed = None
     if mode != "none":
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device, generator=generator)
-    return ops.normal_norm(x, weight, bias, seed, None, scale, mode, alpha, eps)[0]
+    return ops.run(x, weight, bias, NormalNormOptions(seed, None, scale, mode, alpha, eps))

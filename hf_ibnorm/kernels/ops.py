@@ -210,19 +210,20 @@ def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Opti
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, stats: Tensor, inputs: tuple[Any, ...]) -> None:
+    """Save for the backward pass: x, weight, bias and options of an op, and what it keeps of each row."""
     x, weight, bias, *options = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(
-        x, weight, bias, output[1], *(value if isinstance(value, Tensor) else None for value in options)
-    )
+    ctx.save_for_backward(x, weight, bias, stats, *(value if isinstance(value, Tensor) else None for value in options))
     ctx.values = [None if isinstance(value, Tensor) else value for value in options]
 
 
-def _gradients(
-    ctx: Any, grad: Tensor | None, grad_stats: None, *, kind: type[Options], op: Any
-) -> tuple[Tensor | None, ...]:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    _keep(ctx, output[1], inputs)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, grad_stats: None, *, kind: type[Options]) -> tuple[Tensor | None, ...]:
     none = (None,) * (3 + len(ctx.values))
     if grad is None:
         return none
@@ -234,16 +235,52 @@ def _gradients(
         y = formula(x, weight, bias, kind(*given))
         grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
         return (*(next(grads) if needed else None for needed in needs), *none[3:])
-    dx, dweight, dbias = op(grad, x, stats, weight, needs[1], needs[2], *given)
+    if _seen() or torch._C._functorch.is_legacy_batchedtensor(grad):  # of autograd.grad(is_grads_batched=True)
+        dx, dweight, dbias = _OPS[kind][1](grad, x, stats, weight, needs[1], needs[2], *given)
+    else:
+        dx, dweight, dbias = _backward(grad, x, stats, weight, needs[1], needs[2], kind(*given))
     dweight = dweight.to(weight.dtype) if needs[1] else None
     return (dx if needs[0] else None, dweight, dbias.to(bias.dtype) if needs[2] else None, *none[3:])
 
 
-ib_norm.register_fake(_fake_forward)
-ib_norm_backward.register_fake(_fake_backward)
-ib_norm.register_autograd(partial(_gradients, kind=IBNormOptions, op=ib_norm_backward), setup_context=_setup)
-normal_norm.register_fake(_fake_forward)
-normal_norm_backward.register_fake(_fake_backward)
-normal_norm.register_autograd(
-    partial(_gradients, kind=NormalNormOptions, op=normal_norm_backward), setup_context=_setup
-)
+_OPS: dict[type[Options], Any] = {
+    IBNormOptions: (ib_norm, ib_norm_backward),
+    NormalNormOptions: (normal_norm, normal_norm_backward),
+}
+for _kind, (_op, _op_backward) in _OPS.items():
+    _op.register_fake(_fake_forward)
+    _op_backward.register_fake(_fake_backward)
+    _op.register_autograd(partial(_gradients, kind=_kind), setup_context=_setup)
+
+
+def _seen() -> bool:
+    """Whether somebody watches for ops: torch.compile, a dispatch mode (selective checkpointing's), vmap."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+class _Direct(torch.autograd.Function):
+    """An op without torch's dispatcher, which takes Python longer than a small norm takes the processor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: type[Options], *given: Any
+    ) -> Any:
+        y, stats = _forward(x, weight, bias, kind(*given))
+        _keep(ctx, stats, (x, weight, bias, *given))
+        ctx.kind = kind
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (*_gradients(ctx, grad, None, kind=ctx.kind), None)
+
+
+def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+    """y: by the op where somebody sees ops, else by the same kernels and gradients at once."""
+    if _seen():
+        return _OPS[type(options)][0](x, weight, bias, *options)[0]
+    return _Direct.apply(x, weight, bias, type(options), *options)

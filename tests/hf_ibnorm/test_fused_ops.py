@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import build, tokens
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_ibnorm import IBNorm, LayerNormalNorm, functional, kernels
@@ -48,13 +49,12 @@ def no_kernels(monkeypatch, tmp_path):
 
 @pytest.fixture
 def only_formulas(monkeypatch):
-    """Make it an error to use a fused op."""
+    """Make it an error to run fused."""
 
     def refuse(*_):
-        raise AssertionError("a fused op ran")
+        raise AssertionError("a fused norm ran")
 
-    monkeypatch.setattr(ops, "ib_norm", refuse)
-    monkeypatch.setattr(ops, "normal_norm", refuse)
+    monkeypatch.setattr(ops, "run", refuse)
 
 
 def draw(seed, *shape):
@@ -386,12 +386,31 @@ def test_auto_is_fused_where_there_are_kernels(form, monkeypatch):
     assert auto.backend == "auto"
     assert all(map(torch.equal, step(auto, x, x), step(fused, x, x)))
     ran = []
-    for name in ("ib_norm", "normal_norm"):
-        op = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *arguments, name=name, op=op: ran.append(name) or op(*arguments))
+    run = ops.run
+    monkeypatch.setattr(ops, "run", lambda *arguments: ran.append(type(arguments[-1])) or run(*arguments))
     for norm in (auto, fused):
         norm(x)
-    assert ran == ["ib_norm" if form == "rms" else "normal_norm" if form == "noisy" else form] * 2
+    assert ran == [ops.IBNormOptions if form in ("ib_norm", "rms") else ops.NormalNormOptions] * 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_dispatch_mode_sees_the_op_and_both_ways_agree_to_the_bit(form):
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            seen.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    fused, _ = pair(form)
+    x, seen = draw(0, 5, N), []
+    direct = step(fused, x, x)
+    with Watch():
+        watched = step(fused, x, x)
+    name = "ib_norm" if form in ("ib_norm", "rms") else "normal_norm"
+    assert [each for each in seen if each.startswith("hf_ibnorm")] == [
+        f"hf_ibnorm.{name}.default",
+        f"hf_ibnorm.{name}_backward.default",
+    ]
+    assert all(map(torch.equal, direct, watched))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -103,12 +103,23 @@ constexpr bool HAS_FLOAT16 = false;
 
 // Sums over a row.
 
-INLINE float total(vf v) {  // pairwise
+INLINE float total(vf v) {  // pairwise: lane i with lane i + half
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(__m512(v)), _mm512_extractf32x8_ps(__m512(v), 1));
+#else
+  __m256 half = __m256(v);
+#endif
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
   float lanes[W];
   std::memcpy(lanes, &v, sizeof v);
   for (int half = W / 2; half; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
 
 // Sums of K terms over a row, in U independent partial sums each: shorter chains of additions are faster and rounder.
