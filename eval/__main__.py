@@ -1,9 +1,13 @@
 """The command `python -m eval` (installed as `hf-ibnorm-eval`)."""
 
 import argparse
-from typing import NoReturn
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
-from hf_ibnorm.cli import OneLineParser, require_extra, run_command
+from hf_ibnorm.cli import OneLineParser, Stopped, UserError, require_extra, run_command
 
 from .suites import SUITES
 
@@ -15,42 +19,172 @@ def _positive(text: str) -> int:
     return value
 
 
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be i/n with 1 <= i <= n")
+    return int(i), int(n)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be a JSON object such as '{{\"max_gen_toks\": 256}}'")
+    return value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `run` and `doctor` as fields of `Settings`."""
+    return {name: value for name, value in vars(arguments).items() if name not in ("go", "model", "output")}
+
+
 def _run(arguments: argparse.Namespace) -> None:
-    require_extra("eval", "lm_eval", "datasets")
-    from .runner import run
+    from .runner import STOPPED, run
 
-    run(
-        arguments.model,
-        arguments.suite,
-        arguments.output,
-        limit=arguments.limit,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        dtype=arguments.dtype,
+    def stop(number: int, _: Any) -> None:
+        name = signal.Signals(number).name
+        STOPPED.append(f"{name}; benchmarks that ended are in {arguments.output}, the same command goes on from there")
+        raise Stopped(STOPPED[0])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    run(arguments.model, output=arguments.output, **_settings(arguments))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from .doctor import outcome
+    from .runner import diagnose
+
+    checks = diagnose(arguments.model, **_settings(arguments))
+    for check in checks:
+        print(outcome(check, arguments.ignore))
+    if failed := [check.name for check in checks if not check.passed and check.name not in arguments.ignore]:
+        raise UserError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(dict.fromkeys(failed))}")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from .store import merge, write_scores
+
+    runs, output = [Path(run) for run in arguments.runs], arguments.output and Path(arguments.output)
+    if len(runs) == 1:
+        write_scores(runs[0], output)
+    elif output:
+        merge(runs, output)
+        write_scores(output)
+    else:
+        raise UserError("output: name a new directory for the shards of a run together")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from .compare import write_comparison
+
+    write_comparison([Path(run) for run in arguments.runs], Path(arguments.output))
+
+
+def _suites(_: argparse.Namespace) -> None:
+    from .tables import suites_table
+
+    for name in SUITES:
+        print(f"{name}\n")
+        suites_table(name).print()
+        print()
+
+
+def _mirror(arguments: argparse.Namespace) -> None:
+    from .harness import choose
+    from .mirror import carry_out
+
+    benchmarks = [each for name in arguments.suite.split(",") for each in choose(name)[1]]
+    carry_out(arguments.what, arguments.mirror and Path(arguments.mirror), benchmarks)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        help="directory of a checkpoint with its tokenizer, or of a training run; or a name on the Hub",
     )
-
-
-def _main() -> None:
-    parser = OneLineParser(prog="eval", description="Score a causal language model of Transformers.")
-    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
-    run = verbs.add_parser("run", help="score one model on a suite")
-    run.add_argument(
-        "--model", required=True, help="directory of a checkpoint with its tokenizer, or of a training run"
+    add("--suite", required=True, help=f"one of: {', '.join(SUITES)}; or tasks of lm-eval, divided by commas")
+    add("--mirror", help="folder with the data sets, no network is touched then (default: the Hub)")
+    add("--limit", type=_positive, help="only the first N items a task, a smoke test (default: all)")
+    add(
+        "--batch_size",
+        type=_batch_size,
+        default=8,
+        help="sequences at a time; auto on a GPU: all that fit (default: 8)",
     )
-    run.add_argument("--suite", required=True, help=f"one of: {', '.join(SUITES)}")
-    run.add_argument("--output", required=True, help="new directory for scores.json, scores.md and environment.json")
-    run.add_argument("--limit", type=_positive, help="only the first N items a benchmark, a smoke test (default: all)")
-    run.add_argument("--batch_size", type=_positive, default=8, help="sequences at a time (default: 8)")
-    run.add_argument("--device", help="device of torch (default: cuda if there is one, else cpu)")
-    run.add_argument(
+    add("--device", help="device of torch (default: cuda if there is one, else cpu)")
+    add(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="dtype of the weights (default: auto, the checkpoint's)",
     )
-    run.set_defaults(run=_run)
+    add(
+        "--overlong",
+        default="refuse",
+        choices=("refuse", "truncate", "skip"),
+        help="where prompts are longer than the model's context: stop, cut them from the left, or leave the benchmark "
+        "out (default: refuse)",
+    )
+    add("--skip", type=_names, default=(), metavar="NAMES", help="benchmarks to leave out (default: none)")
+    add("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th benchmark from the I-th (default: 1/1)")
+    add("--apply_chat_template", action="store_true", help="put prompts through the chat template (default: not)")
+    add("--fewshot_as_multiturn", action="store_true", help="examples as turns of a conversation (default: one prompt)")
+    add(
+        "--gen_kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help="options of generation instead of the tasks' own, a smoke test (default: the tasks' own)",
+    )
+    add("--cache", metavar="DIR", help="keep answers there by model and prompt, and use those kept (default: not)")
+    add("--ignore", type=_names, default=(), metavar="CHECKS", help="checks that may fail (default: none)")
+
+
+def _main() -> None:
+    parser = OneLineParser(prog="eval", description="Score causal language models of Transformers, and compare them.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
+
+    def verb(name: str, go: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        found = verbs.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        found.set_defaults(go=go)
+        return found
+
+    run = verb("run", _run, "score one model on a suite; a run that was stopped goes on")
+    _add_settings(run)
+    run.add_argument("--output", required=True, help="new directory for scores and answers, or that of a stopped run")
+
+    _add_settings(verb("doctor", _doctor, "look for what would spoil a run, without running it"))
+
+    score = verb("score", _score, "scores from the answers on disk; of several shards of a run together")
+    score.add_argument("runs", nargs="+", metavar="RUN", help="output directory of `run`")
+    score.add_argument("--output", help="directory for the scores (default: the run's own); a new one for shards")
+
+    compare = verb("compare", _compare, "whether models differ from the first, item by item")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="output directories of `run`, two or more")
+    compare.add_argument("--output", required=True, help="directory for the comparison; one in it is replaced")
+
+    mirror = verb("mirror", _mirror, "a local copy of the benchmarks' data sets")
+    mirror.add_argument("what", choices=("plan", "fetch", "check"), help="list sets and sizes, download, verify")
+    mirror.add_argument("--mirror", help="folder of the mirror (plan needs none)")
+    mirror.add_argument("--suite", default="v1,v2", help="suites or tasks, divided by commas (default: v1,v2)")
+
+    verb("suites", _suites, "what each suite consists of")
     arguments = parser.parse_args()
-    arguments.run(arguments)
+    require_extra("eval", "lm_eval", "datasets", "scipy", "matplotlib")
+    arguments.go(arguments)
 
 
 def main() -> NoReturn:

@@ -1,227 +1,297 @@
-"""Running a suite: load the model once through lm-eval's HFLM, one harness call a benchmark, scores written whole."""
+"""Running a suite: checks first, then one harness call a benchmark, each written as it ends, so that a stopped run goes
+on where it was."""
 
-import io
-import logging
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from itertools import chain
+import json
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from hf_ibnorm.cli import UserError, bad_input, quiet_libraries
-from hf_ibnorm.files import atomic_directory, check_new_directory, environment_record, write_json, write_text
-from hf_ibnorm.report.tables import Table, score_cell
+from hf_ibnorm.cli import Stopped, UserError, bad_input
+from hf_ibnorm.files import check_new_directory, package_versions, sha256
+from hf_ibnorm.report.tables import score_cell
 
-from .scoring import ScoringError, check_answers, score_multiple_choice, score_rolling
-from .suites import SUITES, Benchmark
+from .doctor import CHECKS, Check, check_context, check_model, check_surroundings, outcome
+from .harness import SEEDS, Prompting, Prompts, answer, choose, data_from, load_tasks, measure
+from .mirror import hashes, sets_of
+from .model import find_model, fingerprint, is_first, load_model, processes, wrap_model
+from .scoring import ScoringError, score_benchmark
+from .store import add_notes, create, is_begun, record_hashes, still_missing, write_result, write_scores
+from .suites import Benchmark
+from .tables import SMOKE
 
-SMOKE = "SMOKE - not a leaderboard score"
+STOPPED: list[str] = []
+"""Why a signal asked to stop: task files with a bare `except` may have taken the exception that said so."""
 
 
-def run(
-    model: str,
-    suite: str,
-    output: str,
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    device: str | None = None,
-    dtype: str = "auto",
-) -> dict[str, Any]:
-    """Score a model on a suite and write `scores.json`, `scores.md` and `environment.json` into `output`.
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for, beside the model and where its files go.
 
     Args:
-        model: directory of a checkpoint with its tokenizer, or of a training run (its `final` is taken).
-        suite: "embedded".
-        output: a new directory.
-        limit: only the first so many items of each benchmark; the scores are then marked as a smoke test.
-        batch_size: sequences at a time.
+        suite: "embedded", "v1", "v2", or tasks of lm-eval, divided by commas.
+        mirror: folder with the data sets; no network is touched then.
+        limit: only the first so many items of each task; the scores are then marked as a smoke test.
+        batch_size: sequences at a time; "auto" for as many as fit on a GPU.
         device: of torch; CUDA if there is any, else the CPU.
         dtype: of the weights: auto (the checkpoint's), float32, bfloat16 or float16.
+        overlong: what becomes of a benchmark with prompts longer than the model's context: "refuse" the run,
+            "truncate" the prompts from the left, "skip" the benchmark.
+        skip: benchmarks to leave out.
+        shard: (i, n): only every n-th benchmark, from the i-th on, to divide a suite over machines.
+        apply_chat_template: put prompts through the tokenizer's chat template.
+        fewshot_as_multiturn: give the examples as earlier turns of the conversation.
+        gen_kwargs: options of generation that replace those of the tasks; marks a smoke test.
+        cache: folder where answers are kept by model and prompt, for a later run to find.
+        ignore: checks whose failure does not stop the run.
+    """
+
+    suite: str
+    mirror: str | None = None
+    limit: int | None = None
+    batch_size: int | str = 8
+    device: str | None = None
+    dtype: str = "auto"
+    overlong: str = "refuse"
+    skip: Sequence[str] = ()
+    shard: tuple[int, int] = (1, 1)
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False
+    gen_kwargs: dict[str, Any] | None = None
+    cache: str | None = None
+    ignore: Sequence[str] = ()
+
+    @property
+    def prompting(self) -> Prompting:
+        return Prompting(self.limit, self.apply_chat_template, self.fewshot_as_multiturn, self.gen_kwargs)
+
+    def check(self) -> None:
+        """Raise UserError where settings do not go together."""
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise UserError("fewshot_as_multiturn: needs --apply_chat_template, there are no turns without one")
+        if self.cache and processes() > 1:
+            raise UserError("cache: cannot be used by several processes at once; leave --cache out")
+        generation = dict(self.gen_kwargs or {})
+        room, until = generation.pop("max_gen_toks", 1), generation.pop("until", [])
+        if type(room) is not int or room < 1:
+            raise UserError(f"gen_kwargs: got max_gen_toks {room!r}, must be a whole number >= 1")
+        if not isinstance(until, list) or not all(isinstance(each, str) for each in until):
+            raise UserError(f"gen_kwargs: got until {until!r}, must be a list of strings")
+        from transformers import GenerationConfig
+
+        for name in generation:
+            if not hasattr(GenerationConfig(), name):
+                raise UserError(f"gen_kwargs: got {name!r}, which is no option of generation")
+        with bad_input(ValueError, TypeError, about="gen_kwargs: "):
+            GenerationConfig(**generation).validate()
+
+    def benchmarks(self) -> tuple[str, list[Benchmark]]:
+        """The suite's name and what is to be run of it.
+
+        Raises:
+            UserError: a name is unknown, or nothing is left.
+        """
+        name, benchmarks = choose(self.suite)
+        names = [each.name for each in benchmarks]
+        for field, values, allowed in (
+            ("skip", self.skip, names),
+            ("ignore", self.ignore, [check for check in CHECKS if check != "context"]),
+        ):
+            if unknown := [value for value in values if value not in allowed]:
+                raise UserError(f"{field}: got {unknown[0]!r}, allowed are {', '.join(allowed)}")
+        left = [each for each in benchmarks if each.name not in self.skip][self.shard[0] - 1 :: self.shard[1]]
+        if not left:
+            raise UserError(f"shard: got {self.shard[0]}/{self.shard[1]}, there are {len(names)} benchmarks")
+        return name, left
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A benchmark whose tasks are loaded and whose prompts are measured; `skipped` says why it is left out."""
+
+    benchmark: Benchmark
+    loaded: dict[str, Any]
+    prompts: dict[str, Prompts]
+    skipped: str | None
+
+
+def run(model: Any, suite: str, output: str, *, tokenizer: Any = None, **settings: Any) -> dict[str, Any]:
+    """Score a model on a suite.
+
+    Args:
+        model: directory of a checkpoint with its tokenizer, or of a training run (its `final` is taken), or a name on
+            the Hub; or a causal language model of Transformers, or one in lm-eval's HFLM.
+        suite: as in `Settings`.
+        output: a new directory, or one where the same run was stopped: it goes on there.
+        tokenizer: of a model that is given itself.
+        **settings: the other fields of `Settings`.
 
     Returns:
-        The content of `scores.json`.
+        The content of `scores.json`; of several processes the first has it, the others get {}.
 
     Raises:
-        UserError: bad input, or answers that cannot be scored; nothing is written then.
+        UserError: bad input, a check that failed, or answers that cannot be scored.
     """
-    if suite not in SUITES:
-        raise UserError(f"suite: got {suite!r}, allowed are {', '.join(SUITES)}")
+    asked = Settings(suite, **settings)
+    asked.check()
     target = Path(output)
-    with bad_input():
-        check_new_directory("output", target)
-    harness = load_model(find_model(Path(model)), batch_size, device, dtype)
+    if not is_begun(target):
+        with bad_input():
+            check_new_directory("output", target)
+    name, benchmarks = asked.benchmarks()
+    lm = _open(model, tokenizer, asked)
+    say = partial(Console().print, highlight=False, markup=False, soft_wrap=True) if is_first() else _silent
 
-    console = Console()
-    benchmarks = {}
-    with bad_input(ScoringError):
-        # All items are measured before any is scored: no novel is read for nothing.
-        prepared = [prepare(harness, benchmark, limit) for benchmark in SUITES[suite]]
-    for i, (benchmark, rows, tokens) in enumerate(prepared, 1):
-        with bad_input(ScoringError):
-            benchmarks[benchmark.name] = score = run_benchmark(harness, benchmark, rows, tokens)
-        console.print(f"{i}/{len(prepared)} {benchmark.name} {score_cell(score)}", highlight=False)
-    scores = {
-        "suite": suite,
-        "smoke": limit is not None,
-        "model": model,
-        "average": None,  # accuracies with different chance levels and bits per byte have no common mean
-        "benchmarks": benchmarks,
-    }
-    table = score_table(scores)
-    with bad_input(OSError, about="output: "):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(target) as directory:
-            write_json(directory / "scores.json", scores)
-            write_text(directory / "scores.md", scores_markdown(scores, table))
-            write_json(directory / "environment.json", environment_record())
-    if scores["smoke"]:
-        console.print(SMOKE, highlight=False)
-    table.print()
-    return scores
-
-
-def find_model(path: Path) -> Path:
-    """The directory with the checkpoint: `path` itself, its `model` (a training checkpoint) or its `final` (a run)."""
-    for candidate in (path, path / "model", path / "final"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise UserError(f"model: {path} is not a model directory (it has no config.json)")
+    with _data_sets(asked.mirror) as folder:
+        identity = {
+            "suite": name,
+            "benchmarks": [each.name for each in benchmarks],
+            "model": fingerprint(lm),
+            "prompting": asdict(asked.prompting),
+            "overlong": asked.overlong,
+            "mirror": hashes(folder, sets_of(benchmarks)) if folder else None,
+            "versions": {each: package_versions()[each] for each in ("lm_eval", "transformers", "torch", "hf_ibnorm")},
+            "seeds": SEEDS,
+        }
+        missing = still_missing(target, identity) if is_begun(target) else identity["benchmarks"]
+        checks, ready = examine(lm, [each for each in benchmarks if each.name in missing], asked, folder)
+        _stop_on_failure(checks, asked.ignore, say)
+        ignored = [f"ignored: {check.name}: {check.problem}" for check in checks if not check.passed]
+        if is_first() and is_begun(target):
+            add_notes(target, ignored)
+        elif is_first():
+            path = str(model) if isinstance(model, str | Path) else lm.model.name_or_path
+            create(target, identity, {"model": path, "settings": asdict(asked), "notes": ignored})
+        for i, each in enumerate(ready, len(benchmarks) - len(ready) + 1):
+            if STOPPED:
+                raise Stopped(STOPPED[0])
+            line = _run(lm, each, asked, identity, target)
+            say(f"{i}/{len(benchmarks)} {each.benchmark.name} {line}")
+    if not is_first():
+        return {}
+    record_hashes(target)
+    return write_scores(target)
 
 
-def load_model(path: Path, batch_size: int, device: str | None, dtype: str) -> Any:
-    """lm-eval's stock HFLM around the checkpoint at `path`.
+def diagnose(model: str, **settings: Any) -> list[Check]:
+    """The checks that `run` makes before it lets a model answer.
+
+    Args:
+        model: as for `run`.
+        **settings: fields of `Settings`.
 
     Raises:
-        UserError: the checkpoint cannot be loaded whole, or its tokenizer does not fit the model or ends texts.
+        UserError: bad input.
     """
-    import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    asked = Settings(**settings)
+    asked.check()
+    _, benchmarks = asked.benchmarks()
+    with _data_sets(asked.mirror) as folder:
+        return examine(_open(model, None, asked), benchmarks, asked, folder)[0]
 
-    quiet_libraries()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.models.huggingface import HFLM
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with bad_input(RuntimeError, AssertionError, about=f"device: got {device!r}: "):
-        torch.empty(1, device=device)
-    causes = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
-    if not any(path.glob("*token*")) and not any(path.glob("vocab.*")):
-        raise UserError(f"tokenizer: {path} has none (no tokenizer.json); save it beside the model")
-    with bad_input(*causes, about=f"model: {path} cannot be loaded: "):
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= config.vocab_size:
-        raise UserError(
-            f"tokenizer: its highest token id is {highest}, the model's vocab_size is {config.vocab_size}; "
-            f"the tokenizer in {path} is not this model's"
-        )
-    with bad_input(*causes, about=f"model: {path} cannot be loaded: "):
-        # Loaded here and not by the harness, which would fill missing weights at random and say so nowhere.
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            names = sorted(str(key) for key in report[problem])
-            kind = problem.replace("_keys", "")
-            raise UserError(f"model: the weights in {path} do not fit its config, {kind}: {', '.join(names[:3])}")
-    harness = HFLM(
-        pretrained=model.to(device),
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=batch_size,
-        softmax_dtype="float32",  # in half precision choices would tie, and a constant model would not be noticed
-    )
-    if len(ids := harness.tok_encode("a")) > 1 and ids[-1] == tokenizer.eos_token_id:
-        raise UserError(
-            f"tokenizer: the one in {path} ends every text with {tokenizer.eos_token!r}; only that would score"
-        )
-    return harness
+def examine(
+    lm: Any, benchmarks: Sequence[Benchmark], asked: Settings, mirror: Path | None
+) -> tuple[list[Check], list[Ready]]:
+    """Every check, and the benchmarks that are ready to run; tasks are loaded only if all else is well."""
+    checks = check_surroundings(benchmarks, mirror) + check_model(lm)
+    ready = []
+    if not _failed(checks, asked.ignore):
+        for benchmark in benchmarks:
+            try:
+                complete, loaded = load_tasks(benchmark)
+            except UserError as error:
+                checks.append(Check("data", str(error)))
+                continue
+            prompts = measure(lm, complete, loaded["tasks"], asked.prompting)
+            check, reason = check_context(lm, complete, prompts, asked.overlong)
+            checks.append(check)
+            ready.append(Ready(complete, loaded, prompts, reason))
+    return checks, ready
+
+
+def _failed(checks: Sequence[Check], ignored: Sequence[str]) -> list[Check]:
+    return [check for check in checks if not check.passed and check.name not in ignored]
+
+
+def _stop_on_failure(checks: Sequence[Check], ignored: Sequence[str], say: Any) -> None:
+    failed = _failed(checks, ignored)
+    if failed:
+        more = f" (and {len(failed) - 1} more: python -m eval doctor)" if len(failed) > 1 else ""
+        raise UserError(f"{failed[0].name}: {failed[0].problem}{more}")
+    for check in checks:
+        if check.notable or not check.passed:
+            say(outcome(check, ignored))
+    say(f"{sum(check.passed for check in checks)} checks passed")
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _open(model: Any, tokenizer: Any, asked: Settings) -> Any:
+    """The model in lm-eval's HFLM."""
+    if isinstance(model, str | Path):
+        lm = load_model(find_model(str(model)), asked.batch_size, asked.device, asked.dtype)
+    elif hasattr(model, "loglikelihood"):
+        lm = model
+    else:
+        lm = wrap_model(model, tokenizer, asked.batch_size, asked.device or str(model.device))
+    if asked.apply_chat_template and not lm.tokenizer.chat_template:
+        raise UserError("apply_chat_template: the tokenizer has no chat template")
+    return lm
 
 
 @contextmanager
-def bos_for(harness: Any, benchmark: Benchmark) -> Iterator[None]:
-    """Without BOS while a rolling text is encoded: the harness puts one before it, a second would be scored."""
-    before = harness.add_bos_token
-    harness.add_bos_token = False if benchmark.kind == "rolling" else before
+def _data_sets(mirror: str | None) -> Iterator[Path | None]:
+    folder = None if mirror is None else Path(mirror)
+    with tempfile.TemporaryDirectory() as cache, data_from(folder, Path(cache)):
+        yield folder
+
+
+def _run(lm: Any, ready: Ready, asked: Settings, identity: dict[str, Any], target: Path) -> str:
+    """Run one benchmark and write its result file; its score in a few words."""
+    if ready.skipped:
+        result: dict[str, Any] | None = {"benchmark": ready.benchmark.name, "skipped": ready.skipped}
+    else:
+        kept = partial(_cached, folder=Path(asked.cache), identity=identity) if asked.cache else nullcontext
+        with bad_input(ScoringError):
+            result = answer(lm, ready.benchmark, ready.loaded, ready.prompts, asked.prompting, kept)
+    if result is None or not is_first():
+        return ""
+    write_result(target, ready.benchmark, result, SMOKE if asked.prompting.smoke() else "")
+    if ready.skipped:
+        return f"left out: {ready.skipped}"
+    with bad_input(ScoringError):
+        return score_cell(score_benchmark(ready.benchmark, result))
+
+
+@contextmanager
+def _cached(lm: Any, folder: Path, identity: dict[str, Any]) -> Iterator[Any]:
+    """The model behind a file of its own answers; another model, dtype or harness has another file."""
+    from lm_eval.api.model import CacheHook, CachingLM
+    from sqlitedict import SqliteDict
+
+    key = sha256([json.dumps([identity["model"], identity["versions"]], sort_keys=True)])[:32]
+    path = folder / f"{key}.db"
+    with bad_input(OSError, sqlite3.Error, about=f"cache: {path}: "):
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with sqlite3.connect(path) as database:
+                database.execute("select name from sqlite_master")
+        found = CachingLM(lm, str(path))
+    # lm-eval would pickle: whoever can write the file could run code here.
+    found.dbdict.close()
+    found.dbdict = SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=json.loads)
+    lm.set_cache_hook(found.get_cache_hook())
     try:
-        yield
+        yield found
     finally:
-        harness.add_bos_token = before
-
-
-def prepare(harness: Any, benchmark: Benchmark, limit: int | None) -> tuple[Benchmark, list[dict[str, Any]], list[int]]:
-    """A benchmark with its rows and the number of tokens of every answer, item after item.
-
-    Raises:
-        ScoringError: an item is longer than the model's context; the harness would cut it or stop.
-    """
-    rows, lengths = benchmark.rows()[:limit], []
-    with bos_for(harness, benchmark):
-        for row in rows:
-            if benchmark.kind == "rolling":
-                lengths.append(len(harness.tok_encode(row["text"])))
-                continue
-            query = len(harness.tok_encode(row["query"]))
-            for choice in row["choices"]:
-                whole = len(harness.tok_encode(f"{row['query']} {choice}"))
-                if whole > harness.max_length + 1:  # the last token is only predicted, never read
-                    raise ScoringError(
-                        f"{benchmark.name}: an item of {whole} tokens, the model's context is {harness.max_length}"
-                    )
-                lengths.append(whole - query)
-    return benchmark, rows, lengths
-
-
-def run_benchmark(harness: Any, benchmark: Benchmark, rows: list[dict[str, Any]], tokens: list[int]) -> dict[str, Any]:
-    """Put a prepared benchmark through the harness and score its answers.
-
-    Raises:
-        ScoringError: the answers are not finite, or the same for every token.
-    """
-    from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager
-
-    task = TaskManager(include_defaults=False).load([benchmark.harness_task(rows)])
-    # The harness draws a bar for every batch of a novel.
-    with bos_for(harness, benchmark), redirect_stderr(io.StringIO()):
-        results = evaluate(harness, task, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
-    samples = sorted(results["samples"][benchmark.name], key=lambda sample: int(sample["doc_id"]))
-    answers = [sample["filtered_resps"] for sample in samples]
-    rolling = benchmark.kind == "rolling"
-    choices = [[float(value) for value in item] if rolling else [float(value) for value, _ in item] for item in answers]
-
-    check_answers(benchmark.name, list(chain(*choices)), tokens, -math.log(harness.model.config.vocab_size))
-    if rolling:
-        return score_rolling(list(chain(*choices)), tokens, [row["text"] for row in rows])
-    return score_multiple_choice(choices, [row["gold"] for row in rows], [row["cluster"] for row in rows])
-
-
-def score_table(scores: dict[str, Any]) -> Table:
-    """The scores as a table: score ± stderr and whether that is chance, the chance level, n, ties."""
-    table = Table(["benchmark", "score", "chance", "n", "ties"])
-    for name, score in scores["benchmarks"].items():
-        bits = score["details"]["metric"] == "bits_per_byte"
-        chance = "" if score["chance"] is None else f"{score['chance']:.3f}"
-        ties = "" if bits else str(score["details"]["ties"])
-        table.rows.append([name, score_cell(score) + bits * " bits per byte", chance, str(score["n"]), ties])
-    return table
-
-
-def scores_markdown(scores: dict[str, Any], table: Table) -> str:
-    """`scores.md`."""
-    smoke = f"**{SMOKE}**\n\n" if scores["smoke"] else ""
-    return (
-        f"# {scores['suite']}: {scores['model']}\n\n{smoke}{table.markdown()}\n"
-        "Accuracy ± standard error (robust to items that share a sentence); bits per byte: lower is better. "
-        "An item whose best choice is tied counts as wrong. "
-        "At chance: within 1.96 standard errors of guessing; below chance: further down, as a model that prefers short "
-        "answers can be.\n"
-    )
+        lm.set_cache_hook(CacheHook(None))
+        found.dbdict.close()

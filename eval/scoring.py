@@ -1,20 +1,23 @@
-"""From log-likelihoods to scores: pure functions, and the checks that keep a broken model from looking able.
+"""From the answers of a run to its scores: pure functions, and the checks that keep a broken model from looking able.
 
 lm-eval takes the first best choice: a model whose scores are all NaN, or all equal, would get every item right whose
 answer is listed first. Here such a model is an error, and an item whose best choice is tied counts as wrong.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from .suites import AVERAGED, SUITES, Benchmark
 
 AT_CHANCE = 1.96
 """A score within this many standard errors of chance (or without a standard error) counts as being at chance."""
 
 
 class ScoringError(ValueError):
-    """The model's answers cannot be scored; the message names the task."""
+    """The answers cannot be scored; the message names the task."""
 
 
 def check_answers(task: str, loglikelihoods: Sequence[float], tokens: Sequence[int], uniform: float) -> None:
@@ -41,65 +44,269 @@ def check_answers(task: str, loglikelihoods: Sequence[float], tokens: Sequence[i
         )
 
 
-def score_multiple_choice(
-    choices: Sequence[Sequence[float]], gold: Sequence[int], clusters: Sequence[str]
-) -> dict[str, Any]:
-    """Accuracy of the choices with the highest log-likelihood.
+def normalized(value: float, bound: float) -> float:
+    """`value` between guessing and perfect on a scale of 0 to 100: max(0, value - bound) / (1 - bound) * 100."""
+    return 100 * max(0.0, value - bound) / (1 - bound)
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """One task of a benchmark: the benchmark's score is the sum of weight x mean(values) over its strata.
 
     Args:
-        choices: log-likelihoods of each item's choices.
-        gold: index of each item's right choice.
+        task: lm-eval's name.
+        values: one number for each item; their mean is the score.
+        spread: the same, but where the score is a ratio of sums linearized, so that their spread is the ratio's.
+        items: what identifies each item, to pair it with the same item of another run.
         clusters: items of one cluster share their sentence and are not independent.
+        weight: of this task in the benchmark.
+        bound: its score by guessing; None where nothing can be guessed.
+        ties: items whose best choice was tied; they count as wrong.
+    """
+
+    task: str
+    values: list[float]
+    spread: list[float]
+    items: list[str]
+    clusters: list[str]
+    weight: float
+    bound: float | None
+    ties: int
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.values) / self.n
+
+    @property
+    def stderr(self) -> float | None:
+        """Robust to clusters (with one item in each the usual sample standard error); None for a single cluster."""
+        residuals: dict[str, float] = defaultdict(float)
+        for cluster, value in zip(self.clusters, self.spread, strict=True):
+            residuals[cluster] += value - self.mean
+        m = len(residuals)
+        if m < 2:
+            return None
+        return math.sqrt(math.fsum(value**2 for value in residuals.values()) / self.n**2 * m / (m - 1))
+
+
+def strata(benchmark: Benchmark, result: dict[str, Any]) -> list[Stratum]:
+    """The items of a result file as numbers, task after task.
+
+    Raises:
+        ScoringError: the file has other tasks than the benchmark, or no items.
+    """
+    tasks = result["tasks"]
+    if set(tasks) != set(benchmark.tasks):
+        missing = sorted(set(benchmark.tasks) - set(tasks))
+        extra = sorted(set(tasks) - set(benchmark.tasks))
+        what = f"{len(missing)} of its tasks missing: {', '.join(missing[:3])}" if missing else f"unknown: {extra[0]}"
+        raise ScoringError(f"{benchmark.name}: {what}")
+    size = sum(len(tasks[task]["items"]) for task in benchmark.tasks)
+    found = []
+    for task in benchmark.tasks:
+        items = tasks[task]["items"]
+        if not items:
+            raise ScoringError(f"{task}: no items were answered")
+        values, spread, ties = _values(task, benchmark, items)
+        bound = benchmark.bounds[task] if isinstance(benchmark.bounds, Mapping) else benchmark.bounds
+        if bound is None and "chance" in items[0]:
+            bound = math.fsum(item["chance"] for item in items) / len(items)
+        weight = 1 / len(benchmark.tasks) if benchmark.mean == "task" else len(items) / size
+        found.append(
+            Stratum(
+                task,
+                values,
+                spread,
+                [f"{item['doc_id']} {item['doc_hash']}" for item in items],
+                [item.get("cluster", f"{task} {item['doc_id']}") for item in items],
+                weight,
+                bound,
+                ties,
+            )
+        )
+    return found
+
+
+def independent(parts: Sequence[Stratum]) -> list[Stratum]:
+    """Strata that share no cluster: all as one where some of them do, as GPQA's sets, which hold each other.
+
+    Only of tasks whose items weigh the same: weighted otherwise, they are returned as they are.
+    """
+    seen: Counter[str] = Counter(cluster for part in parts for cluster in set(part.clusters))
+    size = sum(part.n for part in parts)
+    alike = all(math.isclose(part.weight, part.n / size) for part in parts)
+    if not alike or max(seen.values()) < 2:
+        return list(parts)
+    fields = ("values", "spread", "items", "clusters")
+    together: dict[str, Any] = {field: [each for part in parts for each in getattr(part, field)] for field in fields}
+    return [Stratum(task=parts[0].task, weight=1.0, bound=None, ties=sum(part.ties for part in parts), **together)]
+
+
+def _values(task: str, benchmark: Benchmark, items: list[dict[str, Any]]) -> tuple[list[float], list[float], int]:
+    """What each item adds to the mean, the same linearized, and how many were tied."""
+    if benchmark.metric == "ifeval":
+        prompts = [float(item["metrics"]["prompt_level_strict_acc,none"]) for item in items]
+        followed = [[float(each) for each in item["metrics"]["inst_level_strict_acc,none"]] for item in items]
+        ratios = _ratio([sum(each) for each in followed], [len(each) for each in followed])
+        values, spread = ([(a + b) / 2 for a, b in zip(prompts, each, strict=True)] for each in ratios)
+        return values, spread, 0
+    if benchmark.rolling:
+        return *_ratio([-item["choices"][0] / math.log(2) for item in items], [item["bytes"] for item in items]), 0
+    values, ties = [], 0
+    for item in items:
+        if benchmark.key not in item["metrics"]:
+            raise ScoringError(f"{task}: an item has no {benchmark.key}")
+        value = float(item["metrics"][benchmark.key])
+        if benchmark.metric in ("acc", "acc_norm") and item.get("gold") is not None:
+            scores = item["choices"]
+            if benchmark.metric == "acc_norm":
+                scores = [score / length for score, length in zip(scores, item["lengths"], strict=True)]
+            if scores.count(max(scores)) > 1:
+                ties, value = ties + 1, 0.0
+        values.append(value)
+    return values, values, ties
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Numbers whose mean is sum(above)/sum(below), and such whose spread is that ratio's, too, to first order.
+
+    Of two runs over the same items the first are equal where the answers are.
+    """
+    ratio, mean = math.fsum(above) / math.fsum(below), math.fsum(below) / len(below)
+    linear = [ratio + (a - ratio * b) / mean for a, b in zip(above, below, strict=True)]
+    return [a / mean for a in above], linear
+
+
+def score_benchmark(benchmark: Benchmark, result: dict[str, Any]) -> dict[str, Any]:
+    """A row of the score table from a result file.
 
     Returns:
-        {"raw", "stderr", "normalized", "chance", "n", "details"} of the score table: raw and stderr are fractions,
-        stderr is robust to clusters (with one item each it is the usual sample standard error; null for a single
-        cluster), chance is the mean of 1/choices, normalized puts chance at 0 and a perfect score at 100, details
-        says whether the score is at chance and counts tied items, which are wrong.
+        {"raw", "stderr", "normalized", "chance", "n", "details"}: raw and stderr are fractions (or bits per byte),
+        stderr is null where there is none; normalized is 0 at chance and 100 when perfect; details holds the metric,
+        whether the score is at chance, tied items, truncated requests, the tasks, and second scores.
+
+    Raises:
+        ScoringError: the file's items are not the benchmark's.
     """
-    right, ties = [], 0
-    for values, answer in zip(choices, gold, strict=True):
-        best = max(values)
-        tied = sum(value == best for value in values) > 1
-        ties += tied
-        right.append(not tied and values[answer] == best)
-    n = len(right)
-    raw = sum(right) / n
-    residuals: dict[str, float] = defaultdict(float)
-    for cluster, value in zip(clusters, right, strict=True):
-        residuals[cluster] += value - raw
-    m = len(residuals)
-    variance = sum(value**2 for value in residuals.values()) / n**2 * m / (m - 1) if m > 1 else None
-    stderr = None if variance is None else math.sqrt(variance)
-    chance = sum(1 / len(values) for values in choices) / n
-    at_chance = stderr is None or abs(raw - chance) <= AT_CHANCE * stderr
-    return {
-        "raw": raw,
-        "stderr": stderr,
-        "normalized": 100 * max(0.0, raw - chance) / (1 - chance),
-        "chance": chance,
-        "n": n,
-        "details": {"metric": "acc", "at_chance": at_chance, "ties": ties, "clusters": m},
+    parts = strata(benchmark, result)
+    raw = math.fsum(part.weight * part.mean for part in parts)
+    errors = [part.stderr for part in parts]
+    apart = [(part.weight, part.stderr) for part in independent(parts)]
+    stderr = None
+    if all(error is not None for _, error in apart):
+        stderr = math.sqrt(sum((weight * error) ** 2 for weight, error in apart if error is not None))
+    bounds = [part.bound for part in parts]
+    chance = None if None in bounds else math.fsum(p.weight * p.bound for p in parts)  # type: ignore[operator]
+    details: dict[str, Any] = {
+        "metric": benchmark.metric,
+        "at_chance": chance is not None and (stderr is None or abs(raw - chance) <= AT_CHANCE * stderr),
+        "ties": sum(part.ties for part in parts),
+        "clusters": len({cluster for part in parts for cluster in part.clusters}),
+        "truncated": sum(task["overlong"] for task in result["tasks"].values()),
     }
+    if benchmark.rolling:
+        items = result["tasks"][benchmark.name]["items"]
+        details |= {"bytes": sum(item["bytes"] for item in items), "tokens": sum(item["tokens"][0] for item in items)}
+    if len(parts) > 1:
+        details["size_weighted"] = math.fsum(part.mean * part.n for part in parts) / sum(part.n for part in parts)
+    details |= {key: _second(key, result) for key in benchmark.also}
+    details["tasks"] = {
+        part.task: {
+            "raw": part.mean,
+            "stderr": error,
+            "normalized": None if part.bound is None else normalized(part.mean, part.bound),
+            "chance": part.bound,
+            "n": part.n,
+            "ties": part.ties,
+            "truncated": result["tasks"][part.task]["overlong"],
+            "hash": result["tasks"][part.task]["hash"],
+        }
+        for part, error in zip(parts, errors, strict=True)
+    }
+    if chance is None:
+        level = None
+    elif isinstance(benchmark.bounds, Mapping):
+        level = math.fsum(part.weight * normalized(part.mean, part.bound) for part in parts)  # type: ignore[arg-type]
+    else:
+        level = normalized(raw, chance)
+    n = sum(part.n for part in parts)
+    return {"raw": raw, "stderr": stderr, "normalized": level, "chance": chance, "n": n, "details": details}
 
 
-def score_rolling(loglikelihoods: Sequence[float], tokens: Sequence[int], texts: Sequence[str]) -> dict[str, Any]:
-    """Bits per byte of whole texts.
+def _second(key: str, result: dict[str, Any]) -> float:
+    values = [item["metrics"][key] for task in result["tasks"].values() for item in task["items"]]
+    flat = [float(each) for value in values for each in (value if isinstance(value, list) else [value])]
+    return math.fsum(flat) / len(flat)
+
+
+def no_score(benchmark: Benchmark, reason: str) -> dict[str, Any]:
+    """The row of a benchmark that has no score, and why."""
+    empty = dict.fromkeys(("raw", "stderr", "normalized", "chance", "n"))
+    return {**empty, "details": {"metric": benchmark.metric, "at_chance": False, "reason": reason}}
+
+
+def score_suite(
+    suite: str, benchmarks: Sequence[Benchmark], results: Mapping[str, dict[str, Any]], *, model: str, smoke: list[str]
+) -> dict[str, Any]:
+    """The content of `scores.json` from the result files of a run.
 
     Args:
-        loglikelihoods: of each text, in nats.
-        tokens: number of tokens of each text.
-        texts: the texts; their length counts in UTF-8 bytes.
+        suite: name of the suite.
+        benchmarks: its benchmarks, in the order of the table.
+        results: content of the result files by benchmark; {"skipped": reason} where one was left out.
+        model: what was scored.
+        smoke: settings that make this no leaderboard score.
 
     Returns:
-        A row of the score table with raw in bits per byte; it has no chance level and no standard error.
+        {"suite", "smoke", "model", "average", "benchmarks", "notes"}. The average (0 to 100) is null, and notes says
+        why, unless every benchmark of a leaderboard is whole: version 1 is the mean of the raw scores, version 2 that
+        of the normalized ones.
+
+    Raises:
+        ScoringError: a result file does not fit its benchmark.
     """
-    size = sum(len(text.encode()) for text in texts)
+    rows, absent, other = {}, {}, []
+    for benchmark in benchmarks:
+        result = results.get(benchmark.name)
+        reason = "not run" if result is None else result.get("skipped")
+        if result is None or reason:
+            rows[benchmark.name] = no_score(benchmark, str(reason))
+            absent[benchmark.title] = reason
+        else:
+            rows[benchmark.name] = row = score_benchmark(benchmark, result)
+            if not smoke and benchmark.items not in (None, row["n"]):
+                other.append(f"{benchmark.title} has {row['n']} items here, {benchmark.items} on the leaderboard")
+    notes = [f"{benchmark.title}: {reason}" for benchmark in benchmarks if (reason := absent.get(benchmark.title))]
+    notes += other
+    average = None
+    if suite in AVERAGED:
+        missing = [f"{each.title} is not part of this run" for each in SUITES[suite] if each.name not in rows]
+        why = [
+            *missing,
+            *(["not all columns are there"] if absent else []),
+            *smoke,
+            *(["other items"] if other else []),
+        ]
+        if why:
+            notes.append(f"no average: {', '.join(why)}")
+        else:
+            values = [100 * row["raw"] if suite == "v1" else row["normalized"] for row in rows.values()]
+            average = math.fsum(values) / len(values)
+    for benchmark in benchmarks:
+        details = rows[benchmark.name]["details"]
+        if count := details.get("truncated"):
+            cut = {name: task["truncated"] for name, task in details["tasks"].items() if task["truncated"]}
+            told = f" ({', '.join(f'{name} {n}' for name, n in cut.items())})" if len(details["tasks"]) > 1 else ""
+            notes.append(f"{benchmark.title}: {count} prompts were cut to the model's context{told}")
     return {
-        "raw": -sum(loglikelihoods) / math.log(2) / size,
-        "stderr": None,
-        "normalized": None,
-        "chance": None,
-        "n": len(texts),
-        "details": {"metric": "bits_per_byte", "at_chance": False, "bytes": size, "tokens": sum(tokens)},
+        "suite": suite,
+        "smoke": bool(smoke),
+        "model": model,
+        "average": average,
+        "benchmarks": rows,
+        "notes": notes,
     }

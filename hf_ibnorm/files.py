@@ -93,16 +93,14 @@ def sha256_file(path: Path) -> str:
 
 def sha256_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Hex digest of named tensors: names, dtypes, shapes and bits."""
-    parts: list[bytes | str] = []
-    for name, tensor in tensors:
-        value = tensor.detach().cpu().contiguous()
-        parts += [
-            name,
-            str(value.dtype),
-            str(tuple(value.shape)),
-            value.reshape(-1).view(torch.uint8).numpy().tobytes(),
-        ]
-    return sha256(parts)
+
+    def parts() -> Iterator[bytes | str]:
+        for name, tensor in tensors:  # one at a time: together they may fill the memory
+            value = tensor.detach().cpu().contiguous()
+            yield from (name, str(value.dtype), str(tuple(value.shape)))
+            yield value.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    return sha256(parts())
 
 
 def git_revision(folder: Path) -> str | None:

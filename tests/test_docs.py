@@ -33,6 +33,7 @@ def test_the_library_page_runs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "library"], ids=lambda page: page.stem)
 def test_the_pages_of_the_commands_run(page, tmp_path):
+    (tmp_path / "mirror").symlink_to(Path(__file__).parent / "fixtures" / "leaderboard_mirror")
     run(page, tmp_path)
 
 

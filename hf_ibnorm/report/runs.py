@@ -121,19 +121,19 @@ def comparison(runs: list[Run]) -> Table:
     scored = [run.scores["benchmarks"] if run.scores else {} for run in runs]
     names = list(dict.fromkeys(name for scores in scored for name in scores))
 
-    def add_scores(metric: str, title: str) -> None:
+    def add_scores(rolling: bool, title: str) -> None:
         for name in names:
             rows = [scores.get(name) for scores in scored]
-            if any(row and row["details"]["metric"] == metric for row in rows):
+            if any(row and (row["details"]["metric"] == "bits_per_byte") == rolling for row in rows):
                 table.rows.append([title.format(name=name), *(score_cell(row) if row else "-" for row in rows)])
 
-    add_scores("bits_per_byte", "{name}, bits per byte (lower is better)")
+    add_scores(True, "{name}, bits per byte (lower is better)")
     table.rows += [
         ["parameters", *(f"{run.environment['parameters']:,}" for run in runs)],
         ["tokens trained on", *(f"{run.metrics[-1]['tokens']:,}" for run in runs)],
         ["seconds per step (fastest tenth)", *(f"{run.seconds_per_step():.3f}" for run in runs)],
     ]
-    add_scores("acc", "{name}, accuracy")
+    add_scores(False, "{name}, accuracy")
     table.rows.append(["validation loss, nats per token", *(f"{run.metrics[-1]['eval_loss']:.3f}" for run in runs)])
     return table
 

@@ -1,4 +1,4 @@
-"""One table, written for a terminal or as Markdown."""
+"""One table, written for a terminal, as Markdown or as LaTeX."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,25 @@ class Table:
         lines = [[cell.replace("|", "\\|") for cell in row] for row in [self.columns, rule, *self.rows]]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
+    def latex(self, caption: str) -> str:
+        """As a LaTeX table with the rules of the package booktabs, ending in a newline."""
+        lines = [" & ".join(map(_escaped, row)) + r" \\" for row in [self.columns, *self.rows]]
+        return "\n".join(
+            [
+                r"\begin{table}",
+                rf"\caption{{{_escaped(caption)}}}",
+                rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+                r"\toprule",
+                lines[0],
+                r"\midrule",
+                *lines[1:],
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
     def print(self) -> None:
         """On standard output, as wide as it needs to be when that is no terminal."""
         table = RichTable(box=None, pad_edge=False, header_style="bold")
@@ -38,8 +57,17 @@ class Table:
         console.print(table, highlight=False, markup=False)
 
 
+def _escaped(text: str) -> str:
+    """Plain text as LaTeX."""
+    special = {"\\": r"\textbackslash{}", "±": r"$\pm$", "λ": r"$\lambda$", "~": r"\textasciitilde{}", "^": r"\^{}"}
+    return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
+
+
 def score_cell(score: dict[str, Any]) -> str:
-    """One row of `scores.json` as text: `0.531 ± 0.020`, with `(at chance)` or `(below chance)` where that is so."""
+    """One row of `scores.json` as text: `0.531 ± 0.020`, with `(at chance)` or `(below chance)` where that is so; `-`
+    where there is no score."""
+    if score["raw"] is None:
+        return "-"
     text = f"{score['raw']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")
     if score["details"]["at_chance"]:
         return f"{text} (at chance)"

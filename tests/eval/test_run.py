@@ -1,5 +1,6 @@
 """Scoring a model through lm-eval: right numbers, refused models, nothing half-written."""
 
+import csv
 import json
 import math
 import os
@@ -11,42 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.__main__ import main
-from eval.runner import SMOKE, load_model, prepare, run, run_benchmark
-from eval.suites import MULTIPLE_CHOICE, SUITES, Benchmark
+from eval.model import load_model
+from eval.runner import run
+from eval.scoring import ScoringError
+from eval.suites import MULTIPLE_CHOICE, SUITES, embedded_rows
+from eval.tables import SMOKE
 from hf_ibnorm import load_corpus
 from hf_ibnorm.cli import UserError
-from train_lm.config import build_model_config, read_command_line
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
 ROOT = Path(__file__).parents[2]
-NOVEL = 3_000
-"""Characters of the test novel that these tests read."""
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """An untrained model with noise norms and large weights, so that its answers differ, and its tokenizer."""
-    path = tmp_path_factory.mktemp("model")
-    config = read_command_line(["--config", "tiny", "--run_dir", "unused", "--model.norm_type", "layernormalnorm"])
-    tokenizer = wrap_tokenizer(train_tokenizer([load_corpus("austen", "train")[0][:50_000]], 300), 512)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(build_model_config(config, len(tokenizer), tokenizer.eos_token_id))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(10)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def short_novel(monkeypatch):
-    monkeypatch.setattr("eval.suites.load_corpus", lambda name, split: [load_corpus(name, split)[0][:NOVEL]])
+NOVEL = 3_000  # as in conftest.py
+EMBEDDED = {each.name: each for each in SUITES["embedded"]}
 
 
 def changed(checkpoint, target, change):
@@ -56,10 +36,6 @@ def changed(checkpoint, target, change):
         change(model)
     model.save_pretrained(target)
     return target
-
-
-def score(harness, benchmark, limit=None):
-    return run_benchmark(harness, *prepare(harness, benchmark, limit))
 
 
 @torch.no_grad()
@@ -80,7 +56,7 @@ def test_scores_agree_with_log_likelihoods_computed_independently(checkpoint, tm
         return tokenizer(text)["input_ids"]
 
     for name in MULTIPLE_CHOICE:
-        right, rows = 0, Benchmark(name, "multiple_choice").rows()[:40]
+        right, rows = 0, embedded_rows(name)[:40]
         for row in rows:
             context = encode(row["query"])
             values = [
@@ -103,19 +79,13 @@ def test_scores_agree_with_log_likelihoods_computed_independently(checkpoint, tm
     )
 
 
-def test_accuracy_without_ties_is_the_harness_own(checkpoint, monkeypatch):
-    from lm_eval import evaluator
-
-    seen = {}
-
-    def recording(*args, original=evaluator.evaluate, **kwargs):
-        seen.update(original(*args, **kwargs)["results"])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(evaluator, "evaluate", recording)
-    ours = score(load_model(checkpoint, 8, "cpu", "auto"), Benchmark("sva_linzen", "multiple_choice"), 60)
-    assert ours["details"]["ties"] == 0
-    assert ours["raw"] == pytest.approx(seen["sva_linzen"]["acc,none"])
+def test_accuracy_without_ties_is_the_harness_own(checkpoint, tmp_path):
+    scores = run(str(checkpoint), "embedded", str(tmp_path / "out"), limit=60)
+    for name in MULTIPLE_CHOICE:
+        ours = scores["benchmarks"][name]
+        result = json.loads((tmp_path / "out" / "results" / f"{name}.json").read_text())
+        assert ours["details"]["ties"] == 0
+        assert ours["raw"] == pytest.approx(result["harness"][name]["acc,none"])
 
 
 def test_trained_with_noise_scores_are_bit_identical_twice_and_for_any_batch_size(checkpoint, tmp_path):
@@ -132,7 +102,7 @@ def test_written_files_hold_the_documented_fields(checkpoint, tmp_path):
     out = tmp_path / "new" / "out"
     run(str(checkpoint), "embedded", str(out), limit=5)
     scores = json.loads((out / "scores.json").read_text())
-    assert list(scores) == ["suite", "smoke", "model", "average", "benchmarks"]
+    assert list(scores) == ["suite", "smoke", "model", "average", "benchmarks", "notes"]
     assert scores["smoke"] is True
     assert list(scores["benchmarks"]) == [benchmark.name for benchmark in SUITES["embedded"]]
     for score in scores["benchmarks"].values():
@@ -141,7 +111,16 @@ def test_written_files_hold_the_documented_fields(checkpoint, tmp_path):
     assert SMOKE in markdown
     assert "| sva_simple |" in markdown
     assert "at chance" in markdown
-    assert sorted(path.name for path in out.iterdir()) == ["environment.json", "scores.json", "scores.md"]
+    files = {path.name for path in out.iterdir()}
+    scored = {f"scores.{kind}" for kind in ("json", "md", "csv", "tex")}
+    assert files == {"environment.json", "manifest.json", "results", *scored}
+    assert all(SMOKE in (out / f"scores.{kind}").read_text() for kind in ("md", "tex"))
+    rows = list(csv.DictReader((out / "scores.csv").open()))
+    assert [row["benchmark"] for row in rows] == list(scores["benchmarks"])
+    assert all(row["stamp"] == SMOKE for row in rows)
+    assert scores["notes"][0] == SMOKE
+    assert all(json.loads(path.read_text())["stamp"] == SMOKE for path in (out / "results").iterdir())
+    assert [float(row["raw"]) for row in rows] == [score["raw"] for score in scores["benchmarks"].values()]
 
 
 def test_a_run_directory_or_a_training_checkpoint_may_be_named_instead(checkpoint, tmp_path):
@@ -151,27 +130,27 @@ def test_a_run_directory_or_a_training_checkpoint_may_be_named_instead(checkpoin
 
 
 BROKEN = {
-    "nan": (lambda model: model.model.layers[0].mlp.up_proj.weight.fill_(math.nan), "austen_test: .* must be finite"),
-    "constant": (lambda model: model.model.embed_tokens.weight.zero_(), "austen_test: .* every token the same score"),
+    "nan": (lambda model: model.model.layers[0].mlp.up_proj.weight.fill_(math.nan), "logits: .* are NaN or infinite"),
+    "constant": (lambda model: model.model.embed_tokens.weight.zero_(), "logits: .* every token the same score"),
 }
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_model_is_an_error_naming_the_task(checkpoint, tmp_path, name, dtype):
+def test_a_broken_model_is_refused_before_and_by_every_task(checkpoint, tmp_path, score, name, dtype):
     change, message = BROKEN[name]
     broken = changed(checkpoint, tmp_path / "model", change)
     with pytest.raises(UserError, match=message):
         run(str(broken), "embedded", str(tmp_path / "out"), limit=5, dtype=dtype)
     assert not (tmp_path / "out").exists()
     harness = load_model(broken, 8, "cpu", dtype)
-    for benchmark in SUITES["embedded"][1:]:
-        with pytest.raises(ValueError, match=benchmark.name):
+    for benchmark in SUITES["embedded"]:
+        with pytest.raises(ScoringError, match=benchmark.name):
             score(harness, benchmark, 20)
 
 
-def test_half_precision_weights_do_not_make_choices_tie(checkpoint):
-    linzen = Benchmark("sva_linzen", "multiple_choice")
+def test_half_precision_weights_do_not_make_choices_tie(checkpoint, score):
+    linzen = EMBEDDED["sva_linzen"]
     half = score(load_model(checkpoint, 8, "cpu", "bfloat16"), linzen, 100)
     assert half["details"]["ties"] <= 2
 
@@ -215,26 +194,10 @@ def test_a_device_that_is_not_there_is_refused(checkpoint, device):
         load_model(checkpoint, 8, device, "auto")
 
 
-def with_template(checkpoint, target, single):
-    """A copy whose tokenizer adds the end-of-text token where `single` says."""
-    shutil.copytree(checkpoint, target)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    special = [(tokenizer.eos_token, tokenizer.eos_token_id)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
-    tokenizer.save_pretrained(target)
-    return target
-
-
 def test_a_model_without_its_tokenizer_is_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(UserError, match="tokenizer: .*model has none"):
         load_model(tmp_path / "model", 8, "cpu", "auto")
-
-
-def test_an_eos_appending_tokenizer_is_refused(checkpoint, tmp_path):
-    path = with_template(checkpoint, tmp_path / "model", "$A <|endoftext|>")
-    with pytest.raises(UserError, match="tokenizer: .* ends every text with '<.endoftext.>'"):
-        load_model(path, 8, "cpu", "auto")
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(checkpoint, tmp_path):
@@ -246,25 +209,21 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(checkpoint, tmp_path
 
 def test_an_item_longer_than_the_context_is_refused(checkpoint, tmp_path):
     short = changed(checkpoint, tmp_path / "model", lambda model: setattr(model.config, "max_position_embeddings", 64))
-    with pytest.raises(UserError, match="sva_linzen: an item of .* tokens, the model's context is 64"):
+    with pytest.raises(UserError, match="context: sva_linzen: .*, the model's context is 64; --overlong skip"):
         run(str(short), "embedded", str(tmp_path / "out"))
-
-
-def test_a_bos_adding_tokenizer_scores_the_same_rolling_text(checkpoint, tmp_path):
-    adding = load_model(with_template(checkpoint, tmp_path / "model", "<|endoftext|> $A"), 8, "cpu", "auto")
-    assert adding.tok_encode("a")[0] == adding.tokenizer.eos_token_id
-    novel = SUITES["embedded"][0]
-    assert score(adding, novel) == score(load_model(checkpoint, 8, "cpu", "auto"), novel)
-    assert adding.tok_encode("a")[0] == adding.tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--model", "missing"], "model: missing is not a model directory"),
-        (["--suite", "v3"], "suite: got 'v3', allowed are embedded"),
+        (["--suite", "openllm"], "suite: got 'openllm', allowed are embedded"),
+        (["--shard", "3/2"], "argument --shard: got '3/2', must be i/n"),
+        (["--skip", "v4"], "skip: got 'v4', allowed are austen_test"),
+        (["--ignore", "all"], "ignore: got 'all', allowed are packages"),
+        (["--gen_kwargs", "x"], "argument --gen_kwargs: got 'x', must be a JSON object"),
         (["--limit", "0"], "argument --limit: got '0', must be a whole number >= 1"),
-        (["--batch_size", "auto"], "argument --batch_size: got 'auto'"),
+        (["--batch_size", "0"], "argument --batch_size: got '0'"),
         (["--modle", "x"], "did you mean '--model'"),
         (["--output", "."], "output: . is not empty"),
     ],
@@ -278,6 +237,27 @@ def test_bad_input_is_one_line_and_exit_2(command, flags, message, tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_batch_size_is_not_searched_for_on_a_cpu(checkpoint, command, tmp_path):
+    words = ["--model", str(checkpoint), "--suite", "embedded", "--output", str(tmp_path / "out")]
+    code, _, err = command(main, "run", *words, "--batch_size", "auto", "--device", "cpu")
+    assert code == 2
+    assert err.startswith("error: batch_size: got 'auto', on a CPU it must be a whole number")
+
+
+def test_the_manifest_says_what_a_score_is_of(checkpoint, tmp_path):
+    scores = run(str(checkpoint), "embedded", str(tmp_path / "out"), limit=3)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    identity = manifest["identity"]
+    assert set(identity["model"]) == {"weights", "config", "tokenizer", "dtype", "max_length"}
+    assert identity["versions"]["lm_eval"] == "0.4.13"
+    assert identity["seeds"] == {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+    assert manifest["model"] == str(checkpoint)
+    assert manifest["settings"]["limit"] == 3
+    assert manifest["task_hashes"] == {
+        name: row["details"]["tasks"][name]["hash"] for name, row in scores["benchmarks"].items()
+    }
+
+
 def test_the_command_scores_from_any_folder(checkpoint, tmp_path):
     words = ["run", "--model", str(checkpoint), "--suite", "embedded", "--limit", "2", "--output", "out"]
     # From the tree's root, as in the README: the embedded tasks are found wherever the model and the output are.
@@ -285,13 +265,13 @@ def test_the_command_scores_from_any_folder(checkpoint, tmp_path):
         [sys.executable, "-m", "eval", *words[:-1], str(tmp_path / "out")], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("1/7 austen_test ")
+    assert "\n1/7 austen_test " in done.stdout
     assert SMOKE in done.stdout
     assert done.stderr == ""
 
 
 def test_tasks_ship_the_rows_of_their_sources():
-    counts = {name: len(Benchmark(name, "multiple_choice").rows()) for name in MULTIPLE_CHOICE}
+    counts = {name: len(embedded_rows(name)) for name in MULTIPLE_CHOICE}
     assert counts == {
         "sva_simple": 600,
         "sva_nounpp": 2400,

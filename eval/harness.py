@@ -1,0 +1,395 @@
+"""lm-evaluation-harness as this program uses it: tasks loaded the same way every time, prompts measured before any is
+answered, answers taken down item by item."""
+
+import io
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from hf_ibnorm.cli import UserError
+from hf_ibnorm.files import sha256
+
+from .mirror import sets_of, told_of
+from .scoring import check_answers
+from .suites import DEFINED, SUITES, Benchmark, embedded_rows, task_manager
+
+VERSION = "0.4.13"
+"""The release whose tasks, prompts and metrics the suites are defined by."""
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+"""lm-eval's own defaults; GPQA shuffles its choices with the first."""
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How prompts are made and answered; what differs from the defaults of the harness changes the scores.
+
+    Args:
+        limit: only the first so many items of each task.
+        chat_template: put each prompt through the tokenizer's chat template.
+        multiturn: give the examples as earlier turns of the conversation.
+        generation: options of generation that replace those of the task files.
+    """
+
+    limit: int | None = None
+    chat_template: bool = False
+    multiturn: bool = False
+    generation: dict[str, Any] | None = None
+
+    def smoke(self) -> list[str]:
+        """The settings that make this no leaderboard score."""
+        found = [] if self.limit is None else [f"--limit {self.limit}"]
+        return found + ([] if not self.generation else ["changed generation settings"])
+
+    def notes(self) -> list[str]:
+        """What a reader of the scores must know of the prompts."""
+        turns = ", examples as turns" if self.multiturn else ""
+        return [f"with the tokenizer's chat template{turns}"] if self.chat_template else []
+
+    def arguments(self, lm: Any) -> dict[str, Any]:
+        """For lm-eval's `build_all_requests`."""
+        template = {"chat_template": lm.apply_chat_template, "tokenizer_name": lm.tokenizer_name}
+        return {
+            "limit": self.limit,
+            "apply_chat_template": self.chat_template,
+            "fewshot_as_multiturn": self.multiturn,
+            **(template if self.chat_template else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of one task, measured in tokens.
+
+    Args:
+        tokens: of every answer that will be scored, by item and choice (none where text is generated).
+        longest: prompt and answer, or prompt and room for the answer.
+        overlong: how many prompts do not fit into the model's context.
+        impossible: why no prompt could be short enough; None where it is not so.
+    """
+
+    tokens: dict[tuple[int, int], int]
+    longest: int
+    overlong: int
+    impossible: str | None
+
+
+@contextmanager
+def data_from(mirror: Path | None, cache: Path) -> Iterator[None]:
+    """Have lm-eval read its data sets from folders of `mirror`, and from nowhere else; from the Hub if that is None.
+
+    Args:
+        mirror: folder with the data sets.
+        cache: a new folder for what `datasets` prepares. GPQA's choices are shuffled while they are prepared, and every
+            time they are asked for unless what was prepared is kept: so it must be, and none of an earlier run.
+
+    Raises:
+        UserError: (where a set is loaded) the mirror lacks it.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    load, enabled = datasets.load_dataset, datasets.is_caching_enabled()
+    offline = (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE)
+
+    def prepared(path: str, name: str | None = None, **options: Any) -> Any:
+        folder = path if mirror is None else str(mirror / path)
+        if mirror is not None and not Path(folder).is_dir():
+            raise UserError(f"mirror: {folder} is missing (python -m eval mirror fetch --mirror {mirror})")
+        return load(folder, name, cache_dir=str(cache), **options)
+
+    datasets.load_dataset = prepared
+    datasets.enable_caching()
+    if mirror is not None:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.load_dataset = load
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = offline
+        if not enabled:
+            datasets.disable_caching()
+
+
+@contextmanager
+def quiet(always: bool = False) -> Iterator[None]:
+    """Keep the harness's own words off the terminal; its progress bars are let through to a person who watches."""
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        if always or not sys.stderr.isatty():
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield
+
+
+def _seed() -> None:
+    import numpy as np
+    import torch
+
+    random.seed(SEEDS["random"])
+    if find_spec("langdetect"):  # IFEval asks it for the language of an answer, which it finds by drawing
+        from langdetect import DetectorFactory
+
+        DetectorFactory.seed = SEEDS["random"]
+    np.random.seed(SEEDS["numpy"])
+    torch.manual_seed(SEEDS["torch"])
+
+
+def choose(names: str) -> tuple[str, list[Benchmark]]:
+    """The suite of that name, or one of the tasks that lm-eval calls so (several divided by commas).
+
+    Raises:
+        UserError: lm-eval does not know a name, or it has no metric that can be scored here.
+    """
+    if names in SUITES:
+        return names, list(SUITES[names])
+    asked = names.split(",")
+    for name in asked:
+        if name in DEFINED:
+            continue
+        if name not in task_manager((".",)).all_tasks or name in ("openllm", "leaderboard"):
+            # The first recurses until it dies, the second mixes tasks with different chance levels.
+            hint = " (use v1 and v2 for the leaderboards)" if name in ("openllm", "leaderboard") else ""
+            raise UserError(
+                f"suite: got {names!r}, allowed are {', '.join(SUITES)} and tasks of lm-eval {VERSION}{hint}"
+            )
+    return names, [DEFINED.get(name) or Benchmark(name, name, (), "", folders=(".",)) for name in asked]
+
+
+PREFERRED = ("acc_norm", "acc", "exact_match", "bits_per_byte")
+
+
+def load_tasks(benchmark: Benchmark) -> tuple[Benchmark, dict[str, Any]]:
+    """The benchmark's tasks as lm-eval has them, with their data.
+
+    Returns:
+        The benchmark, complete now if it was only a name of lm-eval's, and lm-eval's tasks and groups.
+
+    Raises:
+        UserError: the data cannot be had, or the installed harness defines the benchmark differently.
+    """
+    spec: Any = benchmark.config or benchmark.name
+    manager = task_manager(benchmark.folders)
+    _seed()
+    with quiet():
+        try:
+            loaded = manager.load([spec])
+        except UserError:
+            raise
+        except Exception as error:  # whatever data sets, the network and task files may raise
+            cause = told_of(error, *sorted(each.repository for each in sets_of([benchmark])))
+            raise UserError(f"{benchmark.name}: its data cannot be loaded: {cause}") from error
+    if not benchmark.tasks:
+        benchmark = _complete(benchmark, loaded["tasks"])
+    tasks = loaded["tasks"]
+    if set(tasks) != set(benchmark.tasks):
+        odd = sorted(set(tasks) ^ set(benchmark.tasks))
+        raise UserError(f"{benchmark.name}: lm-eval's tasks differ from this suite's: {', '.join(odd[:3])}")
+    for name, task in tasks.items():
+        shots = task.get_config("num_fewshot")
+        if benchmark.set_shots:
+            task.set_config(key="num_fewshot", value=benchmark.shots)
+        elif (shots or 0) != benchmark.shots:
+            raise UserError(f"{name}: lm-eval gives {shots} examples, this suite asks for {benchmark.shots}")
+        elif shots is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=SEEDS["fewshot"])
+        metrics = set(task._metric_fn_list) | {"ifeval"} & {benchmark.metric}
+        if benchmark.metric not in metrics:
+            raise UserError(f"{name}: lm-eval has no {benchmark.metric} for it, only {', '.join(sorted(metrics))}")
+        choices = task.config.doc_to_choice
+        fixed = isinstance(benchmark.bounds, Mapping) and isinstance(choices, list)
+        if fixed and len(choices) != round(1 / benchmark.bounds[name]):
+            raise UserError(f"{name}: lm-eval has {len(choices)} choices, its chance level says otherwise")
+    return benchmark, loaded
+
+
+def _complete(benchmark: Benchmark, tasks: dict[str, Any]) -> Benchmark:
+    """The benchmark that a bare name of lm-eval's stands for, as its task files have it."""
+    first = next(iter(tasks.values()))
+    known = set.intersection(*(set(task._metric_fn_list) for task in tasks.values()))
+    metric = next((name for name in PREFERRED if name in known), None)
+    if metric is None:
+        raise UserError(f"suite: {benchmark.name} has none of the metrics {', '.join(PREFERRED)}")
+    filters = [each.name for each in first._filters]
+    shots = {task.get_config("num_fewshot") or 0 for task in tasks.values()}
+    if len(shots) > 1:
+        raise UserError(f"suite: the tasks of {benchmark.name} have different numbers of examples; name them singly")
+    return Benchmark(
+        benchmark.name, benchmark.name, tuple(tasks), metric, filters[0], shots=shots.pop(), folders=benchmark.folders
+    )
+
+
+@contextmanager
+def bos_for(lm: Any, benchmark: Benchmark) -> Iterator[None]:
+    """Without BOS while a rolling text is encoded: the harness puts one before it, a second would be scored."""
+    before = lm.add_bos_token
+    lm.add_bos_token = False if benchmark.rolling else before
+    try:
+        yield
+    finally:
+        lm.add_bos_token = before
+
+
+def measure(lm: Any, benchmark: Benchmark, tasks: dict[str, Any], prompting: Prompting) -> dict[str, Prompts]:
+    """The prompts of each task in tokens, exactly as the harness will hand them to the model."""
+    measured = {}
+    with bos_for(lm, benchmark), quiet():
+        for name, task in tasks.items():
+            task.build_all_requests(rank=0, world_size=1, **prompting.arguments(lm))
+            measured[name] = _measure(lm, task.instances, prompting)
+            task._instances = None  # a few thousand prompts with many examples fill the memory
+    return measured
+
+
+def _measure(lm: Any, instances: list[Any], prompting: Prompting) -> Prompts:
+    tokens: dict[tuple[int, int], int] = {}
+    totals, room = [], 0
+    last: tuple[str | None, int] = (None, 0)
+    for instance in instances:
+        if instance.request_type == "generate_until":
+            context, options = instance.args
+            room = max(room, (options | (prompting.generation or {})).get("max_gen_toks", lm.max_gen_toks))
+            totals.append(len(lm.tok_encode(context)))
+        elif instance.request_type == "loglikelihood_rolling":
+            tokens[instance.doc_id, 0] = len(lm.tok_encode(*instance.args))
+        else:
+            context, answer = instance.args
+            if not context:  # the harness puts one token before it
+                whole, before = len(lm.tok_encode(answer, add_special_tokens=False)) + 1, 1
+            else:
+                if context.rstrip() != last[0]:
+                    last = context.rstrip(), len(lm.tok_encode(context.rstrip()))
+                whole, before = len(lm.tok_encode(context + answer)), last[1]
+            tokens[instance.doc_id, instance.idx] = whole - before
+            totals.append(whole - 1)  # the last token is only predicted, never read
+    impossible = None
+    if room and room >= lm.max_length:
+        impossible = f"it generates up to {room} tokens, the model's context is {lm.max_length}"
+    elif totals and not room and max(tokens.values()) > lm.max_length:
+        impossible = f"its longest answer has {max(tokens.values())} tokens, the model's context is {lm.max_length}"
+    overlong = sum(total > lm.max_length - room for total in totals)
+    return Prompts(tokens, max(totals, default=0) + room, overlong, impossible)
+
+
+def answer(
+    lm: Any,
+    benchmark: Benchmark,
+    loaded: dict[str, Any],
+    prompts: dict[str, Prompts],
+    prompting: Prompting,
+    kept: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Any] | None:
+    """Put a benchmark through the harness; its result file, or None on all processes but the first.
+
+    Args:
+        lm: the model.
+        benchmark: what is run.
+        loaded: from `load_tasks`.
+        prompts: from `measure`.
+        prompting: as it was measured.
+        kept: puts a cache around the model.
+
+    Raises:
+        ScoringError: the answers are not finite, or the same for every token.
+    """
+    from lm_eval.evaluator import evaluate
+
+    _seed()
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=SEEDS["fewshot"])  # measuring has drawn examples
+        if prompting.generation and task.get_config("output_type") == "generate_until":
+            task.set_config(key="generation_kwargs", value=prompting.generation, update=True)
+    # The harness draws a bar for every batch of a novel.
+    with kept(lm) as model, bos_for(lm, benchmark), quiet(always=benchmark.rolling):
+        results = evaluate(
+            model,
+            loaded,
+            limit=prompting.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=prompting.chat_template,
+            fewshot_as_multiturn=prompting.multiturn,
+        )
+    if results is None:
+        return None
+    tasks = {}
+    for name, task in loaded["tasks"].items():
+        samples = results["samples"][name]
+        tasks[name] = {
+            "version": task.VERSION,
+            "shots": task.get_config("num_fewshot"),
+            "hash": _task_hash(samples),
+            "size": len(task.eval_docs),
+            "overlong": prompts[name].overlong,
+            "items": _items(benchmark, name, task, samples, prompts[name].tokens),
+        }
+    # Over the benchmark: in a task of two items, answers of one probability may be chance.
+    scored = [item for task in tasks.values() for item in task["items"] if "choices" in item]
+    if scored:
+        values, tokens = (list(chain(*(item[field] for item in scored))) for field in ("choices", "tokens"))
+        check_answers(benchmark.name, values, tokens, -math.log(lm.model.config.vocab_size))
+    values = {
+        name: {key: value for key, value in metrics.items() if "," in key and not isinstance(value, str)}
+        for name, metrics in results["results"].items()
+    }
+    return {"benchmark": benchmark.name, "metric": benchmark.key, "tasks": tasks, "harness": values}
+
+
+def _task_hash(samples: list[dict[str, Any]]) -> str:
+    """Over documents, prompts and targets, as lm-eval's own result files have it under `task_hashes`."""
+    from lm_eval.utils import hash_string
+
+    return hash_string("".join(each["doc_hash"] + each["prompt_hash"] + each["target_hash"] for each in samples))
+
+
+def _items(
+    benchmark: Benchmark, name: str, task: Any, samples: list[dict[str, Any]], tokens: dict[tuple[int, int], int]
+) -> list[dict[str, Any]]:
+    """The samples of one task, one entry an item: the metrics of all filters, and the answers they are made from."""
+    items: dict[int, dict[str, Any]] = {}
+    clusters = [row.get("cluster") for row in embedded_rows(name)] if benchmark.config else []
+    for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
+        number, document = int(sample["doc_id"]), sample["doc"]
+        item = items.setdefault(number, {"doc_id": number, "doc_hash": sample["doc_hash"], "metrics": {}})
+        for metric in sample["metrics"]:
+            item["metrics"][f"{metric},{sample['filter']}"] = _plain(sample[metric])
+        if clusters and clusters[number] is not None:
+            item["cluster"] = clusters[number]
+        elif name.startswith("leaderboard_gpqa"):  # each set holds the next smaller one
+            item["cluster"] = sha256([document["Question"]])[:16]
+        kind = task.OUTPUT_TYPE
+        if kind == "generate_until":
+            item["answer"] = sample["resps"][0][0]
+        elif kind == "loglikelihood_rolling":
+            text = task.doc_to_target(document)
+            item["choices"] = [float(sample["filtered_resps"][0])]
+            # The harness divides by the bytes of the text as it was published, which a task may score cleaned.
+            bytes_of = sample.get("bits_per_byte", (0.0, len(text.encode())))
+            item["tokens"], item["bytes"] = [tokens[number, 0]], int(bytes_of[1])
+        elif kind == "multiple_choice":
+            choices = task.doc_to_choice(document)
+            item["choices"] = [float(value) for value, _ in sample["filtered_resps"]][: len(choices)]
+            item["tokens"] = [tokens[number, i] for i in range(len(choices))]
+            item["lengths"] = [len(choice) for choice in choices]
+            item["chance"] = 1 / len(choices)
+            if name == "truthfulqa_mc2":  # several right answers, scored by their share of probability
+                item["chance"] = math.fsum(document["mc2_targets"]["labels"]) / len(choices)
+            if not callable(task.config.process_results):  # the best choice decides, and it may be tied
+                item["gold"] = sample["target"]
+    return list(items.values())
+
+
+def _plain(value: Any) -> Any:
+    """A metric of one item as JSON holds it: a number, or a list of numbers."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return bool(value) if isinstance(value, bool) else float(value)

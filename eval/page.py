@@ -1,0 +1,182 @@
+"""What a comparison is written as: table, forest plot, data, and the page that holds all of it."""
+
+import csv
+import io
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from hf_ibnorm.cli import bad_input
+from hf_ibnorm.files import package_versions, write_json, write_text
+from hf_ibnorm.report.page import Page
+from hf_ibnorm.report.plots import COLOURS, figure
+from hf_ibnorm.report.tables import Table, score_cell
+
+from .compare import BETTER, CHANCE, SAME, WORSE, Difference, Scored
+from .harness import Prompting
+from .scoring import score_benchmark
+from .suites import Benchmark
+from .tables import SMOKE
+
+READING = (
+    "Difference: the other model minus the first, of raw scores (percentage points; bits per byte times 100, where "
+    "less is better). Interval: 95 % of the differences when items are drawn again with replacement, the same for "
+    "both models (whole clusters where items share a sentence). p: McNemar's exact test on the items that only one "
+    "model gets right, or flips of the signs of paired differences where items are clustered or not just right or "
+    "wrong; corrected after Holm for the number of benchmarks. A verdict needs the corrected p below 0.05, and is "
+    "'both at chance' where neither model does better or worse than guessing. One pair of models says nothing about "
+    "other seeds."
+)
+
+
+def difference_table(found: dict[str, list[Difference]]) -> Table:
+    """Every comparison, a row each."""
+    several = len(found) > 1
+    columns = [*(["run"] if several else []), "benchmark", "first", "other", "difference", "95 % interval"]
+    table = Table([*columns, "p", "corrected", "only other : only first", "n", "verdict"])
+    for name, rows in found.items():
+        for row in rows:
+            interval = "-" if row.interval is None else f"{100 * row.interval[0]:+.2f} to {100 * row.interval[1]:+.2f}"
+            table.rows.append(
+                [
+                    *([name] if several else []),
+                    row.title,
+                    f"{row.first:.4f}",
+                    f"{row.second:.4f}",
+                    f"{100 * row.difference:+.2f}",
+                    interval,
+                    "-" if row.p is None else f"{row.p:.2g}",
+                    "-" if row.adjusted is None else f"{row.adjusted:.2g}",
+                    f"{row.wins} : {row.losses}",
+                    str(row.n),
+                    row.verdict,
+                ]
+            )
+    return table
+
+
+def draw_forest(found: dict[str, list[Difference]], first: str, path: Path) -> None:
+    """Differences with their intervals, a line each; a filled mark where the verdict is better or worse."""
+    rows = [(name, row) for name, differences in found.items() for row in differences]
+    with figure(path) as axes:
+        axes.figure.set_size_inches(7, 1.2 + 0.32 * len(rows))
+        names = list(found)
+        for y, (name, row) in enumerate(rows):
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            filled = colour if row.verdict in (BETTER, WORSE) else "white"
+            if row.interval:
+                axes.plot([100 * end for end in row.interval], [y, y], color=colour, linewidth=1.6, zorder=2)
+            mark = {"color": colour, "markerfacecolor": filled, "markersize": 6, "zorder": 3}
+            axes.plot([100 * row.difference], [y], "o", label=name, **mark)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(rows)), [row.title for _, row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlabel(f"difference from {first}, percentage points or 0.01 bits per byte")
+        if len(names) > 1:
+            handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+            axes.legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
+def scores_side_by_side(runs: Sequence[Scored], benchmarks: Sequence[Benchmark]) -> Table:
+    """The scores of each run, and those of the tasks of benchmarks that have several."""
+    table = Table(["", *(run.name for run in runs)])
+    for benchmark in benchmarks:
+        rows = [score_benchmark(benchmark, run.results[benchmark.name]) for run in runs]
+        table.rows.append([benchmark.title, *map(score_cell, rows)])
+        if len(benchmark.tasks) > 1:
+            for task in benchmark.tasks:
+                tasks = [row["details"]["tasks"][task] for row in rows]
+                table.rows.append([f"  {task}", *(f"{each['raw']:.3f}" for each in tasks)])
+    return table
+
+
+def made_from(runs: Sequence[Scored]) -> Table:
+    """What each run was: hashes, settings, versions."""
+    table = Table(["", *(run.name for run in runs)])
+    identities = [run.manifest["identity"] for run in runs]
+
+    def row(name: str, values: Sequence[Any]) -> None:
+        table.rows.append([name, *map(str, values)])
+
+    row("model", [run.manifest["model"] for run in runs])
+    for field in ("weights", "config", "tokenizer"):
+        row(f"sha256 of {field}", [each["model"][field][:16] for each in identities])
+    for field in ("dtype", "max_length"):
+        row(field, [each["model"][field] for each in identities])
+    row("overlong prompts", [each["overlong"] for each in identities])
+    for field in identities[0]["prompting"]:
+        row(field, [each["prompting"][field] for each in identities])
+    for field in identities[0]["versions"]:
+        row(field, [each["versions"].get(field) for each in identities])
+    return table
+
+
+def verdicts(first: str, found: dict[str, list[Difference]]) -> list[str]:
+    """A sentence for each run that was compared."""
+    lines = []
+    for name, rows in found.items():
+        counts = [(kind, [row.title for row in rows if row.verdict == kind]) for kind in (BETTER, WORSE, SAME, CHANCE)]
+        told = "; ".join(f"{kind}: {', '.join(titles)}" for kind, titles in counts if titles)
+        lines.append(f"{name} against {first} - {told}.")
+    return lines
+
+
+def left_out(runs: Sequence[Scored], benchmarks: Sequence[Benchmark]) -> list[str]:
+    """Benchmarks that not every run has answered."""
+    shared = {each.name for each in benchmarks}
+    found = {name: [run.name for run in runs if name in run.results] for run in runs for name in run.results}
+    return [f"Not compared: {name}, only in {', '.join(where)}." for name, where in found.items() if name not in shared]
+
+
+def write_files(
+    runs: Sequence[Scored], benchmarks: Sequence[Benchmark], found: dict[str, list[Difference]], output: Path
+) -> None:
+    """Print the table and write `comparison.json`, `.csv`, `.md`, `.tex`, `.html` and `forest.png` into `output`.
+
+    Raises:
+        UserError: the files cannot be written.
+    """
+    first = runs[0].name
+    identity = runs[0].manifest["identity"]
+    smoke = Prompting(**identity["prompting"]).smoke()
+    table, lines = difference_table(found), [*verdicts(first, found), *left_out(runs, benchmarks)]
+    command = shlex.join(["python", "-m", "eval", *sys.argv[1:]])
+    footer = f"Made by `{command}`, hf_ibnorm {package_versions()['hf_ibnorm']}."
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["run", "stamp", *(each.name for each in fields(Difference))], lineterminator="\n")
+    writer.writeheader()
+    stamp = SMOKE if smoke else ""
+    writer.writerows({"run": name, "stamp": stamp, **asdict(row)} for name, rows in found.items() for row in rows)
+
+    page = Page(f"{' and '.join(found)} against {first}", f"Suite {identity['suite']}", {BETTER: "good", WORSE: "bad"})
+    for line in [*([SMOKE] if smoke else []), *lines]:
+        page.paragraph(line)
+    page.table(table)
+    with bad_input(OSError, about="output: "):
+        output.mkdir(parents=True, exist_ok=True)
+        draw_forest(found, first, output / "forest.png")
+        page.image(output / "forest.png", "differences with their intervals")
+        page.heading("How to read it")
+        page.paragraph(READING)
+        page.heading("Scores")
+        page.table(scores_side_by_side(runs, benchmarks), "raw ± standard error, task by task")
+        page.heading("What was compared")
+        page.table(made_from(runs))
+        content = {name: [asdict(row) for row in rows] for name, rows in found.items()}
+        write_json(output / "comparison.json", {"first": first, "stamp": stamp, "differences": content})
+        write_text(output / "comparison.csv", text.getvalue())
+        title = f"# {page.title}\n\n" + (f"**{SMOKE}**\n\n" if smoke else "")
+        told = "".join(f"- {line}\n" for line in lines)
+        markdown = f"{title}{told}\n{table.markdown()}\n![differences](forest.png)\n\n{READING}\n\n{footer}\n"
+        write_text(output / "comparison.md", markdown)
+        write_text(output / "comparison.tex", table.latex(f"{page.title}.{f' {SMOKE}.' if smoke else ''}"))
+        write_text(output / "comparison.html", page.html(footer))
+    if smoke:
+        print(SMOKE)
+    table.print()
+    for line in lines:
+        print(line)
+    print(f"Page: {output / 'comparison.html'}")
