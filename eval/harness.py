@@ -17,7 +17,7 @@ from hf_ibnorm.cli import UserError
 from hf_ibnorm.files import sha256
 
 from .mirror import sets_of, told_of
-from .scoring import check_answers
+from .scoring import ScoringError, check_answers
 from .suites import DEFINED, SUITES, Benchmark, embedded_rows, task_manager
 
 VERSION = "0.4.13"
@@ -337,11 +337,12 @@ def answer(
     if scored:
         values, tokens = (list(chain(*(item[field] for item in scored))) for field in ("choices", "tokens"))
         check_answers(benchmark.name, values, tokens, -math.log(lm.model.config.vocab_size))
-    values = {
-        name: {key: value for key, value in metrics.items() if "," in key and not isinstance(value, str)}
+    theirs = {
+        name: {key: float(value) for key, value in metrics.items() if "," in key and not isinstance(value, str)}
         for name, metrics in results["results"].items()
     }
-    return {"benchmark": benchmark.name, "metric": benchmark.key, "tasks": tasks, "harness": values}
+    finite = {name: {key: each for key, each in m.items() if math.isfinite(each)} for name, m in theirs.items()}
+    return {"benchmark": benchmark.name, "metric": benchmark.key, "tasks": tasks, "harness": finite}
 
 
 def _task_hash(samples: list[dict[str, Any]]) -> str:
@@ -361,7 +362,9 @@ def _items(
         number, document = int(sample["doc_id"]), sample["doc"]
         item = items.setdefault(number, {"doc_id": number, "doc_hash": sample["doc_hash"], "metrics": {}})
         for metric in sample["metrics"]:
-            item["metrics"][f"{metric},{sample['filter']}"] = _plain(sample[metric])
+            value = item["metrics"][f"{metric},{sample['filter']}"] = _plain(sample[metric])
+            if isinstance(value, float) and not math.isfinite(value) and name != "truthfulqa_mc2":
+                raise ScoringError(f"{name}: item {number} has a {metric} of {value}, scores must be finite")
         if clusters and clusters[number] is not None:
             item["cluster"] = clusters[number]
         elif name.startswith("leaderboard_gpqa"):  # each set holds the next smaller one
@@ -382,10 +385,19 @@ def _items(
             item["lengths"] = [len(choice) for choice in choices]
             item["chance"] = 1 / len(choices)
             if name == "truthfulqa_mc2":  # several right answers, scored by their share of probability
-                item["chance"] = math.fsum(document["mc2_targets"]["labels"]) / len(choices)
+                labels = document["mc2_targets"]["labels"]
+                item["chance"] = math.fsum(labels) / len(choices)
+                item["metrics"]["acc,none"] = _share(item["choices"], labels)
             if not callable(task.config.process_results):  # the best choice decides, and it may be tied
                 item["gold"] = sample["target"]
     return list(items.values())
+
+
+def _share(loglikelihoods: list[float], labels: list[int]) -> float:
+    """Probability of the right answers among all; the harness's own exponentials are 0/0 where all are unlikely."""
+    best = max(loglikelihoods)
+    weights = [math.exp(value - best) for value in loglikelihoods]
+    return math.fsum(w for w, label in zip(weights, labels, strict=True) if label) / math.fsum(weights)
 
 
 def _plain(value: Any) -> Any:

@@ -52,7 +52,7 @@ def still_missing(directory: Path, identity: dict[str, Any]) -> list[str]:
     if different := _difference(before, identity):
         raise UserError(f"output: {directory} holds a run with another {different}; name a new directory")
     for left_behind in (directory / RESULTS).glob(".*"):  # written in part when the run was killed
-        left_behind.unlink()
+        left_behind.unlink(missing_ok=True)
     return [name for name in identity["benchmarks"] if not (directory / RESULTS / f"{name}.json").is_file()]
 
 

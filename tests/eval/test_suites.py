@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from oracle import AntiOracle, Oracle
@@ -195,6 +196,18 @@ def test_a_task_of_the_harness_may_be_named_itself(long_checkpoint, mirror, tmp_
     manifest = json.loads((tmp_path / "mc1" / "manifest.json").read_text())
     assert all(name.startswith("truthfulqa/truthful_qa/") for name in manifest["identity"]["mirror"])
     assert manifest["identity"]["mirror"]
+
+
+def test_shares_of_very_unlikely_answers_are_shares_all_the_same(mirror, long_checkpoint, tmp_path):
+    class Unlikely(Oracle):
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return [(-900.0 - request.idx, False) for request in requests]
+
+    real = load_model(long_checkpoint, 8, "cpu", "auto")
+    lm = Unlikely(pretrained=real.model, tokenizer=real.tokenizer, backend="causal", batch_size=8)
+    scores = run(lm, "truthfulqa_mc2", str(tmp_path / "out"), mirror=str(mirror))
+    weights = [math.exp(-i) for i in range(4)]
+    assert scores["benchmarks"]["truthfulqa_mc2"]["raw"] == pytest.approx(sum(weights[:2]) / sum(weights))
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
