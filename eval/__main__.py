@@ -57,9 +57,12 @@ def _run(arguments: argparse.Namespace) -> None:
         STOPPED.append(f"{name}; benchmarks that ended are in {arguments.output}, the same command goes on from there")
         raise Stopped(STOPPED[0])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    run(arguments.model, output=arguments.output, **_settings(arguments))
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run(arguments.model, output=arguments.output, **_settings(arguments))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -61,13 +61,15 @@ def test_a_tied_best_choice_is_wrong_and_counted():
 
 def test_ties_are_those_of_the_metric_that_counts():
     by_length = Benchmark("task", "Task", ("task",), "acc_norm")
-    items = [item(0, [-2.0, -4.0], 0, lengths=[1, 2]), item(1, [-2.0, -2.0], 0, lengths=[2, 1])]
-    assert score_benchmark(by_length, result_of(task=items))["details"]["tasks"]["task"]["ties"] == 1
-    assert score_benchmark(by_length, result_of(task=items))["raw"] == 0.5
-    assert score_benchmark(CHOICE, result_of(task=items))["raw"] == 0.5
+    by_value = [item(i, [-2.0, -2.0], 0, lengths=[2, 1]) for i in range(3)]
+    items = [item(3, [-2.0, -4.0], 0, lengths=[1, 2]), *by_value]
+    for benchmark, ties in ((by_length, 1), (CHOICE, 3)):
+        row = score_benchmark(benchmark, result_of(task=items))
+        assert row["details"]["tasks"]["task"]["ties"] == ties
+        assert row["raw"] == 1 - ties / 4
 
 
-@pytest.mark.parametrize(("right", "level"), [(14, "at"), (20, "above"), (3, "below")])
+@pytest.mark.parametrize(("right", "level"), [(14, "at"), (16, "at"), (20, "above"), (3, "below")])
 def test_at_chance_is_within_the_standard_error_of_guessing(right, level):
     values = [[-1.0, -2.0]] * right + [[-2.0, -1.0]] * (26 - right)
     row = score(values, [0] * 26)
