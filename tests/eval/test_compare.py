@@ -16,7 +16,7 @@ from eval.__main__ import main
 from eval.compare import Pairs, bootstrap_interval, compare, holm, p_of_no_difference, pair
 from eval.runner import run
 from eval.scoring import Stratum
-from eval.suites import SUITES
+from eval.suites import SUITES, Benchmark
 
 COVERAGE = {"items": (300, 1), "clusters": (120, 4), "two tasks": (150, 1)}
 
@@ -119,6 +119,38 @@ def test_of_ratios_only_items_that_differ_count():
     assert (row.wins, row.losses) == (20, 0)
     assert row.difference == pytest.approx(0.2)
     assert row.verdict == "better"
+
+
+def answered(name, items):
+    return {name: {"tasks": {name: {"items": items, "overlong": 0, "hash": "h"}}}}
+
+
+def test_fewer_bits_per_byte_are_better():
+    novels = Benchmark("novels", "Novels", ("novels",), "bits_per_byte")
+
+    def result(bits):
+        rows = [{"doc_id": i, "doc_hash": "", "metrics": {}, "bytes": 100, "tokens": [50]} for i in range(20)]
+        return answered("novels", [{**row, "choices": [-bits * (70 + row["doc_id"])]} for row in rows])
+
+    (row,) = compare([novels], result(2.0), result(1.9))
+    assert (row.verdict, row.wins, row.losses) == ("better", 20, 0)
+    assert row.difference < 0
+    assert compare([novels], result(1.9), result(2.0))[0].verdict == "worse"
+
+
+def test_a_verdict_needs_the_corrected_p():
+    names = ["a", "b", "c"]
+    tasks = [Benchmark(name, name, (name,), "exact_match", bounds=0.0) for name in names]
+
+    def result(gained):
+        right = [i < 60 or i >= 100 - gained for i in range(100)]
+        items = [{"doc_id": i, "doc_hash": "", "metrics": {"exact_match,none": each}} for i, each in enumerate(right)]
+        return {name: answered(name, items)[name] for name in names}
+
+    alone, together = compare(tasks[:1], result(0), result(6)), compare(tasks, result(0), result(6))
+    assert alone[0].p == together[0].p == pytest.approx(2 * 0.5**6)
+    assert alone[0].verdict == "better"
+    assert [row.verdict for row in together] == ["not distinguishable"] * 3
 
 
 @pytest.fixture(scope="module")
