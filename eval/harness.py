@@ -287,8 +287,8 @@ def answer(
     prompts: dict[str, Prompts],
     prompting: Prompting,
     kept: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
-) -> dict[str, Any] | None:
-    """Put a benchmark through the harness; its result file, or None on all processes but the first.
+) -> dict[str, Any]:
+    """Put a benchmark through the harness; the content of its result file.
 
     Args:
         lm: the model.
@@ -319,8 +319,6 @@ def answer(
             apply_chat_template=prompting.chat_template,
             fewshot_as_multiturn=prompting.multiturn,
         )
-    if results is None:
-        return None
     tasks = {}
     for name, task in loaded["tasks"].items():
         samples = results["samples"][name]

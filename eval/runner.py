@@ -258,12 +258,12 @@ def _data_sets(mirror: str | None) -> Iterator[Path | None]:
 def _run(lm: Any, ready: Ready, asked: Settings, identity: dict[str, Any], target: Path) -> str:
     """Run one benchmark and write its result file; its score in a few words."""
     if ready.skipped:
-        result: dict[str, Any] | None = {"benchmark": ready.benchmark.name, "skipped": ready.skipped}
+        result = {"benchmark": ready.benchmark.name, "skipped": ready.skipped}
     else:
         kept = partial(_cached, folder=Path(asked.cache), identity=identity) if asked.cache else nullcontext
         with bad_input(ScoringError):
             result = answer(lm, ready.benchmark, ready.loaded, ready.prompts, asked.prompting, kept)
-    if result is None or not is_first():
+    if not is_first():
         return ""
     write_result(target, ready.benchmark, result, SMOKE if asked.prompting.smoke() else "")
     if ready.skipped:
