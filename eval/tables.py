@@ -46,7 +46,7 @@ def suites_table(suite: str) -> Table:
         if each.rolling:
             chance = ""
         elif each.bounds is None:
-            chance = "1/choices"
+            chance = "right/choices" if each.name == "truthfulqa_mc2" else "1/choices"
         elif isinstance(each.bounds, float):
             chance = f"{each.bounds:.2f}"
         else:
