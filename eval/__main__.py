@@ -66,13 +66,13 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from .doctor import outcome
+    from .doctor import failures, outcome
     from .runner import diagnose
 
     checks = diagnose(arguments.model, **_settings(arguments))
     for check in checks:
         print(outcome(check, arguments.ignore))
-    if failed := [check.name for check in checks if not check.passed and check.name not in arguments.ignore]:
+    if failed := [check.name for check in failures(checks, arguments.ignore)]:
         raise UserError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(dict.fromkeys(failed))}")
 
 

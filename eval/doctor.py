@@ -204,6 +204,11 @@ def check_context(
     return Check("context", None, f"{benchmark.title} is left out: {problem}", notable=True), problem
 
 
+def failures(checks: Iterable[Check], ignored: Sequence[str]) -> list[Check]:
+    """The checks that failed and may not."""
+    return [check for check in checks if not check.passed and check.name not in ignored]
+
+
 def outcome(check: Check, ignored: Sequence[str] = ()) -> str:
     """One line on a check."""
     mark = "pass" if check.passed else ("ignored" if check.name in ignored else "FAIL")

@@ -371,11 +371,9 @@ def _items(
         if kind == "generate_until":
             item["answer"] = sample["resps"][0][0]
         elif kind == "loglikelihood_rolling":
-            text = task.doc_to_target(document)
-            item["choices"] = [float(sample["filtered_resps"][0])]
-            # The harness divides by the bytes of the text as it was published, which a task may score cleaned.
-            bytes_of = sample.get("bits_per_byte", (0.0, len(text.encode())))
-            item["tokens"], item["bytes"] = [tokens[number, 0]], int(bytes_of[1])
+            item["choices"], item["tokens"] = [float(sample["filtered_resps"][0])], [tokens[number, 0]]
+            # Of the text as it was published, which a task may score cleaned.
+            item["bytes"] = int(sample["bits_per_byte"][1])
         elif kind == "multiple_choice":
             choices = task.doc_to_choice(document)
             item["choices"] = [float(value) for value, _ in sample["filtered_resps"]][: len(choices)]

@@ -17,7 +17,7 @@ from hf_ibnorm.cli import Stopped, UserError, bad_input
 from hf_ibnorm.files import check_new_directory, package_versions, sha256
 from hf_ibnorm.report.tables import score_cell
 
-from .doctor import CHECKS, Check, check_context, check_model, check_surroundings, outcome
+from .doctor import CHECKS, Check, check_context, check_model, check_surroundings, failures, outcome
 from .harness import SEEDS, Prompting, Prompts, answer, choose, data_from, load_tasks, measure
 from .mirror import hashes, sets_of
 from .model import find_model, fingerprint, is_first, load_model, processes, wrap_model
@@ -202,7 +202,7 @@ def examine(
     """Every check, and the benchmarks that are ready to run; tasks are loaded only if all else is well."""
     checks = check_surroundings(benchmarks, mirror) + check_model(lm)
     ready = []
-    if not _failed(checks, asked.ignore):
+    if not failures(checks, asked.ignore):
         for benchmark in benchmarks:
             try:
                 complete, loaded = load_tasks(benchmark)
@@ -216,12 +216,8 @@ def examine(
     return checks, ready
 
 
-def _failed(checks: Sequence[Check], ignored: Sequence[str]) -> list[Check]:
-    return [check for check in checks if not check.passed and check.name not in ignored]
-
-
 def _stop_on_failure(checks: Sequence[Check], ignored: Sequence[str], say: Any) -> None:
-    failed = _failed(checks, ignored)
+    failed = failures(checks, ignored)
     if failed:
         more = f" (and {len(failed) - 1} more: python -m eval doctor)" if len(failed) > 1 else ""
         raise UserError(f"{failed[0].name}: {failed[0].problem}{more}")

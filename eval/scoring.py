@@ -84,9 +84,9 @@ class Stratum:
     @property
     def stderr(self) -> float | None:
         """Robust to clusters (with one item in each the usual sample standard error); None for a single cluster."""
-        residuals: dict[str, float] = defaultdict(float)
+        mean, residuals = self.mean, defaultdict[str, float](float)
         for cluster, value in zip(self.clusters, self.spread, strict=True):
-            residuals[cluster] += value - self.mean
+            residuals[cluster] += value - mean
         m = len(residuals)
         if m < 2:
             return None

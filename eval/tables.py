@@ -4,10 +4,9 @@ from typing import Any
 
 from hf_ibnorm.report.tables import Table, score_cell
 
-from .suites import SUITES
+from .suites import AVERAGED, DEFINED, SUITES
 
 SMOKE = "SMOKE - not a leaderboard score"
-TITLES = {each.name: each.title for benchmarks in SUITES.values() for each in benchmarks}
 
 
 def score_table(scores: dict[str, Any]) -> Table:
@@ -17,7 +16,7 @@ def score_table(scores: dict[str, Any]) -> Table:
         details = row["details"]
         table.rows.append(
             [
-                TITLES.get(name, name),
+                DEFINED[name].title if name in DEFINED else name,
                 score_cell(row) + (" bits per byte" if details["metric"] == "bits_per_byte" else ""),
                 _number(row["normalized"], ".2f"),
                 _number(row["chance"], ".3f"),
@@ -34,7 +33,7 @@ def score_table(scores: dict[str, Any]) -> Table:
         raw = scores["suite"] == "v1"
         average = f"{scores['average']:.2f}"
         table.rows.append(["Average", average if raw else "", "" if raw else average, *[""] * 4])
-    elif scores["suite"] in ("v1", "v2"):
+    elif scores["suite"] in AVERAGED:
         table.rows.append(["Average", "-", "-", *[""] * 4])
     return table
 
