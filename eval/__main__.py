@@ -9,18 +9,12 @@ from typing import Any, NoReturn
 
 from hf_ibnorm.cli import OneLineParser, Stopped, UserError, require_extra, run_command
 
+from .study.cli import add_study_verbs, positive
 from .suites import SUITES
 
 
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number >= 1")
-    return value
-
-
 def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
+    return text if text == "auto" else positive(text)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -121,7 +115,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     add("--suite", required=True, help=f"one of: {', '.join(SUITES)}; or tasks of lm-eval, divided by commas")
     add("--mirror", help="folder with the data sets, no network is touched then (default: the Hub)")
-    add("--limit", type=_positive, help="only the first N items a task, a smoke test (default: all)")
+    add("--limit", type=positive, help="only the first N items a task, a smoke test (default: all)")
     add(
         "--batch_size",
         type=_batch_size,
@@ -160,7 +154,7 @@ def _main() -> None:
     parser = OneLineParser(prog="eval", description="Score causal language models of Transformers, and compare them.")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
 
-    def verb(name: str, go: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+    def verb(name: str, go: Callable[[argparse.Namespace], None] | None, about: str) -> argparse.ArgumentParser:
         found = verbs.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         found.set_defaults(go=go)
         return found
@@ -185,6 +179,8 @@ def _main() -> None:
     mirror.add_argument("--suite", default="v1,v2", help="suites or tasks, divided by commas (default: v1,v2)")
 
     verb("suites", _suites, "what each suite consists of")
+
+    add_study_verbs(verb("study", None, "whether norms differ: many trainings, paired over seeds, with a verdict"))
     arguments = parser.parse_args()
     require_extra("eval", "lm_eval", "datasets", "scipy", "matplotlib")
     arguments.go(arguments)

@@ -43,6 +43,7 @@ from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_check
 from .config import DROPOUTS, TrainConfig, build_model_config, changed_fields, check_vocabulary, resolved
 from .corpus import CorpusOptions, Documents, HeldOut, open_corpus
 from .data import Layout, PackedData, PackedTokens, StreamedData
+from .throughput import flops_per_token
 from .tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
 
 STREAMED_TOKENIZER_DOCUMENTS = 10_000
@@ -519,6 +520,7 @@ def write_run_files(run_dir: Path, run: Run, accelerator: Accelerator) -> None:
     record = environment_record() | {
         **run.hashes,
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "flops_per_token": flops_per_token(run.model, run.config.block_size),
         "validation_tokens": run.validation.targets,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,

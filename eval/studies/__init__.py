@@ -1,0 +1,1 @@
+"""The shipped studies, every value commented."""
