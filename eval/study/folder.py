@@ -2,7 +2,7 @@
 files that the trainings themselves write."""
 
 import json
-import os
+import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,11 @@ from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.files import atomic_directory, check_new_directory, environment_record, sha256, write_json, write_text
 from hf_ibnorm.report.runs import Run
 
+from ..harness import choose
 from .plan import VALIDATION, Arm, Cell, Search, Study, flag_words, slug
 
 PLAN = "study.json"
-WAITING, STOPPED, FAILED, DIVERGED, TRAINED = "waiting", "stopped", "failed", "diverged", "trained"
+WAITING, BEGUN, FAILED, DIVERGED, TRAINED = "waiting", "begun", "failed", "diverged", "trained"
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,12 @@ class Training:
     """How far a cell is.
 
     Args:
-        state: waiting, stopped (begun, and not at its end), failed, diverged or trained.
+        state: waiting, begun (running, or stopped on the way), failed, diverged or trained.
         run: what its run directory says; None where there is none yet, or too little in it.
         problem: of a failed or diverged one, in a line.
         scores: benchmark → its row of `scores.json`, over all suites.
         unscored: suites without scores.
+        smoke: whether a suite was scored on part of the items only.
     """
 
     state: str
@@ -69,6 +71,7 @@ class Training:
     problem: str = ""
     scores: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     unscored: tuple[str, ...] = ()
+    smoke: bool = False
 
     @property
     def ended(self) -> bool:
@@ -108,6 +111,7 @@ class Folder:
         Raises:
             UserError: `path` holds something else, or a study that is another one; or the recipe is wrong.
         """
+        _check_suites(study)
         recipes = {condition: _resolved_recipe(study, condition) for condition in study.conditions}
         found = cls(path, study)
         record = {
@@ -314,25 +318,24 @@ def read_training(folder: Path) -> Training:
     try:
         run = Run.read(run_dir, finished)
     except ValueError as error:  # nothing there yet, or not enough, or damaged
+        if finished:
+            return Training(FAILED, None, problem or str(error))
         begun = (run_dir / "config.yaml").exists()
-        return Training(FAILED if problem or finished else STOPPED if begun else WAITING, None, problem or str(error))
+        return Training(FAILED if problem else BEGUN if begun else WAITING, None, problem)
     if reason := _divergence(run, finished):
         return Training(DIVERGED, run, reason)
-    return Training(TRAINED if finished else FAILED if problem else STOPPED, run, problem)
+    return Training(TRAINED if finished else FAILED if problem else BEGUN, run, problem)
 
 
 def with_scores(training: Training, folder: Path, suites: Sequence[str]) -> Training:
     """The same with the scores there are."""
     if training.state != TRAINED:
         return training
-    found, missing = {}, []
-    for suite in suites:
-        path = scores_folder(folder, suite) / "scores.json"
-        if path.exists():
-            found |= json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
-        else:
-            missing.append(suite)
-    return replace(training, scores=found, unscored=tuple(missing))
+    files = {suite: scores_folder(folder, suite) / "scores.json" for suite in suites}
+    missing = tuple(suite for suite, path in files.items() if not path.exists())
+    found = [json.loads(files[suite].read_text(encoding="utf-8")) for suite in suites if suite not in missing]
+    rows = {name: row for each in found for name, row in each["benchmarks"].items()}
+    return replace(training, scores=rows, unscored=missing, smoke=any(each["smoke"] for each in found))
 
 
 def _divergence(run: Run, finished: bool) -> str:
@@ -342,27 +345,37 @@ def _divergence(run: Run, finished: bool) -> str:
     given_up = last.get("skipped", 0) >= run.config["max_skipped_steps"] or VALIDATION in lost
     if not finished:
         return f"{lost[0]} not finite at step {last['step']}" if lost and given_up else ""
-    start = run.metrics[0]["loss"]
-    if start is not None and last[VALIDATION] >= start:
-        return f"validation loss {last[VALIDATION]:.3f} at the end, no better than {start:.3f} at the start"
+    guessing = math.log(run.config["model"]["vocab_size"])
+    if last[VALIDATION] >= 0.99 * guessing:
+        return f"learnt nothing: validation loss {last[VALIDATION]:.3f} at the end, guessing has {guessing:.3f}"
     return ""
+
+
+def _check_suites(study: Study) -> None:
+    """Raise UserError for a suite that does not exist, or a metric that none of them has."""
+    names = [benchmark.name for suite in study.suites for benchmark in choose(suite)[1]]
+    if study.metric not in (VALIDATION, *names):
+        raise UserError(f"metric: got {study.metric!r}, must be {VALIDATION} or one of the suites': {', '.join(names)}")
 
 
 def _resolved_recipe(study: Study, condition: str) -> str:
     """Every field of the recipe under a condition, by asking train_lm, which knows them."""
     settings = {**study.settings, **study.conditions[condition]}
-    command = [sys.executable, "-m", "train_lm", "--config", study.recipe, *flag_words(settings), "--print_config"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
-    if done.returncode:
-        raise UserError(
-            f"recipe: {(done.stderr.strip().splitlines() or ['train_lm failed'])[-1].removeprefix('error: ')}"
-        )
-    content = yaml.safe_load(done.stdout)
+    code, said = _ask(["train_lm", "--config", study.recipe, *flag_words(settings), "--print_config"])
+    if code:
+        raise UserError(f"recipe: {(said.strip().splitlines() or ['train_lm failed'])[-1].removeprefix('error: ')}")
+    content = yaml.safe_load(said)
     for name in ("run_dir", "resume", "seed", "learning_rate"):
         del content[name]
     for name in ("norm_type", "norm_kwargs", "norm_overrides"):
         del content["model"][name]
     return yaml.safe_dump(content, sort_keys=False)
+
+
+def _ask(words: Sequence[str]) -> tuple[int, str]:
+    """Run one of the house's programs; its exit code, and what it printed, or complained about."""
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+    return done.returncode, done.stderr if done.returncode else done.stdout
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

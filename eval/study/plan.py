@@ -369,6 +369,8 @@ def _number(field: str, value: Any) -> float:
 def _seeds(field: str, value: Any) -> tuple[int, ...]:
     for each in _list(field, value):
         check_number(field, each, 0, 2**31)
+        if not isinstance(each, int):
+            raise TypeError(f"{field}: got {each!r}, must be whole numbers")
     return _unlike(field, tuple(value))
 
 

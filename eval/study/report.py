@@ -1,1 +1,395 @@
-def write_report(folder, output): ...
+"""The report on a study: verdicts first, then what they rest on; Markdown, CSV, LaTeX and one self-contained page."""
+
+import csv
+import io
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+
+from hf_ibnorm.cli import UserError, bad_input
+from hf_ibnorm.files import sha256, write_text
+from hf_ibnorm.report.page import Page
+from hf_ibnorm.report.runs import Run
+from hf_ibnorm.report.tables import Table
+
+from ..compare import BETTER, SAME, WORSE
+from ..tables import SMOKE
+from .figures import draw_cost, draw_forest, draw_lam, draw_losses, draw_stability, sweeps_of, training_seconds
+from .folder import DIVERGED, FAILED, Folder
+from .plan import VALIDATION, Cell, slug
+from .results import (
+    NO_BASELINE,
+    ONE_SEED,
+    REFUSED,
+    UNFINISHED,
+    Group,
+    environments,
+    failures,
+    gather,
+    lower_is_better,
+)
+from .statistics import BOOTSTRAP_FROM, SIGN_TEST_FROM
+
+READING = (
+    "Each seed fixes the data order and the initial values of every parameter that the norms share, so a norm and the "
+    "baseline are compared seed by seed. Difference: the mean over seeds of norm minus baseline, with its 95 % "
+    "t-interval. p: of no difference, by the paired t-test, corrected after Holm for the number of norms; a verdict "
+    "needs it below 0.05, so an interval without 0 in it can still be 'not distinguishable'. Could be seen: the least "
+    "true difference that this test finds with a probability of 80 %, if seeds scatter as they did here; a smaller one "
+    "may well be there. A norm with a seed that diverged has the verdict 'diverged' and no mean is tested: the seeds "
+    "that are left would be a selection. The verdict holds for this model, this text and this budget."
+)
+
+
+def what(groups: Sequence[Group], metric: str) -> str:
+    """The metric with its unit."""
+    if metric == VALIDATION:
+        return "validation loss, nats per token"
+    return f"{metric}, bits per byte" if lower_is_better(groups, metric) else metric
+
+
+def verdict_table(groups: Sequence[Group], metric: str) -> Table:
+    """The norms, a row each: metric, difference, interval, p, what could be seen, verdict."""
+    most = max((group.paired.n for group in groups if group.paired), default=0)
+    columns = ["norm", metric, "learning rate", "difference", "95 % interval", "p, corrected", "could be seen"]
+    columns += ["sign test"] * (most >= SIGN_TEST_FROM) + ["bootstrap"] * (most >= BOOTSTRAP_FROM)
+    table = Table([*columns, "verdict"])
+    for group in groups:
+        values, found = list(group.values(metric).values()), group.paired
+        row = [group.label, mean_spread(values), "-" if group.learning_rate is None else f"{group.learning_rate:g}"]
+        if found is None:
+            row += [""] * (len(columns) - 3)
+        else:
+            row += [f"{found.mean:+.4f}", _interval(found.interval), _p(group.adjusted)]
+            row.append("-" if found.detectable is None else f"{found.detectable:.4f}")
+            row += [_p(found.sign_p)] * (most >= SIGN_TEST_FROM)
+            row += [_interval(found.bootstrap)] * (most >= BOOTSTRAP_FROM)
+        table.rows.append([*row, told(group)])
+    return table
+
+
+def told(group: Group) -> str:
+    """A verdict, and of how many seeds where that matters."""
+    if group.verdict == DIVERGED and group.finals:
+        count = sum(each.state == DIVERGED for each in group.finals.values())
+        return f"{DIVERGED} ({count} of {len(group.finals)} seeds)"
+    if group.verdict == REFUSED:
+        return f"{REFUSED} ({len(group.refused)} of {len(group.finals)} pairs)"
+    return group.verdict
+
+
+def cost_table(groups: Sequence[Group], metric: str) -> Table:
+    """What quality cost: parameters, floating point operations, time."""
+    names = ["norm", metric, "parameters", "10¹⁵ FLOPs", "tokens", "seconds", "seconds per step (fastest tenth)"]
+    table = Table([*names, "trainings to tune"])
+    for group in groups:
+        runs = group.runs()
+        if not runs:
+            continue
+        tokens = runs[0].metrics[-1]["tokens"]
+        table.rows.append(
+            [
+                group.label,
+                mean_spread(list(group.values(metric).values())),
+                f"{runs[0].environment['parameters']:,}",
+                f"{runs[0].environment['flops_per_token'] * tokens / 1e15:.3f}",
+                f"{tokens:,}",
+                mean_spread([training_seconds(run) for run in runs], 0),
+                mean_spread([run.seconds_per_step() for run in runs], 3),
+                str(sum(map(len, group.tuning.values())) or "search"),
+            ]
+        )
+    return table
+
+
+def tuning_table(groups: Sequence[Group]) -> Table:
+    """Validation loss at every learning rate of the grid; the least one is marked."""
+    rates = sorted({rate for group in groups for rate in group.tuning})
+    table = Table(["norm", *(f"{rate:g}" for rate in rates)])
+    for group in groups:
+        losses = group.tuned()
+        if losses:
+            table.rows.append([group.label, *(_tuned(group, rate, losses.get(rate)) for rate in rates)])
+    return table
+
+
+def benchmark_table(groups: Sequence[Group]) -> Table:
+    """Every benchmark of the suites, mean ± standard deviation over seeds."""
+    scored = [group for group in groups if any(each.scores for each in group.finals.values())]
+    table = Table(["", *(group.label for group in scored)])
+    names = dict.fromkeys(name for group in scored for each in group.finals.values() for name in each.scores)
+    table.rows += [[name, *(mean_spread(list(group.values(name).values())) for group in scored)] for name in names]
+    table.rows.append(["validation loss", *(mean_spread(list(group.values(VALIDATION).values())) for group in scored)])
+    return table
+
+
+def failure_table(folder: Folder, groups: Sequence[Group]) -> Table:
+    """Trainings that failed or diverged, and refused pairs."""
+    table = Table(["training", "what", "why"])
+    table.rows += [[str(cell), each.state, each.problem] for cell, each in failures(folder, groups)]
+    for group in groups:
+        table.rows += [[f"{group.label}, seed {seed}", "pair refused", why] for seed, why in group.refused.items()]
+    return table
+
+
+def cell_rows(folder: Folder, groups: Sequence[Group], metric: str) -> list[dict[str, Any]]:
+    """Every training of the study, as rows of `cells.csv`."""
+    rows = []
+    for group in groups:
+        finals = folder.finals(group.condition, group.arm)
+        for cell in dict.fromkeys((*folder.tuning(group.condition, group.arm), *finals)):
+            training = folder.training(cell)
+            rows.append(_cell_row(cell, training.run, compared=cell in finals) | {"state": training.state})
+            rows[-1] |= {"eval_loss": training.validation, "metric": training.value(metric) if cell in finals else None}
+    return rows
+
+
+def _cell_row(cell: Cell, run: Run | None, compared: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"condition": cell.condition, "norm": cell.arm, "learning_rate": cell.learning_rate}
+    row |= {"seed": cell.seed, "compared": compared, "state": "", "eval_loss": None, "metric": None}
+    if run is None:
+        return row | dict.fromkeys(("steps", "tokens", "seconds", "init_sha", "batches_sha"))
+    return row | {
+        "steps": run.metrics[-1]["step"],
+        "tokens": run.metrics[-1]["tokens"],
+        "seconds": round(training_seconds(run), 1),
+        "init_sha": run.environment["init_sha"][:16],
+        "batches_sha": sha256(each["batch_sha"] for each in run.metrics)[:16],
+    }
+
+
+def findings(groups: Sequence[Group], baseline: str) -> list[str]:
+    """The verdicts as sentences, a line for each kind; under several conditions a line for each of those."""
+    lines = []
+    for condition in dict.fromkeys(group.condition for group in groups):
+        here = [group for group in groups if group.condition == condition]
+        kinds = (BETTER, WORSE, SAME, DIVERGED, REFUSED, FAILED, UNFINISHED, ONE_SEED, NO_BASELINE)
+        said = [(kind, [group.arm.name for group in here if group.verdict == kind]) for kind in kinds]
+        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in said if names)
+        lines.append(f"{f'{condition}: ' if condition else ''}Against {baseline} - {told}.")
+    return lines
+
+
+def fairness(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:
+    """What was the same for all norms, as far as the files show it, and what was not."""
+    study, lines = folder.study, []
+    pairs = sum(len(group.differences) for group in groups)
+    refused = [(group, seed, why) for group in groups for seed, why in group.refused.items()]
+    if pairs:
+        lines.append(
+            f"{pairs} pairs of trainings share initial weights, every batch, tokens, text, tokenizer and all settings "
+            "but the norm and the learning rate; the hashes are in cells.csv."
+        )
+    lines += [f"REFUSED: {group.label}, seed {seed}: {why}." for group, seed, why in refused]
+    grid = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+    seeds = ", ".join(map(str, study.tuning_seeds))
+    lines.append(
+        f"Every norm was tried at the same learning rates ({grid}; seed {seeds}); the one with the least validation "
+        f"loss was taken" + (f", and {metric} was looked at only after that." if metric != VALIDATION else ".")
+    )
+    if metric == VALIDATION:
+        lines.append("The verdict is on the validation loss, which chose the learning rates too: there is no test set.")
+    if both := sorted(set(study.tuning_seeds) & set(study.seeds)):
+        lines.append(f"Seed {', '.join(map(str, both))} chose the learning rate and is compared too, for every norm.")
+    scaled = [arm.name for arm in study.arms if arm.learning_rate_scale != 1]
+    if scaled:
+        lines.append(f"On purpose at other learning rates: {', '.join(scaled)}.")
+    if edge := [group.label for group in groups if group.at_edge]:
+        lines.append(f"NOTE: the best learning rate is at the edge of the grid for {', '.join(edge)}.")
+    for search in study.searches:
+        lines.append(f"NOTE: {search.name} had {search.trials} trials to find its λ, more than the others had.")
+    if any(group.arm.norm == "layernormalnorm" for group in groups):
+        lines.append(
+            "Noise is off in validation and scoring: models are in eval mode, and the doctor of `eval run` checks it."
+        )
+    lines += [f"NOTE: {line}." for line in environments(groups)]
+    for change in folder.record()["history"][1:]:
+        lines.append(f"NOTE: the plan was changed at {change['date']}, after it began with {change['was']}.")
+    return lines
+
+
+def write_report(folder: Folder, output: Path) -> list[Group]:
+    """Print the verdicts and write the report into `output`: report.md, report.html, verdicts.csv, verdicts.tex,
+    cells.csv and pictures.
+
+    Returns:
+        The norms with their verdicts.
+
+    Raises:
+        UserError: the study's files are damaged, or the report cannot be written.
+    """
+    study = folder.study
+    with bad_input(KeyError, TypeError, ValueError, about="study: a file of a training is damaged: "):
+        groups = gather(folder)
+    if not any(group.runs() for group in groups):
+        raise UserError(f"study: {folder.path} has no training yet that is to be compared; see `study status`")
+    metric = study.metric
+    table, lines, fair = (
+        verdict_table(groups, metric),
+        findings(groups, study.baseline),
+        fairness(folder, groups, metric),
+    )
+    sections = [
+        ("What quality cost", cost_table(groups, metric)),
+        ("Tuning", tuning_table(groups)),
+        ("Benchmarks", benchmark_table(groups)),
+        ("What went wrong", failure_table(folder, groups)),
+    ]
+    sections = [(title, each) for title, each in sections if each.rows]
+    rows = cell_rows(folder, groups, metric)
+    made = provenance(folder, groups)
+    if any(each.smoke for group in groups for each in group.finals.values()):
+        lines.insert(0, f"{SMOKE}: scored on part of the items.")
+    page = Page(f"Study: {study.name}", study.about, {BETTER: "good", WORSE: "bad", DIVERGED: "bad", REFUSED: "bad"})
+    direction = "lower" if lower_is_better(groups, metric) else "higher"
+    caption = f"{what(groups, metric)} ({direction} is better), mean ± standard deviation over seeds."
+    text = [f"# {page.title}", study.about, *(f"**{line}**" for line in lines), table.markdown(), caption]
+    for line in (*lines, caption):
+        page.paragraph(line)
+    page.table(table)
+    with bad_input(OSError, about="output: "):
+        output.mkdir(parents=True, exist_ok=True)
+        for title, path in draw(groups, output, metric):
+            page.image(path, title)
+            text.append(f"![{title}]({path.name})")
+        page.heading("How to read it")
+        page.paragraph(READING)
+        page.heading("What was equal")
+        text += ["## How to read it", READING, "## What was equal", "\n".join(f"- {line}" for line in fair)]
+        for line in fair:
+            page.paragraph(line)
+        for title, each in sections:
+            page.heading(title)
+            page.table(each)
+            text += [f"## {title}", each.markdown()]
+        page.heading("Every training")
+        page.table(_as_table(rows), f"{len(rows)} trainings")
+        text += ["## Every training", f"{len(rows)} trainings: [cells.csv](cells.csv).", *made]
+        write_text(output / "report.md", "\n\n".join(part.rstrip("\n") for part in text if part) + "\n")
+        write_text(output / "verdicts.csv", _csv(map(_verdict_row, groups)))
+        write_text(output / "verdicts.tex", table.latex(f"Study {study.name}: {caption}"))
+        write_text(output / "cells.csv", _csv(rows))
+        write_text(output / "study.yaml", yaml.safe_dump(_plain(study.content()), sort_keys=False, allow_unicode=True))
+        write_text(output / "report.html", page.html(" ".join(made)))
+    table.print()
+    for line in (*lines, *fair):
+        print(line)
+    print(f"Report: {output / 'report.html'}")
+    return groups
+
+
+def draw(groups: Sequence[Group], output: Path, metric: str) -> list[tuple[str, Path]]:
+    """Every picture there is something for: title and file."""
+    found = []
+    if any(group.paired for group in groups):
+        found.append(("differences from the baseline", output / "forest.png"))
+        draw_forest(groups, found[-1][1], f"difference from the baseline, {what(groups, metric)}")
+    for condition in dict.fromkeys(group.condition for group in groups):
+        here = [group for group in groups if group.condition == condition]
+        where, end = (f" ({condition})", f"-{slug(condition)}") if condition else ("", "")
+        if any(group.runs() for group in here):
+            found.append((f"losses{where}", output / f"losses{end}.png"))
+            draw_losses(here, found[-1][1])
+        if any(group.values(metric) for group in here):
+            found.append((f"quality against time{where}", output / f"cost{end}.png"))
+            draw_cost(here, found[-1][1], metric, what(groups, metric))
+            if sweeps_of(here):
+                found.append((f"quality against λ{where}", output / f"lambda{end}.png"))
+                draw_lam(here, found[-1][1], metric, what(groups, metric))
+        swept = [group for sweep in sweeps_of(here).values() for group in sweep]
+        if any(len(group.tuning) > 1 for group in swept) and any(
+            loss for each in swept for loss in each.tuned().values()
+        ):
+            found.append(
+                (f"where it breaks: validation loss over λ and learning rate{where}", output / f"stability{end}.png")
+            )
+            draw_stability(here, found[-1][1])
+    return found
+
+
+def provenance(folder: Folder, groups: Sequence[Group]) -> list[str]:
+    """When, with what, on what, and the command that makes it again."""
+    record = folder.record()
+    run = next(run for group in groups for run in group.runs())
+    versions = run.environment["versions"]
+    kept = ("hf_ibnorm", "torch", "transformers", "accelerate", "lm_eval")
+    command = record["environment"]["command"][1:]
+    return [
+        f"Begun {record['history'][0]['date'][:10]} on {run.environment['device']}, {run.environment['cpu_count']} "
+        f"cores, trainings with {folder.study.threads} thread{'s' * (folder.study.threads > 1)} each; "
+        f"{', '.join(f'{name} {versions.get(name)}' for name in kept)}; "
+        f"revision {run.environment.get('git_revision') or 'unknown'}.",
+        f"Made by `{shlex.join(['python', '-m', 'eval', *command])}`.",
+    ]
+
+
+def mean_spread(values: Sequence[float], digits: int = 4) -> str:
+    """`4.3127 ± 0.0210`, mean and standard deviation; a dash for no value."""
+    if not values:
+        return "-"
+    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "-" if ends is None else f"{ends[0]:+.4f} to {ends[1]:+.4f}"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _tuned(group: Group, rate: float, loss: float | None) -> str:
+    if loss is not None:
+        return f"{loss:.4f}{' *' if rate == group.learning_rate else ''}"
+    states = {each.state for each in group.tuning.get(rate, [])}
+    return next((state for state in (DIVERGED, FAILED) if state in states), "-")
+
+
+def _verdict_row(group: Group) -> dict[str, Any]:
+    found = group.paired
+    low, high = found.interval if found and found.interval else (None, None)
+    return {
+        "condition": group.condition,
+        "norm": group.arm.name,
+        "learning_rate": group.learning_rate,
+        "seeds": len(group.finals),
+        "difference": found and found.mean,
+        "low": low,
+        "high": high,
+        "p": found and found.p,
+        "adjusted": group.adjusted,
+        "detectable": found and found.detectable,
+        "sign_p": found and found.sign_p,
+        "bootstrap_low": found.bootstrap[0] if found and found.bootstrap else None,
+        "bootstrap_high": found.bootstrap[1] if found and found.bootstrap else None,
+        "verdict": group.verdict,
+    }
+
+
+def _csv(rows: Iterable[dict[str, Any]]) -> str:
+    found = list(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(found[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    return text.getvalue()
+
+
+def _as_table(rows: Sequence[dict[str, Any]]) -> Table:
+    cells = [[_cell_text(value) for value in row.values()] for row in rows]
+    return Table(list(rows[0]), cells)
+
+
+def _cell_text(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _plain(content: Any) -> Any:
+    """Tuples as lists, which YAML can write."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    return [_plain(each) for each in content] if isinstance(content, list | tuple) else content

@@ -1,0 +1,202 @@
+"""What came out of a study: for each norm the trainings that count, paired with the baseline's, and a verdict."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from hf_ibnorm.report.runs import HARMLESS, Run, flat_settings
+
+from .folder import DIVERGED, FAILED, TRAINED, Folder, Training
+from .plan import VALIDATION, Arm, Cell
+from .statistics import Paired, paired, verdicts
+
+BASELINE, REFUSED, UNFINISHED, ONE_SEED, NO_BASELINE = "baseline", "refused", "unfinished", "one seed", "no baseline"
+_ARMS_OWN = frozenset(("model.norm_type", "model.norm_kwargs", "model.norm_overrides", "learning_rate"))
+_HASHES = {
+    "init_sha": "initial values of the shared parameters",
+    "tokenizer_sha": "tokenizer",
+    "train_sha": "training text",
+    "validation_sha": "validation text",
+}
+
+
+@dataclass
+class Group:
+    """One norm under one condition.
+
+    Args:
+        condition: its name, "" where a study has none.
+        arm: the norm.
+        tuning: learning rate → its trainings, one a tuning seed.
+        learning_rate: the best of them; None while it is not known, or where all diverged.
+        finals: seed → the training that is compared.
+        refused: seed → why its pair with the baseline does not count.
+        differences: from the baseline, one a seed; none where a pair is missing or refused.
+        paired: what they say.
+        adjusted: p after Holm's correction.
+        verdict: about this norm; see the constants above and in `compare`.
+    """
+
+    condition: str
+    arm: Arm
+    tuning: dict[float, list[Training]]
+    learning_rate: float | None
+    finals: dict[int, Training]
+    refused: dict[int, str] = field(default_factory=dict)
+    differences: list[float] = field(default_factory=list)
+    paired: Paired | None = None
+    adjusted: float | None = None
+    verdict: str = UNFINISHED
+
+    @property
+    def label(self) -> str:
+        """The norm, and the condition where a study has several."""
+        return f"{self.condition}: {self.arm.name}" if self.condition else self.arm.name
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed → the metric, of trainings that have it."""
+        found = {seed: each.value(metric) for seed, each in self.finals.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def runs(self) -> list[Run]:
+        """The compared runs that were trained to their end."""
+        return [each.run for each in self.finals.values() if each.state == TRAINED and each.run]
+
+    def tuned(self) -> dict[float, float | None]:
+        """Learning rate → mean validation loss over the tuning seeds; None where one diverged or is missing."""
+        means = {}
+        for rate, trainings in self.tuning.items():
+            losses = [each.validation for each in trainings if each.validation is not None]
+            means[rate] = sum(losses) / len(losses) if len(losses) == len(trainings) else None
+        return means
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best learning rate is the least or the greatest of several: a better one may lie outside."""
+        rates = sorted(self.tuning)
+        return len(rates) > 1 and self.learning_rate in (rates[0], rates[-1])
+
+
+def gather(folder: Folder) -> list[Group]:
+    """Every norm of a study under every condition, judged against the baseline.
+
+    Pairs that do not share what they must are refused by name, and a norm with a refused pair gets no verdict; nor does
+    one with a seed that diverged or is missing: the seeds that are left would be a selection.
+    """
+    study, groups = folder.study, []
+    for condition, arm in folder.groups():
+        tuning: dict[float, list[Training]] = {}
+        for cell in folder.tuning(condition, arm):
+            tuning.setdefault(cell.learning_rate, []).append(folder.training(cell))
+        finals = {cell.seed: folder.training(cell) for cell in folder.finals(condition, arm)}
+        groups.append(Group(condition, arm, tuning, folder.chosen(condition, arm), finals))
+    for condition in study.conditions:
+        here = [group for group in groups if group.condition == condition]
+        _judge(here, next(group for group in here if group.arm.name == study.baseline), study.metric)
+    return groups
+
+
+def lower_is_better(groups: Iterable[Group], metric: str) -> bool:
+    """Whether less of a metric is better: the validation loss, and bits per byte of whole documents."""
+    rows = (each.scores[metric] for group in groups for each in group.finals.values() if metric in each.scores)
+    return metric == VALIDATION or any(row["details"]["metric"] == "bits_per_byte" for row in rows)
+
+
+def _judge(groups: Sequence[Group], baseline: Group, metric: str) -> None:
+    """Give every group of one condition its verdict."""
+    for group in groups:
+        group.verdict = _hindrance(group, metric)
+    counted = []
+    for group in groups:
+        if group is baseline or group.verdict:
+            continue
+        if baseline.verdict:
+            group.verdict = NO_BASELINE
+            continue
+        for seed, training in group.finals.items():
+            if problem := difference(training, baseline.finals[seed], group.arm, baseline.arm, metric):
+                group.refused[seed] = problem
+        if group.refused:
+            group.verdict = REFUSED
+            continue
+        ours, theirs = group.values(metric), baseline.values(metric)
+        group.differences = [ours[seed] - theirs[seed] for seed in ours]
+        group.paired = paired(group.differences)
+        counted.append(group)
+    baseline.verdict = baseline.verdict or BASELINE
+    found = verdicts([group.paired for group in counted if group.paired], lower_is_better(groups, metric))
+    for group, (adjusted, verdict) in zip(counted, found, strict=True):
+        group.adjusted, group.verdict = adjusted, verdict or ONE_SEED
+
+
+def _hindrance(group: Group, metric: str) -> str:
+    """Why a norm can have no verdict, or nothing."""
+    tuning = [each for trainings in group.tuning.values() for each in trainings]
+    finals = list(group.finals.values())
+    if any(each.state == DIVERGED for each in finals):
+        return DIVERGED
+    if tuning and not finals and all(each.ended for each in tuning):
+        return DIVERGED
+    if any(each.state == FAILED or each.problem for each in (*tuning, *finals) if each.state != DIVERGED):
+        return FAILED
+    return "" if finals and len(group.values(metric)) == len(finals) else UNFINISHED
+
+
+def difference(ours: Training, theirs: Training, arm: Arm, other: Arm, metric: str) -> str:
+    """What two trainings of one seed do not share and must, or nothing.
+
+    They share initial weights, every batch, the number of tokens, text, tokenizer, all settings but those that the arms
+    are about, and the items of the test.
+    """
+    a, b = ours.run, theirs.run
+    if a is None or b is None:
+        return "there is no run"
+    for name, what in _HASHES.items():
+        ends = [run.environment.get(name) for run in (a, b)]
+        if ends[0] != ends[1]:
+            return f"{what} differ: {name} is {_told(ends[0])}, the baseline's {_told(ends[1])}"
+    for row, row_b in zip(a.metrics, b.metrics, strict=False):
+        if row["batch_sha"] != row_b["batch_sha"]:
+            told = f"batch_sha is {row['batch_sha']}, the baseline's {row_b['batch_sha']}"
+            return f"batches differ from step {row['step']} on: {told}"
+    if (tokens := [run.metrics[-1]["tokens"] for run in (a, b)]) and tokens[0] != tokens[1]:
+        return f"tokens differ: {tokens[0]:,}, the baseline's {tokens[1]:,}"
+    free = {*HARMLESS, *_ARMS_OWN, *(arm.settings or {}), *(other.settings or {})}
+    settings = [{**flat_settings(run.config), "processes": run.environment.get("num_processes")} for run in (a, b)]
+    for name in sorted((settings[0].keys() | settings[1].keys()) - free):
+        if settings[0].get(name) != settings[1].get(name):
+            return f"{name} differs: {settings[0].get(name)!r}, the baseline's {settings[1].get(name)!r}"
+    if metric != VALIDATION:
+        items = [
+            {task: row["hash"] for task, row in each.scores[metric]["details"]["tasks"].items()}
+            for each in (ours, theirs)
+        ]
+        if items[0] != items[1]:
+            return f"the items of {metric} differ"
+    return ""
+
+
+def _told(value: str | None) -> str:
+    return "missing" if value is None else value[:16]
+
+
+def environments(groups: Iterable[Group]) -> list[str]:
+    """What of the trainings' surroundings is not the same for all of them."""
+    runs = [run for group in groups for run in group.runs()]
+    found = []
+    for name in ("versions", "device", "torch_threads", "norm_backend", "git_revision", "cpu_capability"):
+        kinds = Counter(json.dumps(run.environment.get(name), sort_keys=True) for run in runs)
+        if len(kinds) > 1:
+            told = "; ".join(f"{count} with {kind}" for kind, count in kinds.most_common())
+            found.append(f"{name} is not the same for all trainings: {told}")
+    return found
+
+
+def failures(folder: Folder, groups: Sequence[Group]) -> list[tuple[Cell, Training]]:
+    """Every training that failed or diverged, tuning included."""
+    cells: dict[Cell, Training] = {}
+    for group in groups:
+        for cell in (*folder.tuning(group.condition, group.arm), *folder.finals(group.condition, group.arm)):
+            cells[cell] = folder.training(cell)
+    return [(cell, each) for cell, each in cells.items() if each.state in (FAILED, DIVERGED) or each.problem]

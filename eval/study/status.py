@@ -1,0 +1,48 @@
+"""How far a study is."""
+
+import json
+from collections import Counter
+
+from hf_ibnorm.cli import UserError
+from hf_ibnorm.report.tables import Table
+
+from .folder import BEGUN, DIVERGED, FAILED, TRAINED, WAITING, Folder
+from .run import RUNNING
+
+SHOWN = 20
+
+
+def print_status(folder: Folder) -> None:
+    """Print how many trainings of each norm are in which state, what runs now, and what failed.
+
+    Raises:
+        UserError: a file of the study is damaged.
+    """
+    states = (TRAINED, DIVERGED, FAILED, BEGUN, WAITING)
+    table = Table(["norm", "learning rate", *states, "scored"])
+    problems = []
+    for condition, arm in folder.groups():
+        finals = folder.finals(condition, arm)
+        cells = dict.fromkeys((*folder.tuning(condition, arm), *finals))
+        found = {cell: folder.training(cell) for cell in cells}
+        counts = Counter(each.state for each in found.values())
+        rate = folder.chosen(condition, arm)
+        scored = sum(found[cell].state == TRAINED and not found[cell].unscored for cell in finals)
+        name = f"{condition}: {arm.name}" if condition else arm.name
+        row = [name, "to be chosen" if rate is None else f"{rate:g}", *(str(counts[state] or "") for state in states)]
+        table.rows.append([*row, f"{scored} of {len(finals or folder.study.seeds)}" if folder.study.suites else ""])
+        problems += [f"{each.state}: {cell}: {each.problem}" for cell, each in found.items() if each.problem]
+    table.print()
+    for line in problems[:SHOWN]:
+        print(line)
+    if len(problems) > SHOWN:
+        print(f"and {len(problems) - SHOWN} more")
+    ended, total = folder.counts()
+    print(f"{ended} of {total} trainings have ended")
+    try:
+        held = folder.lock()
+    except UserError:
+        print(f"running now: {'; '.join(json.loads((folder.path / RUNNING).read_text(encoding='utf-8'))) or 'nothing'}")
+    else:
+        held.release()
+        print("no `study run` is at work here")

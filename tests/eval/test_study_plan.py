@@ -1,0 +1,174 @@
+"""The file of a study: what it says, what follows from it, and what is wrong with it in one line."""
+
+import json
+
+import pytest
+from studying import TINY, study
+
+from eval.study.folder import Folder, _study
+from eval.study.plan import STUDIES, Cell, flag_words, read_study, shipped_studies
+from hf_ibnorm.cli import UserError
+from train_lm.config import build_model_config, read_command_line
+
+
+def names(found):
+    return [arm.name for arm in found.arms]
+
+
+def test_a_sweep_is_an_arm_for_each_combination():
+    found = study(
+        norms=["rmsnorm", {"norm": "IBNorm-T", "sweep": {"lam": [1, 4], "unit": ["raw", "mean_abs"]}, "name": "T"}]
+    )
+    assert names(found) == [
+        "rmsnorm",
+        *("T lam=1 unit=raw", "T lam=1 unit=mean_abs", "T lam=4 unit=raw", "T lam=4 unit=mean_abs"),
+    ]
+    assert found.arms[-1].norm == "ibnorm_t"
+    assert found.arms[-1].kwargs["lam"] == 4.0
+    assert len({arm.family for arm in found.arms[1:]}) == 2
+
+
+def test_options_are_in_the_name_where_none_is_given():
+    assert names(study(norms=["rmsnorm", {"norm": "ibnorm_l", "kwargs": {"lam": 2}}])) == ["rmsnorm", "ibnorm_l lam=2"]
+
+
+def test_every_option_is_kept_so_that_a_new_default_changes_nothing():
+    kwargs = study(norms=["rmsnorm", "ibnorm_t"]).arms[1].kwargs
+    assert {"lam", "unit", "standardize", "order"} <= kwargs.keys()
+    assert "eps" not in kwargs, "the model's own"
+
+
+def test_the_baseline_is_the_norm_of_the_family_where_none_is_named():
+    assert study(norms=["ibnorm_l", "layernorm", "rmsnorm"]).baseline == "rmsnorm"
+    assert study(norms=["ibnorm_l", "layernorm"]).baseline == "layernorm"
+
+
+def test_one_seed_tunes_where_none_is_named():
+    assert study(seeds=[4, 5]).tuning_seeds == (4,)
+
+
+def test_numbers_without_a_point_are_numbers():
+    """YAML takes 1e-3 for text."""
+    assert study(learning_rates=["1e-3", 2.0e-3]).learning_rates == (0.001, 0.002)
+
+
+def test_cells_of_one_arm_differ_in_their_folders():
+    found = study(conditions={"wide": {"block_size": 64}, "narrow": {"block_size": 32}})
+    cells = [
+        Cell(condition, arm.name, rate, seed)
+        for condition in found.conditions
+        for arm in found.arms
+        for rate in found.learning_rates
+        for seed in found.seeds
+    ]
+    assert len({cell.folder for cell in cells}) == len(cells) == 24
+    assert str(cells[0].folder) == "cells/wide/rmsnorm/lr=0.001/seed=0"
+
+
+def test_a_plan_comes_back_from_json():
+    search = {"norm": "ibnorm_t", "lam": [1, 4], "trials": 3}
+    found = study(norms=["rmsnorm", {"norm": "ibnorm_l", "sweep": {"lam": [1, 4]}}], search=[search], tuning_seeds=[9])
+    assert _study(json.loads(json.dumps(found.content()))) == found
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"norms": None}, "norms: is missing; a study needs recipe, norms, learning_rates and seeds"),
+        ({"seed": [1]}, "study: unknown field 'seed' (did you mean 'seeds'?)"),
+        ({"norms": ["rmsnorm", "ibnorm_x"]}, "norms[1].norm: unknown norm 'ibnorm_x'"),
+        ({"norms": [{"norm": "ibnorm_t", "kwargs": {"lamb": 1}}]}, "norms[0].kwargs.lamb: ibnorm_t has no such option"),
+        ({"norms": [{"norm": "ibnorm_t", "sweep": {"lam": [1, -1]}}]}, "norms[0].kwargs.lam: got -1"),
+        ({"norms": [{"norm": "ibnorm_t", "sweep": {"lam": 1}}]}, "norms[0].sweep.lam: got 1, must be a list"),
+        ({"norms": ["rmsnorm", "rmsnorm"]}, "norms: the name 'rmsnorm' is not one's own"),
+        (
+            {"norms": ["rmsnorm", {"norm": "dyt", "name": "rms norm"}, {"norm": "dyt", "name": "rms/norm"}]},
+            "norms: the name",
+        ),
+        ({"norms": [{"kwargs": {}}]}, "norms[0].norm: is missing"),
+        ({"norms": [3]}, "norms[0]: got 3, must be a mapping"),
+        ({"norms": "rmsnorm"}, "norms: got 'rmsnorm', must be a list"),
+        (
+            {"baseline": "rmsnrom"},
+            "baseline: got 'rmsnrom', must be one of norms: rmsnorm, layernorm (did you mean 'rmsnorm'?)",
+        ),
+        ({"learning_rates": [0]}, "learning_rates: got 0, must be a number > 0"),
+        ({"learning_rates": []}, "learning_rates: got an empty list, must have one or more"),
+        ({"learning_rates": [0.1, 0.1]}, "learning_rates: got 0.1 more than once"),
+        ({"seeds": [0, 0]}, "seeds: got 0 more than once"),
+        ({"seeds": [0.5]}, "seeds: got 0.5, must be whole numbers"),
+        ({"set": {"seed": 3}}, "set: got 'seed', which is the study's own"),
+        ({"conditions": {"a": {"run_dir": "x"}}}, "conditions.a: got 'run_dir', which is the study's own"),
+        ({"metric": "austen_test"}, "metric: got 'austen_test', but there are no suites"),
+        ({"scoring": {"suite": "v1"}}, "scoring: unknown field 'suite'"),
+        ({"threads": 0}, "threads: got 0"),
+        (
+            {"search": [{"norm": "ibnorm_t", "lam": [4, 1], "trials": 3}], "tuning_seeds": [9]},
+            "search[0].lam: got [4, 1]",
+        ),
+        ({"search": [{"norm": "ibnorm_t", "lam": [1, 4]}]}, "search[0].trials: is missing"),
+        (
+            {"search": [{"norm": "dyt", "lam": [1, 4], "trials": 3}], "tuning_seeds": [9]},
+            "search[0].kwargs.lam: dyt has no",
+        ),
+        ({"search": [{"norm": "ibnorm_t", "lam": [1, 4], "trials": 3}]}, "seeds: got 0, which is one of tuning_seeds"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(fields, message):
+    with pytest.raises((ValueError, TypeError)) as error:
+        study(**fields)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(UserError, match=r"study: got 'quik', no such file; shipped are .*quick.*did you mean 'quick'"):
+        read_study("quik")
+    (tmp_path / "broken.yaml").write_text("norms: [")
+    with pytest.raises(UserError, match=r"broken.yaml is no YAML"):
+        read_study(str(tmp_path / "broken.yaml"))
+
+
+@pytest.mark.parametrize("name", shipped_studies())
+def test_every_training_of_a_shipped_study_is_one_that_train_lm_takes(name):
+    found = read_study(name)
+    assert f"study run {name}" not in (STUDIES / f"{name}.yaml").read_text() or found.about
+    for condition in found.conditions.values():
+        for arm in found.arms:
+            settings = {**found.settings, **condition, **arm.flags(), "learning_rate": 0.1, "run_dir": "unused"}
+            config = read_command_line(["--config", found.recipe, *flag_words(settings)])
+            built = build_model_config(config)
+            assert built.norm_type == arm.norm
+            assert {key: built.norm_kwargs[key] for key in arm.kwargs} == arm.kwargs
+
+
+def test_the_shipped_studies_are_what_the_readme_says():
+    quick = read_study("quick")
+    assert {arm.norm for arm in quick.arms} == {
+        *("rmsnorm", "layernorm", "ibnorm_s", "ibnorm_l", "ibnorm_t", "layernormalnorm", "dyt")
+    }
+    assert (len(quick.arms), len(quick.learning_rates), quick.seeds, quick.baseline) == (8, 3, (0, 1, 2), "rmsnorm")
+    assert read_study("quick-gpt2").baseline == "layernorm"
+    assert read_study("quick-gpt2").settings["model.model_type"] == "gpt2"
+
+
+def test_the_recipe_is_resolved_once_and_kept(tmp_path):
+    """By asking train_lm, in a process of its own."""
+    folder = Folder.begin(study(set={"max_steps": 7, "model": {"hidden_size": 48}}), tmp_path / "study")
+    text = folder.recipe("").read_text()
+    assert "max_steps: 7" in text
+    assert "hidden_size: 48" in text
+    assert "block_size: 32" in text
+    assert "norm_type" not in text
+    assert "seed" not in text
+    with pytest.raises(UserError, match=r"recipe: .*max_step\b.*max_steps"):
+        Folder.begin(study(set={"max_step": 7}), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_suite_or_metric_that_is_none(tmp_path):
+    with pytest.raises(UserError, match=r"metric: got 'mmlu', must be eval_loss or one of the suites': .*austen_test"):
+        Folder.begin(study(suites=["embedded"], metric="mmlu"), tmp_path / "study")
+    with pytest.raises(UserError, match=r"suite: got 'v3'"):
+        Folder.begin(study(suites=["v3"], metric="mmlu"), tmp_path / "study")
+    assert TINY["norms"]

@@ -1,0 +1,330 @@
+"""Carrying a study out: what is done is never repeated, what goes wrong is reported, and what is unequal is refused."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+from studying import TINY, here, report, rewrite, study  # noqa: F401
+from training import small_corpus  # noqa: F401
+
+from eval.study.folder import DIVERGED, FAILED, Folder
+from eval.study.results import BASELINE, NO_BASELINE, ONE_SEED, REFUSED, UNFINISHED
+from eval.study.status import print_status
+from hf_ibnorm.cli import UserError
+
+ALIAS = {"norm": "rmsnorm", "name": "another name"}
+HANDICAPPED = {"norm": "rmsnorm", "name": "handicapped", "learning_rate_scale": 0.1}
+
+
+def test_a_norm_against_itself_and_against_a_handicapped_copy(here):  # noqa: F811
+    folder, executor, _ = here(study(norms=["rmsnorm", ALIAS, HANDICAPPED], seeds=[0, 1, 2]))
+    groups = report(folder)
+    same, worse = groups["another name"], groups["handicapped"]
+    assert groups["rmsnorm"].verdict == BASELINE
+    assert same.differences == [0.0] * 3
+    assert (same.verdict, same.adjusted) == ("not distinguishable", 1.0)
+    assert worse.verdict == "worse"
+    assert worse.paired.interval[0] > 0
+    assert worse.learning_rate == pytest.approx(0.1 * groups["rmsnorm"].learning_rate)
+    text = (folder.path / "report" / "report.md").read_text()
+    assert "6 pairs of trainings share initial weights" in text
+    assert "On purpose at other learning rates: handicapped." in text
+    # Two learning rates on one seed, then two more seeds, for each of three norms.
+    assert len(executor.jobs) == len(set(executor.jobs)) == 3 * (2 + 2)
+
+
+def test_what_is_finished_is_not_repeated_and_the_report_is_the_same(here):  # noqa: F811
+    plan = study(norms=["rmsnorm", "ibnorm_t"], seeds=[0, 1])
+    whole, _, _ = here(plan, "whole")
+    expected = report(whole)
+    seen = []
+    for _ in range(6):  # two norms, each two learning rates and another seed; one training at a time
+        folder, executor, _ = here(plan, "part", room=1)
+        seen += executor.jobs
+    assert len(seen) == len(set(seen)) == 6
+    folder, executor, _ = here(plan, "part")
+    assert executor.jobs == []
+    found = report(folder)
+    assert {name: (each.verdict, each.differences, each.learning_rate) for name, each in found.items()} == {
+        name: (each.verdict, each.differences, each.learning_rate) for name, each in expected.items()
+    }
+    assert (folder.path / "report" / "verdicts.csv").read_bytes() == (
+        whole.path / "report" / "verdicts.csv"
+    ).read_bytes()
+
+
+def test_the_learning_rate_is_chosen_by_validation_and_its_training_is_one_of_the_compared(here):  # noqa: F811
+    folder, executor, _ = here(study(norms=["rmsnorm"], seeds=[0, 1], learning_rates=[1e-3, 0.02, 2e-3]))
+    group = report(folder)["rmsnorm"]
+    losses = group.tuned()
+    assert group.learning_rate == min(losses, key=losses.get) == 0.02
+    assert executor.jobs.count("rmsnorm, learning rate 0.02, seed 0") == 1
+    text = (folder.path / "report" / "report.md").read_text()
+    assert "NOTE: the best learning rate is at the edge of the grid for rmsnorm." in text
+    assert f"{losses[0.02]:.4f} *" in text
+
+
+def test_a_test_set_is_looked_at_by_compared_models_alone(here, monkeypatch):  # noqa: F811
+    folder, _, lines = here(study(suites=["sva_simple"], metric="sva_simple", scoring={"limit": 4}, seeds=[0, 1]))
+    groups = report(folder)
+    scored = {path.parents[4].name + path.parents[3].name for path in folder.path.rglob("scores.json")}
+    assert len(scored) == 2, "the best learning rate of each norm"
+    assert [len(group.values("sva_simple")) for group in groups.values()] == [2, 2]
+    text = (folder.path / "report" / "report.md").read_text()
+    assert "SMOKE" in text
+    assert "higher is better" in text
+    assert any("sva_simple" in line for line in lines)
+
+
+def test_bits_per_byte_are_better_when_lower(here, short_novel):  # noqa: F811
+    folder, _, _ = here(
+        study(norms=["rmsnorm", HANDICAPPED], suites=["austen_test"], metric="austen_test", learning_rates=[0.02])
+    )
+    found = report(folder)["handicapped"]
+    assert found.paired.mean > 0
+    assert found.verdict in ("worse", "not distinguishable")
+    assert "lower is better" in (folder.path / "report" / "report.md").read_text()
+    assert (folder.path / "report" / "verdicts.tex").read_text().startswith(r"\begin{table}")
+
+
+def final_of(folder, name, seed):
+    cell = next(
+        cell
+        for condition, arm in folder.groups()
+        for cell in folder.finals(condition, arm)
+        if (arm.name, cell.seed) == (name, seed)
+    )
+    return folder.path / cell.folder / "run"
+
+
+def other_batches(rows):
+    rows[3]["batch_sha"] = "0" * 16
+
+
+UNEQUAL = [
+    ("metrics.jsonl", other_batches, "batches differ from step 4 on: batch_sha is 0000000000000000"),
+    ("metrics.jsonl", lambda rows: rows[-1].update(tokens=7), "tokens differ: 7, the baseline's"),
+    ("environment.json", {"init_sha": "f" * 64}, "initial values of the shared parameters differ: init_sha is ffff"),
+    ("environment.json", {"train_sha": "f" * 64}, "training text differ: train_sha"),
+    ("environment.json", {"num_processes": 2}, "processes differs: 2, the baseline's 1"),
+    ("config.yaml", {"weight_decay": 0.3}, "weight_decay differs: 0.3, the baseline's 0.1"),
+]
+
+
+def test_a_pair_that_is_not_equal_is_refused_by_name(here, tmp_path):  # noqa: F811
+    whole, _, _ = here(study(norms=["rmsnorm", "layernorm", "ibnorm_t"], seeds=[0, 1], learning_rates=[0.02]))
+    for number, (file, change, why) in enumerate(UNEQUAL):
+        folder = Folder.open(Path(shutil.copytree(whole.path, tmp_path / f"copy{number}")))
+        change = change if callable(change) else lambda content, new=change: content.update(new)
+        rewrite(final_of(folder, "layernorm", 1) / file, change)
+        groups = report(folder)
+        assert groups["layernorm"].verdict == REFUSED
+        assert list(groups["layernorm"].refused) == [1]
+        assert groups["layernorm"].refused[1].startswith(why)
+        assert groups["layernorm"].paired is None
+        assert groups["ibnorm_t"].paired.n == 2
+        text = (folder.path / "report" / "report.md").read_text()
+        assert f"REFUSED: layernorm, seed 1: {why}" in text
+        assert "refused (1 of 2 pairs)" in text
+
+
+@pytest.mark.parametrize(("scale", "why"), [(1e30, "learnt nothing: validation loss"), (1e40, "not finite at step")])
+def test_a_training_that_diverges_is_a_result_and_not_dropped(here, scale, why):  # noqa: F811
+    wild = {"norm": "rmsnorm", "name": "wild", "learning_rate_scale": scale}
+    plan = study(
+        norms=["rmsnorm", wild], seeds=[0, 1], learning_rates=[0.02], set={**TINY["set"], "max_skipped_steps": 2}
+    )
+    folder, executor, lines = here(plan)
+    groups = report(folder)
+    assert groups["wild"].verdict == DIVERGED
+    assert groups["rmsnorm"].verdict == BASELINE
+    assert any("diverged" in line for line in lines)
+    text = (folder.path / "report" / "report.md").read_text()
+    assert "diverged: wild" in text
+    assert f"| wild, learning rate {0.02 * scale:g}, seed 0 | diverged | " in text
+    assert why in text
+    _, executor, _ = here(plan)
+    assert executor.jobs == [], "a result is not tried again"
+
+
+def test_one_diverged_seed_takes_the_verdict_from_the_others(here):  # noqa: F811
+    folder, _, _ = here(study(seeds=[0, 1, 2], learning_rates=[0.02]))
+    rewrite(final_of(folder, "layernorm", 2) / "metrics.jsonl", lambda rows: rows[-1].update(eval_loss=5.7))
+    group = report(Folder.open(folder.path))["layernorm"]
+    assert (group.verdict, group.paired) == (DIVERGED, None)
+    assert "diverged (1 of 3 seeds)" in (folder.path / "report" / "report.md").read_text()
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(here):  # noqa: F811
+    folder, _, _ = here(study(norms=["rmsnorm"], seeds=[0], learning_rates=[1e28, 0.02]))
+    group = report(folder)["rmsnorm"]
+    assert group.learning_rate == 0.02
+    assert group.tuned()[1e28] is None
+    assert "| diverged | " in (folder.path / "report" / "report.md").read_text()
+
+
+def test_a_failed_training_is_reported_and_tried_again(here, monkeypatch):  # noqa: F811
+    plan = study(seeds=[0, 1], learning_rates=[0.02])
+    import eval.study.run
+
+    call = eval.study.run._call
+
+    def failing(words, job, stopping):
+        if "layernorm" in words and "seed=1" in str(job.folder):
+            return 1, "RuntimeError: out of memory"
+        return call(words, job, stopping)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval.study.run, "_call", failing)
+        folder, _, lines = here(plan)
+    assert any(
+        line.endswith("layernorm, learning rate 0.02, seed 1: failed: RuntimeError: out of memory") for line in lines
+    )
+    groups = report(folder)
+    assert groups["layernorm"].verdict == FAILED
+    assert groups["layernorm"].paired is None
+    assert "RuntimeError: out of memory" in (folder.path / "report" / "report.md").read_text()
+    folder, executor, _ = here(plan)
+    assert executor.jobs == ["layernorm, learning rate 0.02, seed 1"]
+    assert report(folder)["layernorm"].paired.n == 2
+
+
+def test_a_baseline_that_failed_leaves_no_verdicts(here):  # noqa: F811
+    folder, _, _ = here(study(seeds=[0, 1], learning_rates=[0.02]))
+    rewrite(final_of(folder, "rmsnorm", 1) / "metrics.jsonl", lambda rows: rows[-1].update(eval_loss=1e3))
+    groups = report(Folder.open(folder.path))
+    assert (groups["rmsnorm"].verdict, groups["layernorm"].verdict) == (DIVERGED, NO_BASELINE)
+
+
+def test_a_study_that_is_not_done_says_so(here, capsys):  # noqa: F811
+    folder, _, _ = here(study(seeds=[0, 1], learning_rates=[0.02]), room=3)
+    groups = report(folder)
+    assert [group.verdict for group in groups.values()] == [BASELINE, UNFINISHED]
+    capsys.readouterr()
+    print_status(folder)
+    said = capsys.readouterr().out
+    assert "3 of 4 trainings have ended" in said
+    assert "no `study run` is at work here" in said
+    fresh, _, _ = here(study(), "fresh", room=0)
+    with pytest.raises(UserError, match="no training yet that is to be compared"):
+        report(fresh)
+
+
+def test_one_seed_gets_no_verdict(here):  # noqa: F811
+    folder, _, _ = here(study(seeds=[3], learning_rates=[0.02]))
+    assert report(folder)["layernorm"].verdict == ONE_SEED
+
+
+def test_a_study_grows_and_says_so(here):  # noqa: F811
+    here(study(seeds=[0, 1], learning_rates=[0.02]))
+    plan = study(norms=["rmsnorm", "layernorm", "dyt"], seeds=[0, 1, 2], learning_rates=[0.02])
+    folder, executor, _ = here(plan)
+    assert len(executor.jobs) == 2 + 3
+    report(folder)
+    text = (folder.path / "report" / "report.md").read_text()
+    assert "after it began with 2 norms, learning rates 0.02, seeds 0, 1" in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"set": {"max_steps": 7}}, "another recipe"),
+        ({"seeds": [0]}, "seeds 1"),
+        (
+            {"norms": ["rmsnorm", {"norm": "layernorm", "kwargs": {"bias": False}, "name": "layernorm"}]},
+            "another norm 'layernorm'",
+        ),
+        ({"threads": 2}, "other threads"),
+        ({"baseline": "layernorm"}, "other baseline"),
+    ],
+)
+def test_what_a_study_has_does_not_change(here, fields, what):  # noqa: F811
+    base = {"seeds": [0, 1], "learning_rates": [0.02]}
+    folder, _, _ = here(study(**base), room=0)
+    before = (folder.path / "study.json").read_bytes()
+    with pytest.raises(UserError, match=rf"holds a study with .*{what}"):
+        here(study(**{**base, **fields}))
+    assert (folder.path / "study.json").read_bytes() == before
+
+
+def test_the_whole_comparison_is_made_under_each_condition(here):  # noqa: F811
+    conditions = {"narrow": {"model.hidden_size": 16}, "wide": {"model.hidden_size": 32}}
+    folder, _, _ = here(study(conditions=conditions, seeds=[0, 1], learning_rates=[0.02]))
+    groups = report(folder)
+    assert list(groups) == ["narrow: rmsnorm", "narrow: layernorm", "wide: rmsnorm", "wide: layernorm"]
+    parameters = {name: group.runs()[0].environment["parameters"] for name, group in groups.items()}
+    assert parameters["narrow: rmsnorm"] < parameters["wide: rmsnorm"]
+    assert [group.verdict for group in groups.values()].count(BASELINE) == 2
+
+
+def test_the_report_of_a_sweep_has_its_curve_and_its_map(here):  # noqa: F811
+    norms = ["rmsnorm", {"norm": "ibnorm_t", "sweep": {"lam": [1, 2, 4]}}]
+    folder, _, _ = here(study(norms=norms, seeds=[0, 1]))
+    report(folder)
+    written = {path.name: path for path in (folder.path / "report").iterdir()}
+    pictures = {"forest.png", "losses.png", "cost.png", "lambda.png", "stability.png"}
+    assert pictures | {"report.md", "report.html", "verdicts.csv", "verdicts.tex", "cells.csv", "study.yaml"} == set(
+        written
+    )
+    page = written["report.html"].read_text()
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert "http" not in page.replace("http-equiv", "")
+    rows = list(csv.DictReader(written["cells.csv"].open()))
+    assert len(rows) == 4 * (2 + 1)
+    assert all(len({row["init_sha"] for row in rows if row["seed"] == seed}) == 1 for seed in "01")
+    assert len({row["batches_sha"] for row in rows}) == 2, "one order of the data for each seed"
+
+
+def test_a_run_dir_that_another_run_trains_in_is_waited_for(here, monkeypatch):  # noqa: F811
+    """As after a `study run` that was killed: its trainings live on."""
+    from filelock import FileLock
+
+    import eval.study.run
+
+    folder, _, _ = here(study(norms=["rmsnorm"], seeds=[0], learning_rates=[0.02]), room=0)
+    run_dir = folder.path / folder.study.tuning_cells("", folder.study.arms[0])[0].folder / "run"
+    run_dir.mkdir(parents=True)
+    held = FileLock(run_dir / ".lock")
+    held.acquire()
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            held.release()
+
+    monkeypatch.setattr(eval.study.run.time, "sleep", nap)
+    _, executor, _ = here(study(norms=["rmsnorm"], seeds=[0], learning_rates=[0.02]))
+    assert len(naps) == 3
+    assert (run_dir / "final").exists()
+    assert len(executor.jobs) == 1
+
+
+def test_a_search_finds_a_lam_and_confirms_it_on_fresh_seeds(here):  # noqa: F811
+    search = [{"norm": "ibnorm_t", "lam": [0.5, 8], "trials": 4}]
+    plan = study(
+        norms=["rmsnorm"],
+        search=search,
+        tuning_seeds=[9],
+        seeds=[0, 1],
+        set={"max_steps": 12, "eval_every": 2, "log_with": []},
+    )
+    folder, executor, _ = here(plan)
+    winner = folder.winners["ibnorm_t searched"]
+    trials = winner["trials"]
+    assert len(trials) == 4
+    complete = [trial for trial in trials if trial["state"] == "trained"]
+    assert winner["loss"] == min(trial["loss"] for trial in complete)
+    assert 0.5 <= winner["lam"] <= 8
+    group = report(folder)["ibnorm_t searched"]
+    assert group.arm.lam == winner["lam"]
+    assert sorted(group.finals) == [0, 1]
+    assert "had 4 trials to find its λ" in (folder.path / "report" / "report.md").read_text()
+    # Interrupted after two trials, the search goes on with the ones it would have made.
+    (folder.path / "search" / "ibnorm_t_searched" / "winner.json").unlink()
+    for number in (2, 3):
+        (folder.path / "search" / "ibnorm_t_searched" / f"trial-00{number}" / "result.json").unlink()
+    folder, executor, _ = here(plan)
+    assert [name.partition(",")[2][:8] for name in executor.jobs] == [" trial 3", " trial 4"]
+    assert folder.winners["ibnorm_t searched"]["trials"] == trials
