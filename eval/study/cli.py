@@ -3,10 +3,10 @@
 import argparse
 import shlex
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from hf_ibnorm.cli import OneLineParser, Stopped, UserError
 
@@ -22,24 +22,40 @@ def _run(arguments: argparse.Namespace) -> None:
     study = read_study(arguments.study)
     folder = Folder.begin(study, Path(arguments.output or Path("studies", study.name)))
 
-    def stop(_: int, __: Any) -> None:
-        raise Stopped("")
-
     def say(line: str) -> None:
-        Console().print(line, highlight=False, markup=False, soft_wrap=True)
+        print(line, flush=True)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with folder.lock(), executor_for(arguments.jobs, arguments.ray, study.threads, study.gpus) as executor:
+        with (
+            folder.lock(),
+            executor_for(arguments.jobs, arguments.ray, study.threads, study.gpus) as executor,
+            _stop_by_signal(),  # last: Ray sets a handler of its own when it starts
+        ):
             failures = run_study(folder, executor, say)
     except Stopped:
         raise stopped_in_order(folder) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     write_report(folder, folder.path / "report")
     if failures:
         raise UserError(f"{len(failures)} trainings failed and are missing from the report; {failures[0]}")
+
+
+@contextmanager
+def _stop_by_signal() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `Stopped`, once; what ends the trainings in order is not disturbed by a second one."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(_: int, __: Any) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise Stopped("")
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is stop:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _status(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -180,13 +181,10 @@ class RayExecutor:
         import ray
 
         try:
-            ray.init(
-                address,
-                log_to_driver=False,
-                logging_level="error",
-                include_dashboard=False if address == "local" else None,
-            )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            _reach(address)
+            dashboard = False if address == "local" else None
+            ray.init(address, log_to_driver=False, logging_level="error", include_dashboard=dashboard)
+        except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"ray: got {address!r}, no cluster there: {error}") from error
         self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(work)
         self._tasks: dict[Future[Ending], Any] = {}
@@ -212,6 +210,13 @@ class RayExecutor:
             self.cancel(future)
         wait([each for each in self._tasks if not each.done()])
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 @contextmanager

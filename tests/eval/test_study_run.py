@@ -129,11 +129,11 @@ def test_a_pair_that_is_not_equal_is_refused_by_name(here, tmp_path):  # noqa: F
         assert "refused (1 of 2 pairs)" in text
 
 
-@pytest.mark.parametrize(("scale", "why"), [(1e30, "learnt nothing: validation loss"), (1e40, "not finite at step")])
-def test_a_training_that_diverges_is_a_result_and_not_dropped(here, scale, why):  # noqa: F811
-    wild = {"norm": "rmsnorm", "name": "wild", "learning_rate_scale": scale}
+@pytest.mark.parametrize(("patience", "why"), [(10, "learnt nothing: validation loss"), (2, "not finite at step 3")])
+def test_a_training_that_diverges_is_a_result_and_not_dropped(here, patience, why):  # noqa: F811
+    wild = {"norm": "rmsnorm", "name": "wild", "learning_rate_scale": 1e30}
     plan = study(
-        norms=["rmsnorm", wild], seeds=[0, 1], learning_rates=[0.02], set={**TINY["set"], "max_skipped_steps": 2}
+        norms=["rmsnorm", wild], seeds=[0, 1], learning_rates=[0.02], set={**TINY["set"], "max_skipped_steps": patience}
     )
     folder, executor, lines = here(plan)
     groups = report(folder)
@@ -142,7 +142,7 @@ def test_a_training_that_diverges_is_a_result_and_not_dropped(here, scale, why):
     assert any("diverged" in line for line in lines)
     text = (folder.path / "report" / "report.md").read_text()
     assert "diverged: wild" in text
-    assert f"| wild, learning rate {0.02 * scale:g}, seed 0 | diverged | " in text
+    assert "| wild, learning rate 2e+28, seed 0 | diverged | " in text
     assert why in text
     _, executor, _ = here(plan)
     assert executor.jobs == [], "a result is not tried again"
