@@ -44,4 +44,4 @@ def test_links_lead_somewhere(page):
 
 
 def test_there_is_a_page_for_every_door():
-    assert {"library", "training", "evaluation"} <= {page.stem for page in PAGES}
+    assert {"library", "training", "evaluation", "studies"} <= {page.stem for page in PAGES}
