@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +135,10 @@ class Folder:
         plan = sha256([json.dumps(record, sort_keys=True)])
         if before["history"][-1]["plan"] != plan:
             history = [*before["history"], {"plan": plan, "date": _now(), "was": _summary(before["study"])}]
-            for condition, text in recipes.items():
-                write_text(found.recipe(condition), text)
-            write_json(path / PLAN, {**before, **record, "history": history})
+            with found.lock():
+                for condition, text in recipes.items():
+                    write_text(found.recipe(condition), text)
+                write_json(path / PLAN, {**before, **record, "history": history})
         return found
 
     @classmethod
@@ -180,7 +180,7 @@ class Folder:
         """The resolved recipe of a condition."""
         return self.path / "recipes" / f"{slug(condition) or 'recipe'}.yaml"
 
-    @cached_property
+    @property
     def winners(self) -> dict[str, dict[str, Any]]:
         """What each search that has ended found: name → {"lam", "learning_rate", ...}."""
         found = {}

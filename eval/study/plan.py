@@ -226,6 +226,7 @@ def parse_study(name: str, content: Any, folder: Path = Path()) -> Study:
         allowed = ", ".join(arm.name for arm in arms)
         raise ValueError(f"baseline: got {baseline!r}, must be one of norms: {allowed}{nearest(baseline, named)}")
     rates = tuple(_number("learning_rates", each) for each in _list("learning_rates", given["learning_rates"]))
+    _unlike("learning_rates", tuple(f"{rate:g}" for rate in rates))  # as the folders are called
     seeds = _seeds("seeds", given["seeds"])
     tuning = _seeds("tuning_seeds", given.get("tuning_seeds") or list(seeds[:1]))
     if shared := sorted(set(seeds) & set(tuning)) if searches else []:
@@ -247,7 +248,7 @@ def parse_study(name: str, content: Any, folder: Path = Path()) -> Study:
         conditions=conditions,
         arms=arms,
         baseline=baseline,
-        learning_rates=_unlike("learning_rates", rates),
+        learning_rates=rates,
         tuning_seeds=tuning,
         seeds=seeds,
         suites=_unlike("suites", suites),
@@ -378,7 +379,7 @@ def _unlike(field: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values and field not in ("suites",):
         raise ValueError(f"{field}: got an empty list, must have one or more")
     if twice := [each for each in values if values.count(each) > 1]:
-        raise ValueError(f"{field}: got {twice[0]!r} more than once")
+        raise ValueError(f"{field}: got {twice[0]} more than once")
     return values
 
 

@@ -147,22 +147,21 @@ class LocalExecutor:
         slot, stop = self._free.pop(), threading.Event()
         devices = ",".join(str(slot * self._gpus + i) for i in range(self._gpus))
         environment = {**job.environment, **({"CUDA_VISIBLE_DEVICES": devices} if self._gpus else {})}
-        future = self._pool.submit(work, replace(job, environment=environment), stop.is_set)
+        future = self._pool.submit(self._work, replace(job, environment=environment), stop, slot)
         self._stops[future] = stop
-
-        def done(_: "Future[Ending]") -> None:
-            self._free.append(slot)
-            del self._stops[future]
-
-        future.add_done_callback(done)
         return future
 
+    def _work(self, job: Job, stop: threading.Event, slot: int) -> Ending:
+        try:
+            return work(job, stop.is_set)
+        finally:  # not when the future is done: who waits for that may ask for room before
+            self._free.append(slot)
+
     def cancel(self, future: "Future[Ending]") -> None:
-        if stop := self._stops.get(future):
-            stop.set()
+        self._stops[future].set()
 
     def close(self) -> None:
-        for stop in list(self._stops.values()):
+        for stop in self._stops.values():
             stop.set()
         self._pool.shutdown()
 
@@ -248,7 +247,6 @@ def run_study(folder: Folder, executor: Executor, say: Callable[[str], None]) ->
     failures: list[str] = []
     for search in folder.study.searches:
         run_search(folder, search, executor, say)
-        folder.__dict__.pop("winners", None)
     while True:
         for job in folder.to_do():
             if job.name not in tried and executor.room():
@@ -278,8 +276,8 @@ def _outcome(folder: Folder, job: Job, ending: Ending) -> str:
     training = with_scores(read_training(job.folder), job.folder, folder.study.suites)
     if training.state == DIVERGED:
         return f"diverged: {training.problem}"
-    if ending.code:
-        return f"failed: {ending.line}"
+    if ending.code or training.validation is None:
+        return f"failed: {ending.line or training.problem}"
     value = training.value(folder.study.metric)
     told = f"validation {training.validation:.4f}"
     if folder.study.metric != VALIDATION and value is not None:
