@@ -1,7 +1,6 @@
 """The command `python -m eval` (installed as `hf-ibnorm-eval`)."""
 
 import argparse
-import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,33 +8,9 @@ from typing import Any, NoReturn
 
 from hf_ibnorm.cli import OneLineParser, Stopped, UserError, require_extra, run_command
 
-from .study.cli import add_study_verbs, positive
+from .options import add_settings
+from .study.cli import add_study_verbs
 from .suites import SUITES
-
-
-def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else positive(text)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-        raise argparse.ArgumentTypeError(f"got {text!r}, must be i/n with 1 <= i <= n")
-    return int(i), int(n)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"got {text!r}, must be a JSON object such as '{{\"max_gen_toks\": 256}}'")
-    return value
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -106,50 +81,6 @@ def _mirror(arguments: argparse.Namespace) -> None:
     carry_out(arguments.what, arguments.mirror and Path(arguments.mirror), benchmarks)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        help="directory of a checkpoint with its tokenizer, or of a training run; or a name on the Hub",
-    )
-    add("--suite", required=True, help=f"one of: {', '.join(SUITES)}; or tasks of lm-eval, divided by commas")
-    add("--mirror", help="folder with the data sets, no network is touched then (default: the Hub)")
-    add("--limit", type=positive, help="only the first N items a task, a smoke test (default: all)")
-    add(
-        "--batch_size",
-        type=_batch_size,
-        default=8,
-        help="sequences at a time; auto on a GPU: all that fit (default: 8)",
-    )
-    add("--device", help="device of torch (default: cuda if there is one, else cpu)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="dtype of the weights (default: auto, the checkpoint's)",
-    )
-    add(
-        "--overlong",
-        default="refuse",
-        choices=("refuse", "truncate", "skip"),
-        help="where prompts are longer than the model's context: stop, cut them from the left, or leave the benchmark "
-        "out (default: refuse)",
-    )
-    add("--skip", type=_names, default=(), metavar="NAMES", help="benchmarks to leave out (default: none)")
-    add("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th benchmark from the I-th (default: 1/1)")
-    add("--apply_chat_template", action="store_true", help="put prompts through the chat template (default: not)")
-    add("--fewshot_as_multiturn", action="store_true", help="examples as turns of a conversation (default: one prompt)")
-    add(
-        "--gen_kwargs",
-        type=_json_object,
-        metavar="JSON",
-        help="options of generation instead of the tasks' own, a smoke test (default: the tasks' own)",
-    )
-    add("--cache", metavar="DIR", help="keep answers there by model and prompt, and use those kept (default: not)")
-    add("--ignore", type=_names, default=(), metavar="CHECKS", help="checks that may fail (default: none)")
-
-
 def _main() -> None:
     parser = OneLineParser(prog="eval", description="Score causal language models of Transformers, and compare them.")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
@@ -160,10 +91,10 @@ def _main() -> None:
         return found
 
     run = verb("run", _run, "score one model on a suite; a run that was stopped goes on")
-    _add_settings(run)
+    add_settings(run)
     run.add_argument("--output", required=True, help="new directory for scores and answers, or that of a stopped run")
 
-    _add_settings(verb("doctor", _doctor, "look for what would spoil a run, without running it"))
+    add_settings(verb("doctor", _doctor, "look for what would spoil a run, without running it"))
 
     score = verb("score", _score, "scores from the answers on disk; of several shards of a run together")
     score.add_argument("runs", nargs="+", metavar="RUN", help="output directory of `run`")

@@ -11,15 +11,15 @@ import yaml
 from accelerate.state import AcceleratorState
 
 import eval.study.folder
-import eval.study.run
+import eval.study.jobs
 from eval.runner import run as score
 from eval.study.folder import Folder
+from eval.study.jobs import work
 from eval.study.plan import parse_study
 from eval.study.report import write_report
-from eval.study.run import run_study, work
+from eval.study.run import run_study
 from hf_ibnorm.cli import UserError
-from train_lm.config import _config_first as config_first
-from train_lm.config import build_parser, read_command_line
+from train_lm.config import read_command_line
 from train_lm.train import train
 
 TINY = {
@@ -33,7 +33,8 @@ TINY = {
 
 def study(**fields):
     """A tiny study with these fields of its file."""
-    return parse_study("tiny", {**TINY, **fields})
+    content = {**TINY, **fields}
+    return parse_study("tiny", content, yaml.safe_dump(content))
 
 
 class Here:
@@ -78,11 +79,11 @@ def call(words, job, stopping):
 
 
 def ask(words):
-    """`train_lm --print_config` in this process."""
+    """`train_lm --check` in this process."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         try:
-            build_parser().parse_args(config_first(list(words[1:])))
+            read_command_line(list(words[1:]))
         except UserError as error:
             return 2, f"error: {error}"
     return 0, said.getvalue()
@@ -92,11 +93,11 @@ def ask(words):
 def here(monkeypatch, small_corpus, tmp_path):
     """Programs run in this process; returns carry_out(study, folder="study", room=None) → (Folder, executor, lines)."""
     monkeypatch.setenv("HF_IBNORM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(eval.study.run, "_call", call)
+    monkeypatch.setattr(eval.study.jobs, "_call", call)
     monkeypatch.setattr(eval.study.folder, "_ask", ask)
 
     def carry_out(what, name="study", room=1 << 30):
-        folder = Folder.begin(what, tmp_path / name)
+        folder = Folder.begin(what, tmp_path / name, ["python", "-m", "eval", "study", "run"])
         executor, lines = Here(room), []
         run_study(folder, executor, lines.append)
         return folder, executor, lines

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from hf_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
@@ -384,6 +385,9 @@ def build_parser() -> ArgumentParser:
         help=f"recipe: a YAML file, or the name of a shipped one ({', '.join(shipped_recipes())}); "
         "applied before every other flag, wherever it stands",
     )
+    parser.add_argument(
+        "--check", action="store_true", help="only check the settings, and print the recipe that they make (default: train)"
+    )
     parser.add_class_arguments(TrainConfig)
     return parser
 
@@ -394,7 +398,7 @@ def shipped_recipes() -> list[str]:
 
 
 def read_command_line(argv: list[str]) -> TrainConfig:
-    """The validated run that the command line asks for.
+    """The validated run that the command line asks for. With `--check` its recipe is printed, and the program ends.
 
     Raises:
         UserError: one line naming the field, the value and what is allowed.
@@ -404,10 +408,16 @@ def read_command_line(argv: list[str]) -> TrainConfig:
     parsed = parser.parse_args(argv)
     if parsed.model is None:
         raise UserError("model: got null, must be a mapping of the model's fields")
-    del parsed["config"]
+    only_check = parsed.check
+    del parsed["config"], parsed["check"]
     config: TrainConfig = TrainConfig(**{**vars(parsed), "model": ModelConfig(**vars(parsed.model))})
     with bad_input():
         config.validate()
+        if only_check and config.model.init_from is None:
+            build_model_config(config)
+    if only_check:
+        print(yaml.safe_dump(config.as_recipe(), sort_keys=False), end="")
+        raise SystemExit(0)
     return config
 
 

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,17 +11,20 @@ from typing import Any
 
 from hf_ibnorm.cli import OneLineParser, Stopped, UserError
 
+from ..options import positive
 from .plan import shipped_studies
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from .folder import Folder
+    from .jobs import executor_for
     from .plan import read_study
     from .report import write_report
-    from .run import executor_for, run_study, stopped_in_order
+    from .run import run_study, stopped_in_order
 
     study = read_study(arguments.study)
-    folder = Folder.begin(study, Path(arguments.output or Path("studies", study.name)))
+    output = Path(arguments.output or Path("studies", study.name))
+    folder = Folder.begin(study, output, ["python", "-m", "eval", *sys.argv[1:]])
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -34,9 +38,13 @@ def _run(arguments: argparse.Namespace) -> None:
             failures = run_study(folder, executor, say)
     except Stopped:
         raise stopped_in_order(folder) from None
-    write_report(folder, folder.path / "report")
-    if failures:
-        raise UserError(f"{len(failures)} trainings failed and are missing from the report; {failures[0]}")
+    failed = f"{len(failures)} failed and are missing from the report; {failures[0]}" if failures else ""
+    try:
+        write_report(folder, folder.path / "report")
+    except UserError as error:
+        raise UserError(failed or str(error)) from error
+    if failed:
+        raise UserError(failed)
 
 
 @contextmanager
@@ -78,14 +86,39 @@ def _commands(arguments: argparse.Namespace) -> None:
     from .plan import read_study
 
     study = read_study(arguments.study)
-    folder = Folder.begin(study, Path(arguments.output or Path("studies", study.name)))
+    folder = Folder.begin(study, Path(arguments.output or Path("studies", study.name)), [])
+    place = folder.path.absolute()
     for job in folder.to_do():
-        steps = [shlex.join(command.words) for command in job.commands if not command.done.exists()]
-        print(" && ".join(f"{' '.join(f'{k}={v}' for k, v in job.environment.items())} {step}" for step in steps))
+        words = ["python", "-m", "eval", "study", "cell", str(place), str(job.folder.relative_to(place))]
+        print(f"cd {shlex.quote(str(job.directory))} && {shlex.join(words)}")
+    for search in study.searches:
+        if folder.winner(search.name) is None:
+            print(f"# {search.name}: a search is made by `study run` alone")
+
+
+def _cell(arguments: argparse.Namespace) -> None:
+    from .folder import Folder
+    from .jobs import work
+    from .run import told_of
+
+    folder = Folder.open(Path(arguments.study))
+    jobs = {str(job.folder.relative_to(folder.path.absolute())): job for job in folder.to_do()}
+    if arguments.cell not in jobs:
+        if not (folder.path / arguments.cell / "run").is_dir():
+            raise UserError(f"cell: got {arguments.cell!r}, must be one of those that `study commands` prints")
+        print("nothing is left to be done")
+        return
+    job = jobs[arguments.cell]
+    with _stop_by_signal():
+        ending = work(job)
+    line = told_of(folder, job, ending)
+    if line.startswith("failed"):
+        raise UserError(f"{job.name}: {line}")
+    print(f"{job.name}: {line}")
 
 
 def add_study_verbs(parser: argparse.ArgumentParser) -> None:
-    """Add `run`, `status`, `report` and `commands` to the parser of `study`."""
+    """Add the verbs to the parser of `study`."""
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
     shipped = ", ".join(shipped_studies())
 
@@ -105,16 +138,11 @@ def add_study_verbs(parser: argparse.ArgumentParser) -> None:
         "--ray", metavar="ADDRESS", help="on a Ray cluster: its address, or auto, or local (default: on this machine)"
     )
     of_file(verb("commands", _commands, "print what can be run now, a line a training, for another scheduler"))
+    cell = verb("cell", _cell, "carry out one training of a study and its scores: what `commands` prints")
+    cell.add_argument("study", metavar="DIR", help="directory of the study")
+    cell.add_argument("cell", metavar="CELL", help="folder of the training in it")
     status = verb("status", _status, "how far a study is")
     status.add_argument("study", metavar="DIR", help="directory of the study")
     report = verb("report", _report, "write the report on what has ended")
     report.add_argument("study", metavar="DIR", help="directory of the study")
     report.add_argument("--output", help="directory for the report; one in it is replaced (default: DIR/report)")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number >= 1")
-    return value

@@ -1,6 +1,7 @@
 """The pictures of a study's report."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -10,9 +11,9 @@ from hf_ibnorm.report.plots import COLOURS, STYLES, figure
 from hf_ibnorm.report.runs import Run
 
 from ..compare import BETTER, WORSE
-from .folder import DIVERGED
 from .plan import VALIDATION
 from .results import BASELINE, Group
+from .training import DIVERGED
 
 SHOWN = 8
 """Norms in one picture of losses; of a λ sweep only the best λ is drawn."""
@@ -101,7 +102,9 @@ def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> Non
             axes.axhline(fmean(values), linestyle=STYLES[i % len(STYLES)], linewidth=1, label=group.arm.name, **style)
             if group.verdict == BASELINE and len(values) > 1:
                 axes.axhspan(fmean(values) - stdev(values), fmean(values) + stdev(values), color="black", alpha=0.08)
-        axes.set_xscale("log", base=2)
+        least = min((group.arm.lam for sweep in sweeps.values() for group in sweep if group.arm.lam), default=1.0)
+        # λ = 0 is a norm too, and no place on a logarithmic axis.
+        axes.set_xscale("symlog", base=2, linthresh=least, linscale=0.5)
         axes.set_xlabel("λ")
         axes.set_ylabel(what)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
@@ -136,18 +139,18 @@ def draw_stability(groups: Sequence[Group], path: Path) -> None:
 
 
 def sweeps_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Norms that differ in λ alone, three or more: title → sorted by λ."""
+    """Norms that differ in λ alone, three or more: what their names share → sorted by λ."""
     families: dict[str, list[Group]] = {}
     for group in groups:
         if group.arm.lam is not None:
             families.setdefault(group.arm.family, []).append(group)
-    found = {}
+    found: dict[str, list[Group]] = {}
     for family in families.values():
         if len(family) >= 3:
-            options = family[0].arm.kwargs
-            found[f"{family[0].arm.norm}, {options['unit']}" if "unit" in options else family[0].arm.norm] = sorted(
-                family, key=lambda group: group.arm.lam or 0.0
-            )
+            title = re.sub(r" ?\blam=\S+", "", family[0].arm.name)
+            while title in found:
+                title += "'"
+            found[title] = sorted(family, key=lambda group: group.arm.lam or 0.0)
     return found
 
 

@@ -114,7 +114,7 @@ class Study:
         conditions: name → fields of the recipe; the whole comparison is made under each. One without a name if the
             file has none.
         arms: the norms (`norms` in the file).
-        baseline: the arm that the others are compared with.
+        baseline: the arm that the others are compared with; "" until the recipe is known: then the model's stock norm.
         learning_rates: the grid that is tried for every arm.
         tuning_seeds: seeds with which it is tried; the mean of their validation losses decides.
         seeds: seeds with which every arm is trained at its best learning rate, and compared.
@@ -125,6 +125,7 @@ class Study:
         launcher: what starts a training instead of python, such as [accelerate, launch, --num_processes, "8"].
         gpus: GPUs that a training has to itself; 0: it sees all there are.
         searches: searches for λ.
+        source: the file itself.
     """
 
     name: str
@@ -144,6 +145,7 @@ class Study:
     launcher: tuple[str, ...]
     gpus: int
     searches: tuple[Search, ...]
+    source: str
 
     def tuning_cells(self, condition: str, arm: Arm) -> list[Cell]:
         """The trainings that decide on an arm's learning rate."""
@@ -170,7 +172,8 @@ def read_study(name: str) -> Study:
     """
     path = STUDIES / f"{name}.yaml" if name in shipped_studies() else Path(name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except OSError:
         known = shipped_studies()
         raise UserError(
@@ -179,22 +182,24 @@ def read_study(name: str) -> Study:
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"study: {path} is no YAML: {error}") from error
     with bad_input():
-        return parse_study(path.stem, content, path.parent)
+        return parse_study(path.stem, content, text, path.parent)
 
 
 _FIELDS = ("about", "recipe", "set", "conditions", "norms", "baseline", "learning_rates", "tuning_seeds", "seeds")
 _FIELDS += ("suites", "metric", "scoring", "threads", "launcher", "gpus", "search")
 _ARM = ("name", "norm", "kwargs", "overrides", "set", "learning_rate_scale", "sweep")
 _SCORING = ("mirror", "limit", "batch_size", "device", "dtype", "overlong", "skip", "ignore", "cache")
-_STUDYS_OWN = ("run_dir", "resume", "seed", "learning_rate", "config")
+_STUDYS_OWN = ("run_dir", "resume", "seed", "learning_rate", "config", "check")
+_STUDYS_OWN += ("model.norm_type", "model.norm_kwargs", "model.norm_overrides")
 
 
-def parse_study(name: str, content: Any, folder: Path = Path()) -> Study:
+def parse_study(name: str, content: Any, source: str, folder: Path = Path()) -> Study:
     """The study that the content of a file describes.
 
     Args:
         name: of the study.
         content: the file's, as YAML gives it.
+        source: its text.
         folder: where the file lies, and a recipe named by a relative path may.
 
     Raises:
@@ -210,39 +215,38 @@ def parse_study(name: str, content: Any, folder: Path = Path()) -> Study:
     settings = _settings("set", given.get("set"))
     conditions = {
         _text("conditions", key): _settings(f"conditions.{key}", value)
-        for key, value in _mapping("conditions", given.get("conditions") or {"": {}}).items()
+        for key, value in _mapping("conditions", _given(given, "conditions", {"": {}})).items()
     }
     arms = tuple(arm for i, entry in enumerate(_list("norms", given["norms"])) for arm in _arms(f"norms[{i}]", entry))
     searches = tuple(
-        _search(f"search[{i}]", entry) for i, entry in enumerate(_list("search", given.get("search") or []))
+        _search(f"search[{i}]", entry) for i, entry in enumerate(_list("search", _given(given, "search", [])))
     )
     named = [arm.name for arm in arms] + [search.name for search in searches]
     for what, names in (("norms", named), ("conditions", list(conditions))):
         slugs = [slug(each) for each in names]
         if twice := [each for each, slug in zip(names, slugs, strict=True) if slugs.count(slug) > 1]:
-            raise ValueError(f"{what}: the name {twice[0]!r} is not one's own; give each a `name` that differs")
-    baseline = _text("baseline", given.get("baseline") or _default_baseline(arms))
-    if baseline not in [arm.name for arm in arms]:
+            raise ValueError(f"{what}: {twice[0]!r} is there more than once, or too like another name")
+    if not arms:
+        raise ValueError("norms: got an empty list, must have one or more")
+    baseline = _text("baseline", _given(given, "baseline", ""))
+    if baseline and baseline not in [arm.name for arm in arms]:
         allowed = ", ".join(arm.name for arm in arms)
         raise ValueError(f"baseline: got {baseline!r}, must be one of norms: {allowed}{nearest(baseline, named)}")
     rates = tuple(_number("learning_rates", each) for each in _list("learning_rates", given["learning_rates"]))
     _unlike("learning_rates", tuple(f"{rate:g}" for rate in rates))  # as the folders are called
     seeds = _seeds("seeds", given["seeds"])
-    tuning = _seeds("tuning_seeds", given.get("tuning_seeds") or list(seeds[:1]))
+    tuning = _seeds("tuning_seeds", _given(given, "tuning_seeds", list(seeds[:1])))
     if shared := sorted(set(seeds) & set(tuning)) if searches else []:
         raise ValueError(f"seeds: got {shared[0]}, which is one of tuning_seeds; a search is confirmed on fresh seeds")
-    suites = tuple(_text("suites", each) for each in _list("suites", given.get("suites") or []))
-    metric = _text("metric", given.get("metric") or VALIDATION)
+    suites = tuple(_text("suites", each) for each in _list("suites", _given(given, "suites", [])))
+    metric = _text("metric", _given(given, "metric", VALIDATION))
     if metric != VALIDATION and not suites:
         raise ValueError(f"metric: got {metric!r}, but there are no suites; name one, or {VALIDATION}")
     if searches and "conditions" in given:
         raise ValueError("search: cannot go with conditions; give each condition a study of its own")
-    threads, gpus = given.get("threads", 1), given.get("gpus", 0)
-    check_number("threads", threads, 1)
-    check_number("gpus", gpus, 0)
     return Study(
         name=name,
-        about=" ".join(_text("about", given.get("about") or "").split()),
+        about=" ".join(_text("about", _given(given, "about", "")).split()),
         recipe=recipe,
         settings=settings,
         conditions=conditions,
@@ -253,11 +257,12 @@ def parse_study(name: str, content: Any, folder: Path = Path()) -> Study:
         seeds=seeds,
         suites=_unlike("suites", suites),
         metric=metric,
-        scoring=_mapping("scoring", given.get("scoring") or {}, _SCORING),
-        threads=threads,
-        launcher=tuple(_text("launcher", each) for each in _list("launcher", given.get("launcher") or [])),
-        gpus=gpus,
+        scoring=_mapping("scoring", _given(given, "scoring", {}), _SCORING),
+        threads=_whole("threads", _given(given, "threads", 1), 1),
+        launcher=tuple(_text("launcher", each) for each in _list("launcher", _given(given, "launcher", []))),
+        gpus=_whole("gpus", _given(given, "gpus", 0), 0),
         searches=searches,
+        source=source,
     )
 
 
@@ -267,8 +272,8 @@ def _arms(field: str, entry: Any) -> list[Arm]:
     if "norm" not in given:
         raise ValueError(f"{field}.norm: is missing; must be the name of a norm")
     norm = norm_name(given["norm"], f"{field}.norm")
-    base = _mapping(f"{field}.kwargs", given.get("kwargs") or {})
-    sweep = _mapping(f"{field}.sweep", given.get("sweep") or {})
+    base = _mapping(f"{field}.kwargs", _given(given, "kwargs", {}))
+    sweep = _mapping(f"{field}.sweep", _given(given, "sweep", {}))
     values = [_list(f"{field}.sweep.{key}", value) for key, value in sweep.items()]
     scale = _number(f"{field}.learning_rate_scale", given.get("learning_rate_scale", 1.0))
     arms = []
@@ -284,7 +289,7 @@ def _arms(field: str, entry: Any) -> list[Arm]:
                 told,
                 norm,
                 _resolved(norm, {**base, **chosen}, f"{field}.kwargs"),
-                tuple(_list(f"{field}.overrides", given.get("overrides") or [])),
+                tuple(_list(f"{field}.overrides", _given(given, "overrides", []))),
                 _settings(f"{field}.set", given.get("set")) or None,
                 scale,
             )
@@ -301,14 +306,13 @@ def _search(field: str, entry: Any) -> Search:
     ends = [_number(f"{field}.lam", each) for each in _list(f"{field}.lam", given["lam"])]
     if len(ends) != 2 or ends[0] >= ends[1]:
         raise ValueError(f"{field}.lam: got {given['lam']!r}, must be the least λ and the greatest")
-    kwargs = _mapping(f"{field}.kwargs", given.get("kwargs") or {})
+    kwargs = _mapping(f"{field}.kwargs", _given(given, "kwargs", {}))
     for end in ends:
         _resolved(norm, {**kwargs, "lam": end}, f"{field}.kwargs")
-    check_number(f"{field}.trials", given["trials"], 1)
-    reduction = given.get("reduction", 3)
-    check_number(f"{field}.reduction", reduction, 2)
+    trials = _whole(f"{field}.trials", given["trials"], 1)
+    reduction = _whole(f"{field}.reduction", _given(given, "reduction", 3), 2)
     name = _text(f"{field}.name", given.get("name", f"{norm} searched"))
-    return Search(name, norm, kwargs, (ends[0], ends[1]), given["trials"], reduction)
+    return Search(name, norm, kwargs, (ends[0], ends[1]), trials, reduction)
 
 
 def _resolved(norm: str, kwargs: Mapping[str, Any], field: str) -> dict[str, Any]:
@@ -317,9 +321,17 @@ def _resolved(norm: str, kwargs: Mapping[str, Any], field: str) -> dict[str, Any
     return {key: value for key, value in found.items() if value is not None and (key != "eps" or key in kwargs)}
 
 
-def _default_baseline(arms: tuple[Arm, ...]) -> str:
-    """RMSNorm, the norm of Llama, or else LayerNorm, that of GPT-2."""
-    return next((name for name in ("rmsnorm", "layernorm") if name in [arm.name for arm in arms]), "rmsnorm")
+def _given(content: Mapping[str, Any], field: str, default: Any) -> Any:
+    """A field's value, or its default where it is left out or null."""
+    value = content.get(field)
+    return default if value is None else value
+
+
+def _whole(field: str, value: Any, low: int) -> int:
+    check_number(field, value, low)
+    if not isinstance(value, int):
+        raise TypeError(f"{field}: got {value!r}, must be a whole number >= {low}")
+    return value
 
 
 def _mapping(field: str, value: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:
@@ -338,9 +350,11 @@ def _settings(field: str, value: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, each in _mapping(field, value or {}).items():
         flat |= {f"model.{k}": v for k, v in each.items()} if key == "model" and isinstance(each, dict) else {key: each}
-    for key in flat:
+    for key, each in flat.items():
         if key in _STUDYS_OWN:
             raise ValueError(f"{field}: got {key!r}, which is the study's own; allowed are the recipe's other fields")
+        if not isinstance(each, str | int | float | list | dict | None):
+            raise TypeError(f"{field}.{key}: got a {type(each).__name__}; put it in quotes to make it text")
     return flat
 
 
@@ -369,9 +383,7 @@ def _number(field: str, value: Any) -> float:
 
 def _seeds(field: str, value: Any) -> tuple[int, ...]:
     for each in _list(field, value):
-        check_number(field, each, 0, 2**31)
-        if not isinstance(each, int):
-            raise TypeError(f"{field}: got {each!r}, must be whole numbers")
+        check_number(field, _whole(field, each, 0), 0, 2**31)
     return _unlike(field, tuple(value))
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import yaml
-
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.files import sha256, write_text
 from hf_ibnorm.report.page import Page
@@ -19,10 +17,13 @@ from hf_ibnorm.report.tables import Table
 from ..compare import BETTER, SAME, WORSE
 from ..tables import SMOKE
 from .figures import draw_cost, draw_forest, draw_lam, draw_losses, draw_stability, sweeps_of, training_seconds
-from .folder import DIVERGED, FAILED, Folder
+from .folder import SOURCE, Folder
 from .plan import VALIDATION, Cell, slug
 from .results import (
+    HASHES,
     NO_BASELINE,
+    NO_SCATTER,
+    NO_SCORE,
     ONE_SEED,
     REFUSED,
     UNFINISHED,
@@ -33,15 +34,17 @@ from .results import (
     lower_is_better,
 )
 from .statistics import BOOTSTRAP_FROM, SIGN_TEST_FROM
+from .training import DIVERGED, FAILED
 
 READING = (
     "Each seed fixes the data order and the initial values of every parameter that the norms share, so a norm and the "
     "baseline are compared seed by seed. Difference: the mean over seeds of norm minus baseline, with its 95 % "
-    "t-interval. p: of no difference, by the paired t-test, corrected after Holm for the number of norms; a verdict "
+    "t-interval. p: of no difference, by the paired t-test, corrected after Holm for all norms of the study; a verdict "
     "needs it below 0.05, so an interval without 0 in it can still be 'not distinguishable'. Could be seen: the least "
-    "true difference that this test finds with a probability of 80 %, if seeds scatter as they did here; a smaller one "
-    "may well be there. A norm with a seed that diverged has the verdict 'diverged' and no mean is tested: the seeds "
-    "that are left would be a selection. The verdict holds for this model, this text and this budget."
+    "true difference that gets a verdict with a probability of 80 %, if seeds scatter as they did here and it is the "
+    "only one (Holm's first step); a smaller one may well be there. A norm with a seed that diverged has the verdict "
+    "'diverged' and no mean is tested: the seeds that are left would be a selection. The verdict holds for this model, "
+    "this text and this budget. Seconds depend on what else ran beside a training, and so on --jobs."
 )
 
 
@@ -78,7 +81,7 @@ def told(group: Group) -> str:
         count = sum(each.state == DIVERGED for each in group.finals.values())
         return f"{DIVERGED} ({count} of {len(group.finals)} seeds)"
     if group.verdict == REFUSED:
-        return f"{REFUSED} ({len(group.refused)} of {len(group.finals)} pairs)"
+        return f"{REFUSED} ({', '.join(group.refused)})"
     return group.verdict
 
 
@@ -123,7 +126,9 @@ def benchmark_table(groups: Sequence[Group]) -> Table:
     table = Table(["", *(group.label for group in scored)])
     names = dict.fromkeys(name for group in scored for each in group.finals.values() for name in each.scores)
     table.rows += [[name, *(mean_spread(list(group.values(name).values())) for group in scored)] for name in names]
-    table.rows.append(["validation loss", *(mean_spread(list(group.values(VALIDATION).values())) for group in scored)])
+    if names:
+        losses = [mean_spread(list(group.values(VALIDATION).values())) for group in scored]
+        table.rows.append(["validation loss", *losses])
     return table
 
 
@@ -132,7 +137,7 @@ def failure_table(folder: Folder, groups: Sequence[Group]) -> Table:
     table = Table(["training", "what", "why"])
     table.rows += [[str(cell), each.state, each.problem] for cell, each in failures(folder, groups)]
     for group in groups:
-        table.rows += [[f"{group.label}, seed {seed}", "pair refused", why] for seed, why in group.refused.items()]
+        table.rows += [[f"{group.label}, {pair}", "pair refused", why] for pair, why in group.refused.items()]
     return table
 
 
@@ -142,7 +147,7 @@ def cell_rows(folder: Folder, groups: Sequence[Group], metric: str) -> list[dict
     for group in groups:
         finals = folder.finals(group.condition, group.arm)
         for cell in dict.fromkeys((*folder.tuning(group.condition, group.arm), *finals)):
-            training = folder.training(cell)
+            training = folder.training(cell, group.arm)
             rows.append(_cell_row(cell, training.run, compared=cell in finals) | {"state": training.state})
             rows[-1] |= {"eval_loss": training.validation, "metric": training.value(metric) if cell in finals else None}
     return rows
@@ -163,14 +168,27 @@ def _cell_row(cell: Cell, run: Run | None, compared: bool) -> dict[str, Any]:
 
 
 def findings(groups: Sequence[Group], baseline: str) -> list[str]:
-    """The verdicts as sentences, a line for each kind; under several conditions a line for each of those."""
+    """The verdicts as sentences, a line for each condition."""
     lines = []
     for condition in dict.fromkeys(group.condition for group in groups):
-        here = [group for group in groups if group.condition == condition]
-        kinds = (BETTER, WORSE, SAME, DIVERGED, REFUSED, FAILED, UNFINISHED, ONE_SEED, NO_BASELINE)
+        here = [group for group in groups if group.condition == condition and group.arm.name != baseline]
+        kinds = (
+            BETTER,
+            WORSE,
+            SAME,
+            DIVERGED,
+            REFUSED,
+            FAILED,
+            UNFINISHED,
+            ONE_SEED,
+            NO_SCATTER,
+            NO_SCORE,
+            NO_BASELINE,
+        )
         said = [(kind, [group.arm.name for group in here if group.verdict == kind]) for kind in kinds]
         told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in said if names)
-        lines.append(f"{f'{condition}: ' if condition else ''}Against {baseline} - {told}.")
+        where = f"{condition}: " if condition else ""
+        lines.append(f"{where}Against {baseline} - {told}." if told else f"{where}Nothing is compared with {baseline}.")
     return lines
 
 
@@ -178,37 +196,64 @@ def fairness(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:
     """What was the same for all norms, as far as the files show it, and what was not."""
     study, lines = folder.study, []
     pairs = sum(len(group.differences) for group in groups)
-    refused = [(group, seed, why) for group in groups for seed, why in group.refused.items()]
+    runs = [run for group in groups if group.differences for run in group.runs()]
     if pairs:
+        unknown = [what for name, what in HASHES.items() if any(run.environment.get(name) is None for run in runs)]
+        same = [what for what in HASHES.values() if what not in unknown]
         lines.append(
-            f"{pairs} pairs of trainings share initial weights, every batch, tokens, text, tokenizer and all settings "
-            "but the norm and the learning rate; the hashes are in cells.csv."
+            f"{pairs} pairs of trainings have equal {', '.join(same)}, every batch, number of tokens, and all settings "
+            "but the norm and the learning rate; hashes are in cells.csv and in each run's environment.json."
         )
-    lines += [f"REFUSED: {group.label}, seed {seed}: {why}." for group, seed, why in refused]
-    grid = ", ".join(f"{rate:g}" for rate in study.learning_rates)
-    seeds = ", ".join(map(str, study.tuning_seeds))
-    lines.append(
-        f"Every norm was tried at the same learning rates ({grid}; seed {seeds}); the one with the least validation "
-        f"loss was taken" + (f", and {metric} was looked at only after that." if metric != VALIDATION else ".")
-    )
-    if metric == VALIDATION:
-        lines.append("The verdict is on the validation loss, which chose the learning rates too: there is no test set.")
-    if both := sorted(set(study.tuning_seeds) & set(study.seeds)):
-        lines.append(f"Seed {', '.join(map(str, both))} chose the learning rate and is compared too, for every norm.")
-    scaled = [arm.name for arm in study.arms if arm.learning_rate_scale != 1]
-    if scaled:
-        lines.append(f"On purpose at other learning rates: {', '.join(scaled)}.")
-    if edge := [group.label for group in groups if group.at_edge]:
-        lines.append(f"NOTE: the best learning rate is at the edge of the grid for {', '.join(edge)}.")
-    for search in study.searches:
-        lines.append(f"NOTE: {search.name} had {search.trials} trials to find its λ, more than the others had.")
-    if any(group.arm.norm == "layernormalnorm" for group in groups):
-        lines.append(
-            "Noise is off in validation and scoring: models are in eval mode, and the doctor of `eval run` checks it."
-        )
+        if unknown:
+            lines.append(f"NOTE: of {', '.join(unknown)} there is no hash, as of a stream; the batches are compared.")
+    for group in groups:
+        lines += [f"REFUSED: {group.label}, {pair}: {why}." for pair, why in group.refused.items()]
+    for arm in study.arms:
+        if arm.settings:
+            lines.append(
+                f"NOTE: on purpose, {arm.name} has {', '.join(f'{k} = {v}' for k, v in arm.settings.items())}."
+            )
+    lines += _tuning_lines(folder, groups, metric)
+    noisy = [group for group in groups if group.arm.norm == "layernormalnorm" and group.runs()]
+    if noisy:
+        lines.append("Noise is off in validation: models are in eval mode, which train_lm checks.")
+        if study.suites and "noise" not in study.scoring.get("ignore", ()):
+            lines.append("Noise is off in scoring: the doctor of `eval run` checks that logits repeat.")
     lines += [f"NOTE: {line}." for line in environments(groups)]
     for change in folder.record()["history"][1:]:
         lines.append(f"NOTE: the plan was changed at {change['date']}, after it began with {change['was']}.")
+    return lines
+
+
+def _tuning_lines(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:
+    """How the learning rates were chosen."""
+    study, lines = folder.study, []
+    grid = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+    seeds = ", ".join(map(str, study.tuning_seeds))
+    tuned = [
+        group for group in groups if group.tuning and all(each.ended for row in group.tuning.values() for each in row)
+    ]
+    if tuned:
+        who = "Every norm" if len(tuned) == len(groups) else ", ".join(group.label for group in tuned)
+        lines.append(
+            f"{who} was tried at the same learning rates ({grid}; seed {seeds}): the least validation loss chose."
+        )
+    if metric == VALIDATION:
+        lines.append("The verdict is on the validation loss, which chose the learning rates too: there is no test set.")
+    else:
+        lines.append(f"Models were scored on {metric} at the chosen learning rate alone.")
+    if both := sorted(set(study.tuning_seeds) & set(study.seeds)):
+        lines.append(f"Seed {', '.join(map(str, both))} chose the learning rate and is compared too, for every norm.")
+    for arm in study.arms:
+        if arm.learning_rate_scale != 1:
+            lines.append(f"NOTE: on purpose, {arm.name} has {arm.learning_rate_scale:g} times every learning rate.")
+    if edge := [group.label for group in groups if group.at_edge]:
+        lines.append(f"NOTE: the best learning rate is at the edge of the grid for {', '.join(edge)}.")
+    for search in study.searches:
+        if winner := folder.winner(search.name):
+            lines.append(
+                f"NOTE: {search.name} had {len(winner['trials'])} trials, and other norms {len(study.learning_rates)}."
+            )
     return lines
 
 
@@ -223,10 +268,11 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
         UserError: the study's files are damaged, or the report cannot be written.
     """
     study = folder.study
-    with bad_input(KeyError, TypeError, ValueError, about="study: a file of a training is damaged: "):
-        groups = gather(folder)
-    if not any(group.runs() for group in groups):
-        raise UserError(f"study: {folder.path} has no training yet that is to be compared; see `study status`")
+    groups = gather(folder)
+    if not any(
+        each.ended for group in groups for row in (*group.tuning.values(), group.finals.values()) for each in row
+    ):
+        raise UserError(f"study: {folder.path} has no training yet that has ended; see `study status`")
     metric = study.metric
     table, lines, fair = (
         verdict_table(groups, metric),
@@ -242,9 +288,12 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
     sections = [(title, each) for title, each in sections if each.rows]
     rows = cell_rows(folder, groups, metric)
     made = provenance(folder, groups)
+    stamp = ""
     if any(each.smoke for group in groups for each in group.finals.values()):
         lines.insert(0, f"{SMOKE}: scored on part of the items.")
-    page = Page(f"Study: {study.name}", study.about, {BETTER: "good", WORSE: "bad", DIVERGED: "bad", REFUSED: "bad"})
+        stamp = f"{SMOKE}. "
+    bad = {told(group): "bad" for group in groups if group.verdict in (WORSE, DIVERGED, REFUSED, FAILED)}
+    page = Page(f"Study: {study.name}", study.about, {**bad, BETTER: "good"})
     direction = "lower" if lower_is_better(groups, metric) else "higher"
     caption = f"{what(groups, metric)} ({direction} is better), mean ± standard deviation over seeds."
     text = [f"# {page.title}", study.about, *(f"**{line}**" for line in lines), table.markdown(), caption]
@@ -270,10 +319,13 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
         page.table(_as_table(rows), f"{len(rows)} trainings")
         text += ["## Every training", f"{len(rows)} trainings: [cells.csv](cells.csv).", *made]
         write_text(output / "report.md", "\n\n".join(part.rstrip("\n") for part in text if part) + "\n")
-        write_text(output / "verdicts.csv", _csv(map(_verdict_row, groups)))
-        write_text(output / "verdicts.tex", table.latex(f"Study {study.name}: {caption}"))
+        write_text(output / "verdicts.csv", _csv({"stamp": stamp.strip(), **_verdict_row(group)} for group in groups))
+        write_text(output / "verdicts.tex", table.latex(f"{stamp}Study {study.name}: {caption}"))
         write_text(output / "cells.csv", _csv(rows))
-        write_text(output / "study.yaml", yaml.safe_dump(_plain(study.content()), sort_keys=False, allow_unicode=True))
+        write_text(output / SOURCE, study.source)
+        for condition in study.conditions:
+            path = folder.recipe(condition)
+            write_text(output / f"recipe-{path.name}", path.read_text(encoding="utf-8"))
         write_text(output / "report.html", page.html(" ".join(made)))
     table.print()
     for line in (*lines, *fair):
@@ -313,17 +365,20 @@ def draw(groups: Sequence[Group], output: Path, metric: str) -> list[tuple[str, 
 
 def provenance(folder: Folder, groups: Sequence[Group]) -> list[str]:
     """When, with what, on what, and the command that makes it again."""
-    record = folder.record()
-    run = next(run for group in groups for run in group.runs())
-    versions = run.environment["versions"]
-    kept = ("hf_ibnorm", "torch", "transformers", "accelerate", "lm_eval")
-    command = record["environment"]["command"][1:]
+    record, threads = folder.record(), folder.study.threads
+    lines = [f"Begun {record['history'][0]['date'][:10]}, trainings with {threads} thread{'s' * (threads > 1)} each."]
+    if run := next((run for group in groups for run in group.runs()), None):
+        versions = run.environment["versions"]
+        kept = ("hf_ibnorm", "torch", "transformers", "accelerate", "lm_eval")
+        lines.append(
+            f"On {run.environment['device']}, {run.environment['cpu_count']} cores; "
+            f"{', '.join(f'{name} {versions.get(name)}' for name in kept)}; "
+            f"revision {run.environment.get('git_revision') or 'unknown'}."
+        )
+    command = record["command"] or ["python", "-m", "eval", "study", "commands", SOURCE]
     return [
-        f"Begun {record['history'][0]['date'][:10]} on {run.environment['device']}, {run.environment['cpu_count']} "
-        f"cores, trainings with {folder.study.threads} thread{'s' * (folder.study.threads > 1)} each; "
-        f"{', '.join(f'{name} {versions.get(name)}' for name in kept)}; "
-        f"revision {run.environment.get('git_revision') or 'unknown'}.",
-        f"Made by `{shlex.join(['python', '-m', 'eval', *command])}`.",
+        *lines,
+        f"Made by `{shlex.join(command)}`; the study's file and its resolved recipe lie beside this report.",
     ]
 
 
@@ -386,10 +441,3 @@ def _as_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def _cell_text(value: Any) -> str:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _plain(content: Any) -> Any:
-    """Tuples as lists, which YAML can write."""
-    if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
-    return [_plain(each) for each in content] if isinstance(content, list | tuple) else content

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 from hf_ibnorm.report.runs import HARMLESS, Run, flat_settings
 
-from .folder import DIVERGED, FAILED, TRAINED, Folder, Training
+from .folder import Folder
 from .plan import VALIDATION, Arm, Cell
 from .statistics import Paired, paired, verdicts
+from .training import DIVERGED, FAILED, TRAINED, Training
 
-BASELINE, REFUSED, UNFINISHED, ONE_SEED, NO_BASELINE = "baseline", "refused", "unfinished", "one seed", "no baseline"
+BASELINE, REFUSED, UNFINISHED, NO_BASELINE = "baseline", "refused", "unfinished", "no baseline"
+ONE_SEED, NO_SCATTER, NO_SCORE = "one seed", "no scatter between seeds", "no score"
 _ARMS_OWN = frozenset(("model.norm_type", "model.norm_kwargs", "model.norm_overrides", "learning_rate"))
-_HASHES = {
+HASHES = {
     "init_sha": "initial values of the shared parameters",
     "tokenizer_sha": "tokenizer",
     "train_sha": "training text",
@@ -31,7 +33,7 @@ class Group:
         tuning: learning rate → its trainings, one a tuning seed.
         learning_rate: the best of them; None while it is not known, or where all diverged.
         finals: seed → the training that is compared.
-        refused: seed → why its pair with the baseline does not count.
+        refused: which pair with the baseline does not count → why.
         differences: from the baseline, one a seed; none where a pair is missing or refused.
         paired: what they say.
         adjusted: p after Holm's correction.
@@ -43,7 +45,7 @@ class Group:
     tuning: dict[float, list[Training]]
     learning_rate: float | None
     finals: dict[int, Training]
-    refused: dict[int, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     differences: list[float] = field(default_factory=list)
     paired: Paired | None = None
     adjusted: float | None = None
@@ -88,9 +90,11 @@ def gather(folder: Folder) -> list[Group]:
     for condition, arm in folder.groups():
         tuning: dict[float, list[Training]] = {}
         for cell in folder.tuning(condition, arm):
-            tuning.setdefault(cell.learning_rate, []).append(folder.training(cell))
-        finals = {cell.seed: folder.training(cell) for cell in folder.finals(condition, arm)}
+            tuning.setdefault(cell.learning_rate, []).append(folder.training(cell, arm))
+        finals = {cell.seed: folder.training(cell, arm) for cell in folder.finals(condition, arm)}
         groups.append(Group(condition, arm, tuning, folder.chosen(condition, arm), finals))
+        if folder.is_searched(arm) and folder.winner(arm.name) and not finals:
+            groups[-1].verdict = DIVERGED
     for condition in study.conditions:
         here = [group for group in groups if group.condition == condition]
         _judge(here, next(group for group in here if group.arm.name == study.baseline), study.metric)
@@ -107,52 +111,69 @@ def _judge(groups: Sequence[Group], baseline: Group, metric: str) -> None:
     """Give every group of one condition its verdict."""
     for group in groups:
         group.verdict = _hindrance(group, metric)
-    counted = []
+    counted, norms = [], len(groups) - 1
     for group in groups:
-        if group is baseline or group.verdict:
+        if group is baseline:
             continue
-        if baseline.verdict:
-            group.verdict = NO_BASELINE
-            continue
-        for seed, training in group.finals.items():
-            if problem := difference(training, baseline.finals[seed], group.arm, baseline.arm, metric):
-                group.refused[seed] = problem
+        group.refused = _refusals(group, baseline, metric)
         if group.refused:
             group.verdict = REFUSED
+        elif not group.verdict and baseline.verdict:
+            group.verdict = NO_BASELINE
+        if group.verdict:
             continue
         ours, theirs = group.values(metric), baseline.values(metric)
         group.differences = [ours[seed] - theirs[seed] for seed in ours]
-        group.paired = paired(group.differences)
+        group.paired = paired(group.differences, norms)
         counted.append(group)
     baseline.verdict = baseline.verdict or BASELINE
-    found = verdicts([group.paired for group in counted if group.paired], lower_is_better(groups, metric))
+    found = verdicts([group.paired for group in counted if group.paired], lower_is_better(groups, metric), norms)
     for group, (adjusted, verdict) in zip(counted, found, strict=True):
-        group.adjusted, group.verdict = adjusted, verdict or ONE_SEED
+        group.adjusted, group.verdict = adjusted, verdict or (ONE_SEED if len(group.finals) == 1 else NO_SCATTER)
+
+
+def _refusals(group: Group, baseline: Group, metric: str) -> dict[str, str]:
+    """Pairs with the baseline that are not equal in what they must be, compared ones and those that tuned."""
+    pairs = [
+        (f"seed {seed}", training, baseline.finals[seed], metric)
+        for seed, training in group.finals.items()
+        if seed in baseline.finals
+    ]
+    for rate, ours, theirs in zip(group.tuning, group.tuning.values(), baseline.tuning.values(), strict=False):
+        pairs += [(f"tuning at {rate:g}", a, b, "") for a, b in zip(ours, theirs, strict=True)]
+    found = {}
+    for name, ours, theirs, tested in pairs:
+        if ours.ended and theirs.ended and (why := difference(ours, theirs, group.arm, baseline.arm, tested)):
+            found[name] = why
+    return found
 
 
 def _hindrance(group: Group, metric: str) -> str:
     """Why a norm can have no verdict, or nothing."""
     tuning = [each for trainings in group.tuning.values() for each in trainings]
     finals = list(group.finals.values())
-    if any(each.state == DIVERGED for each in finals):
+    if group.verdict == DIVERGED or any(each.state == DIVERGED for each in finals):
         return DIVERGED
     if tuning and not finals and all(each.ended for each in tuning):
         return DIVERGED
-    if any(each.state == FAILED or each.problem for each in (*tuning, *finals) if each.state != DIVERGED):
+    if any(each.state == FAILED for each in tuning) or any(each.problem for each in finals):
         return FAILED
-    return "" if finals and len(group.values(metric)) == len(finals) else UNFINISHED
+    if not finals or any(not each.ended or each.unscored for each in finals):
+        return UNFINISHED
+    return "" if len(group.values(metric)) == len(finals) else NO_SCORE
 
 
 def difference(ours: Training, theirs: Training, arm: Arm, other: Arm, metric: str) -> str:
     """What two trainings of one seed do not share and must, or nothing.
 
     They share initial weights, every batch, the number of tokens, text, tokenizer, all settings but those that the arms
-    are about, and the items of the test.
+    are about, and what the test asks, if `metric` is one: its items, and the manner of asking. Of one that diverged
+    only the batches that it has seen are compared.
     """
     a, b = ours.run, theirs.run
     if a is None or b is None:
         return "there is no run"
-    for name, what in _HASHES.items():
+    for name, what in HASHES.items():
         ends = [run.environment.get(name) for run in (a, b)]
         if ends[0] != ends[1]:
             return f"{what} differ: {name} is {_told(ends[0])}, the baseline's {_told(ends[1])}"
@@ -160,20 +181,25 @@ def difference(ours: Training, theirs: Training, arm: Arm, other: Arm, metric: s
         if row["batch_sha"] != row_b["batch_sha"]:
             told = f"batch_sha is {row['batch_sha']}, the baseline's {row_b['batch_sha']}"
             return f"batches differ from step {row['step']} on: {told}"
-    if (tokens := [run.metrics[-1]["tokens"] for run in (a, b)]) and tokens[0] != tokens[1]:
+    tokens = [run.metrics[-1]["tokens"] for run in (a, b)]
+    if ours.state == theirs.state == TRAINED and tokens[0] != tokens[1]:
         return f"tokens differ: {tokens[0]:,}, the baseline's {tokens[1]:,}"
     free = {*HARMLESS, *_ARMS_OWN, *(arm.settings or {}), *(other.settings or {})}
     settings = [{**flat_settings(run.config), "processes": run.environment.get("num_processes")} for run in (a, b)]
     for name in sorted((settings[0].keys() | settings[1].keys()) - free):
         if settings[0].get(name) != settings[1].get(name):
             return f"{name} differs: {settings[0].get(name)!r}, the baseline's {settings[1].get(name)!r}"
-    if metric != VALIDATION:
+    if metric in ours.scores and metric in theirs.scores:
         items = [
-            {task: row["hash"] for task, row in each.scores[metric]["details"]["tasks"].items()}
+            {task: (row["hash"], row["n"]) for task, row in each.scores[metric]["details"]["tasks"].items()}
             for each in (ours, theirs)
         ]
         if items[0] != items[1]:
             return f"the items of {metric} differ"
+        for suite, manner in ours.scored_with.items():
+            for name, value in manner.items():
+                if (there := theirs.scored_with.get(suite, {}).get(name)) != value:
+                    return f"{suite} was scored with {name} {value!r}, for the baseline with {there!r}"
     return ""
 
 
@@ -198,5 +224,5 @@ def failures(folder: Folder, groups: Sequence[Group]) -> list[tuple[Cell, Traini
     cells: dict[Cell, Training] = {}
     for group in groups:
         for cell in (*folder.tuning(group.condition, group.arm), *folder.finals(group.condition, group.arm)):
-            cells[cell] = folder.training(cell)
+            cells[cell] = folder.training(cell, group.arm)
     return [(cell, each) for cell, each in cells.items() if each.state in (FAILED, DIVERGED) or each.problem]

@@ -24,10 +24,11 @@ class Paired:
     Args:
         n: pairs.
         mean: of the differences.
-        interval: 95 % t-interval of the mean; None for fewer than two pairs.
-        p: of no difference, by the paired t-test (two-sided); None for fewer than two pairs.
-        detectable: the smallest true difference that the t-test would find with a probability of 80 %, if seeds scatter
-            as they did here; None for fewer than two pairs.
+        interval: 95 % t-interval of the mean; None for fewer than two pairs, and where all differ by the same amount:
+            without scatter there is nothing to measure it against.
+        p: of no difference, by the paired t-test (two-sided); None as above.
+        detectable: the smallest true difference that would get a verdict with a probability of 80 %, if seeds scatter
+            as they did here; None as above.
         sign_p: p of the sign test; None for fewer than six pairs.
         bootstrap: 95 % bias-corrected and accelerated bootstrap interval; None for fewer than ten pairs.
     """
@@ -41,18 +42,19 @@ class Paired:
     bootstrap: tuple[float, float] | None
 
 
-def paired(differences: Sequence[float], seed: int = 0) -> Paired:
+def paired(differences: Sequence[float], norms: int = 1, seed: int = 0) -> Paired:
     """What paired differences say, one for each seed.
 
     Args:
         differences: norm - baseline; at least one.
+        norms: how many norms are compared with the baseline, all of which share a probability of 5 % to err.
         seed: of the bootstrap's resampling.
     """
     import numpy as np
 
     values = np.asarray(differences, dtype=float)
     n, mean = len(values), float(np.mean(values))
-    if n < 2:
+    if n < 2 or (values.any() and np.ptp(values) <= 1e-12 * abs(mean)):
         return Paired(n, mean, None, None, None, None, None)
     low, high = t_interval(values)
     return Paired(
@@ -60,7 +62,7 @@ def paired(differences: Sequence[float], seed: int = 0) -> Paired:
         mean,
         (float(low), float(high)),
         t_test(values),
-        detectable(values),
+        detectable(values, LEVEL / norms),
         sign_test(values) if n >= SIGN_TEST_FROM else None,
         bootstrap_interval(values, seed) if n >= BOOTSTRAP_FROM else None,
     )
@@ -85,13 +87,11 @@ def t_interval(values: "np.ndarray", level: float = LEVEL) -> "np.ndarray":
 
 
 def t_test(values: "np.ndarray") -> float:
-    """Two-sided p-value of a mean of 0, for n ≥ 2 values; 1 where all of them are 0."""
+    """Two-sided p-value of a mean of 0, for n ≥ 2 values that differ; 1 where all of them are 0."""
     from scipy.stats import t
 
     n, error = len(values), values.std(ddof=1) / math.sqrt(len(values))
-    if not error:
-        return float(not values.any())
-    return float(2 * t.sf(abs(values.mean()) / error, n - 1))
+    return float(2 * t.sf(abs(values.mean()) / error, n - 1)) if values.any() else 1.0
 
 
 def detectable(values: "np.ndarray", level: float = LEVEL, power: float = POWER) -> float:
@@ -122,24 +122,27 @@ def bootstrap_interval(values: "np.ndarray", seed: int) -> tuple[float, float]:
     import numpy as np
     from scipy.stats import bootstrap
 
-    if not values.std():
-        return float(values[0]), float(values[0])
+    if not values.any():
+        return 0.0, 0.0
     found = bootstrap((values,), np.mean, n_resamples=DRAWS, confidence_level=1 - LEVEL, method="BCa", rng=seed)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def verdicts(found: Sequence[Paired], lower_is_better: bool) -> list[tuple[float | None, str]]:
-    """p after Holm's correction for the number of norms, and what it says about each norm.
+def verdicts(found: Sequence[Paired], lower_is_better: bool, norms: int) -> list[tuple[float | None, str]]:
+    """p after Holm's correction, and what it says about each norm.
 
     Args:
         found: a norm each.
         lower_is_better: of the metric.
+        norms: how many are to be compared; those that have no p, or none yet, count as if theirs were 1.
 
     Returns:
-        Corrected p and verdict: better, worse or not distinguishable, or nothing for a single pair.
+        Corrected p and verdict: better, worse or not distinguishable, or nothing where there is no p.
     """
+    values = [each.p for each in found]
+    missing = norms - sum(value is not None for value in values)
     rows = []
-    for each, corrected in zip(found, holm([each.p for each in found]), strict=True):
+    for each, corrected in zip(found, holm([*values, *[1.0] * missing]), strict=False):
         if corrected is None:
             rows.append((None, ""))
         elif corrected >= LEVEL:

@@ -1,13 +1,11 @@
 """How far a study is."""
 
-import json
 from collections import Counter
 
-from hf_ibnorm.cli import UserError
 from hf_ibnorm.report.tables import Table
 
-from .folder import BEGUN, DIVERGED, FAILED, TRAINED, WAITING, Folder
-from .run import RUNNING
+from .folder import Folder
+from .training import BEGUN, DIVERGED, FAILED, TRAINED, WAITING
 
 SHOWN = 20
 
@@ -24,7 +22,7 @@ def print_status(folder: Folder) -> None:
     for condition, arm in folder.groups():
         finals = folder.finals(condition, arm)
         cells = dict.fromkeys((*folder.tuning(condition, arm), *finals))
-        found = {cell: folder.training(cell) for cell in cells}
+        found = {cell: folder.training(cell, arm) for cell in cells}
         counts = Counter(each.state for each in found.values())
         rate = folder.chosen(condition, arm)
         scored = sum(found[cell].state == TRAINED and not found[cell].unscored for cell in finals)
@@ -39,10 +37,8 @@ def print_status(folder: Folder) -> None:
         print(f"and {len(problems) - SHOWN} more")
     ended, total = folder.counts()
     print(f"{ended} of {total} trainings have ended")
-    try:
-        held = folder.lock()
-    except UserError:
-        print(f"running now: {'; '.join(json.loads((folder.path / RUNNING).read_text(encoding='utf-8'))) or 'nothing'}")
-    else:
-        held.release()
-        print("no `study run` is at work here")
+    for search in folder.study.searches:
+        done = len(list(folder.search_folder(search).glob("trial-*/result.json")))
+        print(f"{search.name}: {done} of {search.trials} trials have ended")
+    names = folder.running()
+    print("no `study run` is at work here" if names is None else f"running now: {'; '.join(names) or 'nothing'}")

@@ -1,12 +1,14 @@
 """The file of a study: what it says, what follows from it, and what is wrong with it in one line."""
 
+import datetime
 import json
 
 import pytest
-from studying import TINY, study
+from studying import ask, study
 
-from eval.study.folder import Folder, _study
-from eval.study.plan import STUDIES, Cell, flag_words, read_study, shipped_studies
+import eval.study.folder
+from eval.study.folder import Folder, study_from
+from eval.study.plan import Cell, flag_words, read_study, shipped_studies
 from hf_ibnorm.cli import UserError
 from train_lm.config import build_model_config, read_command_line
 
@@ -38,9 +40,15 @@ def test_every_option_is_kept_so_that_a_new_default_changes_nothing():
     assert "eps" not in kwargs, "the model's own"
 
 
-def test_the_baseline_is_the_norm_of_the_family_where_none_is_named():
-    assert study(norms=["ibnorm_l", "layernorm", "rmsnorm"]).baseline == "rmsnorm"
-    assert study(norms=["ibnorm_l", "layernorm"]).baseline == "layernorm"
+@pytest.mark.parametrize(("family", "stock"), [("llama", "rmsnorm"), ("gpt2", "layernorm")])
+def test_the_baseline_is_the_norm_of_the_stock_model(tmp_path, monkeypatch, family, stock):
+    monkeypatch.setattr(eval.study.folder, "_ask", ask)
+    norms = ["ibnorm_l", {"norm": "layernorm", "name": "its own"}, {"norm": "rmsnorm", "name": "another"}]
+    folder = Folder.begin(study(norms=norms, set={"model": {"model_type": family}}), tmp_path / "study", [])
+    assert folder.study.arms[[arm.name for arm in folder.study.arms].index(folder.study.baseline)].norm == stock
+    assert Folder.open(tmp_path / "study").study == folder.study
+    with pytest.raises(UserError, match=rf"baseline: is missing, and {stock}, the norm of {family}, is none of norms"):
+        Folder.begin(study(norms=["dyt"], set={"model": {"model_type": family}}), tmp_path / "other", [])
 
 
 def test_one_seed_tunes_where_none_is_named():
@@ -68,7 +76,7 @@ def test_cells_of_one_arm_differ_in_their_folders():
 def test_a_plan_comes_back_from_json():
     search = {"norm": "ibnorm_t", "lam": [1, 4], "trials": 3}
     found = study(norms=["rmsnorm", {"norm": "ibnorm_l", "sweep": {"lam": [1, 4]}}], search=[search], tuning_seeds=[9])
-    assert _study(json.loads(json.dumps(found.content()))) == found
+    assert study_from(json.loads(json.dumps(found.content()))) == found
 
 
 @pytest.mark.parametrize(
@@ -80,10 +88,11 @@ def test_a_plan_comes_back_from_json():
         ({"norms": [{"norm": "ibnorm_t", "kwargs": {"lamb": 1}}]}, "norms[0].kwargs.lamb: ibnorm_t has no such option"),
         ({"norms": [{"norm": "ibnorm_t", "sweep": {"lam": [1, -1]}}]}, "norms[0].kwargs.lam: got -1"),
         ({"norms": [{"norm": "ibnorm_t", "sweep": {"lam": 1}}]}, "norms[0].sweep.lam: got 1, must be a list"),
-        ({"norms": ["rmsnorm", "rmsnorm"]}, "norms: the name 'rmsnorm' is not one's own"),
+        ({"norms": ["rmsnorm", "rmsnorm"]}, "norms: 'rmsnorm' is there more than once, or too like another name"),
+        ({"norms": []}, "norms: got an empty list"),
         (
             {"norms": ["rmsnorm", {"norm": "dyt", "name": "rms norm"}, {"norm": "dyt", "name": "rms/norm"}]},
-            "norms: the name",
+            "norms: 'rms norm' is there more than once",
         ),
         ({"norms": [{"kwargs": {}}]}, "norms[0].norm: is missing"),
         ({"norms": [3]}, "norms[0]: got 3, must be a mapping"),
@@ -96,7 +105,12 @@ def test_a_plan_comes_back_from_json():
         ({"learning_rates": []}, "learning_rates: got an empty list, must have one or more"),
         ({"learning_rates": [0.1, 0.1]}, "learning_rates: got 0.1 more than once"),
         ({"seeds": [0, 0]}, "seeds: got 0 more than once"),
-        ({"seeds": [0.5]}, "seeds: got 0.5, must be whole numbers"),
+        ({"seeds": [0.5]}, "seeds: got 0.5, must be a whole number >= 0"),
+        ({"tuning_seeds": 0}, "tuning_seeds: got 0, must be a list"),
+        ({"threads": 1.5}, "threads: got 1.5, must be a whole number >= 1"),
+        ({"learning_rates": [0.1234567, 0.12345671]}, "learning_rates: got 0.123457 more than once"),
+        ({"set": {"model": {"norm_type": "dyt"}}}, "set: got 'model.norm_type', which is the study's own"),
+        ({"set": {"corpus": datetime.date(2026, 1, 1)}}, "set.corpus: got a date; put it in quotes"),
         ({"set": {"seed": 3}}, "set: got 'seed', which is the study's own"),
         ({"conditions": {"a": {"run_dir": "x"}}}, "conditions.a: got 'run_dir', which is the study's own"),
         ({"metric": "austen_test"}, "metric: got 'austen_test', but there are no suites"),
@@ -132,7 +146,6 @@ def test_files_that_are_none(tmp_path):
 @pytest.mark.parametrize("name", shipped_studies())
 def test_every_training_of_a_shipped_study_is_one_that_train_lm_takes(name):
     found = read_study(name)
-    assert f"study run {name}" not in (STUDIES / f"{name}.yaml").read_text() or found.about
     for condition in found.conditions.values():
         for arm in found.arms:
             settings = {**found.settings, **condition, **arm.flags(), "learning_rate": 0.1, "run_dir": "unused"}
@@ -154,21 +167,33 @@ def test_the_shipped_studies_are_what_the_readme_says():
 
 def test_the_recipe_is_resolved_once_and_kept(tmp_path):
     """By asking train_lm, in a process of its own."""
-    folder = Folder.begin(study(set={"max_steps": 7, "model": {"hidden_size": 48}}), tmp_path / "study")
+    folder = Folder.begin(study(set={"max_steps": 7, "model": {"hidden_size": 48}}), tmp_path / "study", [])
     text = folder.recipe("").read_text()
     assert "max_steps: 7" in text
     assert "hidden_size: 48" in text
     assert "block_size: 32" in text
     assert "norm_type" not in text
     assert "seed" not in text
-    with pytest.raises(UserError, match=r"recipe: .*max_step\b.*max_steps"):
-        Folder.begin(study(set={"max_step": 7}), tmp_path / "other")
-    assert not (tmp_path / "other").exists()
 
 
-def test_a_suite_or_metric_that_is_none(tmp_path):
-    with pytest.raises(UserError, match=r"metric: got 'mmlu', must be eval_loss or one of the suites': .*austen_test"):
-        Folder.begin(study(suites=["embedded"], metric="mmlu"), tmp_path / "study")
-    with pytest.raises(UserError, match=r"suite: got 'v3'"):
-        Folder.begin(study(suites=["v3"], metric="mmlu"), tmp_path / "study")
-    assert TINY["norms"]
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"set": {"max_step": 7}}, r"recipe: .*max_step\b.*max_steps"),
+        ({"set": {"max_steps": -5}}, "recipe: max_steps: got -5"),
+        ({"conditions": {"a": {"model.num_attention_heads": 7}}}, "recipe: model.num_attention_heads: got 7"),
+        ({"norms": ["rmsnorm", {"norm": "dyt", "overrides": [["layers.9.*", "dyt"]]}]}, "recipe: .*matches no site"),
+        ({"norms": ["rmsnorm", {"norm": "dyt", "set": {"weight_decay": -1}}]}, "recipe: weight_decay: got -1"),
+        ({"suites": ["embedded"], "metric": "mmlu"}, "metric: got 'mmlu', must be eval_loss or one of .*austen_test"),
+        ({"suites": ["embedded"], "scoring": {"limit": "abc"}}, "scoring: .*limit.*'abc'"),
+        (
+            {"suites": ["embedded"], "metric": "austen_test", "scoring": {"skip": ["austen_test"]}},
+            "scoring: skip leaves",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, monkeypatch, fields, message):
+    monkeypatch.setattr(eval.study.folder, "_ask", ask)
+    with pytest.raises(UserError, match=message):
+        Folder.begin(study(**fields), tmp_path / "study", [])
+    assert not (tmp_path / "study").exists()

@@ -104,7 +104,7 @@ def test_killed_and_stopped_and_started_again_it_repeats_nothing(begin, tmp_path
     assert verdicts(part) == verdicts(whole)
     code, said, _ = ended(begin("run", "tiny.yaml", "--output", str(part)))
     assert code == 0
-    assert "seed" not in said.partition("norm")[0], "nothing was left to do"
+    assert said.startswith("norm "), "nothing was left to do, the report comes at once"
     assert finals(part) == third
 
 
@@ -148,16 +148,26 @@ def test_commands_for_another_scheduler(begin, tmp_path):
         assert code == 0
         lines = said.splitlines()
         assert len(lines) == trainings
-        for line in lines:
+        for line in lines:  # from anywhere
+            here = f"{Path(sys.executable).parent}{os.pathsep}{ENVIRONMENT['PATH']}"
             subprocess.run(
-                line,
-                shell=True,
-                cwd=tmp_path,
-                check=True,
-                stdout=subprocess.DEVNULL,
-                env=ENVIRONMENT,
+                line, shell=True, cwd="/", check=True, capture_output=True, env={**ENVIRONMENT, "PATH": here}
             )
+    code, said, _ = ended(begin("cell", "study", "cells/rmsnorm/lr=0.02/seed=0"))
+    assert (code, said) == (0, "nothing is left to be done\n")
+    code, _, complained = ended(begin("cell", "study", "cells/rmsnorm"))
+    assert (code, complained.count("\n")) == (2, 1)
     code, said, _ = ended(begin("report", "study"))
     assert code == 0
     assert "not distinguishable" in said
     assert len(finals(folder)) == 4
+
+
+def test_a_training_that_fails_elsewhere_is_told(begin, tmp_path):
+    ended(begin("commands", "tiny.yaml", "--output", "study"))
+    (tmp_path / "study" / "recipes" / "recipe.yaml").write_text("max_steps: 5\nnonsense: 1\n")
+    code, _, complained = ended(begin("cell", "study", "cells/rmsnorm/lr=0.02/seed=0"))
+    assert code == 2
+    assert complained.startswith("error: rmsnorm, learning rate 0.02, seed 0: failed: ")
+    code, said, _ = ended(begin("status", "study"))
+    assert "failed: rmsnorm, learning rate 0.02, seed 0" in said

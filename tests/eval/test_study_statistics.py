@@ -49,13 +49,13 @@ def test_interval_and_p_agree_on_five_percent():
 def test_no_difference_at_all():
     found = paired([0.0, 0.0, 0.0])
     assert (found.mean, found.interval, found.p) == (0.0, (0.0, 0.0), 1.0)
-    assert verdicts([found], lower_is_better=True) == [(1.0, SAME)]
+    assert verdicts([found], lower_is_better=True, norms=1) == [(1.0, SAME)]
 
 
 def test_one_seed_says_nothing():
     found = paired([0.7])
     assert (found.n, found.interval, found.p, found.detectable) == (1, None, None, None)
-    assert verdicts([found], lower_is_better=True) == [(None, "")]
+    assert verdicts([found], lower_is_better=True, norms=1) == [(None, "")]
 
 
 @pytest.mark.parametrize(
@@ -76,16 +76,36 @@ def test_the_sign_test_counts_signs():
     assert sign_test(np.zeros(6)) == 1.0
 
 
-def test_a_bootstrap_of_equal_differences_is_a_point():
-    assert paired([0.25] * 10).bootstrap == (0.25, 0.25)
+def test_differences_without_scatter_are_no_evidence():
+    """Two models that get one item more right than two others: nothing says by how much that could be chance."""
+    found = paired([0.25, 0.25])
+    assert (found.mean, found.interval, found.p, found.detectable) == (0.25, None, None, None)
+    assert verdicts([found], lower_is_better=False, norms=1) == [(None, "")]
+
+
+def test_norms_that_are_not_there_yet_count():
+    """Or a verdict of an unfinished study could be taken back later."""
+    close = paired([-0.1, -0.2, -0.2])
+    assert verdicts([close], lower_is_better=True, norms=1)[0][1] == BETTER
+    assert verdicts([close], lower_is_better=True, norms=2)[0][1] == SAME
+
+
+def test_what_could_be_seen_allows_for_the_number_of_norms():
+    drawn = list(np.random.default_rng(0).normal(0, 1, size=4))
+    effect = paired(drawn, norms=7).detectable
+    assert effect > 1.5 * paired(drawn).detectable
+    spread = np.std(drawn, ddof=1)
+    simulated = np.random.default_rng(1).normal(effect, spread, size=(SIMULATED, 4))
+    low, high = t_interval(simulated, 0.05 / 7)
+    assert np.mean((low > 0) | (high < 0)) == pytest.approx(0.8, abs=0.01)
 
 
 def test_verdicts_need_the_corrected_p():
     clear, close = paired([-0.30, -0.31, -0.32]), paired([-0.1, -0.2, -0.2])
     assert 0.025 < close.p < 0.05
-    assert [verdict for _, verdict in verdicts([close], lower_is_better=True)] == [BETTER]
+    assert [verdict for _, verdict in verdicts([close], lower_is_better=True, norms=1)] == [BETTER]
     # The least p comes first and takes the factor 3; of the others one is above 5 % by itself.
-    found = verdicts([clear, close, paired([0.1, -0.1, 0.2])], lower_is_better=True)
+    found = verdicts([clear, close, paired([0.1, -0.1, 0.2])], lower_is_better=True, norms=3)
     assert [verdict for _, verdict in found] == [BETTER, SAME, SAME]
     assert found[0][0] == pytest.approx(3 * clear.p)
     assert found[1][0] == pytest.approx(2 * close.p)
@@ -93,7 +113,7 @@ def test_verdicts_need_the_corrected_p():
 
 @pytest.mark.parametrize(("lower", "verdict"), [(True, WORSE), (False, BETTER)])
 def test_a_verdict_knows_which_way_is_up(lower, verdict):
-    assert verdicts([paired([0.30, 0.31, 0.32])], lower)[0][1] == verdict
+    assert verdicts([paired([0.30, 0.31, 0.32])], lower, norms=1)[0][1] == verdict
 
 
 def test_false_verdicts_are_rare_over_many_norms():
@@ -101,5 +121,5 @@ def test_false_verdicts_are_rare_over_many_norms():
     generator, wrong, studies = np.random.default_rng(0), 0, 400
     for _ in range(studies):
         found = [paired(list(generator.normal(0, 1, size=3))) for _ in range(7)]
-        wrong += any(verdict != SAME for _, verdict in verdicts(found, lower_is_better=True))
+        wrong += any(verdict != SAME for _, verdict in verdicts(found, lower_is_better=True, norms=7))
     assert wrong / studies < 0.05 + 2 * math.sqrt(0.05 * 0.95 / studies)

@@ -1,0 +1,163 @@
+"""One training of a study, as its own files describe it: how far it is, what it has learnt, what it scored."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hf_ibnorm.cli import UserError
+from hf_ibnorm.report.runs import Run
+
+from .plan import VALIDATION, slug
+
+WAITING, BEGUN, FAILED, DIVERGED, TRAINED = "waiting", "begun", "failed", "diverged", "trained"
+FAILURE = "failure.json"
+_COLUMNS = ("step", "loss", "tokens", "tokens_per_second", "batch_sha")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How far a cell is.
+
+    Args:
+        state: waiting, begun (running, or stopped on the way), failed, diverged or trained.
+        run: what its run directory says; None where there is none yet, or too little in it.
+        problem: of a failed or diverged one, or one whose scoring failed, in a line.
+        scores: benchmark → its row of `scores.json`, over all suites.
+        unscored: suites without scores.
+        smoke: whether a suite was scored on part of the items only.
+        scored_with: suite → how: prompts, precision, context, version of the harness.
+    """
+
+    state: str
+    run: Run | None = None
+    problem: str = ""
+    scores: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    unscored: tuple[str, ...] = ()
+    smoke: bool = False
+    scored_with: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the training has come to its own end, good or bad."""
+        return self.state in (TRAINED, DIVERGED)
+
+    @property
+    def validation(self) -> float | None:
+        """Last validation loss in nats a token; None unless it was trained."""
+        return self.run.metrics[-1][VALIDATION] if self.run and self.state == TRAINED else None
+
+    def value(self, metric: str) -> float | None:
+        """The metric that a study compares."""
+        if self.state != TRAINED:
+            return None
+        return self.validation if metric == VALIDATION else self.scores.get(metric, {}).get("raw")
+
+
+def read_json(path: Path) -> Any:
+    """The content of one of a study's files.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"study: {path} is damaged: {error}") from error
+
+
+def scores_folder(folder: Path, suite: str) -> Path:
+    """Where a cell keeps the scores of a suite."""
+    return folder / "scores" / slug(suite)
+
+
+def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
+    """How far the cell in `folder` is, from what is on disk; its scores are not read.
+
+    Args:
+        folder: the cell's.
+        expected: settings that the run must have: it is another cell's otherwise.
+
+    Raises:
+        UserError: a file of the study itself is damaged. A damaged file of the training makes it a failed one.
+    """
+    run_dir, problem = folder / "run", _failure(folder)
+    finished = (run_dir / "final").exists()
+    try:
+        run = Run.read(run_dir, finished)
+        wrong = _damage(run) or _stranger(run, expected)
+    except ValueError as error:
+        run, wrong = None, str(error)
+    if run is None or wrong:
+        begun = (run_dir / "metrics.jsonl").exists()
+        if finished or run:
+            return Training(FAILED, None, wrong)
+        return Training(FAILED if problem else BEGUN if begun else WAITING, None, problem)
+    if reason := _divergence(run, finished):
+        return Training(DIVERGED, run, reason)
+    if finished:
+        return Training(TRAINED, run)
+    return Training(FAILED if problem else BEGUN, run, problem)
+
+
+def with_scores(training: Training, folder: Path, suites: Sequence[str]) -> Training:
+    """The same with the scores there are."""
+    if training.state != TRAINED:
+        return training
+    places = {suite: scores_folder(folder, suite) for suite in suites}
+    missing = tuple(suite for suite, place in places.items() if not (place / "scores.json").exists())
+    found = {suite: read_json(place / "scores.json") for suite, place in places.items() if suite not in missing}
+    return replace(
+        training,
+        problem=_failure(folder) if missing else "",
+        scores={name: row for each in found.values() for name, row in each["benchmarks"].items()},
+        unscored=missing,
+        smoke=any(each["smoke"] for each in found.values()),
+        scored_with={suite: _manner(read_json(places[suite] / "manifest.json")["identity"]) for suite in found},
+    )
+
+
+def _failure(folder: Path) -> str:
+    """What the last try of a cell failed of, or nothing; it may have been done since, by hand or after all."""
+    if not (folder / FAILURE).exists():
+        return ""
+    failure = read_json(folder / FAILURE)
+    return "" if (folder / failure["done"]).exists() else str(failure["problem"])
+
+
+def _manner(identity: dict[str, Any]) -> dict[str, Any]:
+    """How a suite was put to a model: what must be the same for two scores to be compared."""
+    model = {name: identity["model"][name] for name in ("dtype", "max_length")}
+    return {**identity["prompting"], **model, "overlong": identity["overlong"], **identity["versions"]}
+
+
+def _damage(run: Run) -> str:
+    missing = [name for name in _COLUMNS if any(name not in row for row in run.metrics)]
+    return f"metrics.jsonl has rows without {', '.join(missing)}" if missing else ""
+
+
+def _stranger(run: Run, expected: Mapping[str, Any]) -> str:
+    """What shows that a run is not the one that belongs here, or nothing."""
+    model = run.config["model"]
+    for name, value in expected.items():
+        found = model[name.removeprefix("model.")] if name.startswith("model.") else run.config.get(name)
+        # A run's options are resolved, the cell's may leave out the model's own epsilon.
+        same = {key: found.get(key) for key in value} == dict(value) if isinstance(value, Mapping) else found == value
+        if not same:
+            return f"the run here is another one: {name} is {found!r}, must be {value!r}"
+    return ""
+
+
+def _divergence(run: Run, finished: bool) -> str:
+    """Why a run counts as diverged, or nothing: it ended itself, or has learnt nothing by its end."""
+    last = run.metrics[-1]
+    lost = [name for name in ("loss", "grad_norm", VALIDATION) if last.get(name, 0.0) is None]
+    given_up = last.get("skipped", 0) >= run.config["max_skipped_steps"] or VALIDATION in lost
+    if not finished:
+        return f"{lost[0]} not finite at step {last['step']}" if lost and given_up else ""
+    guessing = math.log(run.config["model"]["vocab_size"])
+    if last[VALIDATION] >= 0.99 * guessing:
+        return f"learnt nothing: validation loss {last[VALIDATION]:.3f} at the end, guessing has {guessing:.3f}"
+    return ""
