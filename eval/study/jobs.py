@@ -74,19 +74,22 @@ def work(job: Job, stopping: Callable[[], bool] = lambda: False) -> Ending:
             code, line = _call(command.words, job, stopping)
         except OSError as error:
             code, line = 1, f"{command.words[0]}: {error.strerror}"
-        if code:
+        if not command.done.exists():
             if code != STOPPED_CODE and not stopping():
                 note_failure(job, line, code)
-            return Ending(code, line, time.monotonic() - started)
+            return Ending(code or 1, line, time.monotonic() - started)
     return Ending(0, "", time.monotonic() - started)
 
 
 def note_failure(job: Job, line: str, code: int) -> None:
     """Write down what the first command of a job that is not done failed of."""
-    command = next(each for each in job.commands if not each.done.exists())
-    failure = {"problem": line, "code": code, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    done = str(command.done.relative_to(job.folder))
-    write_json(job.folder / FAILURE, {**failure, "done": done, "command": list(command.words)})
+    for command in job.commands:
+        if not command.done.exists():
+            failure = {"problem": line, "code": code, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+            done = str(command.done.relative_to(job.folder))
+            job.folder.mkdir(parents=True, exist_ok=True)
+            write_json(job.folder / FAILURE, {**failure, "done": done, "command": list(command.words)})
+            return
 
 
 def outcome_of(future: "Future[Ending]", job: Job) -> Ending:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from pathlib import Path
 
 import pytest
 from studying import ask, study
@@ -11,6 +12,8 @@ from eval.study.folder import Folder, study_from
 from eval.study.plan import Cell, flag_words, read_study, shipped_studies
 from hf_ibnorm.cli import UserError
 from train_lm.config import build_model_config, read_command_line
+
+PAGE = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
 
 
 def names(found):
@@ -155,12 +158,21 @@ def test_every_training_of_a_shipped_study_is_one_that_train_lm_takes(name):
             assert {key: built.norm_kwargs[key] for key in arm.kwargs} == arm.kwargs
 
 
+@pytest.mark.parametrize("name", shipped_studies())
+def test_the_number_of_trainings_is_what_the_page_says(name):
+    found = read_study(name)
+    for_each = len(found.learning_rates) * len(found.tuning_seeds) + len(set(found.seeds) - set(found.tuning_seeds))
+    searched = sum(search.trials + len(found.seeds) for search in found.searches)
+    (row,) = [line for line in PAGE.splitlines() if line.startswith("|") and f"`{name}`" in line]
+    assert row.split("|")[-2].strip(" ≤") == str(len(found.conditions) * len(found.arms) * for_each + searched)
+
+
 def test_the_shipped_studies_are_what_the_readme_says():
     quick = read_study("quick")
     assert {arm.norm for arm in quick.arms} == {
         *("rmsnorm", "layernorm", "ibnorm_s", "ibnorm_l", "ibnorm_t", "layernormalnorm", "dyt")
     }
-    assert (len(quick.arms), len(quick.learning_rates), quick.seeds, quick.baseline) == (8, 3, (0, 1, 2), "rmsnorm")
+    assert (len(quick.arms), len(quick.learning_rates), quick.seeds, quick.baseline) == (8, 4, (0, 1, 2), "rmsnorm")
     assert read_study("quick-gpt2").baseline == "layernorm"
     assert read_study("quick-gpt2").settings["model.model_type"] == "gpt2"
 

@@ -381,6 +381,25 @@ def test_a_failure_that_was_mended_by_hand_is_none(here):  # noqa: F811
     assert report(Folder.open(folder.path))["layernorm"].paired.n == 2, "no suite is asked for"
 
 
+def test_a_command_that_dies_when_all_is_done_has_done_it(here, monkeypatch):  # noqa: F811
+    call = eval.study.jobs._call
+
+    def dying(words, job, stopping):
+        call(words, job, stopping)
+        return 1, "terminate called without an active exception"
+
+    monkeypatch.setattr(eval.study.jobs, "_call", dying)
+    folder, _, lines = here(study(norms=["rmsnorm"], seeds=[0], learning_rates=[0.02]))
+    assert "failed" not in lines[0]
+    assert report(folder)["rmsnorm"].verdict == BASELINE
+
+
+def test_a_command_that_does_nothing_has_failed(here, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(eval.study.jobs, "_call", lambda words, job, stopping: (0, "nothing was said"))
+    _, _, lines = here(study(norms=["rmsnorm"], seeds=[0], learning_rates=[0.02]))
+    assert lines == ["[0/1] rmsnorm, learning rate 0.02, seed 0: failed: nothing was said"]
+
+
 def test_a_job_whose_machine_is_lost_has_failed(here, monkeypatch):  # noqa: F811
     with monkeypatch.context() as patch:
         patch.setattr(Here, "submit", lambda self, job: self.jobs.append(job.name) or failed(job))
@@ -391,7 +410,6 @@ def test_a_job_whose_machine_is_lost_has_failed(here, monkeypatch):  # noqa: F81
 
 def failed(job):
     future = Future()
-    job.folder.mkdir(parents=True)
     future.set_exception(RuntimeError("the worker\ndied"))
     return future
 
