@@ -102,9 +102,10 @@ def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> Non
             axes.axhline(fmean(values), linestyle=STYLES[i % len(STYLES)], linewidth=1, label=group.arm.name, **style)
             if group.verdict == BASELINE and len(values) > 1:
                 axes.axhspan(fmean(values) - stdev(values), fmean(values) + stdev(values), color="black", alpha=0.08)
-        least = min((group.arm.lam for sweep in sweeps.values() for group in sweep if group.arm.lam), default=1.0)
+        lams = sorted({group.arm.lam or 0.0 for sweep in sweeps.values() for group in sweep})
         # λ = 0 is a norm too, and no place on a logarithmic axis.
-        axes.set_xscale("symlog", base=2, linthresh=least, linscale=0.5)
+        axes.set_xscale("symlog", base=2, linthresh=next(filter(None, lams)), linscale=0.5)
+        axes.set_xticks(lams, [f"{lam:g}" for lam in lams])
         axes.set_xlabel("λ")
         axes.set_ylabel(what)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))

@@ -49,10 +49,12 @@ READING = (
 
 
 def what(groups: Sequence[Group], metric: str) -> str:
-    """The metric with its unit."""
+    """The metric with its unit, and which way is up."""
     if metric == VALIDATION:
-        return "validation loss, nats per token"
-    return f"{metric}, bits per byte" if lower_is_better(groups, metric) else metric
+        return "validation loss, nats per token (lower is better)"
+    if lower_is_better(groups, metric):
+        return f"{metric}, bits per byte (lower is better)"
+    return f"{metric} (higher is better)"
 
 
 def verdict_table(groups: Sequence[Group], metric: str) -> Table:
@@ -87,7 +89,7 @@ def told(group: Group) -> str:
 
 def cost_table(groups: Sequence[Group], metric: str) -> Table:
     """What quality cost: parameters, floating point operations, time."""
-    names = ["norm", metric, "parameters", "10¹⁵ FLOPs", "tokens", "seconds", "seconds per step (fastest tenth)"]
+    names = ["norm", metric, "parameters", "10¹² FLOPs", "tokens", "seconds", "seconds per step (fastest tenth)"]
     table = Table([*names, "trainings to tune"])
     for group in groups:
         runs = group.runs()
@@ -99,7 +101,7 @@ def cost_table(groups: Sequence[Group], metric: str) -> Table:
                 group.label,
                 mean_spread(list(group.values(metric).values())),
                 f"{runs[0].environment['parameters']:,}",
-                f"{runs[0].environment['flops_per_token'] * tokens / 1e15:.3f}",
+                f"{runs[0].environment['flops_per_token'] * tokens / 1e12:,.1f}",
                 f"{tokens:,}",
                 mean_spread([training_seconds(run) for run in runs], 0),
                 mean_spread([run.seconds_per_step() for run in runs], 3),
@@ -294,8 +296,7 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
         stamp = f"{SMOKE}. "
     bad = {told(group): "bad" for group in groups if group.verdict in (WORSE, DIVERGED, REFUSED, FAILED)}
     page = Page(f"Study: {study.name}", study.about, {**bad, BETTER: "good"})
-    direction = "lower" if lower_is_better(groups, metric) else "higher"
-    caption = f"{what(groups, metric)} ({direction} is better), mean ± standard deviation over seeds."
+    caption = f"{what(groups, metric)}, mean ± standard deviation over seeds."
     text = [f"# {page.title}", study.about, *(f"**{line}**" for line in lines), table.markdown(), caption]
     for line in (*lines, caption):
         page.paragraph(line)
@@ -339,7 +340,7 @@ def draw(groups: Sequence[Group], output: Path, metric: str) -> list[tuple[str, 
     found = []
     if any(group.paired for group in groups):
         found.append(("differences from the baseline", output / "forest.png"))
-        draw_forest(groups, found[-1][1], f"difference from the baseline, {what(groups, metric)}")
+        draw_forest(groups, found[-1][1], f"difference from the baseline: {what(groups, metric)}")
     for condition in dict.fromkeys(group.condition for group in groups):
         here = [group for group in groups if group.condition == condition]
         where, end = (f" ({condition})", f"-{slug(condition)}") if condition else ("", "")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from hf_ibnorm.report.runs import HARMLESS, Run, flat_settings
 
+from ..suites import DEFINED
 from .folder import Folder
 from .plan import VALIDATION, Arm, Cell
 from .statistics import Paired, paired, verdicts
@@ -103,8 +104,10 @@ def gather(folder: Folder) -> list[Group]:
 
 def lower_is_better(groups: Iterable[Group], metric: str) -> bool:
     """Whether less of a metric is better: the validation loss, and bits per byte of whole documents."""
+    if metric == VALIDATION or (metric in DEFINED and DEFINED[metric].rolling):
+        return True
     rows = (each.scores[metric] for group in groups for each in group.finals.values() if metric in each.scores)
-    return metric == VALIDATION or any(row["details"]["metric"] == "bits_per_byte" for row in rows)
+    return any(row["details"]["metric"] == "bits_per_byte" for row in rows)
 
 
 def _judge(groups: Sequence[Group], baseline: Group, metric: str) -> None:
