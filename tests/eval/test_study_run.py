@@ -72,10 +72,19 @@ def test_the_learning_rate_is_chosen_by_validation_and_its_training_is_one_of_th
 
 
 def test_a_test_set_is_looked_at_by_compared_models_alone(here, monkeypatch):  # noqa: F811
+    started, call = [], eval.study.jobs._call
+
+    def counting(words, job, stopping):
+        started.append(words[words.index("-m") + 1])
+        return call(words, job, stopping)
+
+    monkeypatch.setattr(eval.study.jobs, "_call", counting)
     folder, _, lines = here(study(suites=["sva_simple"], metric="sva_simple", scoring={"limit": 4}, seeds=[0, 1]))
     groups = report(folder)
     scored = {path.parents[4].name + path.parents[3].name for path in folder.path.rglob("scores.json")}
     assert len(scored) == 2, "the best learning rate of each norm"
+    # Two learning rates and another seed of each norm; what was trained for tuning is not trained again to be scored.
+    assert (started.count("train_lm"), started.count("eval")) == (6, 4)
     assert [len(group.values("sva_simple")) for group in groups.values()] == [2, 2]
     text = (folder.path / "report" / "report.md").read_text()
     assert "SMOKE" in text
@@ -315,6 +324,7 @@ def test_a_search_finds_a_lam_and_confirms_it_on_fresh_seeds(here):  # noqa: F81
     winner = folder.winner("ibnorm_t searched")
     trials = winner["trials"]
     assert len(trials) == 4
+    assert "pruned" in [trial["state"] for trial in trials]
     complete = [trial for trial in trials if trial["state"] == "trained"]
     assert winner["loss"] == min(trial["loss"] for trial in complete)
     assert 0.5 <= winner["lam"] <= 8
@@ -344,8 +354,12 @@ def forget(folder, *numbers):
         (place / f"trial-00{number}" / "result.json").unlink()
 
 
-def test_a_search_keeps_to_what_its_trials_were(here):  # noqa: F811
+def test_a_search_keeps_to_what_its_trials_were(here, monkeypatch):  # noqa: F811
     """With another grid the sampler draws other values; those of trials that have ended are in their files."""
+    import optuna
+
+    studies, create = [], optuna.create_study
+    monkeypatch.setattr(optuna, "create_study", lambda **given: studies.append(create(**given)) or studies[-1])
     folder, _, _ = here(searching())
     trials = folder.winner("ibnorm_t searched")["trials"]
     forget(folder, 3)
@@ -353,6 +367,8 @@ def test_a_search_keeps_to_what_its_trials_were(here):  # noqa: F811
     winner = folder.winner("ibnorm_t searched")
     assert winner["trials"][:3] == trials[:3]
     assert (winner["lam"], winner["loss"]) in [(trial["lam"], trial["loss"]) for trial in winner["trials"]]
+    told = [(trial.params["lam"], trial.params["learning_rate"]) for trial in studies[-1].trials]
+    assert told == [(trial["lam"], trial["learning_rate"]) for trial in winner["trials"]], "what Optuna learns from"
 
 
 def test_a_search_in_which_all_diverge_is_a_result(here, capsys):  # noqa: F811
@@ -371,14 +387,13 @@ def test_a_study_in_which_all_diverge_has_a_report(here):  # noqa: F811
 
 
 def test_a_failure_that_was_mended_by_hand_is_none(here):  # noqa: F811
-    plan = study(seeds=[0, 1], learning_rates=[0.02])
-    folder, _, _ = here(plan)
+    fields = {"seeds": [0, 1], "learning_rates": [0.02]}
+    folder, _, _ = here(study(**fields))
     cell = final_of(folder, "layernorm", 1).parent
-    failure = {"problem": "killed by SIGKILL", "done": "run/final"}
-    (cell / "failure.json").write_text(json.dumps(failure))
+    (cell / "failure.json").write_text(json.dumps({"problem": "killed by SIGKILL", "done": "run/final"}))
     assert report(Folder.open(folder.path))["layernorm"].paired.n == 2
-    (cell / "failure.json").write_text(json.dumps({**failure, "done": "scores/x/scores.json"}))
-    assert report(Folder.open(folder.path))["layernorm"].paired.n == 2, "no suite is asked for"
+    folder, _, _ = here(study(**fields, suites=["sva_simple"], metric="eval_loss"), room=0)
+    assert report(folder)["layernorm"].verdict == UNFINISHED, "not failed: it has only to be scored"
 
 
 def test_a_command_that_dies_when_all_is_done_has_done_it(here, monkeypatch):  # noqa: F811
