@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from eval import runner
@@ -260,3 +261,16 @@ def test_killed_at_any_moment_the_scores_are_those_of_a_run_that_was_not(long_ch
             break
         assert same_scores(tmp_path / "whole", out)
     assert still_missing(out, json.loads((out / "manifest.json").read_text())["identity"]) == []
+
+
+def test_two_runs_do_not_work_in_one_directory(checkpoint, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(Interrupted):
+            run(str(checkpoint), "sva_simple,cause_and_effect", str(tmp_path / "run"), limit=2)
+    with (
+        FileLock(tmp_path / "run" / ".lock"),
+        pytest.raises(UserError, match=r"output: .*run is in use by another run"),
+    ):
+        run(str(checkpoint), "sva_simple,cause_and_effect", str(tmp_path / "run"), limit=2)
+    run(str(checkpoint), "sva_simple,cause_and_effect", str(tmp_path / "run"), limit=2)
