@@ -386,7 +386,9 @@ def build_parser() -> ArgumentParser:
         "applied before every other flag, wherever it stands",
     )
     parser.add_argument(
-        "--check", action="store_true", help="only check the settings, and print the recipe that they make (default: train)"
+        "--check",
+        action="store_true",
+        help="only check the settings, and print the recipe that they make (default: train)",
     )
     parser.add_class_arguments(TrainConfig)
     return parser

@@ -418,3 +418,14 @@ def test_bad_input_under_a_launcher_is_one_line_of_ours(tmp_path, script):
     assert done.returncode != 0
     assert done.stderr.count("error: run_dir:") == 1
     assert "train_lm/train.py" not in done.stderr, "a rank left a traceback"
+
+
+def test_check_prints_the_recipe_and_trains_nothing(command, tmp_path):
+    flags = ["--config", "tiny", "--run_dir", str(tmp_path / "run"), "--max_steps", "7"]
+    code, said, _ = command(main, *flags, "--check")
+    assert code == 0
+    assert yaml.safe_load(said) == config(tmp_path / "run", "--max_steps", "7").as_recipe()
+    assert list(tmp_path.iterdir()) == []
+    code, said, complained = command(main, *flags, "--check", "--model.norm_kwargs.lamb", "3")
+    assert (code, said) == (2, "")
+    assert complained.startswith("error: norm_kwargs.lamb: ibnorm_l has no such option")
