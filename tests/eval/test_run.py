@@ -113,7 +113,7 @@ def test_written_files_hold_the_documented_fields(checkpoint, tmp_path):
     assert "at chance" in markdown
     files = {path.name for path in out.iterdir()}
     scored = {f"scores.{kind}" for kind in ("json", "md", "csv", "tex")}
-    assert files == {"environment.json", "manifest.json", "results", *scored}
+    assert files == {".lock", "environment.json", "manifest.json", "results", *scored}
     assert all(SMOKE in (out / f"scores.{kind}").read_text() for kind in ("md", "tex"))
     rows = list(csv.DictReader((out / "scores.csv").open()))
     assert [row["benchmark"] for row in rows] == list(scores["benchmarks"])
