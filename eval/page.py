@@ -1,7 +1,5 @@
 """What a comparison is written as: table, forest plot, data, and the page that holds all of it."""
 
-import csv
-import io
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,7 +11,7 @@ from hf_ibnorm.cli import bad_input
 from hf_ibnorm.files import package_versions, write_json, write_text
 from hf_ibnorm.report.page import Page
 from hf_ibnorm.report.plots import COLOURS, figure
-from hf_ibnorm.report.tables import Table, score_cell
+from hf_ibnorm.report.tables import Table, csv_text, score_cell
 
 from .compare import BETTER, CHANCE, SAME, WORSE, Difference, Scored
 from .harness import Prompting
@@ -145,11 +143,9 @@ def write_files(
     table, lines = difference_table(found), [*verdicts(first, found), *left_out(runs, benchmarks)]
     command = shlex.join(["python", "-m", "eval", *sys.argv[1:]])
     footer = f"Made by `{command}`, hf_ibnorm {package_versions()['hf_ibnorm']}."
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["run", "stamp", *(each.name for each in fields(Difference))], lineterminator="\n")
-    writer.writeheader()
     stamp = SMOKE if smoke else ""
-    writer.writerows({"run": name, "stamp": stamp, **asdict(row)} for name, rows in found.items() for row in rows)
+    columns = ["run", "stamp", *(each.name for each in fields(Difference))]
+    differences = [{"run": name, "stamp": stamp, **asdict(row)} for name, rows in found.items() for row in rows]
 
     page = Page(f"{' and '.join(found)} against {first}", f"Suite {identity['suite']}", {BETTER: "good", WORSE: "bad"})
     for line in [*([SMOKE] if smoke else []), *lines]:
@@ -167,7 +163,7 @@ def write_files(
         page.table(made_from(runs))
         content = {name: [asdict(row) for row in rows] for name, rows in found.items()}
         write_json(output / "comparison.json", {"first": first, "stamp": stamp, "differences": content})
-        write_text(output / "comparison.csv", text.getvalue())
+        write_text(output / "comparison.csv", csv_text(columns, differences))
         title = f"# {page.title}\n\n" + (f"**{SMOKE}**\n\n" if smoke else "")
         told = "".join(f"- {line}\n" for line in lines)
         markdown = f"{title}{told}\n{table.markdown()}\n![differences](forest.png)\n\n{READING}\n\n{footer}\n"

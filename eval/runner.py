@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
-from hf_ibnorm.cli import Stopped, UserError, bad_input
+from hf_ibnorm.cli import Stopped, UserError, alone_in, bad_input
 from hf_ibnorm.files import check_new_directory, package_versions, sha256
 from hf_ibnorm.report.tables import score_cell
 
@@ -149,9 +148,10 @@ def run(model: Any, suite: str, output: str, *, tokenizer: Any = None, **setting
     lm = _open(model, tokenizer, asked)
     say = partial(Console().print, highlight=False, markup=False, soft_wrap=True) if is_first() else _silent
 
+    busy = f"output: {target} is in use by another run"
     with _data_sets(asked.mirror) as folder, ExitStack() as stack:
         if is_first() and is_begun(target):
-            stack.enter_context(_alone_in(target))
+            stack.enter_context(alone_in(target, busy))
         identity = {
             "suite": name,
             "benchmarks": [each.name for each in benchmarks],
@@ -171,7 +171,7 @@ def run(model: Any, suite: str, output: str, *, tokenizer: Any = None, **setting
         elif is_first():
             path = str(model) if isinstance(model, str | Path) else lm.model.name_or_path
             create(target, identity, {"model": path, "settings": asdict(asked), "notes": ignored})
-            stack.enter_context(_alone_in(target))
+            stack.enter_context(alone_in(target, busy))
         for i, each in enumerate(ready, len(benchmarks) - len(ready) + 1):
             if STOPPED:
                 raise Stopped(STOPPED[0])
@@ -181,24 +181,6 @@ def run(model: Any, suite: str, output: str, *, tokenizer: Any = None, **setting
         return {}
     record_hashes(target)
     return write_scores(target)
-
-
-@contextmanager
-def _alone_in(target: Path) -> Iterator[None]:
-    """Keep other runs out of the directory, which would take this one's files for leftovers.
-
-    Raises:
-        UserError: another run is at work in it.
-    """
-    held = FileLock(target / ".lock", timeout=0)
-    try:
-        held.acquire()
-    except Timeout:
-        raise UserError(f"output: {target} is in use by another run") from None
-    try:
-        yield
-    finally:
-        held.release()
 
 
 def diagnose(model: str, **settings: Any) -> list[Check]:

@@ -3,8 +3,6 @@
 A result file is written whole as its benchmark ends, and the scores are a function of these files.
 """
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +11,7 @@ from typing import Any
 
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.files import atomic_directory, check_new_directory, environment_record, write_json, write_text
+from hf_ibnorm.report.tables import csv_text
 
 from .harness import Prompting
 from .scoring import ScoringError, score_suite
@@ -192,18 +191,17 @@ def write_scores(directory: Path, output: Path | None = None) -> dict[str, Any]:
     scores = score(directory)
     target = output or directory
     table = score_table(scores)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     fields = ("raw", "stderr", "normalized", "chance", "n")
-    writer.writerow(["suite", "model", "stamp", "benchmark", *fields])
-    stamp = SMOKE if scores["smoke"] else ""
-    for name, row in scores["benchmarks"].items():
-        writer.writerow([scores["suite"], scores["model"], stamp, name, *(row[field] for field in fields)])
+    about = {"suite": scores["suite"], "model": scores["model"], "stamp": SMOKE if scores["smoke"] else ""}
+    rows = [
+        {**about, "benchmark": name, **{field: row[field] for field in fields}}
+        for name, row in scores["benchmarks"].items()
+    ]
     with bad_input(OSError, about="output: "):
         target.mkdir(parents=True, exist_ok=True)
         write_json(target / "scores.json", scores)
         write_text(target / "scores.md", scores_markdown(scores, table))
-        write_text(target / "scores.csv", text.getvalue())
+        write_text(target / "scores.csv", csv_text([*about, "benchmark", *fields], rows))
         write_text(target / "scores.tex", table.latex(scores_caption(scores)))
     for note in scores["notes"]:
         print(note)

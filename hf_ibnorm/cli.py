@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
+from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 
 from .norms import nearest
@@ -48,6 +50,29 @@ def bad_input(*kinds: type[Exception], about: str = "") -> Iterator[None]:
         yield
     except caught as error:
         raise UserError(about + str(error)) from error
+
+
+@contextmanager
+def alone_in(folder: Path, complaint: str, timeout: float = 0.0) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a directory, which would take this one's files for leftovers.
+
+    Args:
+        folder: the directory; it gets a file `.lock`, which stays.
+        complaint: what is said where another process is at work in it.
+        timeout: seconds to wait for that to end.
+
+    Raises:
+        UserError: another process is at work in it.
+    """
+    held = FileLock(folder / ".lock", timeout=timeout)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(complaint) from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,13 +16,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_ibnorm import IBNorm
-from hf_ibnorm.cli import UserError, bad_input
+from hf_ibnorm.cli import UserError, alone_in, bad_input
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
 from hf_ibnorm.families import FAMILIES, Family
 from hf_ibnorm.files import (
@@ -78,18 +77,13 @@ class Start:
         return Checkpoint(self.path, json.loads((self.path / "state.json").read_text(encoding="utf-8")))
 
 
-def lock(run_dir: Path) -> FileLock:
-    """The lock of a run directory, held by this process until it is released or the process ends.
+def alone_in_run(run_dir: Path) -> AbstractContextManager[None]:
+    """Keep other runs out of a run directory.
 
     Raises:
-        UserError: another run holds it.
+        UserError: another run is at work in it.
     """
-    held = FileLock(run_dir / ".lock", timeout=0)
-    try:
-        held.acquire()
-    except Timeout:
-        raise UserError(f"run_dir: {run_dir} is in use by another run") from None
-    return held
+    return alone_in(run_dir, f"run_dir: {run_dir} is in use by another run")
 
 
 def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
@@ -117,7 +111,7 @@ def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
     if (run_dir / "final").exists():
         return Start(None, saved, finished=True, messages=[f"already finished: {run_dir / 'final'}"])
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
-        stack.callback(lock(run_dir).release)
+        stack.enter_context(alone_in_run(run_dir))
         clear_leftovers(run_dir)
     messages, damaged = [], []
     for step in reversed(steps_in(run_dir / "checkpoints")):

@@ -39,9 +39,9 @@ from .prepare import (
     Run,
     Start,
     agree_on_start,
+    alone_in_run,
     check_finished,
     check_room,
-    lock,
     note_resume,
     prepare,
     raise_together,
@@ -345,7 +345,7 @@ def begin_writing(run_dir: Path, state: State, start: Start, config: TrainConfig
         if checkpoint is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not start.locked:
-                stack.callback(lock(run_dir).release)
+                stack.enter_context(alone_in_run(run_dir))
                 if (run_dir / "config.yaml").exists():
                     raise UserError(f"run_dir: {run_dir} has become that of another run; name a new directory")
             write_run_files(run_dir, state.run, state.accelerator)

@@ -67,7 +67,7 @@ def draw_cost(groups: Sequence[Group], path: Path, metric: str, what: str) -> No
     """The metric against the seconds that a training took: means over seeds, with standard deviations."""
     with figure(path) as axes:
         for i, group in enumerate(group for group in groups if group.values(metric)):
-            values, seconds = list(group.values(metric).values()), [training_seconds(run) for run in group.runs()]
+            values, seconds = list(group.values(metric).values()), [run.seconds() for run in group.runs()]
             errors = {"xerr": _spread(seconds), "yerr": _spread(values)}
             mark = "os^Dv<>P"[i // len(COLOURS) % 8]
             colour = COLOURS[i % len(COLOURS)]
@@ -153,14 +153,6 @@ def sweeps_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
                 title += "'"
             found[title] = sorted(family, key=lambda group: group.arm.lam or 0.0)
     return found
-
-
-def training_seconds(run: Run) -> float:
-    """Seconds that all steps of a run took together, validation not counted."""
-    before = [0, *(row["tokens"] for row in run.metrics)]
-    return math.fsum(
-        (row["tokens"] - start) / row["tokens_per_second"] for start, row in zip(before, run.metrics, strict=False)
-    )
 
 
 def _shown(groups: Sequence[Group]) -> list[Group]:

@@ -3,24 +3,23 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
-from hf_ibnorm.cli import OneLineParser, UserError, bad_input
+from hf_ibnorm.cli import OneLineParser, UserError, alone_in, bad_input
 from hf_ibnorm.families import FAMILIES
 from hf_ibnorm.files import atomic_directory, check_new_directory, sha256, write_json, write_text
 
 from ..harness import choose
 from ..options import add_settings
 from .plan import VALIDATION, Arm, Cell, Search, Study, flag_words, slug
-from .training import Training, read_json, read_training, scores_folder, with_scores
+from .training import Training, mean_losses, read_json, read_training, scores_folder, with_scores
 
 PLAN, SOURCE, RUNNING = "study.json", "study.yaml", "running.json"
 
@@ -144,22 +143,13 @@ class Folder:
             raise UserError(f"study: {self.path / PLAN} is damaged: it is no study's plan")
         return found
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Keep any other process from starting the study's trainings.
 
         Raises:
             UserError: another one does.
         """
-        held = FileLock(self.path / ".lock", timeout=2)
-        try:
-            held.acquire()
-        except Timeout:
-            raise UserError(f"output: {self.path} is in use by another `study run`") from None
-        try:
-            yield
-        finally:
-            held.release()
+        return alone_in(self.path, f"output: {self.path} is in use by another `study run`", timeout=2)
 
     def note_running(self, names: Sequence[str]) -> None:
         """Write down what runs now."""
@@ -208,6 +198,13 @@ class Folder:
         """The trainings that decide on an arm's learning rate; none for an arm that comes from a search."""
         return [] if self.is_searched(arm) else self.study.tuning_cells(condition, arm)
 
+    def tried(self, condition: str, arm: Arm) -> dict[float, list[Training]]:
+        """Learning rate → the trainings that decide on it, one a tuning seed."""
+        found: dict[float, list[Training]] = {}
+        for cell in self.tuning(condition, arm):
+            found.setdefault(cell.learning_rate, []).append(self.training(cell, arm))
+        return found
+
     def chosen(self, condition: str, arm: Arm) -> float | None:
         """The learning rate with the least mean validation loss over the tuning seeds; a diverged one is out.
 
@@ -215,19 +212,21 @@ class Folder:
         """
         if self.is_searched(arm):
             return (self.winner(arm.name) or {}).get("learning_rate")
-        losses: dict[float, list[float | None]] = {}
-        for cell in self.tuning(condition, arm):
-            training = self.training(cell, arm)
-            if not training.ended:
-                return None
-            losses.setdefault(cell.learning_rate, []).append(training.validation)
-        means = {rate: sum(each) / len(each) for rate, each in losses.items() if None not in each}  # type: ignore[arg-type]
+        tried = self.tried(condition, arm)
+        if not all(each.ended for trainings in tried.values() for each in trainings):
+            return None
+        means = {rate: loss for rate, loss in mean_losses(tried).items() if loss is not None}
         return min(means, key=means.__getitem__, default=None)
 
     def finals(self, condition: str, arm: Arm) -> list[Cell]:
         """The trainings that are compared; none while the learning rate is not known."""
         rate = self.chosen(condition, arm)
         return [] if rate is None else [Cell(condition, arm.name, rate, seed) for seed in self.study.seeds]
+
+    def cells(self, condition: str, arm: Arm) -> dict[Cell, Training]:
+        """All trainings of an arm that are known by now; one that decides and is compared is there once."""
+        cells = dict.fromkeys((*self.tuning(condition, arm), *self.finals(condition, arm)))
+        return {cell: self.training(cell, arm) for cell in cells}
 
     def training(self, cell: Cell, arm: Arm) -> Training:
         """How far a cell is."""

@@ -219,9 +219,10 @@ class RayExecutor:
             ray.init(address, log_to_driver=False, logging_level="error", include_dashboard=dashboard)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"ray: got {address!r}, no cluster there: {error}") from error
-        for name, wanted in {"CPU": threads, "GPU": gpus}.items() if address == "local" else ():
-            if wanted > (there := ray.cluster_resources().get(name, 0)):
-                raise UserError(f"ray: a training takes {wanted} {name}s, this machine has {there:g}")
+        if address == "local":  # a cluster may yet grow
+            for name, wanted in {"CPU": threads, "GPU": gpus}.items():
+                if wanted > (there := ray.cluster_resources().get(name, 0)):
+                    raise UserError(f"ray: a training takes {wanted} {name}s, this machine has {there:g}")
         self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(work)
         self._tasks: dict[Future[Ending], Any] = {}
 

@@ -1,9 +1,7 @@
 """The report on a study: verdicts first, then what they rest on; Markdown, CSV, LaTeX and one self-contained page."""
 
-import csv
-import io
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -11,12 +9,11 @@ from typing import Any
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.files import sha256, write_text
 from hf_ibnorm.report.page import Page
-from hf_ibnorm.report.runs import Run
-from hf_ibnorm.report.tables import Table
+from hf_ibnorm.report.tables import Table, csv_text
 
 from ..compare import BETTER, SAME, WORSE
 from ..tables import SMOKE
-from .figures import draw_cost, draw_forest, draw_lam, draw_losses, draw_stability, sweeps_of, training_seconds
+from .figures import draw_cost, draw_forest, draw_lam, draw_losses, draw_stability, sweeps_of
 from .folder import SOURCE, Folder
 from .plan import VALIDATION, Cell, slug
 from .results import (
@@ -34,8 +31,13 @@ from .results import (
     lower_is_better,
 )
 from .statistics import BOOTSTRAP_FROM, SIGN_TEST_FROM
-from .training import DIVERGED, FAILED
+from .training import DIVERGED, FAILED, Training
 
+VERDICTS = (
+    *(BETTER, WORSE, SAME),
+    *(DIVERGED, REFUSED, FAILED, UNFINISHED, ONE_SEED, NO_SCATTER, NO_SCORE, NO_BASELINE),
+)
+"""In the order in which they are told."""
 READING = (
     "Each seed fixes the data order and the initial values of every parameter that the norms share, so a norm and the "
     "baseline are compared seed by seed. Difference: the mean over seeds of norm minus baseline, with its 95 % "
@@ -103,7 +105,7 @@ def cost_table(groups: Sequence[Group], metric: str) -> Table:
                 f"{runs[0].environment['parameters']:,}",
                 f"{runs[0].environment['flops_per_token'] * tokens / 1e12:,.1f}",
                 f"{tokens:,}",
-                mean_spread([training_seconds(run) for run in runs], 0),
+                mean_spread([run.seconds() for run in runs], 0),
                 mean_spread([run.seconds_per_step() for run in runs], 3),
                 str(sum(map(len, group.tuning.values())) or "search"),
             ]
@@ -148,22 +150,29 @@ def cell_rows(folder: Folder, groups: Sequence[Group], metric: str) -> list[dict
     rows = []
     for group in groups:
         finals = folder.finals(group.condition, group.arm)
-        for cell in dict.fromkeys((*folder.tuning(group.condition, group.arm), *finals)):
-            training = folder.training(cell, group.arm)
-            rows.append(_cell_row(cell, training.run, compared=cell in finals) | {"state": training.state})
-            rows[-1] |= {"eval_loss": training.validation, "metric": training.value(metric) if cell in finals else None}
+        for cell, training in folder.cells(group.condition, group.arm).items():
+            rows.append(_cell_row(cell, training, metric, compared=cell in finals))
     return rows
 
 
-def _cell_row(cell: Cell, run: Run | None, compared: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {"condition": cell.condition, "norm": cell.arm, "learning_rate": cell.learning_rate}
-    row |= {"seed": cell.seed, "compared": compared, "state": "", "eval_loss": None, "metric": None}
+def _cell_row(cell: Cell, training: Training, metric: str, compared: bool) -> dict[str, Any]:
+    run = training.run
+    row = {
+        "condition": cell.condition,
+        "norm": cell.arm,
+        "learning_rate": cell.learning_rate,
+        "seed": cell.seed,
+        "compared": compared,
+        "state": training.state,
+        "eval_loss": training.validation,
+        "metric": training.value(metric) if compared else None,
+    }
     if run is None:
         return row | dict.fromkeys(("steps", "tokens", "seconds", "init_sha", "batches_sha"))
     return row | {
         "steps": run.metrics[-1]["step"],
         "tokens": run.metrics[-1]["tokens"],
-        "seconds": round(training_seconds(run), 1),
+        "seconds": round(run.seconds(), 1),
         "init_sha": run.environment["init_sha"][:16],
         "batches_sha": sha256(each["batch_sha"] for each in run.metrics)[:16],
     }
@@ -174,23 +183,10 @@ def findings(groups: Sequence[Group], baseline: str) -> list[str]:
     lines = []
     for condition in dict.fromkeys(group.condition for group in groups):
         here = [group for group in groups if group.condition == condition and group.arm.name != baseline]
-        kinds = (
-            BETTER,
-            WORSE,
-            SAME,
-            DIVERGED,
-            REFUSED,
-            FAILED,
-            UNFINISHED,
-            ONE_SEED,
-            NO_SCATTER,
-            NO_SCORE,
-            NO_BASELINE,
-        )
-        said = [(kind, [group.arm.name for group in here if group.verdict == kind]) for kind in kinds]
-        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in said if names)
+        names = {kind: [group.arm.name for group in here if group.verdict == kind] for kind in VERDICTS}
+        said = "; ".join(f"{kind}: {', '.join(each)}" for kind, each in names.items() if each)
         where = f"{condition}: " if condition else ""
-        lines.append(f"{where}Against {baseline} - {told}." if told else f"{where}Nothing is compared with {baseline}.")
+        lines.append(f"{where}Against {baseline} - {said}." if said else f"{where}Nothing is compared with {baseline}.")
     return lines
 
 
@@ -320,9 +316,10 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
         page.table(_as_table(rows), f"{len(rows)} trainings")
         text += ["## Every training", f"{len(rows)} trainings: [cells.csv](cells.csv).", *made]
         write_text(output / "report.md", "\n\n".join(part.rstrip("\n") for part in text if part) + "\n")
-        write_text(output / "verdicts.csv", _csv({"stamp": stamp.strip(), **_verdict_row(group)} for group in groups))
+        verdicts = [{"stamp": stamp.strip(), **_verdict_row(group)} for group in groups]
+        write_text(output / "verdicts.csv", csv_text(list(verdicts[0]), verdicts))
         write_text(output / "verdicts.tex", table.latex(f"{stamp}Study {study.name}: {caption}"))
-        write_text(output / "cells.csv", _csv(rows))
+        write_text(output / "cells.csv", csv_text(list(rows[0]), rows))
         write_text(output / SOURCE, study.source)
         for condition in study.conditions:
             path = folder.recipe(condition)
@@ -337,30 +334,27 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
 
 def draw(groups: Sequence[Group], output: Path, metric: str) -> list[tuple[str, Path]]:
     """Every picture there is something for: title and file."""
-    found = []
+    found, about = [], what(groups, metric)
+
+    def add(title: str, name: str) -> Path:
+        found.append((title, output / f"{name}.png"))
+        return output / f"{name}.png"
+
     if any(group.paired for group in groups):
-        found.append(("differences from the baseline", output / "forest.png"))
-        draw_forest(groups, found[-1][1], f"difference from the baseline: {what(groups, metric)}")
+        draw_forest(groups, add("differences from the baseline", "forest"), f"difference from the baseline: {about}")
     for condition in dict.fromkeys(group.condition for group in groups):
         here = [group for group in groups if group.condition == condition]
         where, end = (f" ({condition})", f"-{slug(condition)}") if condition else ("", "")
-        if any(group.runs() for group in here):
-            found.append((f"losses{where}", output / f"losses{end}.png"))
-            draw_losses(here, found[-1][1])
-        if any(group.values(metric) for group in here):
-            found.append((f"quality against time{where}", output / f"cost{end}.png"))
-            draw_cost(here, found[-1][1], metric, what(groups, metric))
-            if sweeps_of(here):
-                found.append((f"quality against λ{where}", output / f"lambda{end}.png"))
-                draw_lam(here, found[-1][1], metric, what(groups, metric))
         swept = [group for sweep in sweeps_of(here).values() for group in sweep]
-        if any(len(group.tuning) > 1 for group in swept) and any(
-            loss for each in swept for loss in each.tuned().values()
-        ):
-            found.append(
-                (f"where it breaks: validation loss over λ and learning rate{where}", output / f"stability{end}.png")
-            )
-            draw_stability(here, found[-1][1])
+        if any(group.runs() for group in here):
+            draw_losses(here, add(f"losses{where}", f"losses{end}"))
+        if any(group.values(metric) for group in here):
+            draw_cost(here, add(f"quality against time{where}", f"cost{end}"), metric, about)
+            if swept:
+                draw_lam(here, add(f"quality against λ{where}", f"lambda{end}"), metric, about)
+        if any(len(group.tuning) > 1 and any(group.tuned().values()) for group in swept):
+            title = f"where it breaks: validation loss over λ and learning rate{where}"
+            draw_stability(here, add(title, f"stability{end}"))
     return found
 
 
@@ -424,15 +418,6 @@ def _verdict_row(group: Group) -> dict[str, Any]:
         "bootstrap_high": found.bootstrap[1] if found and found.bootstrap else None,
         "verdict": group.verdict,
     }
-
-
-def _csv(rows: Iterable[dict[str, Any]]) -> str:
-    found = list(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(found[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found)
-    return text.getvalue()
 
 
 def _as_table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -11,7 +11,7 @@ from ..suites import DEFINED
 from .folder import Folder
 from .plan import VALIDATION, Arm, Cell
 from .statistics import Paired, paired, verdicts
-from .training import DIVERGED, FAILED, TRAINED, Training
+from .training import DIVERGED, FAILED, TRAINED, Training, mean_losses
 
 BASELINE, REFUSED, UNFINISHED, NO_BASELINE = "baseline", "refused", "unfinished", "no baseline"
 ONE_SEED, NO_SCATTER, NO_SCORE = "one seed", "no scatter between seeds", "no score"
@@ -68,11 +68,7 @@ class Group:
 
     def tuned(self) -> dict[float, float | None]:
         """Learning rate → mean validation loss over the tuning seeds; None where one diverged or is missing."""
-        means = {}
-        for rate, trainings in self.tuning.items():
-            losses = [each.validation for each in trainings if each.validation is not None]
-            means[rate] = sum(losses) / len(losses) if len(losses) == len(trainings) else None
-        return means
+        return mean_losses(self.tuning)
 
     @property
     def at_edge(self) -> bool:
@@ -89,11 +85,8 @@ def gather(folder: Folder) -> list[Group]:
     """
     study, groups = folder.study, []
     for condition, arm in folder.groups():
-        tuning: dict[float, list[Training]] = {}
-        for cell in folder.tuning(condition, arm):
-            tuning.setdefault(cell.learning_rate, []).append(folder.training(cell, arm))
         finals = {cell.seed: folder.training(cell, arm) for cell in folder.finals(condition, arm)}
-        groups.append(Group(condition, arm, tuning, folder.chosen(condition, arm), finals))
+        groups.append(Group(condition, arm, folder.tried(condition, arm), folder.chosen(condition, arm), finals))
         if folder.is_searched(arm) and folder.winner(arm.name) and not finals:
             groups[-1].verdict = DIVERGED
     for condition in study.conditions:
@@ -224,8 +217,5 @@ def environments(groups: Iterable[Group]) -> list[str]:
 
 def failures(folder: Folder, groups: Sequence[Group]) -> list[tuple[Cell, Training]]:
     """Every training that failed or diverged, tuning included."""
-    cells: dict[Cell, Training] = {}
-    for group in groups:
-        for cell in (*folder.tuning(group.condition, group.arm), *folder.finals(group.condition, group.arm)):
-            cells[cell] = folder.training(cell, group.arm)
-    return [(cell, each) for cell, each in cells.items() if each.state in (FAILED, DIVERGED) or each.problem]
+    cells = [item for group in groups for item in folder.cells(group.condition, group.arm).items()]
+    return [(cell, each) for cell, each in cells if each.state in (FAILED, DIVERGED) or each.problem]

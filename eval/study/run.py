@@ -22,9 +22,6 @@ def run_study(folder: Folder, executor: Executor, say: Callable[[str], None]) ->
 
     Returns:
         A line for each job that failed; a training that diverged has not: that is a result.
-
-    Raises:
-        UserError: a search cannot be made.
     """
     running: dict[Future[Ending], Job] = {}
     tried: set[str] = set()

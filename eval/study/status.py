@@ -21,8 +21,7 @@ def print_status(folder: Folder) -> None:
     problems = []
     for condition, arm in folder.groups():
         finals = folder.finals(condition, arm)
-        cells = dict.fromkeys((*folder.tuning(condition, arm), *finals))
-        found = {cell: folder.training(cell, arm) for cell in cells}
+        found = folder.cells(condition, arm)
         counts = Counter(each.state for each in found.values())
         rate = folder.chosen(condition, arm)
         scored = sum(found[cell].state == TRAINED and not found[cell].unscored for cell in finals)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hf_ibnorm.cli import UserError
@@ -54,6 +55,15 @@ class Training:
         if self.state != TRAINED:
             return None
         return self.validation if metric == VALIDATION else self.scores.get(metric, {}).get("raw")
+
+
+def mean_losses(tuning: Mapping[float, Sequence[Training]]) -> dict[float, float | None]:
+    """Learning rate → mean validation loss of its trainings; None where one has none: it diverged or is missing."""
+    means: dict[float, float | None] = {}
+    for rate, trainings in tuning.items():
+        losses = [each.validation for each in trainings if each.validation is not None]
+        means[rate] = fmean(losses) if len(losses) == len(trainings) else None
+    return means
 
 
 def read_json(path: Path) -> Any:

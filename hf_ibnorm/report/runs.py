@@ -1,6 +1,7 @@
 """Reading finished training runs back from disk, and setting them side by side."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,16 +68,24 @@ class Run:
             scores=_read(scores, json.loads, "benchmarks", "smoke") if scores.exists() else None,
         )
 
+    def step_seconds(self) -> list[float]:
+        """What each step took, validation not counted."""
+        before = [0, *(row["tokens"] for row in self.metrics)]
+        return [
+            (row["tokens"] - start) / row["tokens_per_second"] for start, row in zip(before, self.metrics, strict=False)
+        ]
+
+    def seconds(self) -> float:
+        """What all steps took together, validation not counted."""
+        return math.fsum(self.step_seconds())
+
     def seconds_per_step(self) -> float:
         """First decile over all steps, validation not counted.
 
         Runs are timed one after the other, and whatever else a machine does can only slow a step down: the median of a
         shared machine moves by several percent from one hour to the next, its fast steps hardly do.
         """
-        before = [0, *(row["tokens"] for row in self.metrics)]
-        seconds = sorted(
-            (row["tokens"] - start) / row["tokens_per_second"] for start, row in zip(before, self.metrics, strict=False)
-        )
+        seconds = sorted(self.step_seconds())
         return seconds[len(seconds) // 10]
 
 

@@ -1,5 +1,8 @@
 """One table, written for a terminal, as Markdown or as LaTeX."""
 
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +58,15 @@ class Table:
         if not console.is_terminal:
             console.width = 200
         console.print(table, highlight=False, markup=False)
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV with a line of headings; None becomes an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _escaped(text: str) -> str:
