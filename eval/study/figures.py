@@ -84,10 +84,14 @@ def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> Non
     sweeps = sweeps_of(groups)
     with figure(path) as axes:
         for i, (name, sweep) in enumerate(sweeps.items()):
-            points = [(group.arm.lam, list(group.values(metric).values())) for group in sweep if group.values(metric)]
+            points = [(group.arm.lam or 0.0, list(group.values(metric).values())) for group in sweep]
+            points = [(lam, values) for lam, values in points if values]
+            if not points:
+                continue
             colour = COLOURS[(i + 1) % len(COLOURS)]
+            aside = 1.05 ** (i - len(sweeps) // 2)  # or the error bars of one λ would cover each other
             axes.errorbar(
-                [lam for lam, _ in points],
+                [lam * aside for lam, _ in points],
                 [fmean(values) for _, values in points],
                 yerr=[_spread(values) or 0.0 for _, values in points],
                 fmt="os^D"[i % 4] + STYLES[i % len(STYLES)],
@@ -103,9 +107,12 @@ def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> Non
             if group.verdict == BASELINE and len(values) > 1:
                 axes.axhspan(fmean(values) - stdev(values), fmean(values) + stdev(values), color="black", alpha=0.08)
         lams = sorted({group.arm.lam or 0.0 for sweep in sweeps.values() for group in sweep})
-        # λ = 0 is a norm too, and no place on a logarithmic axis.
-        axes.set_xscale("symlog", base=2, linthresh=next(filter(None, lams)), linscale=0.5)
+        if lams[0]:
+            axes.set_xscale("log", base=2)
+        else:  # a norm too, and no place on a logarithmic axis
+            axes.set_xscale("symlog", base=2, linthresh=next(filter(None, lams)), linscale=0.5)
         axes.set_xticks(lams, [f"{lam:g}" for lam in lams])
+        axes.set_xticks([], minor=True)
         axes.set_xlabel("λ")
         axes.set_ylabel(what)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
