@@ -34,5 +34,12 @@ def test_linked_files_exist_and_nothing_is_left_to_fill_in():
     assert "DEMO_TABLE" not in README
 
 
+def test_verdicts_are_those_of_the_report():
+    (quoted,) = re.findall(r"<!-- quick -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    report = (ROOT / "docs" / "results" / "quick" / "report.md").read_text(encoding="utf-8")
+    assert quoted.count("\n") == 9
+    assert f"\n\n{quoted}\n\n" in report
+
+
 def test_readme_stays_short():
     assert len(README.splitlines()) < 200

@@ -40,7 +40,7 @@ def draw_losses(groups: Sequence[Group], path: Path) -> None:
             panel.set_xlabel("step")
             panel.set_ylabel(f"{title}, nats per token")
         _second_half(axes[0])
-        axes[1].legend()
+        axes[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
 def draw_forest(groups: Sequence[Group], path: Path, what: str) -> None:
@@ -194,11 +194,12 @@ def _validated(runs: Sequence[Run]) -> list[list[tuple[int, float]]]:
 
 
 def _second_half(panel: Any) -> None:
-    """Show the losses from where half of the way down is done: the beginning is the same for all."""
-    values = [y for line in panel.get_lines() for y in line.get_ydata()]
-    if values:
-        low, high = min(values), max(values)
-        panel.set_ylim(low - 0.03 * (high - low), low + 0.55 * (high - low))
+    """Show the losses from where half of the way down is done, or from where the highest curve ends."""
+    curves = [line.get_ydata() for line in panel.get_lines()]
+    if curves:
+        low, high = min(map(min, curves)), max(map(max, curves))
+        top = max(low + 0.55 * (high - low), max(curve[-1] for curve in curves) + 0.03 * (high - low))
+        panel.set_ylim(low - 0.03 * (high - low), top)
 
 
 def _loss(group: Group, rate: float) -> float:
