@@ -84,8 +84,8 @@ def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> Non
     sweeps = sweeps_of(groups)
     with figure(path) as axes:
         for i, (name, sweep) in enumerate(sweeps.items()):
-            points = [(group.arm.lam or 0.0, list(group.values(metric).values())) for group in sweep]
-            points = [(lam, values) for lam, values in points if values]
+            found = [(group.arm.lam or 0.0, list(group.values(metric).values())) for group in sweep]
+            points = [(lam, values) for lam, values in found if values]
             if not points:
                 continue
             colour = COLOURS[(i + 1) % len(COLOURS)]

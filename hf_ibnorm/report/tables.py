@@ -1,4 +1,4 @@
-"""One table, written for a terminal, as Markdown or as LaTeX."""
+"""Tables, written for a terminal, as Markdown, LaTeX or CSV."""
 
 import csv
 import io

@@ -16,8 +16,9 @@ from eval.study.folder import Folder
 from eval.study.plan import read_study
 from eval.study.results import BASELINE, NO_BASELINE, ONE_SEED, REFUSED, UNFINISHED, Group
 from eval.study.status import print_status
-from eval.study.training import DIVERGED, FAILED
+from eval.study.training import DIVERGED, FAILED, TRAINED, Training, mean_losses
 from hf_ibnorm.cli import UserError
+from hf_ibnorm.report.runs import Run
 
 ALIAS = {"norm": "rmsnorm", "name": "another name"}
 HANDICAPPED = {"norm": "rmsnorm", "name": "handicapped", "learning_rate_scale": 0.1}
@@ -517,3 +518,10 @@ def test_status_where_nothing_was_begun_and_where_another_process_works(here, ca
     with folder.lock():
         print_status(Folder.open(folder.path))
     assert "running now: nothing" in capsys.readouterr().out
+
+
+def test_a_learning_rate_with_a_seed_that_diverged_has_no_mean():
+    first, second = (Training(TRAINED, Run("", {}, {}, [{"eval_loss": loss}], None)) for loss in (2.0, 4.0))
+    lost = Training(DIVERGED, None, "learnt nothing")
+    tried = {0.1: [first, lost], 0.2: [first, second], 0.3: [lost, lost]}
+    assert mean_losses(tried) == {0.1: None, 0.2: 3.0, 0.3: None}
