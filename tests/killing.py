@@ -160,9 +160,13 @@ def main() -> None:
     parser.add_argument("--kills_per_run", type=int, default=5, help="before a run may end (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="of each run (default: %(default)s)")
     parser.add_argument("--moment", choices=("start", "step", "checkpoint"), help="(default: each of them at times)")
+    parser.add_argument("--fsdp", action="store_true", help="shard the model (default: a copy in each process)")
     parser.add_argument("--folder", type=Path, required=True, help="empty directory to work in")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.fsdp:  # what `accelerate launch` makes of train_lm/recipes/accelerate/fsdp2.yaml
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
     arguments.folder.mkdir(parents=True, exist_ok=True)
     luck, began = random.Random(arguments.seed), time.monotonic()
     flags = settings(arguments.folder)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -124,6 +125,9 @@ def test_a_wheel_installed_in_an_empty_environment_works_from_another_folder(whe
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    shipped = {name for name in ZipFile(wheel).namelist() if name.endswith(".yaml")}
+    there = [path for part in ("train_lm", "eval") for path in (ROOT / part).rglob("*.yaml")]
+    assert shipped == {str(path.relative_to(ROOT)) for path in there}
     where = run("python", "-c", "import hf_ibnorm; print(hf_ibnorm.__file__)")
     assert str(environment) in where
     for command in ("hf-ibnorm", "hf-ibnorm-train", "hf-ibnorm-eval"):

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,11 @@ def run_stopped(monkeypatch, step, run_dir, *flags, number=signal.SIGTERM):
 def steps(run_dir):
     """Names in the folder of checkpoints."""
     return sorted(path.name for path in (Path(run_dir) / "checkpoints").iterdir())
+
+
+def killed(folder, *flags):
+    """Run the program that kills and resumes trainings; returns its counts."""
+    program = [sys.executable, str(Path(__file__).with_name("killing.py")), "--folder", str(folder), *flags]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

@@ -35,6 +35,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_ibnorm.files import atomic_directory, sha256, sha256_file, write_json, write_text
 
+from .distribution import laid_out, on_host
+
 FORMAT = 1
 
 
@@ -67,36 +69,46 @@ class Snapshot:
         return sum(each.numel() * each.element_size() for each in tensors)
 
 
-def copy_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` on the CPU with ties kept; its parameters are copied once."""
+def copy_model(model: PreTrainedModel, value: Callable[[Tensor], Tensor]) -> PreTrainedModel:
+    """A copy of `model` with ties kept; `value` gives the copy of each of its tensors, and is asked once for each."""
     tensors = [*model.parameters(), *model.buffers()]
-    copies = {id(each): _like(each, each.detach().to("cpu", copy=True)) for each in tensors}
-    return copy.deepcopy(model, copies)
+    return copy.deepcopy(model, {id(each): _like(each, value(each)) for each in tensors})
+
+
+def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` whose tensors have shapes and no values, to be filled by `copy_model`."""
+    return copy_model(model, lambda each: torch.empty_like(each, device="meta", requires_grad=False))
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies of the optimizer's state on the CPU, named kind/parameter."""
-    return {
-        f"{kind}/{name}": value.detach().to("cpu", copy=True)
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
+    """Copies of the optimizer's state on the CPU, named kind/parameter; none unless `keep`.
+
+    Where it is sharded every process must call this, and one of them keeps it.
+    """
+    copies = {
+        f"{kind}/{name}": on_host(value, keep)
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
+    return {name: value for name, value in copies.items() if value is not None}
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give the optimizer the state that `optimizer_tensors` took."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    """Give the optimizer the state that `optimizer_tensors` took, from this kind of distribution or another."""
+    parameters = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     places = {name: i for i, name in enumerate(ordered)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         if name in places and kind != "start":
-            state.setdefault(places[name], {})[kind] = value
+            held = laid_out(value, parameters[name]) if value.ndim else value  # every process counts all steps
+            state.setdefault(places[name], {})[kind] = held
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

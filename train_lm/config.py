@@ -91,8 +91,9 @@ class TrainConfig:
         cache_dir: where tokens are kept between runs (null: $HF_IBNORM_CACHE, or else ~/.cache/hf_ibnorm).
         block_size: tokens a sequence, at most the model's context.
         max_steps: optimizer steps.
-        per_device_train_batch_size: sequences a device takes at a time.
-        gradient_accumulation_steps: such batches in one step.
+        global_batch_size: sequences a step, over all devices (null: what the next two and the number of devices make).
+        per_device_train_batch_size: sequences a device takes at a time; with global_batch_size, at most.
+        gradient_accumulation_steps: such batches in one step; with global_batch_size, as many as that takes.
         per_device_eval_batch_size: the same for validation.
         learning_rate: peak of the schedule.
         warmup_steps: linear warmup from 0, then a cosine.
@@ -105,6 +106,9 @@ class TrainConfig:
         lam_schedule: strength of IBNorm: constant, or linear from 0 to what norm_kwargs say.
         lam_warmup_steps: steps of the linear schedule.
         mixed_precision: no, bf16 or fp16: autocast over float32 weights.
+        compile: compile each block with torch.compile; the first step then takes a minute or more.
+        gradient_checkpointing: keep each block's input only and compute the rest again for the gradients: less memory,
+            about a third more arithmetic, the same gradients.
         deterministic: on a GPU, use algorithms that give the same bits each time, where there are any; slower.
         eval_every: steps between two validations (the last step always has one).
         max_eval_blocks: blocks of the validation split that are used (null: all).
@@ -135,6 +139,7 @@ class TrainConfig:
     cache_dir: str | None = None
     block_size: int = 256
     max_steps: int = 400
+    global_batch_size: int | None = None
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     per_device_eval_batch_size: int = 8
@@ -149,6 +154,8 @@ class TrainConfig:
     lam_schedule: Literal["constant", "linear"] = "constant"
     lam_warmup_steps: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    gradient_checkpointing: bool = False
     deterministic: bool = True
     eval_every: int = 100
     max_eval_blocks: int | None = None
@@ -226,6 +233,26 @@ class TrainConfig:
         if context is not None and self.block_size > context:
             raise ValueError(f"block_size: got {self.block_size}, must be <= model.max_position_embeddings = {context}")
 
+    def spread_over(self, processes: int) -> "TrainConfig":
+        """These settings with the step's sequences dealt out to so many processes.
+
+        Without `global_batch_size` they stay as they are. With it a process takes as many sequences at a time as fit
+        into `per_device_train_batch_size` and divide its share, and as many times as the share needs.
+
+        Raises:
+            ValueError: the processes cannot have equal shares.
+        """
+        if self.global_batch_size is None:
+            return self
+        share, rest = divmod(self.global_batch_size, processes)
+        if rest or not share:
+            raise ValueError(
+                f"global_batch_size: got {self.global_batch_size}, must be a multiple of the number of processes, "
+                f"{processes}"
+            )
+        size = max(size for size in range(1, min(self.per_device_train_batch_size, share) + 1) if share % size == 0)
+        return replace(self, per_device_train_batch_size=size, gradient_accumulation_steps=share // size)
+
     def as_recipe(self) -> dict[str, Any]:
         """Every resolved value but `run_dir` and `resume`: a recipe that repeats this run."""
         content = asdict(self)
@@ -235,7 +262,8 @@ class TrainConfig:
 
 _LEAST: dict[str, float] = {
     **dict.fromkeys(("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("per_device_eval_batch_size", "eval_every", "max_eval_blocks", "keep_last"), 1),
+    **dict.fromkeys(("global_batch_size", "per_device_eval_batch_size", "eval_every"), 1),
+    **dict.fromkeys(("max_eval_blocks", "keep_last"), 1),
     **dict.fromkeys(("shuffle_buffer", "tokenizer_documents", "tokenizer_threads", "max_skipped_steps"), 1),
     **dict.fromkeys(("checkpoint_every", "keep_every"), 0),
     **dict.fromkeys(("block_size", "validation_every"), 2),

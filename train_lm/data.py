@@ -101,7 +101,8 @@ class PackedTokens:
         """Positions of the last block that count in no loss."""
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64 of shape (len(indices), B), of the blocks `indices`."""
+        """Inputs and targets, int64 of shape (len(indices), B), of the blocks `indices`; past the last one all is
+        padding."""
         places = np.asarray(indices)[:, None] * self.block_size + np.arange(self.block_size + 1)
         tokens = self.stream[np.minimum(places, self.targets)].astype(np.int64)
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
@@ -144,7 +145,10 @@ def _sha(inputs: Tensor, targets: Tensor) -> str:
 
 
 class PackedData:
-    """A finite corpus, read in an order that depends on the seed alone."""
+    """A finite corpus, read in an order that depends on the seed alone.
+
+    While a step computes, a thread makes the batch of the next one: reads it from disk, cuts and hashes it.
+    """
 
     shared_sha = True
 
@@ -152,11 +156,19 @@ class PackedData:
         self.packed, self.layout = packed, layout
         self._order = BlockOrder(packed.blocks, seed)
         self._place = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: Future[Batch] | None = None
 
     def next(self) -> Batch:
         """The next step's batch."""
-        indices = self._order.take(self._place, self.layout.sequences)
-        self._place += len(indices)
+        batch = (self._ahead or self._thread.submit(self._make, self._place)).result()
+        self._place += self.layout.sequences
+        self._ahead = self._thread.submit(self._make, self._place)
+        return batch
+
+    def _make(self, place: int) -> Batch:
+        """The batch that begins at `place` of the order."""
+        indices = self._order.take(place, self.layout.sequences)
         inputs, targets = self.packed.batch(indices)
         parts = [(inputs[rows], targets[rows]) for rows in split_batch(np.arange(len(indices)), self.layout)]
         return Batch(parts, int((targets != IGNORE).sum()), _sha(inputs, targets))
@@ -166,11 +178,12 @@ class PackedData:
         return {"place": self._place}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Go on where `state` was taken. Only before the first batch."""
         self._place = state["place"]
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 class StreamedData:

@@ -1,32 +1,29 @@
-"""What a run is made of before its first step: where it begins, its text, its tokenizer, its model."""
+"""What a run is made of before its first step: its text, its tokenizer, its model."""
 
 import json
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_ibnorm import IBNorm
-from hf_ibnorm.cli import UserError, alone_in, bad_input
+from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
 from hf_ibnorm.families import FAMILIES, Family
 from hf_ibnorm.files import (
     atomic_directory,
-    check_new_directory,
     environment_record,
     existing_folder,
     numerics_record,
@@ -38,136 +35,27 @@ from hf_ibnorm.files import (
 from hf_ibnorm.modeling_ibnorm import is_norm
 
 from .cache import Cache, encode_all
-from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_checkpoint, steps_in
+from .checkpoint import Checkpoint, skeleton_of
 from .config import DROPOUTS, TrainConfig, build_model_config, changed_fields, check_vocabulary, resolved
 from .corpus import CorpusOptions, Documents, HeldOut, open_corpus
 from .data import Layout, PackedData, PackedTokens, StreamedData
+from .start import Start, together
 from .throughput import flops_per_token
 from .tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
 
 STREAMED_TOKENIZER_DOCUMENTS = 10_000
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins.
-
-    Args:
-        path: the checkpoint to go on from; None for step 0.
-        saved: settings the run began with, as `TrainConfig.as_recipe` gives them; None for a new run.
-        finished: whether there is nothing left to do.
-        messages: what the user should know.
-        damaged: steps of checkpoints that were skipped.
-        locked: whether the first process holds the lock of the directory already.
-    """
-
-    path: Path | None = None
-    saved: dict[str, Any] | None = None
-    finished: bool = False
-    messages: list[str] = field(default_factory=list)
-    damaged: list[int] = field(default_factory=list)
-    locked: bool = False
-
-    def checkpoint(self) -> Checkpoint | None:
-        """The checkpoint, which `find_start` has verified."""
-        if self.path is None:
-            return None
-        return Checkpoint(self.path, json.loads((self.path / "state.json").read_text(encoding="utf-8")))
-
-
-def alone_in_run(run_dir: Path) -> AbstractContextManager[None]:
-    """Keep other runs out of a run directory.
-
-    Raises:
-        UserError: another run is at work in it.
-    """
-    return alone_in(run_dir, f"run_dir: {run_dir} is in use by another run")
-
-
-def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
-    """Where the run in `run_dir` begins: at step 0, or after the newest whole checkpoint. Locks a run that is there.
-
-    Raises:
-        UserError: the directory is not new and not to be resumed, holds something else, cannot be written, or another
-            run is at work in it.
-    """
-    there = run_dir.is_dir() and any(each.name[0] != "." for each in run_dir.iterdir())
-    if config.resume == "no" or not there:
-        hint = "; or go on with it: --resume auto" if (run_dir / "config.yaml").exists() else ""
-        with bad_input(OSError):
-            if config.resume == "no" or not run_dir.is_dir():
-                check_new_directory("run_dir", run_dir, hint)
-        return Start(messages=[f"resume: no run in {run_dir}, starting at step 0"] * (config.resume != "no"))
-    if not (run_dir / "config.yaml").exists():
-        raise UserError(f"run_dir: {run_dir} is not empty and holds no run to resume; name a new directory")
-    try:
-        saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):
-        saved = None
-    if not (isinstance(saved, dict) and "model" in saved):
-        saved = None  # damaged
-    if (run_dir / "final").exists():
-        return Start(None, saved, finished=True, messages=[f"already finished: {run_dir / 'final'}"])
-    with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
-        stack.enter_context(alone_in_run(run_dir))
-        clear_leftovers(run_dir)
-    messages, damaged = [], []
-    for step in reversed(steps_in(run_dir / "checkpoints")):
-        path = run_dir / "checkpoints" / checkpoint_name(step)
-        try:
-            found = read_checkpoint(path)
-        except ValueError as error:
-            messages.append(f"resume: skipped {path.name}: {error}")
-            damaged.append(step)
-            continue
-        messages.append(f"resume: going on after {path.name}")
-        return Start(path, found.state["config"], False, messages, damaged, locked=True)
-    messages.append("resume: no whole checkpoint, starting at step 0")
-    return Start(None, saved, False, messages, damaged, locked=True)
-
-
-def raise_together(problem: str, accelerator: Accelerator) -> None:
-    """Raise UserError on every process if any of them has a `problem`, or the others would wait for it for ever."""
-    problems: list[str] = gather_object([problem])
-    if found := next(filter(None, problems), ""):
-        raise UserError(found)
-
-
-def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` gives on this process, once it is done on all of them.
-
-    Raises:
-        UserError: it raised one on any process; then all raise it.
-    """
-    problem, result = "", None
-    try:
-        result = work()
-    except UserError as error:
-        problem = str(error)
-    raise_together(problem, accelerator)
-    return cast(T, result)
-
-
-def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator, stack: ExitStack) -> Start:
-    """`find_start` on the first process; every other one learns what it found.
-
-    Raises:
-        UserError: as `find_start`, on every process.
-    """
-    main = accelerator.is_main_process
-    found = together(accelerator, lambda: find_start(config, run_dir, stack) if main else Start())
-    start: Start = broadcast_object_list([found])[0]
-    return start
-
 
 @dataclass
 class Run:
-    """What a run trains and on what."""
+    """What a run trains and on what.
+
+    `skeleton` is the model without values, from before anything wrapped, sharded or compiled it: what is saved.
+    """
 
     config: TrainConfig
     model: PreTrainedModel
+    skeleton: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     train: PackedData | StreamedData
     validation: PackedTokens
@@ -178,7 +66,8 @@ class Run:
     def set_lam(self, fraction: float) -> None:
         """Set every λ to this fraction of its final value."""
         for site, lam in self.lams.items():
-            self.model.base_model.get_submodule(site).set_lam(lam * fraction)
+            for model in (self.model, self.skeleton):
+                model.base_model.get_submodule(site).set_lam(lam * fraction)
 
 
 def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
@@ -229,7 +118,7 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run
     validation = PackedTokens(stream, eos, size, config.max_eval_blocks)
     with bad_input():
         lams = final_lams(config, model, model_config)
-    return Run(config, model, tokenizer, train, validation, hashes, lams)
+    return Run(config, model, skeleton_of(model), tokenizer, train, validation, hashes, lams)
 
 
 def open_texts(config: TrainConfig, cache: Cache) -> dict[str, Documents]:

@@ -1,5 +1,7 @@
 """The tokenizer of a run: trained on its text, or an existing one."""
 
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from hf_ibnorm.cli import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+_SENTINEL = re.compile(r"<extra_id_\d+>")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -66,9 +69,45 @@ def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(f"{field}: got {str(where)!r}, a {type(tokenizer).__name__}; must be a fast tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{field}: got {str(where)!r}, which has no eos_token to set between documents")
+    tokenizer = for_language_model(tokenizer)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def for_language_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """`tokenizer` without what belongs to another kind of model, as T5's has it; most come back as they are.
+
+    T5 marks the gaps it learns to fill with 100 tokens that no text holds (`<extra_id_0>`, ...), and ends every text it
+    encodes with `</s>`. Embedding rows for the former would never be trained; after the latter nothing is to be
+    continued, so that scores of prompts encoded like that mean nothing.
+
+    Args:
+        tokenizer: a fast tokenizer with an `eos_token`.
+
+    Returns:
+        A tokenizer that gives the same ids for the text itself, and no others.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    sentinels = {token["content"] for token in content["added_tokens"] if _SENTINEL.fullmatch(token["content"])}
+    ends_texts = tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
+    if not sentinels and not ends_texts:
+        return tokenizer
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in sentinels]
+    if content["model"]["type"] == "Unigram":
+        content["model"]["vocab"] = [piece for piece in content["model"]["vocab"] if piece[0] not in sentinels]
+    if ends_texts:
+        content["post_processor"] = None
+    named = {name: getattr(tokenizer, name) for name in ("eos_token", "unk_token", "pad_token")}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        **{name: token for name, token in named.items() if token is not None},
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+    if made.get_vocab() != {token: i for token, i in tokenizer.get_vocab().items() if token not in sentinels}:
+        raise UserError("tokenizer: its <extra_id_N> stand before other tokens, whose ids would change without them")
+    return made
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:

@@ -1,8 +1,8 @@
 """The training loop, to be read from top to bottom: prepare, then step after step, then the final model."""
 
 import math
-import os
 import time
+import warnings
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import torch.distributed
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_ibnorm.cli import Stopped, UserError, bad_input
 from hf_ibnorm.files import cpu_name, numerics_record, sha256
@@ -34,23 +35,20 @@ from .checkpoint import (
 )
 from .config import TrainConfig, build_model_config
 from .data import IGNORE, Batch, PackedData, PackedTokens
+from .distribution import is_sharded, laid_out, make_accelerator, mine, on_host, whole
 from .metrics import MetricsFile, check_trackers, start_trackers
 from .prepare import (
     Run,
-    Start,
-    agree_on_start,
-    alone_in_run,
     check_finished,
     check_room,
     note_resume,
     prepare,
-    raise_together,
     save_model,
-    together,
     write_run_files,
 )
 from .progress import Progress
 from .signals import StopSignals
+from .start import Start, agree_on_start, alone_in_run, raise_together, together
 from .throughput import flops_per_token, peak_flops, peak_memory_gb
 
 
@@ -82,12 +80,13 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         config.validate()
         if config.model.init_from is None:
             build_model_config(config)  # its errors come before any work on the data
-    check_precision(config.mixed_precision)
     check_trackers(config.log_with)
     run_dir = Path(config.run_dir)
     final = run_dir / "final"
     accelerator = make_accelerator(config)
     stack.callback(end_tracking, accelerator)
+    with bad_input():
+        config = config.spread_over(accelerator.num_processes)
     start = agree_on_start(config, run_dir, accelerator, stack)
     progress = Progress(config.max_steps, enabled=accelerator.is_main_process)
     if start.finished:
@@ -99,8 +98,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     progress.say(*start.messages)
     stack.callback(run.train.close)
     config, checkpoint = run.config, start.checkpoint()
-    model = accelerator.prepare(run.model)
-    optimizer = accelerator.prepare(build_optimizer(run.model, config))
+    speed_up(run.model, config)
+    model, optimizer = accelerator.prepare(run.model, build_optimizer(run.model, config))
     state = State(run, optimizer, accelerator)
     settle_buckets(model, accelerator)
     set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each process
@@ -133,24 +132,26 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             batch = run.train.next()
         except UserError as error:  # on this process; the others are waiting for it
             problem, batch = str(error), Batch.of_nothing(run.train.layout)
-        gain_movement = state.gain_movement()
+        moved = state.gains_moved()
 
         loss_sum = torch.zeros((), device=accelerator.device)
         for i, part in enumerate(batch.parts, 1):
             inputs, targets = (tensor.to(accelerator.device) for tensor in part)
             # Gradients are averaged over processes, hence the factor: every token of the global batch weighs alike.
-            with accelerator.no_sync(model) if i < len(batch.parts) else nullcontext():
+            # Where they are sharded they are reduced each time: put off, they would lie there whole.
+            last = i == len(batch.parts) or is_sharded(accelerator)
+            with nullcontext() if last else accelerator.no_sync(model):
                 part_sum = token_loss(model, inputs, targets)
                 accelerator.backward(part_sum * (accelerator.num_processes / batch.tokens))
             loss_sum += part_sum.detach()
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+        norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))
 
         # The one place where processes tell each other something, and where the host waits for the device.
-        mine = torch.stack([loss_sum, norm, gain_movement]).double()
+        numbers = torch.stack([loss_sum, norm, moved]).double()
         problem = problem or checkpointer.problem
         asked = [bool(signals.name), bool(problem), int(batch.sha[:12], 16)]
-        told = accelerator.gather(torch.cat([mine, mine.new_tensor(asked)])[None]).T.tolist()
-        losses, (grad_norm, *_), (moved, *_), stops, failures, parts = told
+        told = accelerator.gather(torch.cat([numbers, numbers.new_tensor(asked)])[None]).T.tolist()
+        losses, (grad_norm, *_), moves, stops, failures, parts = told
         loss = math.fsum(losses) / batch.tokens if all(map(math.isfinite, losses)) else math.nan
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if any(failures):
@@ -172,7 +173,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             "tokens": state.tokens,
             "tokens_per_second": speed,
             "grad_norm": grad_norm,
-            "gain_movement": moved,
+            "gain_movement": state.gain_movement(moves),
             "batch_sha": batch.sha if run.train.shared_sha else sha256(map(str, parts))[:16],
             "mfu": peak and speed * state.flops_per_token / (peak * accelerator.num_processes),
             "memory_gb": peak_memory_gb(accelerator.device),
@@ -182,8 +183,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         if not finite:
             row["skipped"] = state.skipped
         if step % config.eval_every == 0 or step == config.max_steps:
-            # Unwrapped: DDP would expect every process to run equally many batches.
-            row["eval_loss"] = evaluate(accelerator.unwrap_model(model), run.validation, config, accelerator)
+            row["eval_loss"] = evaluate(run.model, run.validation, config, accelerator)
         if accelerator.is_main_process:
             with bad_input(OSError, about="run_dir: metrics.jsonl cannot be written: "):
                 state.metrics.append(row)
@@ -204,9 +204,10 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         if stopping:
             raise Stopped(f"after step {step}, with a checkpoint; go on with --resume auto")
 
-    if accelerator.is_main_process:
+    finished = state.model_on_host()
+    if finished is not None:
         with bad_input(OSError, SafetensorError, about=f"run_dir: {final} cannot be written: "):
-            save_model(final, accelerator.unwrap_model(model), run.tokenizer)
+            save_model(final, finished, run.tokenizer)
         progress.say(f"finished: {final}")
     accelerator.wait_for_everyone()
     return final
@@ -231,6 +232,7 @@ class State:
         norms = [name for name, module in run.model.named_modules() if is_norm(module)]
         self.gains = {f"{name}.weight": getattr(run.model.get_submodule(name), "weight", None) for name in norms}
         self.gains = {name: gain for name, gain in self.gains.items() if gain is not None}
+        self.gain_count = sum(gain.numel() for gain in self.gains.values())
         self.start_gains = {name: gain.detach().clone() for name, gain in self.gains.items()}
 
     def count(self, tokens: int, finite: bool) -> None:
@@ -239,12 +241,27 @@ class State:
         self.tokens += tokens
         self.skipped = 0 if finite else self.skipped + 1
 
-    def gain_movement(self) -> Tensor:
-        """Root mean square of how far the norms' gains are from where they started, on the device."""
+    def gains_moved(self) -> Tensor:
+        """Sum of the squares of how far the norms' gains are from where they started, over those that are held here."""
         if not self.gains:
             return torch.zeros((), device=self.accelerator.device)
-        moved = torch.cat([(gain.detach() - self.start_gains[name]).flatten() for name, gain in self.gains.items()])
-        return moved.square().mean().sqrt()
+        moved = [(mine(gain.detach()) - mine(self.start_gains[name])).flatten() for name, gain in self.gains.items()]
+        return torch.cat(moved).square().sum()
+
+    def gain_movement(self, moved: list[float]) -> float:
+        """Root mean square of how far the gains are from where they started, from `gains_moved` of every process."""
+        total = math.fsum(moved) if is_sharded(self.accelerator) else moved[0]
+        return math.sqrt(total / max(1, self.gain_count))
+
+    def model_on_host(self) -> PreTrainedModel | None:
+        """A copy of the model in main memory on the first process. Every process must call this."""
+        first, skeleton = self.accelerator.is_main_process, self.run.skeleton
+        tensors = [*self.run.model.named_parameters(), *self.run.model.named_buffers()]
+        copies = {name: on_host(tensor, keep=first) for name, tensor in tensors}
+        if not first:
+            return None
+        names = {id(each): name for name, each in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
+        return copy_model(skeleton, lambda each: copies[names[id(each)]])
 
     def snapshot(self, checkpointer: Checkpointer) -> Snapshot | None:
         """A copy of all that a checkpoint holds, on the first process; the others send it their part.
@@ -252,14 +269,16 @@ class State:
         Every process must call this, and training may go on as soon as it returns.
         """
         checkpointer.wait()  # first, or there would be two copies in memory
-        mine, scaler = process_state(self.run.train.state()), self.accelerator.scaler
-        processes: list[Any] = [mine]
+        own, scaler = process_state(self.run.train.state()), self.accelerator.scaler
+        processes: list[Any] = [own]
         if self.accelerator.num_processes > 1:
             processes = [None] * self.accelerator.num_processes
-            torch.distributed.gather_object(mine, processes if self.accelerator.is_main_process else None)
-        if not self.accelerator.is_main_process:
+            torch.distributed.gather_object(own, processes if self.accelerator.is_main_process else None)
+        model, first = self.model_on_host(), self.accelerator.is_main_process
+        tensors = optimizer_tensors(self.run.model, self.optimizer.optimizer, first)
+        start = {f"start/{name}": on_host(gain, first) for name, gain in self.start_gains.items()}
+        if model is None:
             return None
-        start = {f"start/{name}": gain.to("cpu", copy=True) for name, gain in self.start_gains.items()}
         state = {
             "tokens": self.tokens,
             "skipped": self.skipped,
@@ -269,9 +288,7 @@ class State:
             "numerics": self.numerics,
             "scaler": scaler.state_dict() if scaler else None,
         }
-        model = copy_model(self.run.model)
-        tensors = optimizer_tensors(self.run.model, self.optimizer.optimizer) | start
-        return Snapshot(self.step, model, self.run.tokenizer, tensors, processes, state, self.metrics.so_far())
+        return Snapshot(self.step, model, self.run.tokenizer, tensors | start, processes, state, self.metrics.so_far())
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
         """Go on where `checkpoint` was taken; the model has its weights already. Returns what the user should know."""
@@ -280,7 +297,7 @@ class State:
         tensors = checkpoint.tensors
         restore_optimizer(self.run.model, self.optimizer.optimizer, tensors)
         for name, gain in self.start_gains.items():
-            gain.copy_(tensors[f"start/{name}"])
+            gain.copy_(laid_out(tensors[f"start/{name}"], gain))
         if self.accelerator.scaler and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         then = saved["num_processes"]
@@ -297,27 +314,19 @@ class State:
         return messages
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate as this loop needs it.
+def speed_up(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Recompute activations and compile blocks, as the settings ask; in place, so that no name in a checkpoint changes.
 
-    Raises:
-        UserError: the launcher was told to distribute the model in a way that this program does not know.
+    Must come before Accelerate wraps the model, and after it was copied: a compiled block cannot be.
     """
-    if config.deterministic and torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was never written
-    accelerator = Accelerator(
-        # Without it two processes without a GPU would not find each other and train two models into one directory.
-        cpu=not torch.cuda.is_available(),
-        # The loop sums over micro-batches itself; a launcher's setting would divide the loss a second time.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        mixed_precision=config.mixed_precision,
-        log_with=config.log_with or None,
-        project_dir=config.run_dir,
-    )
-    check_launcher(accelerator)
-    return accelerator
+    if config.gradient_checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about its name: the oldest Transformers knows no other
+            # With the generators' states kept, noise norms and dropout draw the same again.
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True})
+    if config.compile:
+        for block in model.base_model.get_submodule(model.config.norm_site_table.blocks):
+            block.compile()
 
 
 def settle_buckets(model: nn.Module, accelerator: Accelerator) -> None:
@@ -326,7 +335,7 @@ def settle_buckets(model: nn.Module, accelerator: Accelerator) -> None:
     It does so after the first backward pass it sees, and from three processes on, sums are rounded otherwise then: the
     first step after a resume would not be the step it was in the run never interrupted.
     """
-    if accelerator.num_processes > 1:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
         model.train()
         tokens = torch.zeros((1, 2), dtype=torch.int64, device=accelerator.device)
         accelerator.backward(token_loss(model, tokens, tokens))
@@ -375,30 +384,6 @@ def check_health(row: dict[str, Any], state: State, config: TrainConfig, checkpo
             f"training diverged: a learning_rate of {config.learning_rate:g} may be too high; "
             f"the last checkpoint is step-{checkpointer.newest}"
         )
-
-
-def check_launcher(accelerator: Accelerator) -> None:
-    """Refuse what a launcher may have been told and this program does not do.
-
-    Raises:
-        UserError: FSDP, DeepSpeed or another kind of distribution.
-    """
-    kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise UserError(f"launcher: got {kind.value}, allowed are one process, or several with DDP")
-
-
-def check_precision(wanted: str) -> None:
-    """Refuse a precision that would not be had, or that the launcher was told differently.
-
-    Raises:
-        UserError: fp16 without a GPU, or a launcher's own setting that differs.
-    """
-    if wanted == "fp16" and not torch.cuda.is_available():
-        raise UserError("mixed_precision: got 'fp16', which needs a GPU; allowed here are no, bf16")
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", wanted):
-        raise UserError(f"mixed_precision: got {wanted!r}, but the launcher was given {launched!r}; set both alike")
 
 
 def describe(run: Run, config: TrainConfig, accelerator: Accelerator) -> str:
@@ -457,6 +442,8 @@ def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 def evaluate(model: nn.Module, data: PackedTokens, config: TrainConfig, accelerator: Accelerator) -> float:
     """Mean loss in nats over every token of a whole split, in eval mode: dropout and noise norms are quiet.
 
+    Every process takes equally many batches, some of padding: where the model is sharded, all must run it together.
+
     Raises:
         RuntimeError: a part of the model stays in training mode.
     """
@@ -464,9 +451,10 @@ def evaluate(model: nn.Module, data: PackedTokens, config: TrainConfig, accelera
         raise RuntimeError(f"{', '.join(loud)}: still in training mode, the loss would be that of a noisy model")
     size = config.per_device_eval_batch_size
     total = torch.zeros((), dtype=torch.float64)
-    mine = range(accelerator.process_index, data.blocks, accelerator.num_processes)
-    for start in range(0, len(mine), size):
-        batch = data.batch(np.array(mine[start : start + size]))
+    processes = accelerator.num_processes
+    share = np.arange(accelerator.process_index, -(-data.blocks // processes) * processes, processes)
+    for start in range(0, len(share), size):
+        batch = data.batch(share[start : start + size])
         inputs, targets = (tensor.to(accelerator.device) for tensor in batch)
         total += token_loss(model, inputs, targets).double().cpu()
     summed = accelerator.reduce(total.to(accelerator.device), "sum")

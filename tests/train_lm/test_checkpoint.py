@@ -247,7 +247,8 @@ def test_a_snapshot_does_not_move_with_the_model(tiny_config):
         optimizer.step()
 
     step()
-    copied, tensors = copy_model(model), optimizer_tensors(model, optimizer)
+    copied = copy_model(model, lambda each: each.detach().clone())
+    tensors = optimizer_tensors(model, optimizer)
     before = {name: value.clone() for name, value in [*model.state_dict().items(), *tensors.items()]}
     step()
     assert all(torch.equal(before[name], value) for name, value in copied.state_dict().items())

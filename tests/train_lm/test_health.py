@@ -20,6 +20,7 @@ from hf_ibnorm.cli import Stopped, UserError
 from train_lm.checkpoint import damage
 from train_lm.config import build_model_config
 from train_lm.data import PackedTokens
+from train_lm.distribution import check_launcher
 from train_lm.prepare import check_room
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
@@ -195,9 +196,9 @@ def test_a_launchers_own_accumulation_does_not_divide_the_gradient_again(tmp_pat
 
 def test_a_way_of_distributing_that_is_not_ours_is_refused(tmp_path, monkeypatch):
     accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(type(accelerator), "distributed_type", DistributedType.DEEPSPEED)
-    with pytest.raises(UserError, match="launcher: got DEEPSPEED"):
-        train_lm.train.check_launcher(accelerator)
+    monkeypatch.setattr(type(accelerator), "distributed_type", DistributedType.MEGATRON_LM)
+    with pytest.raises(UserError, match="launcher: got MEGATRON_LM"):
+        check_launcher(accelerator)
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from training import metrics, result, run, run_stopped, small_corpus, steps, without_timing
+from training import killed, metrics, result, run, run_stopped, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_ibnorm.cli import STOPPED, UserError
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
-TESTS = Path(__file__).parents[1]
 NOISE = ("--model.norm_type", "layernormalnorm")
 
 
@@ -257,14 +255,6 @@ def test_the_command_ends_with_75_and_a_second_signal_ends_it_at_once(tmp_path):
     again.send_signal(signal.SIGCONT)
     assert again.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
     assert steps(tmp_path / "run") == ["latest", "step-0", f"step-{step}"]
-
-
-def killed(folder, *flags):
-    """Run the program that kills and resumes trainings; returns its counts."""
-    program = [sys.executable, str(TESTS / "killing.py"), "--folder", str(folder), *flags]
-    done = subprocess.run(program, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_a_run_killed_while_it_writes_a_checkpoint_resumes_to_the_bit(tmp_path):

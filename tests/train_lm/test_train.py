@@ -1,7 +1,6 @@
 """Pretraining as a user meets it: the command, the run directory, repeatability, errors before anything is written."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from launching import launch, program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ibnorm.cli import UserError
@@ -340,81 +340,11 @@ def test_weights_that_the_last_step_destroyed_are_not_saved_as_final(tmp_path, s
     assert not (tmp_path / "run" / "final").exists()
 
 
-def launch(script, *flags, processes=None):
-    """Run `train_lm` on the small corpus in a process of its own, or in several under accelerate."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command = [*command, str(script), *flags] if processes else [sys.executable, str(script), *flags]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # two processes on one GPU would ask for a second
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-@pytest.fixture
-def script(tmp_path):
-    path = tmp_path / "small_corpus.py"
-    path.write_text(
-        """import torch
-from hf_ibnorm import data
-import train_lm.corpus
-from train_lm.__main__ import main
-
-def pages(corpus, split):
-    return [text[: 20_100 if split == "train" else 2_000] for text in data.load_corpus(corpus, split)[:2]]
-
-if __name__ == "__main__":
-    train_lm.corpus.load_corpus = pages
-    main()
-"""
-    )
-    return path
-
-
-def test_two_processes_give_the_same_losses_as_one(tmp_path, script):
-    # 3 validation blocks in batches of 1: one process has more batches than the other.
-    for name, parts, processes in (("one", "2", None), ("two", "1", 2)):
-        flags = few_blocks("--gradient_accumulation_steps", parts, "--per_device_eval_batch_size", "1")
-        done = launch(script, "--config", "tiny", "--run_dir", str(tmp_path / name), *flags, processes=processes)
-        assert done.returncode == 0, done.stderr
-    first, second = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert {row["tokens"] - before for before, row in pairwise_tokens(first)} > {8 * 512}, "no padded block was met"
-    assert [row["batch_sha"] for row in first] == [row["batch_sha"] for row in second]
-    for key in ("loss", "grad_norm"):
-        torch.testing.assert_close(
-            torch.tensor([row[key] for row in first]), torch.tensor([row[key] for row in second]), rtol=1e-5, atol=1e-5
-        )
-    for one, two in zip(first, second, strict=True):
-        assert one.get("eval_loss", 0) == pytest.approx(two.get("eval_loss", 0), rel=1e-5)
-    assert json.loads((tmp_path / "two" / "environment.json").read_text())["num_processes"] == 2
-
-
 @pytest.mark.slow
-def test_noise_differs_between_processes(tmp_path, script):
-    # Each process notes a number of the stream that its norms draw from, in a file of its own: on a shared standard
-    # output lines of two processes can run together.
-    probe = f"""    from accelerate import PartialState
-    import train_lm.train
-    original = train_lm.train.token_loss
-    def noting(model, inputs, targets):
-        if model.training:
-            with open({str(tmp_path / "drawn-")!r} + str(PartialState().process_index), "a") as file:
-                print(torch.randn(1).item(), file=file)
-        return original(model, inputs, targets)
-    train_lm.train.token_loss = noting
-    main()"""
-    script.write_text(script.read_text().replace("    main()", probe))
-    flags = ["--run_dir", str(tmp_path / "run"), "--max_steps", "2", "--model.norm_type", "layernormalnorm"]
-    done = launch(script, "--config", "tiny", *flags, processes=2)
-    assert done.returncode == 0, done.stderr
-    drawn = [(tmp_path / f"drawn-{process}").read_text().split() for process in (0, 1)]
-    # The first is of the pass that settles DDP's buckets, before the streams are set apart.
-    assert [len(values) for values in drawn] == [5, 5]
-    assert len(set(drawn[0][1:] + drawn[1][1:])) == 8
-
-
-@pytest.mark.slow
-def test_bad_input_under_a_launcher_is_one_line_of_ours(tmp_path, script):
+def test_bad_input_under_a_launcher_is_one_line_of_ours(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    done = launch(script, "--config", "tiny", "--run_dir", str(tmp_path / "full"), processes=2)
+    done = launch(program(tmp_path), "ddp", "--config", "tiny", "--run_dir", tmp_path / "full")
     assert done.returncode != 0
     assert done.stderr.count("error: run_dir:") == 1
     assert "train_lm/train.py" not in done.stderr, "a rank left a traceback"

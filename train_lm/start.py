@@ -1,0 +1,183 @@
+"""Where a run begins: at step 0, or after the newest whole checkpoint; agreed on by every process of it."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from hf_ibnorm.cli import UserError, alone_in, bad_input
+from hf_ibnorm.files import atomic_directory, check_new_directory
+
+from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_checkpoint, steps_in
+from .config import TrainConfig
+
+T = TypeVar("T")
+CHUNK = 1 << 26
+"""Bytes of a checkpoint that are sent to other machines at a time."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Args:
+        path: the checkpoint to go on from; None for step 0.
+        saved: settings the run began with, as `TrainConfig.as_recipe` gives them; None for a new run.
+        finished: whether there is nothing left to do.
+        messages: what the user should know.
+        damaged: steps of checkpoints that were skipped.
+        locked: whether the first process holds the lock of the directory already.
+    """
+
+    path: Path | None = None
+    saved: dict[str, Any] | None = None
+    finished: bool = False
+    messages: list[str] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
+    locked: bool = False
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint, which `find_start` has verified."""
+        if self.path is None:
+            return None
+        return Checkpoint(self.path, json.loads((self.path / "state.json").read_text(encoding="utf-8")))
+
+
+def alone_in_run(run_dir: Path) -> AbstractContextManager[None]:
+    """Keep other runs out of a run directory.
+
+    Raises:
+        UserError: another run is at work in it.
+    """
+    return alone_in(run_dir, f"run_dir: {run_dir} is in use by another run")
+
+
+def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
+    """Where the run in `run_dir` begins: at step 0, or after the newest whole checkpoint. Locks a run that is there.
+
+    Raises:
+        UserError: the directory is not new and not to be resumed, holds something else, cannot be written, or another
+            run is at work in it.
+    """
+    there = run_dir.is_dir() and any(each.name[0] != "." for each in run_dir.iterdir())
+    if config.resume == "no" or not there:
+        hint = "; or go on with it: --resume auto" if (run_dir / "config.yaml").exists() else ""
+        with bad_input(OSError):
+            if config.resume == "no" or not run_dir.is_dir():
+                check_new_directory("run_dir", run_dir, hint)
+        return Start(messages=[f"resume: no run in {run_dir}, starting at step 0"] * (config.resume != "no"))
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(f"run_dir: {run_dir} is not empty and holds no run to resume; name a new directory")
+    try:
+        saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        saved = None
+    if not (isinstance(saved, dict) and "model" in saved):
+        saved = None  # damaged
+    if (run_dir / "final").exists():
+        return Start(None, saved, finished=True, messages=[f"already finished: {run_dir / 'final'}"])
+    with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
+        stack.enter_context(alone_in_run(run_dir))
+        clear_leftovers(run_dir)
+    messages, damaged = [], []
+    for step in reversed(steps_in(run_dir / "checkpoints")):
+        path = run_dir / "checkpoints" / checkpoint_name(step)
+        try:
+            found = read_checkpoint(path)
+        except ValueError as error:
+            messages.append(f"resume: skipped {path.name}: {error}")
+            damaged.append(step)
+            continue
+        messages.append(f"resume: going on after {path.name}")
+        return Start(path, found.state["config"], False, messages, damaged, locked=True)
+    messages.append("resume: no whole checkpoint, starting at step 0")
+    return Start(None, saved, False, messages, damaged, locked=True)
+
+
+def raise_together(problem: str, accelerator: Accelerator) -> None:
+    """Raise UserError on every process if any of them has a `problem`, or the others would wait for it for ever."""
+    problems: list[str] = gather_object([problem])
+    if found := next(filter(None, problems), ""):
+        raise UserError(found)
+
+
+def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` gives on this process, once it is done on all of them.
+
+    Raises:
+        UserError: it raised one on any process; then all raise it.
+    """
+    problem, result = "", None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    raise_together(problem, accelerator)
+    return cast(T, result)
+
+
+def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator, stack: ExitStack) -> Start:
+    """`find_start` on the first process; every other one learns what it found, and gets the checkpoint if it has none.
+
+    Raises:
+        UserError: as `find_start`, on every process.
+    """
+    main = accelerator.is_main_process
+    found = together(accelerator, lambda: find_start(config, run_dir, stack) if main else Start())
+    start: Start = broadcast_object_list([found])[0]
+    if start.path is not None:
+        send_checkpoint(start.path, accelerator)
+    return start
+
+
+def send_checkpoint(path: Path, accelerator: Accelerator) -> None:
+    """Bring the first machine's checkpoint to those that share no file system with it; with one, nothing is sent.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    manifest = path / "manifest.json"
+    content = broadcast_object_list([manifest.read_bytes() if accelerator.is_main_process else b""])[0]
+    has_it = manifest.is_file() and manifest.read_bytes() == content
+    if all(gather_object([has_it])):
+        return
+    names = [*json.loads(content)["files"], manifest.name]
+    receives = accelerator.is_local_main_process and not has_it
+
+    def receive() -> None:
+        problem = None
+        with ExitStack() as stack, bad_input(OSError, about=f"run_dir: {path} cannot be written: "):
+            folder = path
+            if receives:
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    clear_leftovers(path.parents[1])
+                    folder = stack.enter_context(atomic_directory(path, replace=True))
+                except OSError as error:
+                    problem = error
+            for name, chunk in _sent(path, names, accelerator.is_main_process):
+                if receives and problem is None:  # who cannot write still takes part, or the others would wait
+                    try:
+                        (folder / name).parent.mkdir(exist_ok=True)
+                        with (folder / name).open("ab") as file:
+                            file.write(chunk)
+                    except OSError as error:
+                        problem = error
+            if problem is not None:
+                raise problem
+
+    together(accelerator, receive)
+
+
+def _sent(path: Path, names: list[str], sends: bool) -> Iterator[tuple[str, bytes]]:
+    """Name and piece after piece of the files in `path` of the process that `sends`, to all of them."""
+    for name in names:
+        with (path / name).open("rb") if sends else nullcontext() as file:
+            while chunk := broadcast_object_list([file.read(CHUNK) if file else b""])[0]:
+                yield name, chunk
