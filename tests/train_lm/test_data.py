@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from train_lm.data import IGNORE, BlockOrder, Layout, PackedTokens, split_batch
+from train_lm.data import IGNORE, BlockOrder, Layout, PackedData, PackedTokens, split_batch
 from train_lm.tokenizer import END_OF_TEXT, encode, train_tokenizer, wrap_tokenizer
 
 TEXTS = ["It was a truth — universally acknowledged. " * 20, "Émile 日本 \x00\t ok", "A third, short one."]
@@ -90,3 +90,42 @@ def test_batches_are_torch_tensors_of_token_ids(tokenizer):
     inputs, targets = packed_texts(tokenizer, 8).batch(np.array([2, 0]))
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.shape == (2, 8)
+
+
+def samples(data, steps):
+    """Which blocks a process reads in so many steps: block i of this stream begins with the token i·B."""
+    size = data.packed.block_size
+    return [int(row[0]) // size for _ in range(steps) for inputs, _ in data.next().parts for row in inputs]
+
+
+def numbered_blocks(blocks):
+    return PackedTokens(np.arange(blocks * 4 + 1), 0, 4)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_processes_share_every_epoch_without_loss_or_overlap(processes, micro_batches):
+    steps, epochs = 5, 2
+    blocks = 3 * micro_batches * processes * steps
+    layouts = [Layout(3, micro_batches, processes, process) for process in range(processes)]
+    readers = [PackedData(numbered_blocks(blocks), 7, layout) for layout in layouts]
+    orders = []
+    for _ in range(epochs):
+        read = [samples(reader, steps) for reader in readers]
+        assert sorted(np.concatenate(read)) == list(range(blocks))
+        orders.append(read)
+    assert orders[0] != orders[1]
+    for reader in readers:
+        reader.close()
+
+
+def test_the_batch_made_ahead_does_not_count_before_it_is_taken():
+    layout = Layout(2, 1)
+    straight, stopped = (PackedData(numbered_blocks(11), 3, layout) for _ in range(2))
+    expected = samples(straight, 9)
+    assert samples(stopped, 4) == expected[:8]
+    on = PackedData(numbered_blocks(11), 3, layout)
+    on.load_state(stopped.state())
+    assert samples(on, 5) == expected[8:]
+    for data in (straight, stopped, on):
+        data.close()
