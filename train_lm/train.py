@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_se
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hf_ibnorm.cli import Stopped, UserError, bad_input
+from hf_ibnorm.cli import Stopped, UserError, bad_input, require_extra
 from hf_ibnorm.files import cpu_name, numerics_record, sha256
 from hf_ibnorm.modeling_ibnorm import is_norm
 from hf_ibnorm.optim import no_decay_parameter_names
@@ -50,6 +50,7 @@ from .prepare import (
     write_run_files,
 )
 from .progress import Progress
+from .push import push
 from .signals import StopSignals
 from .throughput import flops_per_token, peak_flops, peak_memory_gb
 
@@ -68,8 +69,8 @@ def train(config: TrainConfig) -> Path:
         `run_dir/final`.
 
     Raises:
-        UserError: bad input, before anything is written; a disk that is full; or training diverged, with what was
-            learnt kept on disk.
+        UserError: bad input, before anything is written; a disk that is full; training diverged, with what was learnt
+            kept on disk; or the Hub does not take the model, which is finished and on disk.
         Stopped: SIGTERM or SIGINT came; a checkpoint of the last step is on disk.
     """
     with ExitStack() as stack:
@@ -84,6 +85,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             build_model_config(config)  # its errors come before any work on the data
     check_precision(config.mixed_precision)
     check_trackers(config.log_with)
+    if config.push_to_hub is not None:
+        require_extra("train", "matplotlib")
     run_dir = Path(config.run_dir)
     final = run_dir / "final"
     accelerator = make_accelerator(config)
@@ -209,6 +212,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             save_model(final, accelerator.unwrap_model(model), run.tokenizer)
         progress.say(f"finished: {final}")
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process and config.push_to_hub is not None:  # an upload may outlast the others' patience
+        push(run_dir, config.push_to_hub, say=progress.say)
     return final
 
 
