@@ -15,6 +15,8 @@ from hf_ibnorm.functional import check_choice, check_number
 from hf_ibnorm.norms import nearest
 from hf_ibnorm.report.runs import HARMLESS, flat_settings
 
+from .push import check_repo
+
 RECIPES = Path(__file__).parent / "recipes"
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "dvclive", "swanlab")
 
@@ -116,6 +118,8 @@ class TrainConfig:
         keep_last: checkpoints kept, the newest ones; step 0 is always kept.
         keep_every: checkpoints at multiples of this step are kept too (0: none).
         max_skipped_steps: steps in a row without a finite loss and gradient that end the run; each is skipped.
+        push_to_hub: repository on the Hub, NAMESPACE/NAME, that the finished model is pushed to, privately, with a card
+            (null: none).
         log_with: trackers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, aim, comet_ml, dvclive, swanlab.
         model: the model.
     """
@@ -163,6 +167,7 @@ class TrainConfig:
     keep_last: int = 2
     keep_every: int = 0
     max_skipped_steps: int = 10
+    push_to_hub: str | None = None
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])
     model: ModelConfig = field(default_factory=ModelConfig)
 
@@ -186,6 +191,8 @@ class TrainConfig:
         if (self.lam_schedule == "linear") != bool(self.lam_warmup_steps):
             allowed = "be >= 1 with lam_schedule linear and 0 with constant"
             raise ValueError(f"lam_warmup_steps: got {self.lam_warmup_steps}, must {allowed}")
+        if self.push_to_hub is not None:
+            check_repo("push_to_hub", self.push_to_hub)
         for name in self.log_with:
             check_choice("log_with", name, TRACKERS)
         self._validate_model()

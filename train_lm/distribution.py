@@ -15,8 +15,8 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
 )
-from torch import Tensor
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_ibnorm.cli import UserError
@@ -128,6 +128,17 @@ def on_host(tensor: Tensor, keep: bool) -> Tensor | None:
 def mine(tensor: Tensor) -> Tensor:
     """The part of `tensor` that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what a forward pass without a backward one left gathered.
+
+    Until then the parameters of the last unit are gathered copies, in the arithmetic's precision and unknown to the
+    optimizer: a checkpoint would hold those.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def laid_out(value: Tensor, like: Tensor) -> Tensor:

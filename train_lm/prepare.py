@@ -39,6 +39,7 @@ from .checkpoint import Checkpoint, skeleton_of
 from .config import DROPOUTS, TrainConfig, build_model_config, changed_fields, check_vocabulary, resolved
 from .corpus import CorpusOptions, Documents, HeldOut, open_corpus
 from .data import Layout, PackedData, PackedTokens, StreamedData
+from .push import is_repo
 from .start import Start, together
 from .throughput import flops_per_token
 from .tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
@@ -407,11 +408,18 @@ def write_run_files(run_dir: Path, run: Run, accelerator: Accelerator) -> None:
         "validation_tokens": run.validation.targets,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
+        "on_hub": names_on_hub(run.config),
     }
     if isinstance(run.train, PackedData):
         packed = run.train.packed
         record |= {"train_tokens": packed.targets, "train_blocks": packed.blocks, "train_padding": packed.padding}
     write_json(run_dir / "environment.json", record)
+
+
+def names_on_hub(config: TrainConfig) -> list[str]:
+    """What the run loads by the name of a repository, NAMESPACE/NAME; elsewhere the same name may be that of a path."""
+    names = (config.corpus, config.validation_corpus, config.tokenizer, config.model.init_from)
+    return sorted({name for name in names if name and not Path(name).exists() and is_repo(name)})
 
 
 def note_resume(run_dir: Path, step: int, accelerator: Accelerator) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_ibnorm.cli import Stopped, UserError, bad_input
+from hf_ibnorm.cli import Stopped, UserError, bad_input, require_extra
 from hf_ibnorm.files import cpu_name, numerics_record, sha256
 from hf_ibnorm.modeling_ibnorm import is_norm
 from hf_ibnorm.optim import no_decay_parameter_names
@@ -35,7 +35,7 @@ from .checkpoint import (
 )
 from .config import TrainConfig, build_model_config
 from .data import IGNORE, Batch, PackedData, PackedTokens
-from .distribution import is_sharded, laid_out, make_accelerator, mine, on_host, whole
+from .distribution import is_sharded, laid_out, make_accelerator, mine, on_host, reshard, whole
 from .metrics import MetricsFile, check_trackers, start_trackers
 from .prepare import (
     Run,
@@ -47,6 +47,7 @@ from .prepare import (
     write_run_files,
 )
 from .progress import Progress
+from .push import push
 from .signals import StopSignals
 from .start import Start, agree_on_start, alone_in_run, raise_together, together
 from .throughput import flops_per_token, peak_flops, peak_memory_gb
@@ -66,8 +67,8 @@ def train(config: TrainConfig) -> Path:
         `run_dir/final`.
 
     Raises:
-        UserError: bad input, before anything is written; a disk that is full; or training diverged, with what was
-            learnt kept on disk.
+        UserError: bad input, before anything is written; a disk that is full; training diverged, with what was learnt
+            kept on disk; or the Hub does not take the model, which is finished and on disk.
         Stopped: SIGTERM or SIGINT came; a checkpoint of the last step is on disk.
     """
     with ExitStack() as stack:
@@ -81,6 +82,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         if config.model.init_from is None:
             build_model_config(config)  # its errors come before any work on the data
     check_trackers(config.log_with)
+    if config.push_to_hub is not None:
+        require_extra("train", "matplotlib")
     run_dir = Path(config.run_dir)
     final = run_dir / "final"
     accelerator = make_accelerator(config)
@@ -210,6 +213,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             save_model(final, finished, run.tokenizer)
         progress.say(f"finished: {final}")
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process and config.push_to_hub is not None:  # an upload may outlast the others' patience
+        push(run_dir, config.push_to_hub, say=progress.say)
     return final
 
 
@@ -457,5 +462,6 @@ def evaluate(model: nn.Module, data: PackedTokens, config: TrainConfig, accelera
         batch = data.batch(share[start : start + size])
         inputs, targets = (tensor.to(accelerator.device) for tensor in batch)
         total += token_loss(model, inputs, targets).double().cpu()
+    reshard(model)
     summed = accelerator.reduce(total.to(accelerator.device), "sum")
     return summed.item() / data.targets

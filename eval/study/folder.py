@@ -252,7 +252,9 @@ class Folder:
         """
         here, run_dir = Path.cwd(), folder / "run"
         expected = identity(arm, learning_rate, seed)
-        settings = {"run_dir": str(run_dir), "resume": "auto", **expected, **arm.flags()}
+        # A recipe may ask for it: then every training would go to one repository.
+        never = {"push_to_hub": None}
+        settings = {"run_dir": str(run_dir), "resume": "auto", **never, **expected, **arm.flags()}
         starter = self.study.launcher or (sys.executable,)
         words = (*starter, "-m", "train_lm", "--config", str(self.recipe(condition)), *flag_words(settings))
         commands = [Command(words, here / run_dir / "final")]

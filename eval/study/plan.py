@@ -189,7 +189,7 @@ _FIELDS = ("about", "recipe", "set", "conditions", "norms", "baseline", "learnin
 _FIELDS += ("suites", "metric", "scoring", "threads", "launcher", "gpus", "search")
 _ARM = ("name", "norm", "kwargs", "overrides", "set", "learning_rate_scale", "sweep")
 _SCORING = ("mirror", "limit", "batch_size", "device", "dtype", "overlong", "skip", "ignore", "cache")
-_STUDYS_OWN = ("run_dir", "resume", "seed", "learning_rate", "config", "check")
+_STUDYS_OWN = ("run_dir", "resume", "seed", "learning_rate", "config", "check", "push_to_hub")
 _STUDYS_OWN += ("model.norm_type", "model.norm_kwargs", "model.norm_overrides")
 
 

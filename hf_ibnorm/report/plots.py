@@ -80,13 +80,14 @@ def _look(i: int) -> tuple[str, str]:
 
 
 def _draw_losses(axes: Any, runs: list[Run]) -> None:
-    for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
+    names = [f"{label}, " for label in labels(runs)] if len(runs) > 1 else [""]
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         colour, style = _look(i)
         counted = [row for row in run.metrics if row["loss"] is not None]  # of a skipped step there may be none
         steps, losses = [row["step"] for row in counted], [row["loss"] for row in counted]
         window = max(1, min(10, len(losses) // 10))
         smooth = [sum(losses[j : j + window]) / window for j in range(len(losses) - window + 1)]
-        axes.plot(steps[-len(smooth) :], smooth, style, color=colour, linewidth=1.2, label=f"{label}, training")
+        axes.plot(steps[-len(smooth) :], smooth, style, color=colour, linewidth=1.2, label=f"{name}training")
         validated = [row for row in run.metrics if row.get("eval_loss") is not None]
         axes.plot(
             [row["step"] for row in validated],
@@ -95,7 +96,7 @@ def _draw_losses(axes: Any, runs: list[Run]) -> None:
             color=colour,
             markersize=6,
             markerfacecolor="white",
-            label=f"{label}, validation",
+            label=f"{name}validation",
         )
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")

@@ -13,7 +13,16 @@ import yaml
 from .tables import Table, score_cell
 
 HARMLESS = frozenset(
-    ("checkpoint_every", "keep_last", "keep_every", "log_with", "cache_dir", "tokenizer_threads", "max_skipped_steps")
+    {
+        "checkpoint_every",
+        "keep_last",
+        "keep_every",
+        "push_to_hub",
+        "log_with",
+        "cache_dir",
+        "tokenizer_threads",
+        "max_skipped_steps",
+    }
 )
 """Settings of train_lm that change nothing in what is computed."""
 
@@ -50,7 +59,7 @@ class Run:
             if not (path / name).exists():
                 kind = "a finished run directory" if finished else "a run directory"
                 raise ValueError(f"run: {path} is not {kind} (it has no {name})")
-        scores = path / "scores" / "scores.json"
+        scores = path / "scores"
         config = _read(path / "config.yaml", yaml.safe_load, "seed", "model")
         if not {"norm_type", "norm_kwargs"} <= set(config["model"] or {}):
             raise ValueError(f"run: {path / 'config.yaml'} has no model.norm_type and model.norm_kwargs")
@@ -65,7 +74,7 @@ class Run:
             config=config,
             environment=_read(path / "environment.json", json.loads, *kept),
             metrics=metrics,
-            scores=_read(scores, json.loads, "benchmarks", "smoke") if scores.exists() else None,
+            scores=read_scores(scores) if (scores / "scores.json").exists() else None,
         )
 
     def step_seconds(self) -> list[float]:
@@ -87,6 +96,19 @@ class Run:
         """
         seconds = sorted(self.step_seconds())
         return seconds[len(seconds) // 10]
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """The content of `scores.json` in the folder that `python -m eval run --output` wrote.
+
+    Raises:
+        ValueError: there is none, or it is damaged; the message names it.
+    """
+    path = folder / "scores.json"
+    if not path.is_file():
+        raise ValueError(f"scores: {folder} has no scores.json")
+    scores: dict[str, Any] = _read(path, json.loads, "benchmarks", "smoke")
+    return scores
 
 
 def _rows(text: str, finished: bool) -> list[dict[str, Any]]:

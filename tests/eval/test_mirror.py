@@ -1,16 +1,13 @@
 """The mirror: planned, fetched and checked against a hub on this machine, made of the fixture's files."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
+from hub import FIRST_COMMIT, hub_of
 
 from eval.__main__ import main
 from eval.harness import data_from, load_tasks
@@ -19,53 +16,7 @@ from eval.suites import SUITES
 from hf_ibnorm.files import sha256_file
 
 ROOT = Path(__file__).parents[2]
-COMMIT = "a" * 40
 GATED = "Idavidrein/gpqa"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of the Hub: a repository's files and their contents."""
-
-    root: Path
-    asked: list[str]
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status, headers, body=b""):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if parts[0] == "api":
-            repository, rest = "/".join(parts[2:4]), parts[4:]
-            folder = self.root / repository
-            if repository == GATED:
-                return self.answer(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is gated."})
-            if not folder.is_dir():
-                return self.answer(404, {"X-Error-Code": "RepoNotFound"})
-            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            names = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
-            if rest[:1] == ["tree"]:
-                content = [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in names]
-            else:
-                siblings = [{"rfilename": name, "size": size} for name, size in names]
-                content = {"id": repository, "sha": COMMIT, "gated": False, "siblings": siblings}
-            return self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
-        repository, name = "/".join(parts[1:3]), "/".join(parts[5:])
-        path = self.root / repository / name
-        if not path.is_file():
-            return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-        if self.command == "GET":
-            self.asked.append(f"{repository}/{name}")
-        return self.answer(200, {"ETag": f'"{sha256_file(path)}"'}, path.read_bytes())
-
-    do_HEAD = do_GET
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +29,8 @@ def hub(mirror, tmp_path_factory):
     card.write_text(card.read_text().rstrip().removesuffix("---") + more)
     (card.parent / "socratic").mkdir()
     (card.parent / "socratic" / "train.jsonl").write_text('{"question": "no", "answer": "no"}\n')
-    handler = type("Here", (Hub,), {"root": root, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path_factory.mktemp("home")),
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    yield handler, environment
-    server.shutdown()
+    with hub_of(root, tmp_path_factory.mktemp("home"), gated={GATED}) as served:
+        yield served
 
 
 def mirror_command(hub, *words):
@@ -126,7 +67,7 @@ def test_a_fetched_mirror_holds_what_the_suites_need_and_no_more(hub, fetched, m
     for path in (fetched / "cais").rglob("*.jsonl"):
         assert path.read_bytes() == (mirror / path.relative_to(fetched)).read_bytes()
     kept = json.loads((fetched / "mirror.json").read_text())["openai/gsm8k"]
-    assert kept["revision"] == COMMIT
+    assert kept["revision"] == FIRST_COMMIT
     assert kept["files"]["main/test.jsonl"] == sha256_file(fetched / "openai/gsm8k/main/test.jsonl")
     assert sorted(path.name for path in fetched.iterdir() if path.name.startswith(".")) == []
 

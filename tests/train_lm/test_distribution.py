@@ -159,8 +159,9 @@ def test_both_families_and_bfloat16_are_sharded(tmp_path, script, flags):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_stopped_under_a_launcher_resumes_to_the_bit(tmp_path, script, kind):
-    flags = ["--config", "tiny", *NOISE, "--max_steps", "60", "--eval_every", "20", "--checkpoint_every", "7"]
-    flags += ["--resume", "auto", "--model.dropout", "0.1"]
+    # Validation at every step: each checkpoint then follows a forward pass without a backward one.
+    flags = ["--config", "tiny", *NOISE, "--max_steps", "60", "--eval_every", "1", "--max_eval_blocks", "1"]
+    flags += ["--checkpoint_every", "7", "--resume", "auto", "--model.dropout", "0.1"]
     done = launch(script, kind, *flags, "--run_dir", tmp_path / "straight")
     assert done.returncode == 0, done.stderr
     begun = start(script, kind, *flags, "--run_dir", tmp_path / "stopped")

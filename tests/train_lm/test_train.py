@@ -242,6 +242,7 @@ BAD = {
     "nan learning rate": (["--learning_rate", "nan"], "learning_rate: got 'nan', must be float"),
     "unknown corpus": (["--corpus", "bronte"], "corpus: got 'bronte', no embedded corpus (austen, sotu), no file"),
     "heads that do not divide": (["--model.num_attention_heads", "3"], "model.num_attention_heads: got 3"),
+    "no repository": (["--push_to_hub", "tiny"], "push_to_hub: got 'tiny', must be NAMESPACE/NAME"),
     "unknown recipe": (["--config", "tinny"], "(did you mean 'tiny'?)"),
     "unknown precision": (
         ["--mixed_precision", "fp8"],

@@ -1,0 +1,204 @@
+"""`python -m train_lm.push RUN`: a model card for a finished run and, if a repository is named, the model on the Hub.
+
+The card, `README.md` and `loss.png`, is written into `RUN/final`. What is uploaded is on a list: weights as
+safetensors, config, tokenizer, card and the model's code; never a pickle.
+"""
+
+import fnmatch
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+
+from hf_ibnorm.cli import OneLineParser, UserError, bad_input, quiet_libraries, require_extra, run_command
+from hf_ibnorm.files import write_text
+from hf_ibnorm.report.card import model_card
+from hf_ibnorm.report.plots import plot_losses
+from hf_ibnorm.report.runs import Run, read_scores
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+UPLOADED = (
+    *WEIGHTS,
+    *("config.json", "generation_config.json", "README.md", "loss.png", "*.py"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+HINTS = {
+    401: "log in with `hf auth login`, or set HF_TOKEN",
+    403: "this login may not write there",
+    404: "no such repository, or HF_ENDPOINT is no Hub",
+}
+
+
+def is_repo(name: str) -> bool:
+    """Whether `name` can be that of a repository on the Hub, NAMESPACE/NAME."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def check_repo(field: str, name: str) -> None:
+    """Raise ValueError unless `name` can be that of a repository on the Hub."""
+    if not is_repo(name):
+        raise ValueError(f"{field}: got {name!r}, must be NAMESPACE/NAME of letters, digits, '-', '_' and single '.'")
+
+
+def push(
+    run_dir: Path,
+    repo: str | None = None,
+    *,
+    public: bool = False,
+    scores: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write the card of a finished run into its `final`, and upload that.
+
+    Args:
+        run_dir: run directory of train_lm.
+        repo: repository, NAMESPACE/NAME, made where there is none; None for the card only.
+        public: whether everybody may see it. One that is there keeps its visibility, and into a public one nothing is
+            pushed without this.
+        scores: directory with a `scores.json`; None for `run_dir/scores`, if there is any.
+        say: told what is done.
+
+    Raises:
+        UserError: the run is not finished or has no safetensors, before anything is written; or the Hub cannot be
+            reached or refuses, with the card written.
+    """
+    final = run_dir / "final"
+    with bad_input():
+        if repo is not None:
+            check_repo("repo", repo)
+        run = Run.read(run_dir.absolute())
+        if scores is not None:
+            run = replace(run, scores=read_scores(scores))
+        check_weights(final)
+    with bad_input(OSError, about=f"run: {final} cannot be written: "):
+        plot_losses([run], final / "loss.png")
+        write_text(final / "README.md", model_card(run, repo, remote_code=_has_code(final)))
+    card = f"card: {final / 'README.md'}"
+    if repo is None:
+        say(f"{card}; nothing is pushed without a repository (--repo)")
+        return
+    words = ["python", "-m", "train_lm.push", str(run_dir), "--repo", repo]
+    words += ["--public"] * public + ([] if scores is None else ["--scores", str(scores)])
+    again = shlex.join(words)
+    if constants.HF_HUB_OFFLINE:
+        say(f"{card}; offline, nothing is pushed; later: {again}")
+        return
+    say(card)
+    try:
+        url = _upload(final, repo, public, say)
+    except UserError:
+        raise
+    except Exception as error:  # of the network, the Hub, its answers: all end the same way
+        raise UserError(
+            f"repo: {repo} has not got the model, {_reason(error)}; it is in {final} with its card; again: {again}"
+        ) from error
+    say(f"pushed: {url}")
+
+
+def check_weights(final: Path) -> None:
+    """Refuse a model that cannot be loaded from what is uploaded.
+
+    Raises:
+        ValueError: there are no whole weights as safetensors, or no config.
+    """
+    names = {path.name for path in final.iterdir()}
+    if pickles := sorted(name for name in names if _among(name, PICKLES)):
+        found = f"the pickle{'s' * (len(pickles) > 1)} {', '.join(pickles)}"
+    else:
+        found = "no weights"
+    if not any(_among(name, WEIGHTS[:1]) for name in names):
+        raise ValueError(f"run: {final} has {found}, only safetensors are pushed: save it with save_pretrained")
+    needed = {"config.json"}
+    for index in final.glob(WEIGHTS[1]):
+        needed |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if missing := sorted(needed - names):
+        raise ValueError(f"run: {final} has no {', '.join(missing)}")
+
+
+def _among(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def _has_code(final: Path) -> bool:
+    return "auto_map" in json.loads((final / "config.json").read_text(encoding="utf-8"))
+
+
+def _upload(final: Path, repo: str, public: bool, say: Callable[[str], None]) -> str:
+    """Upload in one commit; returns the address of the repository.
+
+    Weights of an earlier push that are not among these go: loading would prefer one whole file to new parts.
+
+    Raises:
+        UserError: the repository is public, and that was not asked for.
+    """
+    files = {path.name: path for path in sorted(final.iterdir()) if path.is_file() and path.name[0] != "."}
+    kept = {name: path for name, path in files.items() if _among(name, UPLOADED)}
+    if left := sorted(files.keys() - kept.keys()):
+        say(f"not pushed: {', '.join(left)} (not among what a model needs)")
+    disable_progress_bars()
+    api = HfApi()
+    url = api.create_repo(repo, private=not public, exist_ok=True)
+    there = api.model_info(repo)
+    if not there.private and not public:
+        raise UserError(f"repo: {repo} is public: --public pushes there; the model is in {final} with its card")
+    if there.private and public:
+        say(f"{repo} was private and stays so; its settings on the Hub can change that")
+    names = {each.rfilename for each in there.siblings or []}
+    stale = [CommitOperationDelete(name) for name in sorted(names - kept.keys()) if _among(name, WEIGHTS)]
+    added = [CommitOperationAdd(name, path) for name, path in kept.items()]
+    # Not upload_folder, which makes several commits of a large folder: half a model could be loaded in between.
+    api.create_commit(repo, [*stale, *added], commit_message="Push model with hf_ibnorm")
+    return str(url)
+
+
+def _reason(error: Exception) -> str:
+    """Why the Hub did not take the model, on one line."""
+    if isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__
+    if isinstance(error, HfHubHTTPError):
+        said = f" ({error.server_message})" if error.server_message else ""
+        hint = HINTS.get(error.response.status_code)
+        return f"the Hub answered {error.response.status_code}{said}{f': {hint}' if hint else ''}"
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{constants.ENDPOINT} cannot be used: {type(error).__name__}: {line}"
+
+
+def _main() -> None:
+    parser = OneLineParser(
+        prog="train_lm.push",
+        description="Write a model card for a finished run into RUN/final and, with --repo, push that to the Hub.",
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory of train_lm, finished")
+    parser.add_argument("--repo", metavar="NAMESPACE/NAME", help="repository to push to (default: only the card)")
+    parser.add_argument("--public", action="store_true", help="let everybody see the repository (default: private)")
+    parser.add_argument(
+        "--scores", metavar="DIR", help="where `python -m eval run` put its scores (default: RUN/scores, if there)"
+    )
+    arguments = parser.parse_args()
+    require_extra("train", "matplotlib")
+    if arguments.public and arguments.repo is None:
+        raise UserError("public: given without --repo NAMESPACE/NAME")
+    quiet_libraries()
+    scores = None if arguments.scores is None else Path(arguments.scores)
+    push(Path(arguments.run), arguments.repo, public=arguments.public, scores=scores)
+
+
+def main() -> NoReturn:
+    """Write a model card, push a model."""
+    run_command(_main)
+
+
+if __name__ == "__main__":
+    main()
