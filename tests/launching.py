@@ -4,9 +4,18 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
+# Where `make test-slow` puts DeepSpeed, apart from the rest.
+DEEPSPEED = Path(sys.prefix) / "deepspeed"
 CONFIGS = Path(__file__).parents[1] / "train_lm" / "recipes" / "accelerate"
+
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None and not DEEPSPEED.is_dir(), reason="needs DeepSpeed (make .venv/.deepspeed)"
+)
 
 SCRIPT = """
 import sys
@@ -41,6 +50,8 @@ def start(script: Path, config: str, *flags: str, processes: int = 2, launcher=(
     command += ["--num_processes", str(processes), *(launcher or ["--main_process_port", str(free_port())])]
     # Two processes on one GPU would ask for a second.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if config.startswith("deepspeed") and find_spec("deepspeed") is None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(DEEPSPEED), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [*command, str(script), *map(str, flags)],
         stdout=subprocess.PIPE,

@@ -20,7 +20,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_ibnorm.files import atomic_directory, sha256, sha256_file, write_json, write_text
-
-from .distribution import laid_out, on_host
 
 FORMAT = 1
 
@@ -82,34 +80,6 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
-    """Copies of the optimizer's state on the CPU, named kind/parameter; none unless `keep`.
-
-    Where it is sharded every process must call this, and one of them keeps it.
-    """
-    copies = {
-        f"{kind}/{name}": on_host(value, keep)
-        for name, parameter in model.named_parameters()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
-    return {name: value for name, value in copies.items() if value is not None}
-
-
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give the optimizer the state that `optimizer_tensors` took, from this kind of distribution or another."""
-    parameters = dict(model.named_parameters())
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    places = {name: i for i, name in enumerate(ordered)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        if name in places and kind != "start":
-            held = laid_out(value, parameters[name]) if value.ndim else value  # every process counts all steps
-            state.setdefault(places[name], {})[kind] = held
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def process_state(data: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,15 @@
-"""How a run is spread over processes, as the launcher was told: one process, DDP, or FSDP2; all of it Accelerate's.
+"""How a run is spread over processes, as the launcher was told: one process, DDP, FSDP2 or DeepSpeed's ZeRO; all of it
+Accelerate's.
 
 The rest of the program sees whole tensors: what is sharded is put together here, tensor by tensor, and cut up again, so
 that a checkpoint is the same files however the run that wrote it was spread, and can be gone on from in another way.
 """
 
+import math
 import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +23,11 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_ibnorm.cli import UserError
 
+from . import zero
 from .config import TrainConfig
 
 
@@ -33,17 +40,22 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """
     check_precision(config.mixed_precision)
     plugin = sharding(config.mixed_precision)
+    deepspeed = zero.plugin(config) if zero.launched() else None
+    cpu = not torch.cuda.is_available()
+    if deepspeed is not None and cpu:
+        zero.meet_on_cpu()
     if config.deterministic and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was never written
     accelerator = Accelerator(
         # Without it two processes without a GPU would not find each other and train two models into one directory.
-        cpu=not torch.cuda.is_available(),
+        cpu=cpu and deepspeed is None,
         # The loop sums over micro-batches itself; a launcher's setting would divide the loss a second time.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        mixed_precision=config.mixed_precision,
+        mixed_precision=config.mixed_precision if deepspeed is None else "no",  # then DeepSpeed sees to it
         fsdp_plugin=plugin,
+        deepspeed_plugin=deepspeed,
         # Gradients live in the buckets that are reduced, not beside them.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         log_with=config.log_with or None,
@@ -54,6 +66,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         for state in (PartialState._shared_state, AcceleratorState._shared_state):
             state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    if deepspeed is not None:
+        unset_hf_deepspeed_config()  # under ZeRO-3 Transformers would give every model it makes empty parameters
     check_launcher(accelerator)
     return accelerator
 
@@ -64,9 +78,10 @@ def check_launcher(accelerator: Accelerator) -> None:
     Raises:
         UserError: another kind of distribution.
     """
-    kinds = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP}
+    kinds = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}
+    kinds |= {DistributedType.FSDP, DistributedType.DEEPSPEED}
     if (kind := accelerator.distributed_type) not in kinds:
-        raise UserError(f"launcher: got {kind.value}, allowed are one process, or several with DDP or FSDP2")
+        raise UserError(f"launcher: got {kind.value}, allowed are one process, or several with DDP, FSDP2 or DeepSpeed")
 
 
 def check_precision(wanted: str) -> None:
@@ -109,25 +124,110 @@ def sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a process holds only a part of each parameter."""
-    return accelerator.distributed_type == DistributedType.FSDP
+class Spread:
+    """A model as Accelerate has prepared it, and what of a step depends on how it is spread.
+
+    Args:
+        model: what Accelerate made of the model.
+        accelerator: the run's.
+    """
+
+    kind: str
+    """`one`, `ddp`, `fsdp2`, `zero2` or `zero3`."""
+
+    def __init__(self, model: Any, accelerator: Accelerator) -> None:
+        self.model, self.accelerator = model, accelerator
+        self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.deepspeed:
+            self.kind = f"zero{zero.stage(model)}"
+            zero.begin(model)
+        elif accelerator.distributed_type == DistributedType.FSDP:
+            self.kind = "fsdp2"
+        else:
+            self.kind = "ddp" if accelerator.num_processes > 1 else "one"
+
+    def part_of_step(self, last: bool) -> AbstractContextManager[None]:
+        """Around the passes of a micro-batch: gradients are summed over processes with the `last` one.
+
+        Where they are sharded they are summed each time: put off, they would lie there whole.
+        """
+        return nullcontext() if last or self.kind != "ddp" else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor, factor: float, last: bool) -> None:
+        """Add the gradients of `factor` times `loss`, averaged over processes."""
+        if self.deepspeed:
+            zero.backward(self.model, loss, factor, last)
+        else:
+            self.accelerator.backward(loss * factor)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip the gradients to `max_norm`, 0 for not at all; returns the norm that they had.
+
+        DeepSpeed does not do so without making the step as well, or skipping it where they are not finite.
+        """
+        if self.deepspeed:
+            return zero.step(self.model)
+        return whole(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm or math.inf))
+
+    def optimizer_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Tensor]:
+        """Copies of the optimizer's state on the CPU, named kind/parameter; none unless `keep`.
+
+        Every process must call this.
+        """
+        if self.deepspeed:
+            return zero.optimizer_tensors(self.model, keep)
+        copies = {
+            f"{kind}/{name}": on_host(value, keep)
+            for name, parameter in model.named_parameters()
+            for kind, value in optimizer.state.get(parameter, {}).items()
+        }
+        return {name: value for name, value in copies.items() if value is not None}
+
+    def restore_optimizer(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Give the optimizer the state that `optimizer_tensors` took, of a model spread in this way or another."""
+        if self.deepspeed:
+            zero.restore_optimizer(self.model, tensors)
+            return
+        parameters = dict(model.named_parameters())
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        places = {name: i for i, name in enumerate(ordered)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if name in places and kind != "start":
+                held = laid_out(value, parameters[name]) if value.ndim else value  # every process counts all steps
+                state.setdefault(places[name], {})[kind] = held
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor of which each process may hold a part. Every process must call this, for the same tensors."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if zero.is_part(tensor):
+        return zero.whole(tensor)
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def on_host(tensor: Tensor, keep: bool) -> Tensor | None:
     """A copy of all of `tensor` in main memory where `keep` is true; the others only help to put it together."""
-    tensor = whole(tensor.detach())
+    tensor = whole(tensor)
     return tensor.to("cpu", copy=True) if keep else None
 
 
 def mine(tensor: Tensor) -> Tensor:
     """The part of `tensor` that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if zero.is_part(tensor):
+        return zero.own(tensor)
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def my_part(value: Tensor, like: Tensor) -> Tensor:
+    """Of `value`, which every process has whole, the part that this process holds of `like`."""
+    if zero.is_part(like):
+        return zero.own_part(value.to(like.device), like)
+    return mine(laid_out(value.to(like.device), like))
 
 
 def reshard(model: nn.Module) -> None:

@@ -403,11 +403,11 @@ def write_run_files(run_dir: Path, run: Run, accelerator: Accelerator) -> None:
     write_text(run_dir / "config.yaml", yaml.safe_dump(run.config.as_recipe(), sort_keys=False))
     record = environment_record() | {
         **run.hashes,
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
-        "flops_per_token": flops_per_token(run.model, run.config.block_size),
+        "parameters": sum(parameter.numel() for parameter in run.skeleton.parameters()),
+        "flops_per_token": flops_per_token(run.skeleton, run.config.block_size),
         "validation_tokens": run.validation.targets,
         "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": run.config.mixed_precision,
         "on_hub": names_on_hub(run.config),
     }
     if isinstance(run.train, PackedData):

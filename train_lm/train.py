@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,12 @@ from .checkpoint import (
     Checkpointer,
     Snapshot,
     copy_model,
-    optimizer_tensors,
     process_state,
-    restore_optimizer,
     restore_random_states,
 )
 from .config import TrainConfig, build_model_config
 from .data import IGNORE, Batch, PackedData, PackedTokens
-from .distribution import is_sharded, laid_out, make_accelerator, mine, on_host, reshard, whole
+from .distribution import Spread, make_accelerator, mine, my_part, on_host, reshard, whole
 from .metrics import MetricsFile, check_trackers, start_trackers
 from .prepare import (
     Run,
@@ -103,7 +101,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     config, checkpoint = run.config, start.checkpoint()
     speed_up(run.model, config)
     model, optimizer = accelerator.prepare(run.model, build_optimizer(run.model, config))
-    state = State(run, optimizer, accelerator)
+    spread = Spread(model, accelerator)
+    state = State(run, spread, optimizer, accelerator)
     settle_buckets(model, accelerator)
     set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each process
     progress.say(*state.restore(checkpoint) if checkpoint else ())
@@ -140,14 +139,13 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         loss_sum = torch.zeros((), device=accelerator.device)
         for i, part in enumerate(batch.parts, 1):
             inputs, targets = (tensor.to(accelerator.device) for tensor in part)
-            # Gradients are averaged over processes, hence the factor: every token of the global batch weighs alike.
-            # Where they are sharded they are reduced each time: put off, they would lie there whole.
-            last = i == len(batch.parts) or is_sharded(accelerator)
-            with nullcontext() if last else accelerator.no_sync(model):
+            last = i == len(batch.parts)
+            with spread.part_of_step(last):
                 part_sum = token_loss(model, inputs, targets)
-                accelerator.backward(part_sum * (accelerator.num_processes / batch.tokens))
+                # Gradients are averaged over processes, hence the factor: every token of the global batch weighs alike.
+                spread.backward(part_sum, accelerator.num_processes / batch.tokens, last)
             loss_sum += part_sum.detach()
-        norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))
+        norm = spread.clip(config.max_grad_norm)
 
         # The one place where processes tell each other something, and where the host waits for the device.
         numbers = torch.stack([loss_sum, norm, moved]).double()
@@ -186,7 +184,9 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         if not finite:
             row["skipped"] = state.skipped
         if step % config.eval_every == 0 or step == config.max_steps:
-            row["eval_loss"] = evaluate(run.model, run.validation, config, accelerator)
+            # Not through DDP, which would send buffers round; DeepSpeed's engine has the precision.
+            evaluated = model if spread.deepspeed else run.model
+            row["eval_loss"] = evaluate(evaluated, run.validation, config, accelerator)
         if accelerator.is_main_process:
             with bad_input(OSError, about="run_dir: metrics.jsonl cannot be written: "):
                 state.metrics.append(row)
@@ -223,22 +223,27 @@ class State:
 
     Args:
         run: model and data.
-        optimizer: as Accelerate has prepared it.
+        spread: the model as Accelerate has prepared it.
+        optimizer: the same.
         accelerator: the run's.
     """
 
     metrics: MetricsFile
 
-    def __init__(self, run: Run, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> None:
-        self.run, self.optimizer, self.accelerator = run, optimizer, accelerator
+    def __init__(self, run: Run, spread: Spread, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> None:
+        self.run, self.spread, self.optimizer, self.accelerator = run, spread, optimizer, accelerator
         self.step = self.tokens = self.skipped = 0
         self.numerics = numerics_record()
-        self.flops_per_token = flops_per_token(run.model, run.config.block_size)
+        self.flops_per_token = flops_per_token(run.skeleton, run.config.block_size)
         norms = [name for name, module in run.model.named_modules() if is_norm(module)]
         self.gains = {f"{name}.weight": getattr(run.model.get_submodule(name), "weight", None) for name in norms}
         self.gains = {name: gain for name, gain in self.gains.items() if gain is not None}
-        self.gain_count = sum(gain.numel() for gain in self.gains.values())
-        self.start_gains = {name: gain.detach().clone() for name, gain in self.gains.items()}
+        self.set_start_gains({name: whole(gain).clone() for name, gain in self.gains.items()})
+
+    def set_start_gains(self, gains: dict[str, Tensor]) -> None:
+        """Note the norms' gains as they were before the first step, whole, and which part of them is held here."""
+        self.start_gains = gains
+        self.start_parts = {name: my_part(gain, self.gains[name]).flatten() for name, gain in gains.items()}
 
     def count(self, tokens: int, finite: bool) -> None:
         """Count a finished step."""
@@ -250,13 +255,13 @@ class State:
         """Sum of the squares of how far the norms' gains are from where they started, over those that are held here."""
         if not self.gains:
             return torch.zeros((), device=self.accelerator.device)
-        moved = [(mine(gain.detach()) - mine(self.start_gains[name])).flatten() for name, gain in self.gains.items()]
+        moved = [mine(gain).flatten() - self.start_parts[name] for name, gain in self.gains.items()]
         return torch.cat(moved).square().sum()
 
     def gain_movement(self, moved: list[float]) -> float:
         """Root mean square of how far the gains are from where they started, from `gains_moved` of every process."""
-        total = math.fsum(moved) if is_sharded(self.accelerator) else moved[0]
-        return math.sqrt(total / max(1, self.gain_count))
+        total = math.fsum(moved) if self.spread.kind in ("fsdp2", "zero3") else moved[0]
+        return math.sqrt(total / max(1, sum(gain.numel() for gain in self.start_gains.values())))
 
     def model_on_host(self) -> PreTrainedModel | None:
         """A copy of the model in main memory on the first process. Every process must call this."""
@@ -280,14 +285,15 @@ class State:
             processes = [None] * self.accelerator.num_processes
             torch.distributed.gather_object(own, processes if self.accelerator.is_main_process else None)
         model, first = self.model_on_host(), self.accelerator.is_main_process
-        tensors = optimizer_tensors(self.run.model, self.optimizer.optimizer, first)
-        start = {f"start/{name}": on_host(gain, first) for name, gain in self.start_gains.items()}
+        tensors = self.spread.optimizer_tensors(self.run.model, self.optimizer.optimizer, first)
+        start = {f"start/{name}": gain.to("cpu", copy=True) for name, gain in self.start_gains.items()}
         if model is None:
             return None
         state = {
             "tokens": self.tokens,
             "skipped": self.skipped,
             "num_processes": self.accelerator.num_processes,
+            "distribution": self.spread.kind,
             "config": self.run.config.as_recipe(),
             "hashes": self.run.hashes,
             "numerics": self.numerics,
@@ -300,9 +306,9 @@ class State:
         saved, process, messages = checkpoint.state, self.accelerator.process_index, []
         self.step, self.tokens, self.skipped = checkpoint.step, saved["tokens"], saved["skipped"]
         tensors = checkpoint.tensors
-        restore_optimizer(self.run.model, self.optimizer.optimizer, tensors)
-        for name, gain in self.start_gains.items():
-            gain.copy_(laid_out(tensors[f"start/{name}"], gain))
+        self.spread.restore_optimizer(self.run.model, self.optimizer.optimizer, tensors)
+        device = self.accelerator.device
+        self.set_start_gains({name: tensors[f"start/{name}"].to(device) for name in self.start_gains})
         if self.accelerator.scaler and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         then = saved["num_processes"]
@@ -316,6 +322,9 @@ class State:
                 f"resume: {then} processes have become {self.accelerator.num_processes}: the batches go on in the same "
                 "order, sums are rounded and noise is drawn in another way"
             )
+        kind = saved.get("distribution", self.spread.kind)
+        if kind != self.spread.kind and then == self.accelerator.num_processes:
+            messages.append(f"resume: {kind} has become {self.spread.kind}: sums are rounded in another way")
         return messages
 
 
@@ -354,7 +363,7 @@ def begin_writing(run_dir: Path, state: State, start: Start, config: TrainConfig
         UserError: another run writes there, or there is no room.
     """
     checkpoint = start.checkpoint()
-    check_room(run_dir, state.run.model, config, resumed=checkpoint is not None)
+    check_room(run_dir, state.run.skeleton, config, resumed=checkpoint is not None)
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
         if checkpoint is None:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -399,7 +408,7 @@ def describe(run: Run, config: TrainConfig, accelerator: Accelerator) -> str:
     known = peak_flops(device, config.mixed_precision) is not None
     return (
         f"{model.norm_type}{' (with overrides)' if model.norm_overrides else ''}: "
-        f"{run.model.num_parameters():,} parameters, {tokens} of {config.corpus}, "
+        f"{run.skeleton.num_parameters():,} parameters, {tokens} of {config.corpus}, "
         f"{config.max_steps:,} steps of {sequences * config.block_size:,}; "
         f"initial shared weights {(run.hashes['init_sha'] or '')[:16]}; "
         f"{device}{'' if known else ' (peak FLOP/s unknown, so no MFU)'}"
@@ -452,7 +461,8 @@ def evaluate(model: nn.Module, data: PackedTokens, config: TrainConfig, accelera
     Raises:
         RuntimeError: a part of the model stays in training mode.
     """
-    if loud := [name for name, module in model.eval().named_modules() if module.training]:
+    model.eval()
+    if loud := [name for name, module in accelerator.unwrap_model(model).named_modules() if module.training]:
         raise RuntimeError(f"{', '.join(loud)}: still in training mode, the loss would be that of a noisy model")
     size = config.per_device_eval_batch_size
     total = torch.zeros((), dtype=torch.float64)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from training import result, run, small_corpus, steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,13 +17,12 @@ from train_lm.checkpoint import (
     Snapshot,
     copy_model,
     damage,
-    optimizer_tensors,
     process_state,
     read_checkpoint,
-    restore_optimizer,
     restore_random_states,
     write_checkpoint,
 )
+from train_lm.distribution import Spread
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
@@ -248,7 +248,7 @@ def test_a_snapshot_does_not_move_with_the_model(tiny_config):
 
     step()
     copied = copy_model(model, lambda each: each.detach().clone())
-    tensors = optimizer_tensors(model, optimizer)
+    tensors = Spread(model, Accelerator(cpu=True)).optimizer_tensors(model, optimizer, keep=True)
     before = {name: value.clone() for name, value in [*model.state_dict().items(), *tensors.items()]}
     step()
     assert all(torch.equal(before[name], value) for name, value in copied.state_dict().items())
@@ -266,7 +266,8 @@ def test_optimizer_state_goes_back_to_the_parameters_it_came_from(tiny_config):
     # Other groups, so that the order of the parameters is another one.
     parameters = list(model.parameters())
     other = torch.optim.AdamW([{"params": parameters[3:]}, {"params": parameters[:3]}], lr=0.1, fused=True)
-    restore_optimizer(model, other, optimizer_tensors(model, optimizer))
+    spread = Spread(model, Accelerator(cpu=True))
+    spread.restore_optimizer(model, other, spread.optimizer_tensors(model, optimizer, keep=True))
     for parameter in parameters:
         assert other.state[parameter].keys() == {"step", "exp_avg", "exp_avg_sq"}
         for kind, value in optimizer.state[parameter].items():

@@ -11,8 +11,8 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
-from launching import CONFIGS, free_port, launch, program, start
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from launching import CONFIGS, free_port, launch, needs_deepspeed, program, start
 from safetensors.torch import load_file
 from training import config, killed, metrics, result, run, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM
@@ -25,11 +25,14 @@ pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
 NOISE = ("--model.norm_type", "layernormalnorm")
 KINDS = ("ddp", "fsdp2")
+ZERO = [pytest.param(f"deepspeed_zero{stage}", marks=[needs_deepspeed, pytest.mark.slow]) for stage in (2, 3)]
+# Of parameters as small as these ZeRO-3 would shard none.
+SHARD_ALL = "import train_lm.zero\ntrain_lm.zero.PERSISTENT = 0"
 
 
 @pytest.fixture
 def script(tmp_path):
-    return program(tmp_path)
+    return program(tmp_path, SHARD_ALL)
 
 
 def losses(run_dir, *keys):
@@ -53,9 +56,15 @@ def test_accelerate_itself_loads_every_shipped_config_file(name, monkeypatch):
         assert getattr(now, "value", now) == value
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "train_lm"])
     arguments, *_ = _validate_launch_command(arguments)
-    environment = prepare_multi_gpu_env(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(loaded.deepspeed_config)
+        environment = prepare_deepspeed_cmd_env(arguments)[1]
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == name[-1]
+    else:
+        environment = prepare_multi_gpu_env(arguments)
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
     assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (name == "fsdp2")
+    assert (environment.get("ACCELERATE_USE_DEEPSPEED") == "true") == name.startswith("deepspeed")
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     plugin = sharding("bf16")
@@ -124,7 +133,7 @@ def few_blocks(*flags):
     return [*sizes, "--max_steps", "20", "--eval_every", "10", "--learning_rate", "3e-3", *flags]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *ZERO])
 def test_two_processes_train_as_one_with_twice_the_batch_does(tmp_path, script, kind):
     done = launch(script, kind, "--config", "tiny", "--run_dir", tmp_path / kind, *few_blocks())
     assert done.returncode == 0, done.stderr
@@ -140,9 +149,10 @@ def test_two_processes_train_as_one_with_twice_the_batch_does(tmp_path, script, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp2", ZERO[1]])
 @pytest.mark.parametrize("flags", [("--model.model_type", "gpt2"), ("--mixed_precision", "bf16")])
-def test_both_families_and_bfloat16_are_sharded(tmp_path, script, flags):
-    done = launch(script, "fsdp2", "--config", "tiny", "--run_dir", tmp_path / "two", *few_blocks(*flags))
+def test_both_families_and_bfloat16_are_sharded(tmp_path, script, kind, flags):
+    done = launch(script, kind, "--config", "tiny", "--run_dir", tmp_path / "two", *few_blocks(*flags))
     assert done.returncode == 0, done.stderr
     run(tmp_path / "one", *few_blocks("--gradient_accumulation_steps", "4", *flags))
     # Autocast keeps gains in float32 and rounds elsewhere than a model of bfloat16 copies does.
@@ -157,7 +167,7 @@ def test_both_families_and_bfloat16_are_sharded(tmp_path, script, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *ZERO])
 def test_a_run_stopped_under_a_launcher_resumes_to_the_bit(tmp_path, script, kind):
     # Validation at every step: each checkpoint then follows a forward pass without a backward one.
     flags = ["--config", "tiny", *NOISE, "--max_steps", "60", "--eval_every", "1", "--max_eval_blocks", "1"]
@@ -187,25 +197,64 @@ def test_a_sharded_run_killed_at_any_moment_resumes_to_the_bit(tmp_path):
 
 
 @pytest.mark.slow
+@needs_deepspeed
 def test_a_checkpoint_goes_on_under_any_kind_of_distribution(tmp_path, script):
-    flags = ["--config", "tiny", "--max_eval_blocks", "4", "--global_batch_size", "8", "--resume", "auto"]
+    flags = ["--config", "tiny", "--max_eval_blocks", "4", "--global_batch_size", "8", "--max_steps", "12"]
+    flags += ["--checkpoint_every", "2", "--eval_every", "2", "--keep_last", "9", "--resume", "auto"]
+    run_dir = tmp_path / "passed-on"
     done = launch(script, "fsdp2", *flags, "--run_dir", tmp_path / "straight")
     assert done.returncode == 0, done.stderr
-    for kind, processes in (("ddp", 2), ("fsdp2", 4), (None, 1)):
-        cut = tmp_path / f"{kind}-{processes}"
-        shutil.copytree(tmp_path / "straight", cut)
-        for name in ("final", "checkpoints/step-10"):
-            shutil.rmtree(cut / name)
+    shutil.copytree(tmp_path / "straight", run_dir)
+    # Each goes on from a checkpoint that another kind has written.
+    for step, kind, processes in (
+        (2, "ddp", 2),
+        (4, "deepspeed_zero3", 2),
+        (6, "fsdp2", 4),
+        (8, "deepspeed_zero2", 2),
+        (10, None, 1),
+    ):
+        shutil.rmtree(run_dir / "final")
+        for later in range(step + 2, 13, 2):
+            shutil.rmtree(run_dir / "checkpoints" / f"step-{later}")
         if kind is None:
-            run(cut, *flags[2:])
+            run(run_dir, *flags[2:])
         else:
-            done = launch(script, kind, *flags, "--run_dir", cut, processes=processes)
+            done = launch(script, kind, *flags, "--run_dir", run_dir, processes=processes)
             assert done.returncode == 0, done.stderr
-        assert_same_training(tmp_path / "straight", cut, rel=1e-4)
+            assert f"going on after step-{step}" in done.stdout
+            assert "become" in done.stdout
+        assert_same_training(tmp_path / "straight", run_dir, rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *ZERO])
+def test_a_loss_that_is_not_finite_in_one_process_skips_the_step_in_all(tmp_path, kind):
+    # The loss alone: its gradients stay finite.
+    probe = """import train_lm.train
+original, calls = train_lm.train.token_loss, []
+def spoiled(model, inputs, targets):
+    loss = original(model, inputs, targets)
+    if inputs.shape[1] > 2 and train_lm.train.torch.is_grad_enabled():  # a step's, not the one that settles buckets
+        calls.append(1)
+    if len(calls) == 5 and train_lm.train.torch.distributed.get_rank() == 1:
+        calls.append(1)
+        loss = loss + float("inf")
+    return loss
+train_lm.train.token_loss = spoiled"""
+    script = program(tmp_path, f"{SHARD_ALL}\n{probe}")
+    flags = ["--config", "tiny", "--run_dir", tmp_path / "run", "--checkpoint_every", "0", "--eval_every", "10"]
+    done = launch(script, kind, *flags, "--max_eval_blocks", "1")
+    assert done.returncode == 0, done.stderr
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "skipped" in row] == [3]
+    assert rows[2]["loss"] is None
+    assert rows[2]["gain_movement"] > 0
+    assert rows[3]["gain_movement"] == rows[2]["gain_movement"]  # as of the start of the step
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, ZERO[1]])
 def test_noise_differs_between_processes_and_comes_again_on_resume(tmp_path, kind):
     # Each process notes the noise of its first norm, in a file of its own: on a shared standard output lines of two
     # processes can run together.
@@ -219,7 +268,7 @@ def noting(self, x):
             print(float(out.detach().double().sum()), file=file)
     return out
 norms.LayerNormalNorm.forward = noting"""
-    script = program(tmp_path, probe)
+    script = program(tmp_path, f"{SHARD_ALL}\n{probe}")
     # All sequences alike, so that without noise both processes would see the same numbers.
     flags = ["--config", "tiny", "--run_dir", tmp_path / "run", *NOISE, "--max_steps", "4", "--checkpoint_every", "2"]
     flags += ["--eval_every", "4", "--max_eval_blocks", "1", "--resume", "auto"]
