@@ -68,7 +68,8 @@ def material(shape: str, folder: Path) -> tuple[Any, Any]:
     from accelerate import Accelerator
 
     from train_lm.config import read_command_line
-    from train_lm.prepare import Start, prepare
+    from train_lm.prepare import prepare
+    from train_lm.start import Start
 
     config = read_command_line(flags_of(shape, folder / "run"))
     run = prepare(config, Accelerator(cpu=True), Start(None, None, False, []))

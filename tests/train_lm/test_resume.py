@@ -10,10 +10,11 @@ import time
 
 import pytest
 import torch
-from training import killed, metrics, result, run, run_stopped, small_corpus, steps, without_timing
+from training import config, killed, metrics, result, run, run_stopped, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_ibnorm.cli import STOPPED, UserError
+from train_lm.config import changed_fields
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
@@ -148,6 +149,13 @@ def test_settings_that_compute_nothing_may_change(straight):
     run(cut, *NOISE, "--resume", "auto", "--checkpoint_every", "3", "--keep_last", "9", "--log_with", "[]")
     assert result(cut) == result(straight)
     assert {"step-6", "step-9"} <= set(steps(cut))
+
+
+def test_a_setting_that_the_release_before_did_not_have_was_its_default():
+    now = config("unused").as_recipe()
+    then = {name: value for name, value in now.items() if name not in ("compile", "global_batch_size")}
+    assert changed_fields(then, now, (1, 1)) == []
+    assert changed_fields(then, {**now, "compile": True}, (1, 1)) == ["compile was False, got True"]
 
 
 def test_changed_text_is_refused(straight, monkeypatch):
