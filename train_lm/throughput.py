@@ -1,36 +1,64 @@
-"""How fast a run is: model FLOPs utilization and memory."""
+"""How fast a run is, and devices are: model FLOPs utilization and memory."""
 
 import re
 import resource
 import sys
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-PEAK_FLOPS = {
-    # Words of the device's name: (bf16 and fp16 on tensor cores, dense; float32 without), by NVIDIA's data sheets.
-    "B200": (2.25e15, 80e12),
-    "H200": (989e12, 67e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "A40": (149.7e12, 37.4e12),
-    "L40S": (362e12, 91.6e12),
-    "L4": (121e12, 30.3e12),
-    "V100": (125e12, 15.7e12),
-    "T4": (65e12, 8.1e12),
-    "RTX 4090": (165.2e12, 82.6e12),
-    "RTX 3090": (71e12, 35.6e12),
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU, as its data sheet has it.
+
+    Args:
+        low: FLOP/s in bf16 and fp16 on tensor cores, dense.
+        full: FLOP/s in float32 without them.
+        memory: GB.
+        bandwidth: GB/s of its memory.
+        link: GB/s to another GPU of the same machine, one way, over NVLink or else PCIe.
+        bfloat16: whether its tensor cores know bf16.
+    """
+
+    low: float
+    full: float
+    memory: float
+    bandwidth: float
+    link: float
+    bfloat16: bool = True
+
+    def flops(self, mixed_precision: str) -> float:
+        """FLOP/s at most."""
+        return self.full if mixed_precision == "no" else self.low
+
+
+DEVICES = {
+    # Words of the device's name; the first that fit count.
+    "B200": Device(2.25e15, 80e12, 180, 7700, 900),
+    "H200": Device(989e12, 67e12, 141, 4800, 450),
+    "H100 PCIe": Device(756e12, 51e12, 80, 2000, 64),
+    "H100 NVL": Device(835e12, 60e12, 94, 3900, 64),
+    "H100": Device(989e12, 67e12, 80, 3350, 450),
+    "A100-40GB": Device(312e12, 19.5e12, 40, 1555, 300),
+    "A100": Device(312e12, 19.5e12, 80, 2039, 300),
+    "A40": Device(149.7e12, 37.4e12, 48, 696, 32),
+    "L40S": Device(362e12, 91.6e12, 48, 864, 32),
+    "L4": Device(121e12, 30.3e12, 24, 300, 32),
+    "V100": Device(125e12, 15.7e12, 32, 900, 150, bfloat16=False),
+    "T4": Device(65e12, 8.1e12, 16, 320, 16, bfloat16=False),
+    "RTX 4090": Device(165.2e12, 82.6e12, 24, 1008, 32),
+    "RTX 3090": Device(71e12, 35.6e12, 24, 936, 32),
 }
 
 
 def peak_flops(device: str, mixed_precision: str) -> float | None:
     """FLOP/s that one device can do at most; None where it is not in the table."""
-    for name, (low, full) in PEAK_FLOPS.items():
+    for name, known in DEVICES.items():
         if re.search(rf"\b{name}\b", device):
-            return full if mixed_precision == "no" else low
+            return known.flops(mixed_precision)
     return None
 
 

@@ -3,8 +3,8 @@
 `ib_norm` and `normal_norm` are `hf_ibnorm.functional`'s with one more argument, `backend`. They run the ops
 `torch.ops.hf_ibnorm.*` (`ops.py`) on the CPU's kernels (`cpu/`, built once by `hf-ibnorm build_kernels`) or a GPU's
 (`triton/`), for float32, bfloat16 and float16. All that the kernels do not do is left to the formulas: float64, lam
-being learned, the shrink variant, functorch's transforms, forward-mode differentiation, export, tensor subclasses.
-Nothing above this package knows which one ran.
+being learned, the shrink variant, functorch's transforms, forward-mode differentiation, export, tensor subclasses other
+than torch's fake tensors. Nothing above this package knows which one ran.
 """
 
 import functools
@@ -13,13 +13,14 @@ import os
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import functional
 from . import ops
 from .options import IBNormOptions, NormalNormOptions
 
 _log = logging.getLogger(__name__)
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # of the last, which has no values, the ops know the shapes
 _REASONS: dict[str, str | None] = {}
 
 

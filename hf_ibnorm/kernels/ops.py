@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import functional
 from . import cpu
@@ -235,7 +236,7 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_stats: None, *, kind: type[Op
         y = formula(x, weight, bias, kind(*given))
         grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
         return (*(next(grads) if needed else None for needed in needs), *none[3:])
-    if _seen() or torch._C._functorch.is_legacy_batchedtensor(grad):  # of autograd.grad(is_grads_batched=True)
+    if _seen(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):  # of autograd.grad(is_grads_batched=True)
         dx, dweight, dbias = _OPS[kind][1](grad, x, stats, weight, needs[1], needs[2], *given)
     else:
         dx, dweight, dbias = _backward(grad, x, stats, weight, needs[1], needs[2], kind(*given))
@@ -253,12 +254,14 @@ for _kind, (_op, _op_backward) in _OPS.items():
     _op.register_autograd(partial(_gradients, kind=_kind), setup_context=_setup)
 
 
-def _seen() -> bool:
-    """Whether somebody watches for ops: torch.compile, a dispatch mode (selective checkpointing's), vmap."""
+def _seen(x: Tensor) -> bool:
+    """Whether somebody watches for ops: torch.compile, a dispatch mode (selective checkpointing's), vmap; or `x` has no
+    values for a kernel to read."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or isinstance(x, FakeTensor)
     )
 
 
@@ -281,6 +284,6 @@ class _Direct(torch.autograd.Function):
 
 def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
     """y: by the op where somebody sees ops, else by the same kernels and gradients at once."""
-    if _seen():
+    if _seen(x):
         return _OPS[type(options)][0](x, weight, bias, *options)[0]
     return _Direct.apply(x, weight, bias, type(options), *options)

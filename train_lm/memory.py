@@ -1,0 +1,159 @@
+"""How much of a device's memory a training step takes, counted without computing it: on tensors that have no values."""
+
+import warnings
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .config import TrainConfig, build_model_config
+from .prepare import starting_config
+from .throughput import flops_per_token
+from .train import speed_up, token_loss
+
+# Transformers' attention without a mask: it leaves that out by itself where it sees that nothing is padded, but tensors
+# without values do not show it, and a mask of length times length would be counted.
+_ATTENTION = "sdpa_without_mask"
+AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+_LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Fused attention on a GPU keeps no scores where it drops some out, a CPU's does.
+_ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop")
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What one process holds at the worst moment of a step, and what else follows from the shapes of the model.
+
+    Args:
+        weights: bytes of weights and buffers, in float32.
+        gradients: bytes of all gradients, in float32.
+        optimizer: bytes of AdamW's two numbers a parameter, in float32.
+        activations: bytes of all else: what the backward pass needs, logits, weights that autocast has cast,
+            temporaries; or what a batch of validation takes, if that is more.
+        parameters: their number.
+        block: the number of those in one block.
+        outside: the number of those in no block: embeddings, output layer, last norm.
+        flops_per_token: as `throughput.flops_per_token` gives it.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    parameters: int
+    block: int
+    outside: int
+    flops_per_token: float
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def step_memory(config: TrainConfig, gradients_stay: bool = False, cast_weights: bool = False) -> StepMemory:
+    """Run a step of the real model on tensors without values, noting the most bytes that were alive at a time.
+
+    The operators are a CPU's, whose attention keeps no scores, like a GPU's. `compile`, which may save memory, is left
+    out.
+
+    Args:
+        config: a validated run, as `spread_over` leaves it.
+        gradients_stay: whether gradients have memory of their own all the time, as in DDP's buckets.
+        cast_weights: whether weights come in the dtype of `mixed_precision`, as FSDP2 gathers them, instead of being
+            cast from float32.
+
+    Raises:
+        ValueError, TypeError: the model cannot be built.
+    """
+    low = _LOW.get(config.mixed_precision)
+    with warnings.catch_warnings(), FakeTensorMode(), _Live() as live:
+        warnings.simplefilter("ignore")
+        model = _model(config, low if cast_weights and low else torch.float32)
+        speed_up(model, replace(config, compile=False))
+        # As Accelerate wraps it.
+        forward = torch.autocast("cpu", low, enabled=low is not None)(model.forward)
+        model.forward = convert_outputs_to_fp32(forward)
+        base = live.now
+
+        def step(sequences: int) -> int:
+            """Bytes beyond the weights that a batch of so many sequences takes."""
+            live.peak = live.now
+            inputs, targets = torch.zeros((2, sequences, config.block_size), dtype=torch.int64)
+            loss = token_loss(model, inputs, targets)
+            if loss.requires_grad:
+                loss.backward()
+            return live.peak - base
+
+        with torch.no_grad():
+            validation = step(config.per_device_eval_batch_size)
+        parameters = list(model.parameters())
+        gradients = sum(each.nbytes for each in parameters)
+        if gradients_stay or config.gradient_accumulation_steps > 1:
+            for each in parameters:
+                each.grad = torch.zeros_like(each)
+        training = step(config.per_device_train_batch_size)
+        activations = max(training - gradients, validation - (gradients if not gradients_stay else 0))
+        count = sum(each.numel() for each in parameters)
+        block = model.base_model.get_submodule(f"{model.config.norm_site_table.blocks}.0")
+        in_block = sum(each.numel() for each in block.parameters())
+        return StepMemory(
+            weights=4 * count + sum(each.nbytes for each in model.buffers()),
+            gradients=4 * count,
+            optimizer=8 * count,
+            activations=activations,
+            parameters=count,
+            block=in_block,
+            outside=count - in_block * model.config.num_hidden_layers,
+            flops_per_token=flops_per_token(model, config.block_size),
+        )
+
+
+def _model(config: TrainConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a run in training mode, with its initial weights."""
+    if config.model.init_from is None:
+        built: Any = build_model_config(config)
+    else:
+        built = starting_config(config, config.model.init_from, None)[1]
+        config.check_context(built.max_position_embeddings)
+    for name in _ATTENTION_DROPOUTS:
+        if hasattr(built, name):
+            setattr(built, name, 0.0)
+    return AutoModelForCausalLM.from_config(built, dtype=dtype, attn_implementation=_ATTENTION).train()
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive; views of one storage count once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in tree_iter(result):
+            if isinstance(each, Tensor):
+                self._count(each.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: object) -> None:
+            del self._known[key]
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)

@@ -1,0 +1,380 @@
+"""`python -m train_lm.plan RECIPE --gpus N --device h100`: what a run would take, before a GPU is rented.
+
+Memory is counted from a step of the real model (`memory.py`); what each way to spread it over processes adds or saves
+is a formula, and time is a roofline. Its constants are assumptions, and the output repeats them. Nothing is trained.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hf_ibnorm.cli import OneLineParser, bad_input, quiet_libraries, require_extra, run_command
+from hf_ibnorm.functional import check_number
+from hf_ibnorm.norms import nearest
+from hf_ibnorm.report.tables import Table
+
+from .config import RECIPES, TrainConfig, read_command_line
+from .memory import StepMemory, step_memory
+from .throughput import DEVICES, Device
+from .zero import BUCKET
+
+ROOM = 0.9
+"""Part of a device's memory to plan for; the rest is CUDA's context, NCCL's buffers and fragmentation."""
+NETWORK = 25.0
+"""GB/s that a GPU has to another machine, one way."""
+MFU = 0.4
+"""Part of a device's peak FLOP/s that is reached where nothing else holds it up."""
+MOST_GPUS = 1024
+"""As far as is searched for a number of GPUs that would do."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to spread a model over processes.
+
+    Args:
+        parts: whether a process holds only its part of weights, of gradients, of the optimizer's state.
+        optimizer: bytes a parameter takes in the latter: AdamW's numbers, and with DeepSpeed a copy of the weights.
+        formula: what a process holds, in words.
+    """
+
+    parts: tuple[bool, bool, bool]
+    optimizer: int
+    formula: str
+
+
+ALONE = "one process"
+WAYS = {
+    ALONE: Way((False, False, False), 8, "4 + 4 + 8 bytes a parameter"),
+    "ddp": Way((False, False, False), 8, "4 + 4 + 8 bytes a parameter; gradients live in the buckets that are reduced"),
+    "fsdp2": Way(
+        (True, True, True),
+        8,
+        "(4 + 4 + 8)/N; buffers: weights and gradients of two blocks and of what is in none, in the recipe's precision",
+    ),
+    "deepspeed_zero2": Way(
+        (False, True, True), 12, "4 + (4 + 12)/N, a copy of the weights among them; buffers: two buckets of gradients"
+    ),
+    "deepspeed_zero3": Way(
+        (True, True, True), 12, "(4 + 4 + 12)/N; buffers: as with fsdp2, in float32, and as with deepspeed_zero2"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs to plan for.
+
+    Args:
+        name: of the device, as given on the command line.
+        device: what it can do.
+        gpus: how many.
+        per_node: how many a machine has.
+        mfu: part of their peak FLOP/s that is reached.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    name: str
+    device: Device
+    gpus: int
+    per_node: int
+    mfu: float
+
+    def __post_init__(self) -> None:
+        check_number("gpus", self.gpus, 1)
+        check_number("gpus_per_node", self.per_node, 1)
+        check_number("mfu", self.mfu, 0.01, 1.0)
+        if self.gpus > self.per_node and self.gpus % self.per_node:
+            raise ValueError(f"gpus: got {self.gpus}, must be a multiple of gpus_per_node = {self.per_node}, or less")
+
+    @property
+    def machines(self) -> int:
+        """How many there are."""
+        return -(-self.gpus // self.per_node)
+
+    @property
+    def room(self) -> float:
+        """GB of a GPU to plan for."""
+        return ROOM * self.device.memory
+
+    @property
+    def link(self) -> float:
+        """Bytes/s from a GPU to the next, one way."""
+        return 1e9 * (self.device.link if self.machines == 1 else min(self.device.link, NETWORK))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run in one way: bytes on each GPU, and seconds a step."""
+
+    way: str
+    config: TrainConfig
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+    seconds: float
+
+    @property
+    def total(self) -> float:
+        """GB in all."""
+        return (self.weights + self.gradients + self.optimizer + self.activations + self.buffers) / 1e9
+
+    def sequences(self, gpus: int) -> int:
+        """How many a step has."""
+        return gpus * self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+
+class Plan:
+    """A run on a cluster. Each count of a step's memory is made once.
+
+    Args:
+        config: as the recipe and flags say.
+        cluster: where.
+        counts: those made already, for the same model.
+
+    Raises:
+        ValueError: the cluster cannot share the batch equally.
+    """
+
+    def __init__(self, config: TrainConfig, cluster: Cluster, counts: dict[Any, StepMemory] | None = None) -> None:
+        self.cluster, self.config = cluster, config.spread_over(cluster.gpus)
+        self._counts = {} if counts is None else counts
+        ways = [ALONE] if cluster.gpus == 1 else [name for name in WAYS if name != ALONE]
+        # FSDP2 has no scaler for fp16 here, and train_lm refuses it.
+        self.ways = [name for name in ways if (name, config.mixed_precision) != ("fsdp2", "fp16")]
+
+    def count(self, config: TrainConfig, way: str) -> StepMemory:
+        """The memory of a step, before anything is sharded."""
+        stay, cast = way != ALONE, way == "fsdp2"
+        several = stay or config.gradient_accumulation_steps > 1
+        sizes = (config.per_device_train_batch_size, config.per_device_eval_batch_size)
+        key = (*sizes, several, config.gradient_checkpointing, stay, cast)
+        if key not in self._counts:
+            self._counts[key] = step_memory(config, stay, cast)
+        return self._counts[key]
+
+    def estimate(self, way: str, config: TrainConfig) -> Estimate:
+        """Memory and time of one way."""
+        step, n = self.count(config, way), self.cluster.gpus
+        weights, gradients, optimizer = (1 / n if part else 1.0 for part in WAYS[way].parts)
+        buffers = 0.0
+        if WAYS[way].parts[0]:
+            buffers += 2 * self.width(way) * (step.outside + 2 * step.block)
+        if way.startswith("deepspeed"):
+            buffers += 2 * 4 * min(BUCKET, step.parameters)
+        return Estimate(
+            way,
+            config,
+            step.weights * weights,
+            step.gradients * gradients,
+            WAYS[way].optimizer * step.parameters * optimizer,
+            step.activations,
+            buffers,
+            self.seconds(way, config, step),
+        )
+
+    def width(self, way: str) -> int:
+        """Bytes of a weight that is gathered."""
+        return 2 if way == "fsdp2" and self.config.mixed_precision == "bf16" else 4
+
+    def seconds(self, way: str, config: TrainConfig, step: StepMemory) -> float:
+        """Time of a step.
+
+        A micro-batch takes as long as its arithmetic, or as writing its activations once and reading them twice; then
+        comes AdamW, and the communication that does not hide behind computing.
+        """
+        device, n, times = self.cluster.device, self.cluster.gpus, config.gradient_accumulation_steps
+        tokens = config.per_device_train_batch_size * config.block_size
+        flops = tokens * step.flops_per_token * (4 / 3 if config.gradient_checkpointing else 1)
+        arithmetic = flops / (device.flops(config.mixed_precision) * self.cluster.mfu)
+        micro = max(arithmetic, 3 * step.activations / (1e9 * device.bandwidth))
+        adamw = 28 * step.parameters / (n if WAYS[way].parts[2] else 1) / (1e9 * device.bandwidth)
+        gather, reduce = 2 * self.width(way), 4  # all-gathers of both passes, reduce-scatter, in bytes a parameter
+        sent, hidden = {
+            ALONE: (0, 0.0),
+            "ddp": (2 * reduce, micro * 2 / 3),  # an all-reduce is twice that, beside the last backward pass
+            "fsdp2": (times * (gather + reduce), times * micro),
+            "deepspeed_zero2": (times * reduce + 4, times * micro * 2 / 3),  # and the weights, once
+            "deepspeed_zero3": (times * (gather + reduce), times * micro),
+        }[way]
+        communication = sent * step.parameters * (n - 1) / n / self.cluster.link
+        return times * micro + adamw + max(0.0, communication - hidden)
+
+    def fits(self, estimate: Estimate) -> bool:
+        """Whether there is room for it."""
+        return estimate.total <= self.cluster.room
+
+    def candidates(self) -> Iterator[Estimate]:
+        """What train_lm can do, from the fastest to the most frugal; all of it the same training."""
+        ways = [way for way in (ALONE, "ddp", "fsdp2") if way in self.ways]
+        frugal = replace(self.config, gradient_checkpointing=True)
+        for way in ways:
+            if not self.config.gradient_checkpointing:
+                yield self.estimate(way, self.config)
+            yield self.estimate(way, frugal)
+        size = frugal.per_device_train_batch_size
+        total = size * frugal.gradient_accumulation_steps * self.cluster.gpus
+        while size:
+            validation = min(size, frugal.per_device_eval_batch_size)
+            smaller = replace(frugal, per_device_train_batch_size=size, per_device_eval_batch_size=validation)
+            for way in ways:
+                yield self.estimate(way, replace(smaller, global_batch_size=total).spread_over(self.cluster.gpus))
+            size //= 2
+
+    def advice(self) -> Estimate | None:
+        """The first candidate that fits."""
+        return next((each for each in self.candidates() if self.fits(each)), None)
+
+    def otherwise(self) -> str:
+        """Where nothing fits: how much the most frugal candidate takes, and where it would fit."""
+        *_, least = self.candidates()
+        would = sorted((device.memory, name) for name, device in DEVICES.items() if least.total <= ROOM * device.memory)
+        places = [f"{self.cluster.gpus} × {_word(would[0][1])}"] if would else []
+        gpus = self.cluster.gpus
+        while (gpus := 2 * gpus) <= MOST_GPUS:
+            with suppress(ValueError):  # so many cannot share the batch
+                more = Plan(least.config, replace(self.cluster, gpus=gpus), self._counts)
+                if "fsdp2" in more.ways and more.fits(more.estimate("fsdp2", more.config)):
+                    places.append(f"{gpus} × {self.cluster.name} with fsdp2")
+                    break
+        least_of_all = " ".join([least.way, *_changes(self.config, least)])
+        would_do = " or ".join([*places, "a smaller model or block_size"])
+        return f"nothing fits: {least_of_all} still takes {least.total:.2f} GB; what would do: {would_do}"
+
+
+def _word(name: str) -> str:
+    """A name of `DEVICES` as it is given on the command line."""
+    return name.lower().replace(" ", "-")
+
+
+def _cluster(device: str, gpus: int, per_node: int, mfu: float) -> Cluster:
+    known = {_word(name): name for name in DEVICES}
+    if (word := _word(device)) not in known:
+        raise ValueError(f"device: got {device!r}, must be one of {', '.join(known)}{nearest(word, list(known))}")
+    return Cluster(word, DEVICES[known[word]], gpus, per_node, mfu)
+
+
+def _changes(asked: TrainConfig, advised: Estimate) -> list[str]:
+    """The flags that make the one run of the other."""
+    config = advised.config
+    names = ["gradient_checkpointing", "per_device_train_batch_size", "per_device_eval_batch_size"]
+    if asked.global_batch_size is None:
+        names.append("gradient_accumulation_steps")
+    changed = [name for name in names if getattr(asked, name) != getattr(config, name)]
+    return [f"--{name} {str(getattr(config, name)).lower()}" for name in changed]
+
+
+def _config_file(way: str, cluster: Cluster) -> Path | None:
+    """The shipped file for Accelerate, relative to here where it lies below; None where there is none."""
+    name = "multi_node" if way == "ddp" and cluster.machines > 1 else way
+    path = RECIPES / "accelerate" / f"{name}.yaml"
+    if not path.is_file():
+        return None
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _command(plan: Plan, advised: Estimate, words: list[str]) -> str:
+    """What starts the run: `words` are those after the program's name."""
+    cluster, path = plan.cluster, _config_file(advised.way, plan.cluster)
+    launcher = "python" if path is None else f"accelerate launch --config_file {shlex.quote(str(path))}"
+    if path is not None:
+        launcher += f" --num_processes {cluster.gpus}"
+    if cluster.machines > 1:
+        launcher += f" --num_machines {cluster.machines} --machine_rank RANK --main_process_ip ADDRESS"
+    return " ".join([launcher, "-m train_lm", shlex.join(words), *_changes(plan.config, advised)])
+
+
+def _row(plan: Plan, each: Estimate) -> list[str]:
+    sizes = (each.weights, each.gradients, each.optimizer, each.activations, each.buffers)
+    tokens = each.sequences(plan.cluster.gpus) * each.config.block_size
+    return [
+        each.way,
+        *(f"{size / 1e9:.2f}" for size in sizes),
+        f"{each.total:.2f}",
+        "yes" if plan.fits(each) else "no",
+        f"{each.seconds:.3g}",
+        f"{tokens / each.seconds * 86400 / 1e9:.4g}",
+        f"{each.seconds * each.config.max_steps / 86400:.3g}",
+    ]
+
+
+def _print(recipe: str, plan: Plan, words: list[str]) -> None:
+    """The plan, in at most 120 columns but for the command."""
+    config, cluster, device = plan.config, plan.cluster, plan.cluster.device
+    estimates = [plan.estimate(way, config) for way in plan.ways]
+    parameters = plan.count(config, plan.ways[0]).parameters
+    size, times = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    print(
+        f"{recipe}: {parameters:,} parameters; {cluster.gpus} × {cluster.name} of {device.memory:g} GB, "
+        f"{cluster.machines} machine{'s' * (cluster.machines > 1)}; "
+        f"a step: {cluster.gpus} × {times} × {size} sequences of {config.block_size} tokens\n"
+    )
+    columns = ["GB on each GPU", "weights", "gradients", "optimizer", "activations", "buffers", "sum"]
+    columns += [f"<= {cluster.room:g}", "s a step", "B tokens/day", "days"]
+    Table(columns, [_row(plan, each) for each in estimates]).print()
+    print()
+    for way in plan.ways:
+        print(f"{way}: {WAYS[way].formula}{'' if _config_file(way, cluster) or way == ALONE else ' (no config file)'}")
+    whole = 12 * parameters / 1e9
+    kept = 1 + bool(config.checkpoint_every) * config.keep_last
+    kept += config.max_steps // config.keep_every if config.keep_every else 0
+    print(
+        "activations: most of what else is alive in a micro-batch or a batch of validation, counted without compile\n"
+        f"time: {cluster.mfu:.0%} of {device.flops(config.mixed_precision) / 1e12:g} TFLOP/s, memory of "
+        f"{device.bandwidth:g} GB/s, {cluster.link / 1e9:g} GB/s between GPUs: assumed\n"
+        f"checkpoint: {whole:.3g} GB on disk, and in main memory of the first process while it is written;\n"
+        f"disk in all: {(kept + 2 / 3) * whole:.3g} GB, with the checkpoints that are kept and the final model"
+    )
+    if config.mixed_precision == "bf16" and not device.bfloat16:
+        print(f"note: {cluster.name} has no tensor cores for bf16; the times are those of --mixed_precision fp16")
+    advised = plan.advice()
+    if advised is None:
+        print(f"\n{plan.otherwise()}")
+        return
+    what = " ".join([advised.way, *_changes(config, advised)])
+    print(f"\nadvice: {what}: {advised.total:.2f} GB, {advised.seconds:.3g} s a step")
+    print(_command(plan, advised, words))
+
+
+def _main() -> None:
+    parser = OneLineParser(
+        prog="train_lm.plan",
+        description="Memory on each GPU, time and disk that a recipe would take, and how to start it. Every field of "
+        "the recipe can be set as a flag after it, as for train_lm.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe; comes first")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default: %(default)s)")
+    parser.add_argument("--device", required=True, help=f"their kind: {', '.join(map(_word, DEVICES))}")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="GPUs of a machine (default: %(default)s)")
+    parser.add_argument(
+        "--mfu", type=float, default=MFU, help="part of the peak FLOP/s that is reached (default: %(default)s)"
+    )
+    arguments, fields = parser.parse_known_args()
+    require_extra("train", "accelerate", "datasets", "filelock", "tensorboard", "tokenizers")
+    quiet_libraries()
+    words = ["--config", arguments.recipe, *fields]
+    if not any(re.match(r"--run_dir\b", word) for word in fields):
+        words += ["--run_dir", f"runs/{Path(arguments.recipe).stem}"]
+    config = read_command_line(words)
+    with bad_input():
+        cluster = _cluster(arguments.device, arguments.gpus, arguments.gpus_per_node, arguments.mfu)
+        plan = Plan(config, cluster)
+        plan.count(plan.config, plan.ways[0])  # the model's own errors
+    _print(arguments.recipe, plan, words)
+
+
+def main() -> NoReturn:
+    """Plan a run: `RECIPE --gpus N --device NAME [any field]`."""
+    run_command(_main)
+
+
+if __name__ == "__main__":
+    main()
