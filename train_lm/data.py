@@ -140,6 +140,11 @@ def split_batch(indices: np.ndarray, layout: Layout) -> Iterator[np.ndarray]:
         yield part[layout.process]
 
 
+def _pinned(tensor: Tensor) -> Tensor:
+    """`tensor` where a GPU can fetch it while the program goes on."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
 def _sha(inputs: Tensor, targets: Tensor) -> str:
     return sha256([inputs.numpy().tobytes(), targets.numpy().tobytes()])[:16]
 
@@ -170,7 +175,8 @@ class PackedData:
         """The batch that begins at `place` of the order."""
         indices = self._order.take(place, self.layout.sequences)
         inputs, targets = self.packed.batch(indices)
-        parts = [(inputs[rows], targets[rows]) for rows in split_batch(np.arange(len(indices)), self.layout)]
+        mine = split_batch(np.arange(len(indices)), self.layout)
+        parts = [(_pinned(inputs[rows]), _pinned(targets[rows])) for rows in mine]
         return Batch(parts, int((targets != IGNORE).sum()), _sha(inputs, targets))
 
     def state(self) -> dict[str, Any]:
@@ -248,7 +254,8 @@ class StreamedData:
         self._tokens = tokens[needed - 1 :]  # the last target is the next input
         block = torch.from_numpy(tokens[:needed].astype(np.int64))
         inputs, targets = block[:-1].view(sequences, size), block[1:].view(sequences, size)
-        parts = list(zip(inputs.split(layout.per_device), targets.split(layout.per_device), strict=True))
+        split = (_pinned(each).split(layout.per_device) for each in (inputs, targets))
+        parts = list(zip(*split, strict=True))
         return Batch(parts, layout.sequences * size, _sha(inputs, targets))
 
     def state(self) -> dict[str, Any]:

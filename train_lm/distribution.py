@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    convert_outputs_to_fp32,
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
@@ -39,6 +42,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             in another precision.
     """
     check_precision(config.mixed_precision)
+    check_launcher()
     plugin = sharding(config.mixed_precision)
     deepspeed = zero.plugin(config) if zero.launched() else None
     cpu = not torch.cuda.is_available()
@@ -56,8 +60,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision if deepspeed is None else "no",  # then DeepSpeed sees to it
         fsdp_plugin=plugin,
         deepspeed_plugin=deepspeed,
-        # Gradients live in the buckets that are reduced, not beside them.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            # Gradients live in the buckets that are reduced, not beside them.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # One machine may tokenize, or read a checkpoint, for longer than another before they meet.
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
         log_with=config.log_with or None,
         project_dir=config.run_dir,
     )
@@ -68,20 +76,26 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
     if deepspeed is not None:
         unset_hf_deepspeed_config()  # under ZeRO-3 Transformers would give every model it makes empty parameters
-    check_launcher(accelerator)
-    return accelerator
-
-
-def check_launcher(accelerator: Accelerator) -> None:
-    """Refuse what a launcher may have been told and this program does not do.
-
-    Raises:
-        UserError: another kind of distribution.
-    """
     kinds = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}
     kinds |= {DistributedType.FSDP, DistributedType.DEEPSPEED}
     if (kind := accelerator.distributed_type) not in kinds:
         raise UserError(f"launcher: got {kind.value}, allowed are one process, or several with DDP, FSDP2 or DeepSpeed")
+    return accelerator
+
+
+def check_launcher() -> None:
+    """Refuse what a launcher may have been told and this program does not do.
+
+    Raises:
+        UserError: another kind of distribution, or more dimensions of it; a compiler that knows nothing of `compile`.
+    """
+    for variable, setting, allowed in (
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism_config", "false"),
+        ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend", "no"),
+    ):
+        if (value := os.environ.get(variable, allowed).lower()) != allowed:
+            instead = "; set compile in the recipe" if "dynamo" in setting else ""
+            raise UserError(f"launcher: {setting}: got {value}, allowed: {allowed}{instead}")
 
 
 def check_precision(wanted: str) -> None:
@@ -118,9 +132,9 @@ def sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
             raise UserError(
                 f"launcher: {setting}: got {value}, allowed with FSDP: {', '.join(map(str, allowed))}{instead}"
             )
-    if precision == "bf16":
-        # Blocks are gathered and computed in bfloat16; shards, sums of gradients and the optimizer stay in float32.
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # Everything in float32, and autocast like elsewhere (`Spread`). Told of bfloat16, FSDP2 would gather that and keep
+    # hidden states in it: another arithmetic than the other ways of spreading, in which a gain near 1 hardly moves.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return plugin
 
 
@@ -143,6 +157,9 @@ class Spread:
             zero.begin(model)
         elif accelerator.distributed_type == DistributedType.FSDP:
             self.kind = "fsdp2"
+            if accelerator.mixed_precision == "bf16":  # which Accelerate sees to in every other way of spreading
+                autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+                model.forward = convert_outputs_to_fp32(autocast(model.forward))
         else:
             self.kind = "ddp" if accelerator.num_processes > 1 else "one"
 

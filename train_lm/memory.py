@@ -59,7 +59,7 @@ class StepMemory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def step_memory(config: TrainConfig, gradients_stay: bool = False, cast_weights: bool = False) -> StepMemory:
+def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory:
     """Run a step of the real model on tensors without values, noting the most bytes that were alive at a time.
 
     The operators are a CPU's, whose attention keeps no scores, like a GPU's. `compile`, which may save memory, is left
@@ -68,8 +68,6 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False, cast_weights:
     Args:
         config: a validated run, as `spread_over` leaves it.
         gradients_stay: whether gradients have memory of their own all the time, as in DDP's buckets.
-        cast_weights: whether weights come in the dtype of `mixed_precision`, as FSDP2 gathers them, instead of being
-            cast from float32.
 
     Raises:
         ValueError, TypeError: the model cannot be built.
@@ -77,7 +75,7 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False, cast_weights:
     low = _LOW.get(config.mixed_precision)
     with warnings.catch_warnings(), FakeTensorMode(), _Live() as live:
         warnings.simplefilter("ignore")
-        model = _model(config, low if cast_weights and low else torch.float32)
+        model = _model(config)
         speed_up(model, replace(config, compile=False))
         # As Accelerate wraps it.
         forward = torch.autocast("cpu", low, enabled=low is not None)(model.forward)
@@ -117,7 +115,7 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False, cast_weights:
         )
 
 
-def _model(config: TrainConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _model(config: TrainConfig) -> PreTrainedModel:
     """The model of a run in training mode, with its initial weights."""
     if config.model.init_from is None:
         built: Any = build_model_config(config)
@@ -127,7 +125,7 @@ def _model(config: TrainConfig, dtype: torch.dtype) -> PreTrainedModel:
     for name in _ATTENTION_DROPOUTS:
         if hasattr(built, name):
             setattr(built, name, 0.0)
-    return AutoModelForCausalLM.from_config(built, dtype=dtype, attn_implementation=_ATTENTION).train()
+    return AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation=_ATTENTION).train()
 
 
 class _Live(TorchDispatchMode):

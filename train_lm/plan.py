@@ -54,13 +54,13 @@ WAYS = {
     "fsdp2": Way(
         (True, True, True),
         8,
-        "(4 + 4 + 8)/N; buffers: weights and gradients of two blocks and of what is in none, in the recipe's precision",
+        "(4 + 4 + 8)/N; buffers: weights and gradients of two blocks and of what is in none",
     ),
     "deepspeed_zero2": Way(
         (False, True, True), 12, "4 + (4 + 12)/N, a copy of the weights among them; buffers: two buckets of gradients"
     ),
     "deepspeed_zero3": Way(
-        (True, True, True), 12, "(4 + 4 + 12)/N; buffers: as with fsdp2, in float32, and as with deepspeed_zero2"
+        (True, True, True), 12, "(4 + 4 + 12)/N; buffers: as with fsdp2, and as with deepspeed_zero2"
     ),
 }
 
@@ -153,12 +153,12 @@ class Plan:
 
     def count(self, config: TrainConfig, way: str) -> StepMemory:
         """The memory of a step, before anything is sharded."""
-        stay, cast = way != ALONE, way == "fsdp2"
+        stay = way != ALONE
         several = stay or config.gradient_accumulation_steps > 1
         sizes = (config.per_device_train_batch_size, config.per_device_eval_batch_size)
-        key = (*sizes, several, config.gradient_checkpointing, stay, cast)
+        key = (*sizes, several, config.gradient_checkpointing, stay)
         if key not in self._counts:
-            self._counts[key] = step_memory(config, stay, cast)
+            self._counts[key] = step_memory(config, stay)
         return self._counts[key]
 
     def estimate(self, way: str, config: TrainConfig) -> Estimate:
@@ -167,7 +167,7 @@ class Plan:
         weights, gradients, optimizer = (1 / n if part else 1.0 for part in WAYS[way].parts)
         buffers = 0.0
         if WAYS[way].parts[0]:
-            buffers += 2 * self.width(way) * (step.outside + 2 * step.block)
+            buffers += 2 * 4 * (step.outside + 2 * step.block)
         if way.startswith("deepspeed"):
             buffers += 2 * 4 * min(BUCKET, step.parameters)
         return Estimate(
@@ -181,10 +181,6 @@ class Plan:
             self.seconds(way, config, step),
         )
 
-    def width(self, way: str) -> int:
-        """Bytes of a weight that is gathered."""
-        return 2 if way == "fsdp2" and self.config.mixed_precision == "bf16" else 4
-
     def seconds(self, way: str, config: TrainConfig, step: StepMemory) -> float:
         """Time of a step.
 
@@ -197,7 +193,7 @@ class Plan:
         arithmetic = flops / (device.flops(config.mixed_precision) * self.cluster.mfu)
         micro = max(arithmetic, 3 * step.activations / (1e9 * device.bandwidth))
         adamw = 28 * step.parameters / (n if WAYS[way].parts[2] else 1) / (1e9 * device.bandwidth)
-        gather, reduce = 2 * self.width(way), 4  # all-gathers of both passes, reduce-scatter, in bytes a parameter
+        gather, reduce = 2 * 4, 4  # all-gathers of both passes, reduce-scatter, in bytes a parameter
         sent, hidden = {
             ALONE: (0, 0.0),
             "ddp": (2 * reduce, micro * 2 / 3),  # an all-reduce is twice that, beside the last backward pass

@@ -341,7 +341,7 @@ def check_settings(
     """
     processes = accelerator.num_processes
     if start.saved is not None:
-        then = checkpoint.state["num_processes"] if checkpoint else processes
+        then = checkpoint.state["num_processes"] if checkpoint else _processes_of(Path(config.run_dir), processes)
         now = json.loads(json.dumps(config.as_recipe()))
         if changed := changed_fields(start.saved, now, (then, processes)):
             raise UserError(f"resume: {'; '.join(changed)}; a resumed run keeps its settings")
@@ -369,6 +369,14 @@ def check_settings(
             f"resume: {'; '.join(changed)}; the result would not be the same to the bit (--resume inexact goes on "
             "anyway)"
         )
+
+
+def _processes_of(run_dir: Path, unknown: int) -> int:
+    """How many processes a run has begun with."""
+    try:
+        return int(json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["num_processes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return unknown
 
 
 def norm_prefixes(model: nn.Module) -> tuple[str, ...]:

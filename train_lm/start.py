@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -152,7 +152,7 @@ def send_checkpoint(path: Path, accelerator: Accelerator) -> None:
 
     def receive() -> None:
         problem = None
-        with ExitStack() as stack, bad_input(OSError, about=f"run_dir: {path} cannot be written: "):
+        with ExitStack() as stack, bad_input(OSError, about=f"run_dir: {path} cannot be brought to every machine: "):
             folder = path
             if receives:
                 try:
@@ -176,8 +176,26 @@ def send_checkpoint(path: Path, accelerator: Accelerator) -> None:
 
 
 def _sent(path: Path, names: list[str], sends: bool) -> Iterator[tuple[str, bytes]]:
-    """Name and piece after piece of the files in `path` of the process that `sends`, to all of them."""
+    """Name and piece after piece of the files in `path` of the process that `sends`, to all of them.
+
+    Raises:
+        OSError: it cannot read them; on all processes, at the same place.
+    """
     for name in names:
-        with (path / name).open("rb") if sends else nullcontext() as file:
-            while chunk := broadcast_object_list([file.read(CHUNK) if file else b""])[0]:
-                yield name, chunk
+        place = 0
+        while True:
+            piece: bytes | str = b""
+            if sends:
+                try:
+                    with (path / name).open("rb") as file:
+                        file.seek(place)
+                        piece = file.read(CHUNK)
+                except OSError as error:
+                    piece = str(error)
+            piece = broadcast_object_list([piece])[0]
+            if isinstance(piece, str):
+                raise OSError(piece)
+            if not piece:
+                break
+            place += len(piece)
+            yield name, piece

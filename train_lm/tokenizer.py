@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -97,17 +98,32 @@ def for_language_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
     if content["model"]["type"] == "Unigram":
         content["model"]["vocab"] = [piece for piece in content["model"]["vocab"] if piece[0] not in sentinels]
     if ends_texts:
-        content["post_processor"] = None
-    named = {name: getattr(tokenizer, name) for name in ("eos_token", "unk_token", "pad_token")}
+        content["post_processor"] = _without(content["post_processor"], tokenizer.eos_token)
+    named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     made = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
-        **{name: token for name, token in named.items() if token is not None},
+        **{name: token for name, token in named.items() if token not in sentinels},
         model_max_length=tokenizer.model_max_length,
         clean_up_tokenization_spaces=False,
     )
+    if made("a").input_ids[-1:] == [made.eos_token_id]:
+        raise UserError("tokenizer: it ends every text it encodes, in a way that is not known how to undo")
     if made.get_vocab() != {token: i for token, i in tokenizer.get_vocab().items() if token not in sentinels}:
         raise UserError("tokenizer: its <extra_id_N> stand before other tokens, whose ids would change without them")
     return made
+
+
+def _without(processor: dict[str, Any], token: str | None) -> dict[str, Any]:
+    """A tokenizer's post-processor that does not add `token`."""
+    if processor["type"] == "Sequence":
+        return {**processor, "processors": [_without(each, token) for each in processor["processors"]]}
+    if processor["type"] != "TemplateProcessing":
+        return processor
+    templates = {
+        name: [piece for piece in processor[name] if piece.get("SpecialToken", {}).get("id") != token]
+        for name in ("single", "pair")
+    }
+    return {**processor, **templates}
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:

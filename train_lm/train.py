@@ -93,6 +93,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     if start.finished:
         check_finished(config, run_dir, start, accelerator)
         progress.say(*start.messages)
+        if config.push_to_hub is not None:
+            progress.say(f"to push it again: python -m train_lm.push {run_dir} --repo {config.push_to_hub}")
         return final
 
     run = prepare(config, accelerator, start)
@@ -103,7 +105,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     model, optimizer = accelerator.prepare(run.model, build_optimizer(run.model, config))
     spread = Spread(model, accelerator)
     state = State(run, spread, optimizer, accelerator)
-    settle_buckets(model, accelerator)
+    settle_buckets(model, config, accelerator)
     set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each process
     progress.say(*state.restore(checkpoint) if checkpoint else ())
     run.set_lam(lam_fraction(state.step, config))
@@ -138,7 +140,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
 
         loss_sum = torch.zeros((), device=accelerator.device)
         for i, part in enumerate(batch.parts, 1):
-            inputs, targets = (tensor.to(accelerator.device) for tensor in part)
+            inputs, targets = (tensor.to(accelerator.device, non_blocking=True) for tensor in part)
             last = i == len(batch.parts)
             with spread.part_of_step(last):
                 part_sum = token_loss(model, inputs, targets)
@@ -322,7 +324,7 @@ class State:
                 f"resume: {then} processes have become {self.accelerator.num_processes}: the batches go on in the same "
                 "order, sums are rounded and noise is drawn in another way"
             )
-        kind = saved.get("distribution", self.spread.kind)
+        kind = saved.get("distribution", "ddp" if then > 1 else "one")  # the release before had no others
         if kind != self.spread.kind and then == self.accelerator.num_processes:
             messages.append(f"resume: {kind} has become {self.spread.kind}: sums are rounded in another way")
         return messages
@@ -343,15 +345,17 @@ def speed_up(model: PreTrainedModel, config: TrainConfig) -> None:
             block.compile()
 
 
-def settle_buckets(model: nn.Module, accelerator: Accelerator) -> None:
+def settle_buckets(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
     """Let DDP arrange its buckets before the first step that counts.
 
     It does so after the first backward pass it sees, and from three processes on, sums are rounded otherwise then: the
-    first step after a resume would not be the step it was in the run never interrupted.
+    first step after a resume would not be the step it was in the run never interrupted. Shapes are those of a step, or
+    blocks would be compiled for others first.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model.train()
-        tokens = torch.zeros((1, 2), dtype=torch.int64, device=accelerator.device)
+        shape = (config.per_device_train_batch_size, config.block_size)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=accelerator.device)
         accelerator.backward(token_loss(model, tokens, tokens))
         model.zero_grad()
 

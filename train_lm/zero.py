@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO-2 and ZeRO-3, where the launcher asks for them: what its engine does in another way than torch does.
 
 The engine clips, steps and clears gradients in one call, keeps AdamW's state in flat parts that belong to no parameter,
-and under ZeRO-3 leaves parameters empty between uses. Four names that DeepSpeed does not document are used here; the
-tests ran with 0.19.8. DeepSpeed is imported in functions, since nothing else needs it.
+and under ZeRO-3 leaves parameters empty between uses. Names that it does not document are used here; the tests ran with
+0.19.8. It is imported in functions, since nothing else needs it.
 """
 
 import os
@@ -51,6 +51,8 @@ def plugin(config: TrainConfig) -> DeepSpeedPlugin:
     made = DeepSpeedPlugin(zero3_init_flag=False)  # reads what the launcher put into the environment
     if made.zero_stage not in (2, 3):
         raise UserError(f"launcher: zero_stage: got {made.zero_stage}, allowed: 2, 3")
+    if config.compile and made.zero_stage == 3:
+        raise UserError("compile: got true, allowed with DeepSpeed's ZeRO-3: false; its hooks break blocks into pieces")
     settings = made.deepspeed_config
     settings |= {
         "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,

@@ -10,7 +10,6 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from training import config, metrics, run, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -20,7 +19,6 @@ from hf_ibnorm.cli import Stopped, UserError
 from train_lm.checkpoint import damage
 from train_lm.config import build_model_config
 from train_lm.data import PackedTokens
-from train_lm.distribution import check_launcher
 from train_lm.prepare import check_room
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
@@ -194,11 +192,22 @@ def test_a_launchers_own_accumulation_does_not_divide_the_gradient_again(tmp_pat
     assert without_timing(metrics(tmp_path / "told")) == without_timing(metrics(tmp_path / "plain"))
 
 
-def test_a_way_of_distributing_that_is_not_ours_is_refused(tmp_path, monkeypatch):
-    accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(type(accelerator), "distributed_type", DistributedType.MEGATRON_LM)
-    with pytest.raises(UserError, match="launcher: got MEGATRON_LM"):
-        check_launcher(accelerator)
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism_config: got true"),
+        (
+            "ACCELERATE_DYNAMO_BACKEND",
+            "INDUCTOR",
+            "dynamo_backend: got inductor, allowed: no; set compile",
+        ),
+    ],
+)
+def test_what_a_launcher_asks_for_and_is_not_done_is_refused(tmp_path, monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"launcher: {message}"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -68,3 +68,23 @@ def test_sentinels_before_other_tokens_are_refused(tmp_path):
     like_t5(tmp_path / "t5", first=True)
     with pytest.raises(UserError, match="tokenizer: its <extra_id_N> stand before other tokens"):
         load_tokenizer("tokenizer", tmp_path / "t5")
+
+
+def test_a_beginning_of_text_stays_where_the_end_is_dropped(tmp_path):
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    )
+    template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    like_llama = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    like_llama.save_pretrained(tmp_path)
+    loaded = load_tokenizer("tokenizer", tmp_path)
+    assert loaded(TEXTS[0]).input_ids == like_llama(TEXTS[0]).input_ids[:-1]
+    assert loaded(TEXTS[0]).input_ids[0] == loaded.bos_token_id == 0
+    assert (loaded.bos_token, loaded.eos_token, loaded.unk_token) == ("<s>", "</s>", "<unk>")
