@@ -5,6 +5,7 @@ Importing this package registers the `ibnorm_llama` and `ibnorm_gpt2` models wit
 
 from . import kernels as kernels  # registers torch.ops.hf_ibnorm
 from .configuration_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
+from .convert import convert_checkpoint
 from .data import load_corpus
 from .families import register
 from .modeling_ibnorm_gpt2 import IBNormGPT2ForSequenceClassification, IBNormGPT2LMHeadModel, IBNormGPT2Model
@@ -31,6 +32,7 @@ __all__ = [
     "LayerNormalNorm",
     "apply_norm",
     "build_norm",
+    "convert_checkpoint",
     "load_corpus",
     "no_decay_parameter_names",
     "norm_sites",

@@ -52,6 +52,7 @@ def test_public_names_are_the_documented_ones():
         "NORMS",
         "apply_norm",
         "build_norm",
+        "convert_checkpoint",
         "load_corpus",
         "no_decay_parameter_names",
         "norm_sites",

@@ -1,0 +1,404 @@
+"""`convert_checkpoint`: a Llama or GPT-2 on disk, stock or ours, becomes one with other norms, tensor by tensor."""
+
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from ..configuration_ibnorm import NORM_FIELDS
+from ..families import FAMILIES, Family
+from ..files import atomic_directory, check_new_directory, environment_record, existing_folder, write_json, write_text
+from ..functional import check_choice
+from ..modeling_ibnorm import build_site
+from ..norms import norm_name, resolve_norm_kwargs
+from ..patching import apply_norm
+from ..remote_code import add_remote_code
+from .weights import INDEX, STORED, Shard, read_shards, rewrite
+
+INITS = ("keep", "identity")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RECORD = "conversion.json"
+# Weights in other formats, and what says what the source is: none of it would be true of the target.
+_LEFT = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
+    *("*.py", "config.json", "README.md", RECORD, ".*"),
+)
+_HUB = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk.
+
+    Args:
+        folder: where it is.
+        name: as the user named it.
+        config: its config.
+        family: which it belongs to.
+        architecture: its class, stock or ours.
+        shards: its weights.
+    """
+
+    folder: Path
+    name: str
+    config: Any
+    family: Family
+    architecture: type[PreTrainedModel]
+    shards: list[Shard]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its weights."""
+        return sum(shard.path.stat().st_size for shard in self.shards)
+
+
+@dataclass
+class Change:
+    """What becomes of the tensors: names of those left out, values of those put in."""
+
+    dropped: set[str] = field(default_factory=set)
+    added: dict[str, Tensor] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    """Dropped tensors that were trained → how far the farthest of their values is from where training begins."""
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    norm: str,
+    *,
+    norm_kwargs: Mapping[str, Any] | None = None,
+    sites: str | Collection[str] | None = None,
+    init: str = "keep",
+    dtype: str | None = None,
+    remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write a checkpoint with other norms: config, weights, tokenizer, generation config, chat template.
+
+    Weights stream from file to file, so that memory does not grow with the model. `target` appears when it is whole, or
+    not at all. Where every norm is the architecture's own in the end, the target is a stock checkpoint.
+
+    Args:
+        source: a Llama or GPT-2, stock or ours: directory with safetensors, name on the Hub, or a GGUF file, which is
+            dequantized to float32 (through memory).
+        target: a new directory.
+        norm: a name of `hf_ibnorm.NORMS`.
+        norm_kwargs: its options; those left out take their defaults, `eps` the model's own.
+        sites: globs over names relative to the base model, such as `"layers.0.*"`; None for all.
+        init: `keep`: gains and biases stay, the new norm does what it does at once. `identity`: options that make the
+            new norm the old one, to rounding: lam 0 (ibnorm_s: 1) and the standardization of the architecture
+            (`layernormalnorm`, GPT-2 only: alpha 0), for λ to be ramped up in training.
+        dtype: float32, bfloat16 or float16 for all weights; None for what they have.
+        remote_code: put the model's code into the target (`hf_ibnorm.remote_code`).
+
+    Returns:
+        What was done, as it is written to `target/conversion.json`.
+
+    Raises:
+        ValueError, TypeError: an argument or the source, named; nothing is left behind.
+        OSError: the target exists or cannot be written, or there is no room.
+    """
+    target = Path(target)
+    check_choice("init", init, INITS)
+    if dtype is not None:
+        check_choice("dtype", dtype, tuple(DTYPES))
+    check_new_directory("target", target)
+    with ExitStack() as stack:
+        found = read_source(source, stack)
+        check_tokenizer(found)
+        options = dict(norm_kwargs or {})
+        if init == "identity":
+            options = identity_options(norm, options, found, sites)
+        model = _converted(found, norm, sites, options)
+        config = _config_of(model, found)
+        change = _changes(found, model)
+        _check_room(target, found, dtype)
+        record = {
+            "source": found.name,
+            "source_architecture": found.architecture.__name__,
+            "architecture": config.architectures[0],
+            "init": init,
+            **{name: getattr(model.config, name) for name in NORM_FIELDS},
+            "dtype": dtype or "unchanged",
+            "tensors_added": sorted(change.added),
+            "tensors_dropped": sorted(change.dropped),
+            "lost": change.lost,
+            "environment": environment_record(),
+        }
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(target) as folder:
+            if dtype is not None:
+                config.dtype = DTYPES[dtype]
+            config.save_pretrained(folder)
+            _write_weights(found, change, folder, dtype)
+            _copy_rest(found.folder, folder)
+            if remote_code:
+                add_remote_code(folder)
+            write_json(folder / RECORD, record)
+            write_text(folder / "README.md", _card(record))
+    return record
+
+
+def read_source(source: str | Path, stack: ExitStack) -> Source:
+    """The model to convert; what has to be made or fetched for it lasts as long as `stack`.
+
+    Raises:
+        ValueError: it is no model of a known architecture, is quantized, or parts of it are missing.
+    """
+    folder = Path(source)
+    if folder.suffix == ".gguf":
+        folder = _dequantized(folder, Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))))
+    elif not folder.is_dir():
+        folder = _fetched(str(source))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"source: got {str(source)!r}, which has no readable config.json: {str(error)[:200]}"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"source: got {str(source)!r}, which is quantized; load it, dequantize() it, and save that")
+    classes = {
+        cls.__name__: (family, cls) for family in FAMILIES for pair in family.stock_classes.items() for cls in pair
+    }
+    names = config.architectures or []
+    if not names or names[0] not in classes:
+        stock = [cls.__name__ for family in FAMILIES for cls in family.stock_classes]
+        raise ValueError(
+            f"source: got {str(source)!r}, a {names[0] if names else config.model_type}; known are {', '.join(stock)}, "
+            "stock or ours"
+        )
+    family, architecture = classes[names[0]]
+    return Source(folder, str(source), config, family, architecture, read_shards(folder))
+
+
+def _fetched(name: str) -> Path:
+    """The files of a model on the Hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(
+            f"source: got {name!r}, no such directory, and the Hub does not give it: {str(error).splitlines()[0][:200]}"
+        ) from error
+
+
+def _dequantized(file: Path, folder: Path) -> Path:
+    """A GGUF file as a model directory in float32."""
+    if find_spec("gguf") is None:
+        raise ValueError(f"source: got {str(file)!r}, which needs gguf: pip install 'hf_ibnorm[gguf]'")
+    if not file.is_file():
+        raise ValueError(f"source: got {str(file)!r}, no such file")
+    from transformers import AutoModelForCausalLM
+
+    try:
+        quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"source: got {str(file)!r}, which cannot be read: {str(error)[:200]}") from error
+    # One that came from GGUF cannot be saved; its weights can.
+    config = quantized.config
+    del config.quantization_config
+    with torch.device("meta"):
+        model = type(quantized)(config)
+    model.load_state_dict(quantized.state_dict(), assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def check_tokenizer(source: Source) -> None:
+    """Raise ValueError where the tokenizer beside a model has tokens that the embedding has no row for."""
+    if not any((source.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return
+    try:
+        tokens = len(AutoTokenizer.from_pretrained(source.folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"source: the tokenizer in {source.folder} cannot be read: {str(error)[:200]}") from error
+    if tokens > source.config.vocab_size:
+        raise ValueError(
+            f"source: its tokenizer has {tokens} tokens, its embedding {source.config.vocab_size} rows; they are of "
+            "different models"
+        )
+
+
+def identity_options(
+    norm: str, given: Mapping[str, Any], source: Source, sites: str | Collection[str] | None
+) -> dict[str, Any]:
+    """Options with which `norm` is the architecture's own norm.
+
+    Raises:
+        ValueError: there are none, an option is given that they decide, or the source has other norms already.
+    """
+    name, table = norm_name(norm, "norm"), source.family.config.norm_site_table
+    if isinstance(source.config, source.family.config):
+        raise ValueError(
+            "init: got 'identity' for a source with norms of this package; it takes a stock Llama or GPT-2"
+        )
+    rms = table.stock == "rmsnorm"
+    decided: dict[str, Any]
+    if name.startswith("ibnorm_"):
+        decided = {"lam": 1.0 if name == "ibnorm_s" else 0.0, "standardize": "rms" if rms else "layer"}
+        decided |= {"unit": "raw", "order": "compress_first", "learn_lam": False}
+    elif name == "layernormalnorm" and not rms:
+        decided = {"alpha": 0.0}
+    elif name == table.stock:
+        decided = {}
+    else:
+        raise ValueError(f"init: got 'identity', but no options make {name} a {table.stock}; use keep")
+    decided["eps"] = getattr(source.config, source.family.config.norm_eps_field)
+    decided["elementwise_affine"] = True
+    for option, value in given.items():
+        if (option in decided and value != decided[option]) or option == "lam":
+            raise ValueError(
+                f"norm_kwargs.{option}: got {value!r} with init 'identity', which sets it to {decided.get(option)!r}; "
+                "leave it out, or use init 'keep'"
+            )
+    return {**given, **{key: value for key, value in decided.items() if key in _options_of(name)}}
+
+
+def _options_of(name: str) -> dict[str, Any]:
+    return resolve_norm_kwargs(name, {})
+
+
+def _converted(
+    source: Source, norm: str, sites: str | Collection[str] | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The model with its new norms, on the meta device."""
+    with torch.device("meta"):
+        model = source.architecture(source.config)
+    apply_norm(model, norm, sites, **options)
+    return model
+
+
+def _config_of(model: PreTrainedModel, source: Source) -> Any:
+    """The config to save: a stock one where every norm is what the architecture has."""
+    config: Any = model.config
+    table, ours = source.family.config.norm_site_table, type(model)
+    stock = next(stock for stock, cls in source.family.stock_classes.items() if cls is ours)
+    own = (table.stock, resolve_norm_kwargs(table.stock, None, getattr(config, config.norm_eps_field)))
+    config.architectures = [ours.__name__]
+    if all(config.norm_at(site) == own for site in table.names(config)):
+        dropped = (*NORM_FIELDS, "model_type", "architectures", "auto_map")
+        fields = {name: value for name, value in config.to_dict().items() if name not in dropped}
+        config = source.family.config.__bases__[1](**fields, architectures=[stock.__name__])
+    return config
+
+
+def _changes(source: Source, model: PreTrainedModel) -> Change:
+    """Which tensors of norms the target has no place for, and which the source has not.
+
+    Raises:
+        ValueError: the source lacks one.
+    """
+    shards = {name: shard for shard in source.shards for name in shard.tensors}
+    table, config = source.family.config.norm_site_table, model.config
+    # A language model's tensors may be named as the base model's: Transformers adds the prefix when it loads.
+    prefix = f"{model.base_model_prefix}."
+    prefix = prefix if f"{prefix}{table.final}.weight" in shards else ""
+    with torch.device("meta"):
+        old_base = source.architecture(source.config).base_model
+    change = Change()
+    for site in table.names(config):
+        old, new = old_base.get_submodule(site), dict(build_site(config, site).named_parameters())
+        had = [name for name, _ in old.named_parameters()]
+        if missing := [name for name in had if f"{prefix}{site}.{name}" not in shards]:
+            raise ValueError(f"source: {source.folder} has no {prefix}{site}.{missing[0]}")
+        dtype = STORED[shards[f"{prefix}{site}.{had[0]}"].tensors[f"{prefix}{site}.{had[0]}"]["dtype"]] if had else None
+        change.added |= {f"{prefix}{site}.{name}": new[name].detach().to(dtype) for name in new.keys() - set(had)}
+        for name in sorted(set(had) - new.keys()):
+            key = f"{prefix}{site}.{name}"
+            change.dropped.add(key)
+            start = _start(old, name)
+            if moved := float((shards[key].tensor(key).float() - start).abs().max()):
+                change.lost[key] = moved
+    return change
+
+
+def _start(norm: nn.Module, name: str) -> float:
+    """What every number of a norm's parameter is before training."""
+    if name == "theta":
+        return float(norm.initial_theta())  # type: ignore[operator]
+    return {"weight": 1.0, "bias": 0.0, "alpha": float(getattr(norm, "init_alpha", 0.0))}[name]
+
+
+def _check_room(target: Path, source: Source, dtype: str | None) -> None:
+    """Raise OSError where the disk has no room for the target."""
+    needed = source.bytes
+    if dtype is not None:
+        sizes = [(entry["data_offsets"], entry["dtype"]) for shard in source.shards for entry in shard.tensors.values()]
+        width = DTYPES[dtype].itemsize
+        needed = sum((end - begin) // STORED[kind].itemsize * width for (begin, end), kind in sizes if kind in STORED)
+    free = shutil.disk_usage(existing_folder(target)).free
+    if free < 1.01 * needed:
+        raise OSError(f"target: {target} needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+
+
+def _write_weights(source: Source, change: Change, folder: Path, dtype: str | None) -> None:
+    """Every part of the weights with the same name, new tensors beside the norm they belong to, and the index."""
+    places: dict[str, str] = {}
+    written = 0
+    for shard in source.shards:
+        norms = {name.rpartition(".")[0] for name in shard.tensors}
+        added = {
+            name: value
+            for name, value in change.added.items()
+            if name.rpartition(".")[0] in norms and name not in places
+        }
+        written += rewrite(shard, folder / shard.path.name, change.dropped, added, DTYPES[dtype] if dtype else None)
+        kept = (shard.tensors.keys() - change.dropped) | added.keys()
+        places |= dict.fromkeys(sorted(kept), shard.path.name)
+    if len(source.shards) > 1 or (source.folder / INDEX).is_file():
+        write_json(folder / INDEX, {"metadata": {"total_size": written}, "weight_map": dict(sorted(places.items()))})
+
+
+def _copy_rest(source: Path, folder: Path) -> None:
+    """Tokenizer, generation config, chat template and whatever else lies there that goes with a model."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not any(fnmatchcase(path.name, glob) for glob in _LEFT):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _card(record: dict[str, Any]) -> str:
+    """What the target is, for its README.md."""
+    name, norm = Path(record["source"]).name, record["norm_type"]
+    ours = record["architecture"].startswith("IBNorm")
+    elsewhere = ", and others at some sites" if record["norm_overrides"] else ""
+    stayed = record["architecture"] == record["source_architecture"] and not ours
+    if stayed or record["init"] == "identity":
+        worth = "to rounding it computes what its source does"
+    else:
+        worth = "expect it to be worse than its source"
+    lines = [
+        f"---\nlibrary_name: transformers\ntags: [hf_ibnorm, {norm}]\n---",
+        f"# {name} with {norm}",
+        f"`{name}`, {'an' if record['source_architecture'][0] == 'I' else 'a'} {record['source_architecture']}, as "
+        f"{'an' if ours else 'a'} {record['architecture']}: its norms are `{norm}` with "
+        f"`{json.dumps(record['norm_kwargs'])}`{elsewhere}. Made by `hf-ibnorm convert --init {record['init']}`; no "
+        f"weight of another layer was changed, and nothing was trained: {worth}.",
+        *([f"Lost in this: {lost_text(record)}."] if record["lost"] else []),
+        f"{'Load it after `import hf_ibnorm`. ' if ours else ''}The licence of the source goes on to apply.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def lost_text(record: dict[str, Any]) -> str:
+    """The trained tensors that a conversion dropped, in words; empty where there are none."""
+    lost = record["lost"]
+    if not lost:
+        return ""
+    kinds = sorted({name.rpartition(".")[2] for name in lost})
+    return f"{len(lost)} trained tensors ({', '.join(kinds)}), values up to {max(lost.values()):.3g} from their start"

@@ -1,0 +1,355 @@
+"""Checkpoints on disk with other norms: the same function where it can be, all other tensors to the bit, or nothing."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers import FAMILIES, STOCK_NORM, stock_of, tokens
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_ibnorm import NORMS, apply_norm, convert_checkpoint
+from hf_ibnorm.cli import main
+from hf_ibnorm.convert.weights import INDEX
+
+IDENTITY = {"llama": ("ibnorm_s", "ibnorm_l", "ibnorm_t", "ibnorm_shrink", "rmsnorm")}
+IDENTITY["gpt2"] = (*IDENTITY["llama"][:-1], "layernormalnorm", "layernorm")
+
+
+@pytest.fixture
+def source(stock_model, tmp_path):
+    """Factory of stock checkpoints on disk, with a tokenizer and a generation config: source("llama")."""
+
+    def make(family, shard="10GB", dtype=None, **fields):
+        from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
+
+        fields = {"vocab_size": 300, **fields}
+        model = stock_model(family, **fields)
+        model.generation_config.max_new_tokens = 7
+        if dtype is not None:
+            model = model.to(dtype)
+        folder = tmp_path / f"{family}-source"
+        model.save_pretrained(folder, max_shard_size=shard)
+        tokenizer = wrap_tokenizer(train_tokenizer(["some text to learn from " * 9], 300), 64)
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def logits(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens()).logits
+
+
+def weights(folder):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+@pytest.mark.parametrize(("family", "norm"), [(family, norm) for family in FAMILIES for norm in IDENTITY[family]])
+def test_identity_changes_nothing_but_rounding(source, tmp_path, family, norm):
+    folder = source(family, **({"rms_norm_eps": 3e-5} if family == "llama" else {"layer_norm_epsilon": 3e-5}))
+    convert_checkpoint(folder, tmp_path / "new", norm, init="identity")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    expected = logits(folder)
+    torch.testing.assert_close(logits(tmp_path / "new"), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert (type(model).__name__[:6] == "IBNorm") == (norm != STOCK_NORM[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_keep_is_what_patching_the_loaded_model_gives(source, tmp_path, family, norm):
+    folder = source(family)
+    record = convert_checkpoint(folder, tmp_path / "new", norm)
+    live = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.warns(UserWarning, match="no place") if record["lost"] else nullcontext():
+        apply_norm(live, norm)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    torch.testing.assert_close(converted.eval()(tokens()).logits, live.eval()(tokens()).logits, rtol=1e-5, atol=1e-6)
+    assert bool(record["lost"]) == (norm == "rmsnorm" and family == "gpt2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_other_tensors_are_the_same_bytes_part_by_part(source, tmp_path, family):
+    folder = source(family, shard="20KB")
+    parts = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(parts) > 2
+    convert_checkpoint(folder, tmp_path / "new", "ibnorm_t", norm_kwargs={"lam": 3})
+    assert sorted(path.name for path in (tmp_path / "new").glob("*.safetensors")) == parts
+    before, after = weights(folder), weights(tmp_path / "new")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    added = sorted(after.keys() - before.keys())
+    assert len(added) == (5 if family == "llama" else 0)
+    assert not any(after[name].any() for name in added)
+    index = json.loads((tmp_path / "new" / INDEX).read_text())
+    assert sorted(index["weight_map"]) == sorted(after)
+    for name, part in index["weight_map"].items():
+        assert name in load_file(tmp_path / "new" / part)
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in after.values())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert model.config.norm_kwargs["lam"] == 3.0
+
+
+def test_everything_that_goes_with_the_model_comes_along(source, tmp_path):
+    folder = source("llama")
+    (folder / "notes.txt").write_text("of the author")
+    record = convert_checkpoint(folder, tmp_path / "new", "ibnorm_l", init="identity", remote_code=True)
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "notes.txt",
+    ):
+        assert (tmp_path / "new" / name).read_bytes() == (folder / name).read_bytes(), name
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "new").generation_config.max_new_tokens == 7
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert (tmp_path / "new" / "modeling_ibnorm_llama.py").is_file()
+    assert json.loads((tmp_path / "new" / "conversion.json").read_text()) == json.loads(json.dumps(record))
+    assert record["source_architecture"] == "LlamaForCausalLM"
+    assert record["architecture"] == "IBNormLlamaForCausalLM"
+    assert str(tmp_path) not in (tmp_path / "new" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_is_the_same_checkpoint(source, tmp_path, family):
+    folder = source(family, shard="20KB")
+    convert_checkpoint(folder, tmp_path / "there", "ibnorm_l")
+    record = convert_checkpoint(tmp_path / "there", tmp_path / "back", STOCK_NORM[family])
+    assert record["lost"] == {}
+    assert record["architecture"] == stock_of(type(AutoModelForCausalLM.from_pretrained(tmp_path / "there"))).__name__
+    before, after = weights(folder), weights(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    assert torch.equal(logits(folder), logits(tmp_path / "back"))
+    left = ("architectures", "transformers_version", "dtype")
+    old, new = (json.loads((each / "config.json").read_text()) for each in (folder, tmp_path / "back"))
+    assert {name: value for name, value in old.items() if name not in left} == {
+        name: value for name, value in new.items() if name not in left
+    }
+
+
+def test_going_back_says_which_trained_biases_are_lost(source, tmp_path, command):
+    convert_checkpoint(source("llama"), tmp_path / "there", "ibnorm_l")
+    trained = load_file(tmp_path / "there" / "model.safetensors")
+    trained["model.norm.bias"][3] = -0.25
+    save_file(trained, tmp_path / "there" / "model.safetensors", metadata={"format": "pt"})
+    code, out, _ = command(
+        main,
+        "convert",
+        str(tmp_path / "there"),
+        str(tmp_path / "back"),
+        "--norm",
+        "rmsnorm",
+        "--norm_kwargs.eps",
+        "1e-6",
+    )
+    assert code == 0
+    assert "lost: 1 trained tensors (bias), values up to 0.25 from their start" in out
+    assert json.loads((tmp_path / "back" / "conversion.json").read_text())["lost"] == {"model.norm.bias": 0.25}
+
+
+def test_sites_and_options_of_the_command(source, tmp_path, command):
+    folder, flags = source("llama"), ["--sites", "layers.0.*", "--sites", "norm", "--norm_kwargs.lam=2.5"]
+    code, out, _ = command(main, "convert", str(folder), str(tmp_path / "new"), "--norm", "IBNorm-T", *flags)
+    assert code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert model.model.layers[0].input_layernorm.lam_value == model.model.norm.lam_value == 2.5
+    assert type(model.model.layers[1].input_layernorm) is torch.nn.RMSNorm
+    assert "IBNormLlamaForCausalLM with rmsnorm" in out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_take_the_dtype_that_is_asked_for(source, tmp_path, dtype):
+    folder = source("llama", dtype=torch.bfloat16 if dtype == "float32" else None)
+    convert_checkpoint(folder, tmp_path / "new", "ibnorm_l", dtype=dtype)
+    before, after = weights(folder), weights(tmp_path / "new")
+    wanted = getattr(torch, dtype)
+    assert {value.dtype for value in after.values()} == {wanted}
+    assert all(torch.equal(after[name], value.to(wanted)) for name, value in before.items())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto").dtype == wanted
+
+
+def test_a_checkpoint_keeps_its_dtype_and_new_tensors_take_it(source, tmp_path):
+    convert_checkpoint(source("llama", dtype=torch.bfloat16), tmp_path / "new", "ibnorm_l")
+    assert {value.dtype for value in weights(tmp_path / "new").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_model_s_names_and_tied_embeddings_are_kept(source, tmp_path, family):
+    folder = source(family, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    bare = {name.removeprefix(f"{model.base_model_prefix}."): value for name, value in weights(folder).items()}
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    convert_checkpoint(folder, tmp_path / "new", "ibnorm_l", init="identity")
+    assert weights(tmp_path / "new").keys() >= bare.keys()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    expected = logits(folder)
+    torch.testing.assert_close(logits(tmp_path / "new"), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def spoil_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def many_tokens(folder):
+    content = json.loads((folder / "config.json").read_text())
+    spoil_config(folder, vocab_size=content["vocab_size"] - 200)
+
+
+def cut_header(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def as_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+BAD = {
+    "known are LlamaModel, LlamaForCausalLM": lambda folder: spoil_config(folder, architectures=["MistralForCausalLM"]),
+    "which is quantized; load it, dequantize": lambda folder: spoil_config(
+        folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+    ),
+    "its tokenizer has 2.. tokens, its embedding 100 rows": many_tokens,
+    "model.safetensors cannot be read": cut_header,
+    "has no model.safetensors but pytorch_model.bin, which may run code": as_pickle,
+    "config.json": lambda folder: (folder / "config.json").unlink(),
+    "tokenizer in .* cannot be read": lambda folder: (folder / "tokenizer.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_bad_source_is_one_line_and_leaves_nothing(source, tmp_path, command, message):
+    folder = source("llama")
+    BAD[message](folder)
+    code, out, error = command(main, "convert", str(folder), str(tmp_path / "new"), "--norm", "ibnorm_l")
+    assert (code, out) == (2, "")
+    assert error.startswith("error: source: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-source"]
+
+
+def test_missing_parts_are_named(source, tmp_path):
+    folder = source("llama", shard="20KB")
+    parts = sorted(folder.glob("*.safetensors"))
+    parts[1].unlink()
+    with pytest.raises(ValueError, match=f"lacks {parts[1].name}: 1 of {len(parts)} parts"):
+        convert_checkpoint(folder, tmp_path / "new", "ibnorm_l")
+    assert not (tmp_path / "new").exists()
+
+
+ARGUMENTS = {
+    r"unknown norm 'ibnorm_x'": {"norm": "ibnorm_x"},
+    r"lamm: .*did you mean 'lam'": {"norm_kwargs": {"lamm": 3}},
+    r"norm_kwargs.lam: got 4 with init 'identity', which sets it to 0.0": {
+        "init": "identity",
+        "norm_kwargs": {"lam": 4},
+    },
+    r"init: got 'identity', but no options make layernormalnorm a rmsnorm": {
+        "init": "identity",
+        "norm": "layernormalnorm",
+    },
+    r"init: got 'identity', but no options make dyt a rmsnorm": {"init": "identity", "norm": "dyt"},
+    r"init: got 'reset'": {"init": "reset"},
+    r"dtype: got 'int8'": {"dtype": "int8"},
+    r"sites: 'layers.9.\*' matches no site": {"sites": "layers.9.*"},
+}
+
+
+@pytest.mark.parametrize("message", ARGUMENTS)
+def test_bad_arguments_are_named_and_nothing_is_written(source, tmp_path, message):
+    folder = source("llama")
+    with pytest.raises((ValueError, TypeError), match=message):
+        convert_checkpoint(folder, tmp_path / "new", **{"norm": "ibnorm_l", **ARGUMENTS[message]})
+    assert not (tmp_path / "new").exists()
+
+
+def test_identity_is_for_stock_models(source, tmp_path):
+    convert_checkpoint(source("llama"), tmp_path / "new", "ibnorm_l")
+    with pytest.raises(ValueError, match="init: got 'identity' for a source with norms of this package"):
+        convert_checkpoint(tmp_path / "new", tmp_path / "newer", "ibnorm_t", init="identity")
+
+
+def test_what_is_there_is_not_overwritten_and_room_is_checked_first(source, tmp_path, monkeypatch):
+    folder = source("llama")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").touch()
+    with pytest.raises(OSError, match="target: .*there is not empty"):
+        convert_checkpoint(folder, tmp_path / "there", "ibnorm_l")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(OSError, match=r"target: .*new needs .* GB, 1e-06 GB are free"):
+        convert_checkpoint(folder, tmp_path / "new", "ibnorm_l")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_name_the_hub_does_not_give_is_one_line(tmp_path, command):
+    code, _, error = command(main, "convert", "nobody/nothing", str(tmp_path / "new"), "--norm", "ibnorm_l")
+    assert code == 2
+    assert error.startswith("error: source: got 'nobody/nothing', no such directory, and the Hub does not give it")
+
+
+def test_options_of_a_norm_belong_to_convert(command):
+    code, _, error = command(main, "env", "--norm_kwargs.lam", "4")
+    assert (code, error) == (2, "error: --norm_kwargs.lam: only convert takes options of a norm\n")
+
+
+def test_killed_half_way_it_leaves_no_target(source, tmp_path):
+    folder = source("llama", shard="20KB")
+    code = """
+import os, sys, time
+import hf_ibnorm.convert.checkpoint as module
+original = module.rewrite
+def slow(*arguments):
+    written = original(*arguments)
+    print("part", flush=True)
+    time.sleep(60)
+    return written
+module.rewrite = slow
+module.convert_checkpoint(sys.argv[1], sys.argv[2], "ibnorm_l")
+"""
+    words = [sys.executable, "-c", code, str(folder), str(tmp_path / "new")]
+    begun = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert begun.stdout.readline() == "part\n"
+    os.kill(begun.pid, signal.SIGKILL)
+    begun.wait()
+    assert not (tmp_path / "new").exists()
+    convert_checkpoint(folder, tmp_path / "new", "ibnorm_l")
+    assert (tmp_path / "new" / "conversion.json").is_file()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_checkpoint(source, tmp_path):
+    """Of the largest part 1.2 times, and 200 MB, above what the imports take."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 8000}
+    folder = source("llama", shard="200MB", **sizes)
+    largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert total > 3 * largest
+    code = """
+import resource, sys
+from hf_ibnorm import convert_checkpoint
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert_checkpoint(sys.argv[1], sys.argv[2], "ibnorm_l", init="identity")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    words = [sys.executable, "-c", code, str(folder), str(tmp_path / "new")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1.2 * largest + 200e6
