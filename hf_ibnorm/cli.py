@@ -187,6 +187,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             norm_kwargs=arguments.norm_kwargs,
             sites=arguments.sites,
             init=arguments.init,
+            data=arguments.data,
+            calibration_tokens=arguments.calibration_tokens,
             dtype=arguments.dtype,
             remote_code=arguments.remote_code,
         )
@@ -245,10 +247,20 @@ def _main() -> None:
     )
     convert.add_argument(
         "--init",
-        choices=("keep", "identity"),
+        choices=("keep", "identity", "calibrate"),
         default="keep",
         help="keep: gains stay and the norm does what it does at once; identity: options that make it the old norm, "
-        "for lam to be ramped up in training (default: %(default)s)",
+        "for lam to be ramped up in training; calibrate: gains and biases fitted to what the old norm gives on "
+        "some text (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--data",
+        default="sotu",
+        metavar="FILE|CORPUS",
+        help="text to calibrate on: austen, sotu (their training splits) or a text file (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--calibration_tokens", type=int, default=16_384, help="how much of it, about (default: %(default)s)"
     )
     convert.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (default: what they have)"

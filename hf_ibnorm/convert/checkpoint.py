@@ -18,14 +18,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from ..configuration_ibnorm import NORM_FIELDS
 from ..families import FAMILIES, Family
 from ..files import atomic_directory, check_new_directory, environment_record, existing_folder, write_json, write_text
-from ..functional import check_choice
+from ..functional import check_choice, check_number
 from ..modeling_ibnorm import build_site
 from ..norms import norm_name, resolve_norm_kwargs
 from ..patching import apply_norm
 from ..remote_code import add_remote_code
+from .calibrate import LEAST, Errors, calibration_ids, fit_norms
 from .weights import INDEX, STORED, Shard, read_shards, rewrite
 
-INITS = ("keep", "identity")
+INITS = ("keep", "identity", "calibrate")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "conversion.json"
 # Weights in other formats, and what says what the source is: none of it would be true of the target.
@@ -80,6 +81,8 @@ def convert_checkpoint(
     norm_kwargs: Mapping[str, Any] | None = None,
     sites: str | Collection[str] | None = None,
     init: str = "keep",
+    data: str = "sotu",
+    calibration_tokens: int = 16_384,
     dtype: str | None = None,
     remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -97,7 +100,11 @@ def convert_checkpoint(
         sites: globs over names relative to the base model, such as `"layers.0.*"`; None for all.
         init: `keep`: gains and biases stay, the new norm does what it does at once. `identity`: options that make the
             new norm the old one, to rounding: lam 0 (ibnorm_s: 1) and the standardization of the architecture
-            (`layernormalnorm`, GPT-2 only: alpha 0), for λ to be ramped up in training.
+            (`layernormalnorm`, GPT-2 only: alpha 0), for λ to be ramped up in training. `calibrate`: gains and biases
+            fitted, norm by norm, so that each gives what the old one gave on some text, in the sense of least squares;
+            this loads the model, in float32.
+        data: text to calibrate on: an embedded corpus, of which the training split is used, or a text file.
+        calibration_tokens: how much of it, about.
         dtype: float32, bfloat16 or float16 for all weights; None for what they have.
         remote_code: put the model's code into the target (`hf_ibnorm.remote_code`).
 
@@ -122,6 +129,7 @@ def convert_checkpoint(
         model = _converted(found, norm, sites, options)
         config = _config_of(model, found)
         change = _changes(found, model)
+        errors = _calibrate(found, model.config, change, data, calibration_tokens) if init == "calibrate" else None
         _check_room(target, found, dtype)
         record = {
             "source": found.name,
@@ -133,6 +141,9 @@ def convert_checkpoint(
             "tensors_added": sorted(change.added),
             "tensors_dropped": sorted(change.dropped),
             "lost": change.lost,
+            "calibration": None
+            if errors is None
+            else {"data": Path(data).name, "tokens": calibration_tokens, "sites": errors},
             "environment": environment_record(),
         }
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -326,6 +337,26 @@ def _changes(source: Source, model: PreTrainedModel) -> Change:
             if moved := float((shards[key].tensor(key).float() - start).abs().max()):
                 change.lost[key] = moved
     return change
+
+
+def _calibrate(source: Source, config: Any, change: Change, data: str, tokens: int) -> Errors:
+    """Put fitted gains and biases into `change`; returns the errors, site by site."""
+    check_number("calibration_tokens", tokens, LEAST)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"source: {source.folder} has no tokenizer to calibrate with: {str(error)[:200]}") from error
+    ids = calibration_ids(data, tokenizer, tokens, config.max_position_embeddings)
+    model = source.architecture.from_pretrained(source.folder, dtype=torch.float32).eval()
+    fitted, errors = fit_norms(model, config, ids)
+    shards = {name: shard for shard in source.shards for name in shard.tensors}
+    prefix, final = f"{model.base_model_prefix}.", config.norm_site_table.final
+    prefix = prefix if f"{prefix}{final}.weight" in shards else ""
+    for name, value in fitted.items():
+        like = shards.get(f"{prefix}{name}") or shards[f"{prefix}{name.rpartition('.')[0]}.weight"]
+        stored = like.tensors.get(f"{prefix}{name}") or like.tensors[f"{prefix}{name.rpartition('.')[0]}.weight"]
+        change.added[f"{prefix}{name}"] = value.to(STORED[stored["dtype"]])
+    return errors
 
 
 def _start(norm: nn.Module, name: str) -> float:

@@ -1,0 +1,228 @@
+"""Gains and biases fitted so that new norms give what the old ones gave on some text: least squares in each channel.
+
+Block after block two streams of hidden states go through the model side by side: one with the old norms, whose outputs
+are the targets, and one with the new norms, each fitted as soon as it is reached, so that a norm also makes up for what
+those before it could not. The model is in memory once, whatever its depth, and every block runs a few times.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data import CORPORA, load_corpus
+from ..modeling_ibnorm import build_site, set_site
+
+SEQUENCE = 512
+"""Tokens a sequence, at most."""
+BATCH = 4
+"""Sequences at a time."""
+Errors = dict[str, dict[str, float]]
+LEAST = 256
+"""Tokens without which nothing is fitted."""
+
+
+@dataclass
+class Sums:
+    """What least squares needs of pairs (z, y), per channel, in float64: z a norm without gain and bias, y its aim."""
+
+    count: int
+    z: Tensor
+    y: Tensor
+    zz: Tensor
+    zy: Tensor
+    yy: Tensor
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> "Sums":
+        """Of tensors of shape (..., N)."""
+        count, totals = 0, None
+        for z, y in pairs:
+            z, y = z.flatten(0, -2).double(), y.flatten(0, -2).double()
+            new = torch.stack([each.sum(0) for each in (z, y, z * z, z * y, y * y)])
+            totals = new if totals is None else totals + new
+            count += len(z)
+        assert totals is not None
+        return cls(count, *totals)
+
+    def fit(self, gain: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+        """Gain and bias with the least squared error; a channel in which z never moves keeps `gain`."""
+        zero = torch.zeros_like(self.z)
+        z, y = (self.z / self.count, self.y / self.count) if with_bias else (zero, zero)
+        variance, covariance = self.zz / self.count - z * z, self.zy / self.count - z * y
+        moves = variance > 1e-12 * (self.zz / self.count).clamp_min(1e-30)
+        fitted = torch.where(moves, covariance / torch.where(moves, variance, 1.0), gain.double())
+        return fitted, y - fitted * z
+
+    def error(self, gain: Tensor, bias: Tensor) -> float:
+        """Squared error of gain·z + bias over all channels, as a fraction of the target's variance."""
+        squares = gain * gain * self.zz + 2 * gain * bias * self.z + self.count * bias * bias
+        squares += self.yy - 2 * gain * self.zy - 2 * bias * self.y
+        return float(squares.sum() / (self.yy - self.y * self.y / self.count).sum())
+
+
+def calibration_ids(data: str, tokenizer: Any, tokens: int, context: int) -> Tensor:
+    """Sequences to calibrate on, int64 of shape (rows, length).
+
+    Args:
+        data: an embedded corpus, of which the training split is used, or a text file.
+        tokenizer: the model's.
+        tokens: how many in all, about.
+        context: the longest that the model takes.
+
+    Raises:
+        ValueError: there is no such text, or not enough of it.
+    """
+    if data in CORPORA:
+        documents = load_corpus(data, "train")
+    else:
+        try:
+            documents = [Path(data).read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            known = ", ".join(CORPORA)
+            raise ValueError(f"data: got {data!r}, neither a corpus ({known}) nor a text file: {error}") from error
+    length = min(SEQUENCE, context)
+    rows = max(1, tokens // length)
+    step = max(1, len(documents) // rows)  # from all over the corpus
+    wanted = -(-rows * length // len(documents[::step]))  # of each document
+    ids: list[int] = []
+    for document in documents[::step]:
+        start = document.find(" ", len(document) // 3) if len(document) > 40 * wanted else 0  # many begin alike
+        ids += tokenizer(document[start : start + 20 * wanted], add_special_tokens=False).input_ids[:wanted]
+        if len(ids) >= rows * length:
+            break
+    if len(ids) < LEAST:
+        raise ValueError(f"data: got {data!r}, which has {len(ids)} tokens; must have at least {LEAST}")
+    length = min(length, len(ids))
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+@torch.no_grad()
+def fit_norms(
+    model: PreTrainedModel, config: Any, ids: Tensor
+) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """Fit the norms of `config` to those of `model`, whose norms are replaced on the way.
+
+    Args:
+        model: the source in eval mode, float32.
+        config: that of the target, with the norm of every site.
+        ids: what to fit on, int64 of shape (rows, length).
+
+    Returns:
+        Site.parameter → values, float32, for each that was fitted; and site → error as a fraction of the variance of
+        the old norm's output, with the old gains (`kept`) and with the new ones (`fitted`).
+    """
+    base: Any = model.base_model
+    table = config.norm_site_table
+    sites = [site for site in table.names(config) if config.norm_at(site) != config_of_old(config, model, site)]
+    news = {site: _like(base.get_submodule(site), build_site(config, site).eval()) for site in sites}
+    calls = [_first_block(base, table.blocks, rows) for rows in ids.split(BATCH)]
+    teacher = [hidden for hidden, _, _ in calls]
+    student = list(teacher)
+    found: dict[str, Tensor] = {}
+    errors: Errors = {}
+
+    def fit(site: str, inputs: list[Tensor], targets: list[Tensor]) -> None:
+        norm = news[site]
+        if getattr(norm, "weight", None) is None:
+            return
+        bare = copy.deepcopy(norm)
+        bare.register_parameter("weight", None)
+        bare.register_parameter("bias", None)
+        sums = Sums.of((bare(x), y) for x, y in zip(inputs, targets, strict=True))
+        gain, bias = sums.fit(norm.weight, with_bias=getattr(norm, "bias", None) is not None)
+        kept = norm.bias if getattr(norm, "bias", None) is not None else torch.zeros_like(norm.weight)
+        errors[site] = {
+            "kept": sums.error(norm.weight.double(), kept.double()),
+            "fitted": sums.error(gain, bias),
+        }
+        norm.weight.copy_(gain)
+        found[f"{site}.weight"] = norm.weight.detach()
+        if getattr(norm, "bias", None) is not None:
+            norm.bias.copy_(bias)
+            found[f"{site}.bias"] = norm.bias.detach()
+
+    for i, block in enumerate(base.get_submodule(table.blocks)):
+        here = [site for site in sites if site.startswith(f"{table.blocks}.{i}.")]
+        with _outputs({site: base.get_submodule(site) for site in here}) as targets:
+            teacher = [_run(block, hidden, call) for hidden, call in zip(teacher, calls, strict=True)]
+        for site in here:
+            with _outputs({site: base.get_submodule(site)}, inputs=True) as seen:
+                for hidden, call in zip(student, calls, strict=True):
+                    _run(block, hidden, call)
+            fit(site, seen[site], targets[site])
+            set_site(base, site, news[site])
+        student = [_run(block, hidden, call) for hidden, call in zip(student, calls, strict=True)]
+    if table.final in sites:
+        fit(table.final, student, [base.get_submodule(table.final)(hidden) for hidden in teacher])
+    return found, errors
+
+
+def config_of_old(config: Any, model: PreTrainedModel, site: str) -> Any:
+    """Name and options of the norm that `model` has at `site`, in the terms of `config`."""
+    old: Any = model.config
+    if hasattr(old, "norm_at"):
+        return old.norm_at(site)
+    stock = copy.deepcopy(config)
+    stock.norm_type, stock.norm_kwargs, stock.norm_overrides = config.norm_site_table.stock, None, []
+    stock.resolve_norms()
+    return stock.norm_at(site)
+
+
+def _like(old: nn.Module, new: Any) -> Any:
+    """`new` with the gain and bias of `old`, where both have them."""
+    for name in ("weight", "bias"):
+        if getattr(old, name, None) is not None and getattr(new, name, None) is not None:
+            getattr(new, name).copy_(getattr(old, name))
+    return new
+
+
+class _Reached(Exception):
+    """The first block was called."""
+
+
+def _first_block(base: Any, blocks: str, rows: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """With what the first block is called: hidden states, and the arguments that all blocks get beside them."""
+    caught: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        caught.append((hidden, args[1:], kwargs))
+        raise _Reached
+
+    handle = base.get_submodule(blocks)[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        base(input_ids=rows, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def _run(block: nn.Module, hidden: Tensor, call: tuple[Tensor, tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    out = block(hidden, *call[1], **call[2])
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+@contextmanager
+def _outputs(norms: dict[str, nn.Module], inputs: bool = False) -> Iterator[dict[str, list[Tensor]]]:
+    """What each norm gives, or gets, at every call inside the block."""
+    seen: dict[str, list[Tensor]] = {site: [] for site in norms}
+
+    def note(site: str) -> Any:
+        return lambda _, args, out: seen[site].append(args[0] if inputs else out)
+
+    handles = [norm.register_forward_hook(note(site)) for site, norm in norms.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
