@@ -120,7 +120,7 @@ def fit_norms(
     """
     base: Any = model.base_model
     table = config.norm_site_table
-    sites = [site for site in table.names(config) if config.norm_at(site) != config_of_old(config, model, site)]
+    sites = [site for site in table.names(config) if config.norm_at(site) != _old_norm(config, model, site)]
     news = {site: _like(base.get_submodule(site), build_site(config, site).eval()) for site in sites}
     calls = [_first_block(base, table.blocks, rows) for rows in ids.split(BATCH)]
     teacher = [hidden for hidden, _, _ in calls]
@@ -136,17 +136,18 @@ def fit_norms(
         bare.register_parameter("weight", None)
         bare.register_parameter("bias", None)
         sums = Sums.of((bare(x), y) for x, y in zip(inputs, targets, strict=True))
-        gain, bias = sums.fit(norm.weight, with_bias=getattr(norm, "bias", None) is not None)
-        kept = norm.bias if getattr(norm, "bias", None) is not None else torch.zeros_like(norm.weight)
+        own_bias = getattr(norm, "bias", None)
+        gain, bias = sums.fit(norm.weight, with_bias=own_bias is not None)
+        kept = torch.zeros_like(norm.weight) if own_bias is None else own_bias
         errors[site] = {
             "kept": sums.error(norm.weight.double(), kept.double()),
             "fitted": sums.error(gain, bias),
         }
         norm.weight.copy_(gain)
         found[f"{site}.weight"] = norm.weight.detach()
-        if getattr(norm, "bias", None) is not None:
-            norm.bias.copy_(bias)
-            found[f"{site}.bias"] = norm.bias.detach()
+        if own_bias is not None:
+            own_bias.copy_(bias)
+            found[f"{site}.bias"] = own_bias.detach()
 
     for i, block in enumerate(base.get_submodule(table.blocks)):
         here = [site for site in sites if site.startswith(f"{table.blocks}.{i}.")]
@@ -164,7 +165,7 @@ def fit_norms(
     return found, errors
 
 
-def config_of_old(config: Any, model: PreTrainedModel, site: str) -> Any:
+def _old_norm(config: Any, model: PreTrainedModel, site: str) -> Any:
     """Name and options of the norm that `model` has at `site`, in the terms of `config`."""
     old: Any = model.config
     if hasattr(old, "norm_at"):

@@ -62,6 +62,20 @@ class Source:
         """Size of its weights."""
         return sum(shard.path.stat().st_size for shard in self.shards)
 
+    @property
+    def places(self) -> dict[str, Shard]:
+        """Name of a tensor → the part that has it."""
+        return {name: shard for shard in self.shards for name in shard.tensors}
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the base model's tensors begin with.
+
+        A language model's may be named as those of the base model alone: Transformers adds the prefix when it loads.
+        """
+        prefix = f"{self.architecture.base_model_prefix}."
+        return prefix if f"{prefix}{self.family.config.norm_site_table.final}.weight" in self.places else ""
+
 
 @dataclass
 class Change:
@@ -315,11 +329,8 @@ def _changes(source: Source, model: PreTrainedModel) -> Change:
     Raises:
         ValueError: the source lacks one.
     """
-    shards = {name: shard for shard in source.shards for name in shard.tensors}
+    shards, prefix = source.places, source.prefix
     table, config = source.family.config.norm_site_table, model.config
-    # A language model's tensors may be named as the base model's: Transformers adds the prefix when it loads.
-    prefix = f"{model.base_model_prefix}."
-    prefix = prefix if f"{prefix}{table.final}.weight" in shards else ""
     with torch.device("meta"):
         old_base = source.architecture(source.config).base_model
     change = Change()
@@ -349,13 +360,12 @@ def _calibrate(source: Source, config: Any, change: Change, data: str, tokens: i
     ids = calibration_ids(data, tokenizer, tokens, config.max_position_embeddings)
     model = source.architecture.from_pretrained(source.folder, dtype=torch.float32).eval()
     fitted, errors = fit_norms(model, config, ids)
-    shards = {name: shard for shard in source.shards for name in shard.tensors}
-    prefix, final = f"{model.base_model_prefix}.", config.norm_site_table.final
-    prefix = prefix if f"{prefix}{final}.weight" in shards else ""
+    places, prefix = source.places, source.prefix
     for name, value in fitted.items():
-        like = shards.get(f"{prefix}{name}") or shards[f"{prefix}{name.rpartition('.')[0]}.weight"]
-        stored = like.tensors.get(f"{prefix}{name}") or like.tensors[f"{prefix}{name.rpartition('.')[0]}.weight"]
-        change.added[f"{prefix}{name}"] = value.to(STORED[stored["dtype"]])
+        weight = f"{prefix}{name.rpartition('.')[0]}.weight"  # beside which a new bias goes
+        key = f"{prefix}{name}"
+        like = key if key in places else weight
+        change.added[key] = value.to(STORED[places[like].tensors[like]["dtype"]])
     return errors
 
 
