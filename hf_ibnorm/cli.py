@@ -21,7 +21,6 @@ from .norms import nearest
 from .version import __version__
 
 BAD_INPUT = 2
-_BAD_INPUT = (ValueError, TypeError, OSError, StrictDataclassError)
 STOPPED = 75  # EX_TEMPFAIL: the same command can go on later
 
 
@@ -46,7 +45,7 @@ def bad_input(*kinds: type[Exception], about: str = "") -> Iterator[None]:
         *kinds: the errors to turn; by default ValueError, TypeError, OSError and those of Transformers' strict configs.
         about: opens the message, for errors of libraries that do not know what they were asked for.
     """
-    caught = kinds or _BAD_INPUT
+    caught = kinds or (ValueError, TypeError, OSError, StrictDataclassError)
     try:
         yield
     except caught as error:
@@ -179,7 +178,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from .convert.checkpoint import lost_text
 
     quiet_libraries()
-    with bad_input(*_BAD_INPUT, RuntimeError):
+    with bad_input(), bad_input(RuntimeError):
         record = convert_checkpoint(
             arguments.source,
             arguments.target,

@@ -11,6 +11,7 @@ import pytest
 
 # Where `make test-slow` puts DeepSpeed, apart from the rest.
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
+MODULE = ("-m", "train_lm")
 CONFIGS = Path(__file__).parents[1] / "train_lm" / "recipes" / "accelerate"
 
 needs_deepspeed = pytest.mark.skipif(
@@ -44,8 +45,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(script: Path, config: str, *flags: str, processes: int = 2, launcher=(), cwd=None) -> subprocess.Popen:
-    """Begin to run `script` in so many processes of this machine, spread as a shipped config file says."""
+def start(script, config: str, *flags: str, processes: int = 2, launcher=(), cwd=None) -> subprocess.Popen:
+    """Begin to run `script`, a path or `MODULE`, in so many processes here, spread as a shipped config file says."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
     command += ["--num_processes", str(processes), *(launcher or ["--main_process_port", str(free_port())])]
     # Two processes on one GPU would ask for a second.
@@ -53,7 +54,7 @@ def start(script: Path, config: str, *flags: str, processes: int = 2, launcher=(
     if config.startswith("deepspeed") and find_spec("deepspeed") is None:
         environment["PYTHONPATH"] = os.pathsep.join([str(DEEPSPEED), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
-        [*command, str(script), *map(str, flags)],
+        [*command, *(script if script is MODULE else [str(script)]), *map(str, flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -62,7 +63,7 @@ def start(script: Path, config: str, *flags: str, processes: int = 2, launcher=(
     )
 
 
-def launch(script: Path, config: str, *flags: str, **how) -> subprocess.CompletedProcess:
+def launch(script, config: str, *flags: str, **how) -> subprocess.CompletedProcess:
     """The same, to its end."""
     started = start(script, config, *flags, **how)
     out, err = started.communicate()

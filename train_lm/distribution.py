@@ -163,6 +163,11 @@ class Spread:
         else:
             self.kind = "ddp" if accelerator.num_processes > 1 else "one"
 
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds only a part of each parameter."""
+        return self.kind in ("fsdp2", "zero3")
+
     def part_of_step(self, last: bool) -> AbstractContextManager[None]:
         """Around the passes of a micro-batch: gradients are summed over processes with the `last` one.
 

@@ -262,7 +262,7 @@ class State:
 
     def gain_movement(self, moved: list[float]) -> float:
         """Root mean square of how far the gains are from where they started, from `gains_moved` of every process."""
-        total = math.fsum(moved) if self.spread.kind in ("fsdp2", "zero3") else moved[0]
+        total = math.fsum(moved) if self.spread.sharded else moved[0]
         return math.sqrt(total / max(1, sum(gain.numel() for gain in self.start_gains.values())))
 
     def model_on_host(self) -> PreTrainedModel | None:

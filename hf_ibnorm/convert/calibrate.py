@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..data import CORPORA, load_corpus
 from ..modeling_ibnorm import build_site, set_site
+from ..norms import resolve_norm_kwargs
 
 SEQUENCE = 512
 """Tokens a sequence, at most."""
@@ -165,15 +166,17 @@ def fit_norms(
     return found, errors
 
 
-def _old_norm(config: Any, model: PreTrainedModel, site: str) -> Any:
+def stock_norm(config: Any) -> tuple[str, dict[str, Any]]:
+    """Name and options of the norm that the stock model of one of our configs has, as `norm_at` gives them."""
+    name = config.norm_site_table.stock
+    return name, resolve_norm_kwargs(name, None, getattr(config, config.norm_eps_field))
+
+
+def _old_norm(config: Any, model: PreTrainedModel, site: str) -> tuple[str, dict[str, Any]]:
     """Name and options of the norm that `model` has at `site`, in the terms of `config`."""
     old: Any = model.config
-    if hasattr(old, "norm_at"):
-        return old.norm_at(site)
-    stock = copy.deepcopy(config)
-    stock.norm_type, stock.norm_kwargs, stock.norm_overrides = config.norm_site_table.stock, None, []
-    stock.resolve_norms()
-    return stock.norm_at(site)
+    found: tuple[str, dict[str, Any]] = old.norm_at(site) if hasattr(old, "norm_at") else stock_norm(config)
+    return found
 
 
 def _like(old: nn.Module, new: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +22,9 @@ from ..files import atomic_directory, check_new_directory, environment_record, e
 from ..functional import check_choice, check_number
 from ..modeling_ibnorm import build_site
 from ..norms import norm_name, resolve_norm_kwargs
-from ..patching import apply_norm
+from ..patching import apply_norm, norm_sites
 from ..remote_code import add_remote_code
-from .calibrate import LEAST, Errors, calibration_ids, fit_norms
+from .calibrate import LEAST, Errors, calibration_ids, fit_norms, stock_norm
 from .weights import INDEX, STORED, Shard, read_shards, rewrite
 
 INITS = ("keep", "identity", "calibrate")
@@ -67,12 +68,12 @@ class Source:
         """Whether there is one beside the weights; some releases of Transformers make an empty one otherwise."""
         return any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
-    @property
+    @cached_property
     def places(self) -> dict[str, Shard]:
         """Name of a tensor → the part that has it."""
         return {name: shard for shard in self.shards for name in shard.tensors}
 
-    @property
+    @cached_property
     def prefix(self) -> str:
         """What the names of the base model's tensors begin with.
 
@@ -145,9 +146,12 @@ def convert_checkpoint(
         options = dict(norm_kwargs or {})
         if init == "identity":
             options = identity_options(norm, options, found, sites)
-        model = _converted(found, norm, sites, options)
+        with torch.device("meta"):
+            model = found.architecture(found.config)
+        old = norm_sites(model.base_model)
+        apply_norm(model, norm, sites, **options)
         config = _config_of(model, found)
-        change = _changes(found, model)
+        change = _changes(found, old, model.config)
         errors = _calibrate(found, model.config, change, data, calibration_tokens) if init == "calibrate" else None
         _check_room(target, found, dtype)
         record = {
@@ -304,43 +308,29 @@ def _options_of(name: str) -> dict[str, Any]:
     return resolve_norm_kwargs(name, {})
 
 
-def _converted(
-    source: Source, norm: str, sites: str | Collection[str] | None, options: dict[str, Any]
-) -> PreTrainedModel:
-    """The model with its new norms, on the meta device."""
-    with torch.device("meta"):
-        model = source.architecture(source.config)
-    apply_norm(model, norm, sites, **options)
-    return model
-
-
 def _config_of(model: PreTrainedModel, source: Source) -> Any:
     """The config to save: a stock one where every norm is what the architecture has."""
     config: Any = model.config
     table, ours = source.family.config.norm_site_table, type(model)
     stock = next(stock for stock, cls in source.family.stock_classes.items() if cls is ours)
-    own = (table.stock, resolve_norm_kwargs(table.stock, None, getattr(config, config.norm_eps_field)))
     config.architectures = [ours.__name__]
-    if all(config.norm_at(site) == own for site in table.names(config)):
+    if all(config.norm_at(site) == stock_norm(config) for site in table.names(config)):
         dropped = (*NORM_FIELDS, "model_type", "architectures", "auto_map")
         fields = {name: value for name, value in config.to_dict().items() if name not in dropped}
         config = source.family.config.__bases__[1](**fields, architectures=[stock.__name__])
     return config
 
 
-def _changes(source: Source, model: PreTrainedModel) -> Change:
+def _changes(source: Source, old_norms: Mapping[str, nn.Module], config: Any) -> Change:
     """Which tensors of norms the target has no place for, and which the source has not.
 
     Raises:
         ValueError: the source lacks one.
     """
     shards, prefix = source.places, source.prefix
-    table, config = source.family.config.norm_site_table, model.config
-    with torch.device("meta"):
-        old_base = source.architecture(source.config).base_model
     change = Change()
-    for site in table.names(config):
-        old, new = old_base.get_submodule(site), dict(build_site(config, site).named_parameters())
+    for site, old in old_norms.items():
+        new = dict(build_site(config, site).named_parameters())
         had = [name for name, _ in old.named_parameters()]
         if missing := [name for name in had if f"{prefix}{site}.{name}" not in shards]:
             raise ValueError(f"source: {source.folder} has no {prefix}{site}.{missing[0]}")

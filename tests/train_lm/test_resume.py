@@ -1,7 +1,6 @@
 """A run that was stopped goes on as if it never had been: to the bit, or not at all."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 
 import pytest
 import torch
+from launching import MODULE, launch, start
 from training import config, killed, metrics, result, run, run_stopped, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -285,17 +285,11 @@ def test_three_processes_sum_gradients_alike_after_a_resume(tmp_path):
     assert counts["identical"] == counts["runs"] >= 1
 
 
-def launch(processes, run_dir, *flags):
-    program = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    program = [*program, "-m", "train_lm", "--config", "tiny", "--run_dir", str(run_dir), *flags]
-    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
 @pytest.mark.slow
 def test_the_number_of_processes_may_change_where_the_step_stays_as_large(tmp_path):
     flags = ["--max_eval_blocks", "2", "--model.norm_type", "ibnorm_t"]
-    assert launch(2, tmp_path / "two", *flags, "--gradient_accumulation_steps", "1").wait() == 0
+    two = ["--config", "tiny", "--run_dir", tmp_path / "two", *flags, "--gradient_accumulation_steps", "1"]
+    assert launch(MODULE, "ddp", *two).returncode == 0
     for name in ("final", "checkpoints/step-10"):
         shutil.rmtree(tmp_path / "two" / name)
     one = command(tmp_path / "two", *flags, "--resume", "auto")
@@ -316,7 +310,8 @@ def test_the_number_of_processes_may_change_where_the_step_stays_as_large(tmp_pa
 @pytest.mark.slow
 def test_a_stream_dealt_out_to_other_processes_is_refused_with_the_reason(tmp_path):
     flags = ["--streaming", "true", "--max_eval_blocks", "2", "--max_steps", "4", "--checkpoint_every", "2"]
-    assert launch(2, tmp_path / "two", *flags, "--gradient_accumulation_steps", "1").wait() == 0
+    two = ["--config", "tiny", "--run_dir", tmp_path / "two", *flags, "--gradient_accumulation_steps", "1"]
+    assert launch(MODULE, "ddp", *two).returncode == 0
     shutil.rmtree(tmp_path / "two" / "final")
     one = command(tmp_path / "two", *flags, "--gradient_accumulation_steps", "2", "--resume", "auto")
     refused = subprocess.run(one, capture_output=True, text=True)
@@ -328,7 +323,7 @@ def test_a_stream_dealt_out_to_other_processes_is_refused_with_the_reason(tmp_pa
 def test_sigterm_to_a_launcher_leaves_a_checkpoint_of_all_processes(tmp_path):
     flags = ["--max_steps", "100000", "--eval_every", "100000", "--checkpoint_every", "0", "--max_eval_blocks", "1"]
     path = tmp_path / "run" / "metrics.jsonl"
-    launched = launch(2, tmp_path / "run", *flags)
+    launched = start(MODULE, "ddp", "--config", "tiny", "--run_dir", tmp_path / "run", *flags)
     wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") > 3, launched)
     launched.send_signal(signal.SIGTERM)
     launched.communicate(timeout=20)  # torchrun kills after 30 what has not ended
