@@ -1,5 +1,6 @@
 """Planning a run: memory as it was measured, formulas worked out by hand, and a command that says all of it."""
 
+import gc
 import re
 import shlex
 
@@ -43,6 +44,8 @@ def peak_of_real_steps(wanted):
     """Most bytes that torch's allocator had given away at a time, in two steps and all that comes before them."""
     AcceleratorState._reset_state(True)
     accelerator = make_accelerator(wanted)
+    # What an earlier profile saw allocated and a reference cycle still holds would be freed in the middle of this one.
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         model = AutoModelForCausalLM.from_config(build_model_config(wanted), dtype=torch.float32)
         speed_up(model, wanted)
