@@ -173,51 +173,9 @@ def _build_kernels(arguments: argparse.Namespace) -> None:
     print(f"built {path} in {time.perf_counter() - start:.0f} s" if made else f"{path} is there already")
 
 
-def _convert(arguments: argparse.Namespace) -> None:
-    from .convert import convert_checkpoint
-    from .convert.checkpoint import lost_text
-
-    quiet_libraries()
-    with bad_input(), bad_input(RuntimeError):
-        record = convert_checkpoint(
-            arguments.source,
-            arguments.target,
-            arguments.norm,
-            norm_kwargs=arguments.norm_kwargs,
-            sites=arguments.sites,
-            init=arguments.init,
-            data=arguments.data,
-            calibration_tokens=arguments.calibration_tokens,
-            dtype=arguments.dtype,
-            remote_code=arguments.remote_code,
-        )
-    print(
-        f"{arguments.target}: {record['architecture']} with {record['norm_type']} {json.dumps(record['norm_kwargs'])}"
-    )
-    if record["lost"]:
-        print(f"lost: {lost_text(record)}")
-
-
-def _take_norm_options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words of a command line without its `--norm_kwargs.NAME VALUE`, and those as options: JSON, or else text."""
-    rest: list[str] = []
-    options: dict[str, Any] = {}
-    left = iter(words)
-    for word in left:
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--norm_kwargs."):
-            rest.append(word)
-            continue
-        if not equals and (value := next(left, "")) == "":
-            raise UserError(f"{flag}: got no value")
-        try:
-            options[flag.removeprefix("--norm_kwargs.")] = json.loads(value)
-        except ValueError:
-            options[flag.removeprefix("--norm_kwargs.")] = value
-    return rest, options
-
-
 def _main() -> None:
+    from .convert.cli import add_verbs, take_norm_options
+
     parser = OneLineParser(prog="hf-ibnorm", description="IBNorm and normality normalization for Transformers.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
@@ -232,45 +190,12 @@ def _main() -> None:
     )
     build.add_argument("--force", action="store_true", help="compile even where they are built (default: not)")
     build.set_defaults(run=_build_kernels)
-    convert = verbs.add_parser(
-        "convert",
-        help="a checkpoint on disk with other norms",
-        description="Write the checkpoint SRC with other norms as DST, weights streaming from file to file. Options of "
-        "the norm are flags --norm_kwargs.NAME VALUE, such as --norm_kwargs.lam 4.",
-    )
-    convert.add_argument("source", metavar="SRC", help="Llama or GPT-2: directory, name on the Hub, or .gguf file")
-    convert.add_argument("target", metavar="DST", help="new directory")
-    convert.add_argument("--norm", required=True, help="norm that it gets: a norm_type")
-    convert.add_argument(
-        "--sites", action="append", metavar="GLOB", help="only there; may be given again (default: all)"
-    )
-    convert.add_argument(
-        "--init",
-        choices=("keep", "identity", "calibrate"),
-        default="keep",
-        help="keep: gains stay and the norm does what it does at once; identity: options that make it the old norm, "
-        "for lam to be ramped up in training; calibrate: gains and biases fitted to what the old norm gives on "
-        "some text (default: %(default)s)",
-    )
-    convert.add_argument(
-        "--data",
-        default="sotu",
-        metavar="FILE|CORPUS",
-        help="text to calibrate on: austen, sotu (their training splits) or a text file (default: %(default)s)",
-    )
-    convert.add_argument(
-        "--calibration_tokens", type=int, default=16_384, help="how much of it, about (default: %(default)s)"
-    )
-    convert.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (default: what they have)"
-    )
-    convert.add_argument("--remote_code", action="store_true", help="put the model's code beside it (default: not)")
-    convert.set_defaults(run=_convert)
-    words, options = _take_norm_options(sys.argv[1:])
+    add_verbs(verbs)
+    words, options = take_norm_options(sys.argv[1:])
     arguments = parser.parse_args(words)
-    arguments.norm_kwargs = options
-    if options and arguments.run is not _convert:
+    if options and not hasattr(arguments, "norm_kwargs"):
         raise UserError(f"--norm_kwargs.{next(iter(options))}: only convert takes options of a norm")
+    arguments.norm_kwargs = options
     arguments.run(arguments)
 
 

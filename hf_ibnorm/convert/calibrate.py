@@ -9,24 +9,18 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data import CORPORA, load_corpus
 from ..modeling_ibnorm import build_site, set_site
 from ..norms import resolve_norm_kwargs
 
-SEQUENCE = 512
-"""Tokens a sequence, at most."""
 BATCH = 4
 """Sequences at a time."""
 Errors = dict[str, dict[str, float]]
-LEAST = 256
-"""Tokens without which nothing is fitted."""
 
 
 @dataclass
@@ -66,42 +60,6 @@ class Sums:
         squares = gain * gain * self.zz + 2 * gain * bias * self.z + self.count * bias * bias
         squares += self.yy - 2 * gain * self.zy - 2 * bias * self.y
         return float(squares.sum() / (self.yy - self.y * self.y / self.count).sum())
-
-
-def calibration_ids(data: str, tokenizer: Any, tokens: int, context: int) -> Tensor:
-    """Sequences to calibrate on, int64 of shape (rows, length).
-
-    Args:
-        data: an embedded corpus, of which the training split is used, or a text file.
-        tokenizer: the model's.
-        tokens: how many in all, about.
-        context: the longest that the model takes.
-
-    Raises:
-        ValueError: there is no such text, or not enough of it.
-    """
-    if data in CORPORA:
-        documents = load_corpus(data, "train")
-    else:
-        try:
-            documents = [Path(data).read_text(encoding="utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            known = ", ".join(CORPORA)
-            raise ValueError(f"data: got {data!r}, neither a corpus ({known}) nor a text file: {error}") from error
-    length = min(SEQUENCE, context)
-    rows = max(1, tokens // length)
-    step = max(1, len(documents) // rows)  # from all over the corpus
-    wanted = -(-rows * length // len(documents[::step]))  # of each document
-    ids: list[int] = []
-    for document in documents[::step]:
-        start = document.find(" ", len(document) // 3) if len(document) > 40 * wanted else 0  # many begin alike
-        ids += tokenizer(document[start : start + 20 * wanted], add_special_tokens=False).input_ids[:wanted]
-        if len(ids) >= rows * length:
-            break
-    if len(ids) < LEAST:
-        raise ValueError(f"data: got {data!r}, which has {len(ids)} tokens; must have at least {LEAST}")
-    length = min(length, len(ids))
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
 @torch.no_grad()

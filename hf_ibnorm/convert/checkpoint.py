@@ -24,7 +24,8 @@ from ..modeling_ibnorm import build_site
 from ..norms import norm_name, resolve_norm_kwargs
 from ..patching import apply_norm, norm_sites
 from ..remote_code import add_remote_code
-from .calibrate import LEAST, Errors, calibration_ids, fit_norms, stock_norm
+from .calibrate import Errors, fit_norms, stock_norm
+from .text import LEAST, draw_text
 from .weights import INDEX, STORED, Shard, read_shards, rewrite
 
 INITS = ("keep", "identity", "calibrate")
@@ -83,6 +84,33 @@ class Source:
         return prefix if f"{prefix}{self.family.config.norm_site_table.final}.weight" in self.places else ""
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """What is to be done, as `convert_checkpoint` documents it."""
+
+    norm: str
+    norm_kwargs: Mapping[str, Any] | None = None
+    sites: str | Collection[str] | None = None
+    init: str = "keep"
+    data: str = "sotu"
+    calibration_tokens: int = 16_384
+    dtype: str | None = None
+    remote_code: bool = False
+
+    def check(self, target: Path) -> None:
+        """Check what needs no look at the source.
+
+        Raises:
+            ValueError, TypeError: an argument, named.
+            OSError: the target is there.
+        """
+        check_choice("init", self.init, INITS)
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_number("calibration_tokens", self.calibration_tokens, LEAST)
+        check_new_directory("target", target)
+
+
 @dataclass
 class Change:
     """What becomes of the tensors: names of those left out, values of those put in."""
@@ -135,51 +163,52 @@ def convert_checkpoint(
         ValueError, TypeError: an argument or the source, named; nothing is left behind.
         OSError: the target exists or cannot be written, or there is no room.
     """
-    target = Path(target)
-    check_choice("init", init, INITS)
-    if dtype is not None:
-        check_choice("dtype", dtype, tuple(DTYPES))
-    check_new_directory("target", target)
+    wanted = Conversion(norm, norm_kwargs, sites, init, data, calibration_tokens, dtype, remote_code)
+    wanted.check(Path(target))
     with ExitStack() as stack:
-        found = read_source(source, stack)
-        check_tokenizer(found)
-        options = dict(norm_kwargs or {})
-        if init == "identity":
-            options = identity_options(norm, options, found, sites)
-        with torch.device("meta"):
-            model = found.architecture(found.config)
-        old = norm_sites(model.base_model)
-        apply_norm(model, norm, sites, **options)
-        config = _config_of(model, found)
-        change = _changes(found, old, model.config)
-        errors = _calibrate(found, model.config, change, data, calibration_tokens) if init == "calibrate" else None
-        _check_room(target, found, dtype)
-        record = {
-            "source": found.name,
-            "source_architecture": found.architecture.__name__,
-            "architecture": config.architectures[0],
-            "init": init,
-            **{name: getattr(model.config, name) for name in NORM_FIELDS},
-            "dtype": dtype or "unchanged",
-            "tensors_added": sorted(change.added),
-            "tensors_dropped": sorted(change.dropped),
-            "lost": change.lost,
-            "calibration": None
-            if errors is None
-            else {"data": Path(data).name, "tokens": calibration_tokens, "sites": errors},
-            "environment": environment_record(),
-        }
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(target) as folder:
-            if dtype is not None:
-                config.dtype = DTYPES[dtype]
-            config.save_pretrained(folder)
-            _write_weights(found, change, folder, dtype)
-            _copy_rest(found.folder, folder)
-            if remote_code:
-                add_remote_code(folder)
-            write_json(folder / RECORD, record)
-            write_text(folder / "README.md", _card(record))
+        return convert_source(read_source(source, stack), Path(target), wanted)
+
+
+def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str, Any]:
+    """`convert_checkpoint` of a source that was read, for what was checked."""
+    tokenizer = load_tokenizer(found)
+    options = dict(wanted.norm_kwargs or {})
+    if wanted.init == "identity":
+        options = identity_options(wanted.norm, options, found, wanted.sites)
+    with torch.device("meta"):
+        model = found.architecture(found.config)
+    old = norm_sites(model.base_model)
+    apply_norm(model, wanted.norm, wanted.sites, **options)
+    config = _config_of(model, found)
+    change = _changes(found, old, model.config)
+    errors = _calibrate(found, model.config, change, wanted, tokenizer) if wanted.init == "calibrate" else None
+    _check_room(target, found, wanted.dtype)
+    record = {
+        "source": found.name,
+        "source_architecture": found.architecture.__name__,
+        "architecture": config.architectures[0],
+        "init": wanted.init,
+        **{name: getattr(model.config, name) for name in NORM_FIELDS},
+        "dtype": wanted.dtype or "unchanged",
+        "tensors_added": sorted(change.added),
+        "tensors_dropped": sorted(change.dropped),
+        "lost": change.lost,
+        "calibration": None
+        if errors is None
+        else {"data": Path(wanted.data).name, "tokens": wanted.calibration_tokens, "sites": errors},
+        "environment": environment_record(),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(target) as folder:
+        if wanted.dtype is not None:
+            config.dtype = DTYPES[wanted.dtype]
+        config.save_pretrained(folder)
+        _write_weights(found, change, folder, wanted.dtype)
+        _copy_rest(found.folder, folder)
+        if wanted.remote_code:
+            add_remote_code(folder)
+        write_json(folder / RECORD, record)
+        write_text(folder / "README.md", card_text(record))
     return record
 
 
@@ -254,19 +283,24 @@ def _dequantized(file: Path, folder: Path) -> Path:
     return folder
 
 
-def check_tokenizer(source: Source) -> None:
-    """Raise ValueError where the tokenizer beside a model has tokens that the embedding has no row for."""
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer beside a model; None where there is none.
+
+    Raises:
+        ValueError: it cannot be read, or has tokens that the embedding has no row for.
+    """
     if not source.has_tokenizer:
-        return
+        return None
     try:
-        tokens = len(AutoTokenizer.from_pretrained(source.folder))
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"source: the tokenizer in {source.folder} cannot be read: {str(error)[:200]}") from error
-    if tokens > source.config.vocab_size:
+    if len(tokenizer) > source.config.vocab_size:
         raise ValueError(
-            f"source: its tokenizer has {tokens} tokens, its embedding {source.config.vocab_size} rows; they are of "
-            "different models"
+            f"source: its tokenizer has {len(tokenizer)} tokens, its embedding {source.config.vocab_size} rows; they "
+            "are of different models"
         )
+    return tokenizer
 
 
 def identity_options(
@@ -345,13 +379,12 @@ def _changes(source: Source, old_norms: Mapping[str, nn.Module], config: Any) ->
     return change
 
 
-def _calibrate(source: Source, config: Any, change: Change, data: str, tokens: int) -> Errors:
+def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion, tokenizer: Any) -> Errors:
     """Put fitted gains and biases into `change`; returns the errors, site by site."""
-    check_number("calibration_tokens", tokens, LEAST)
-    if not source.has_tokenizer:
+    if tokenizer is None:
         raise ValueError(f"source: {source.folder} has no tokenizer to calibrate with")
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    ids = calibration_ids(data, tokenizer, tokens, config.max_position_embeddings)
+    tokens, context = wanted.calibration_tokens, config.max_position_embeddings
+    ids = draw_text("data", wanted.data, "train", tokenizer, tokens, context).ids
     model = source.architecture.from_pretrained(source.folder, dtype=torch.float32).eval()
     fitted, errors = fit_norms(model, config, ids)
     places, prefix = source.places, source.prefix
@@ -407,7 +440,7 @@ def _copy_rest(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _card(record: dict[str, Any]) -> str:
+def card_text(record: dict[str, Any]) -> str:
     """What the target is, for its README.md."""
     name, norm = Path(record["source"]).name, record["norm_type"]
     ours = record["architecture"].startswith("IBNorm")

@@ -66,7 +66,7 @@ def plot_runs(runs: list[Run], path: Path) -> None:
         for panel, (field, title) in zip(others, PANELS.items(), strict=True):
             for i, run in enumerate(runs):
                 rows = [row for row in run.metrics if row.get(field) is not None]
-                colour, style = _look(i)
+                colour, style = look(i)
                 steps, values = [row["step"] for row in rows], [row[field] for row in rows]
                 panel.plot(steps, values, style, color=colour, linewidth=1.0)
             panel.set_xlabel("step")
@@ -75,14 +75,15 @@ def plot_runs(runs: list[Run], path: Path) -> None:
                 panel.set_yscale("log")
 
 
-def _look(i: int) -> tuple[str, str]:
+def look(i: int) -> tuple[str, str]:
+    """Colour and line style of the i-th curve."""
     return COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
 
 
 def _draw_losses(axes: Any, runs: list[Run]) -> None:
     names = [f"{label}, " for label in labels(runs)] if len(runs) > 1 else [""]
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
-        colour, style = _look(i)
+        colour, style = look(i)
         counted = [row for row in run.metrics if row["loss"] is not None]  # of a skipped step there may be none
         steps, losses = [row["step"] for row in counted], [row["loss"] for row in counted]
         window = max(1, min(10, len(losses) // 10))

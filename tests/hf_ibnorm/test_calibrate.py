@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ibnorm import apply_norm, convert_checkpoint, norm_sites
 from hf_ibnorm.cli import main
-from hf_ibnorm.convert.calibrate import Sums, calibration_ids, fit_norms
+from hf_ibnorm.convert.calibrate import Sums, fit_norms
+from hf_ibnorm.convert.text import draw_text
 
 
 def test_the_fit_is_that_of_a_least_squares_solver():
@@ -109,14 +110,24 @@ def folder(stock_model, tmp_path):
 
 
 def test_the_command_calibrates_and_says_how_well(folder, tmp_path, command):
-    flags = ["--norm", "ibnorm_t", "--init", "calibrate", "--data", "austen", "--calibration_tokens", "2000"]
+    flags = [
+        "--norm",
+        "ibnorm_t",
+        "--init",
+        "calibrate",
+        "--data",
+        "austen",
+        "--calibration_tokens",
+        "2000",
+        "--no_report",
+    ]
     code, _, error = command(main, "convert", str(folder), str(tmp_path / "new"), *flags, "--dtype", "bfloat16")
     assert (code, error) == (0, "")
     record = json.loads((tmp_path / "new" / "conversion.json").read_text())["calibration"]
     assert record["data"] == "austen"
     assert len(record["sites"]) == 5
     convert_checkpoint(folder, tmp_path / "kept", "ibnorm_t")
-    tokens = calibration_ids("austen", AutoTokenizer.from_pretrained(folder), 2000, 40)
+    tokens = draw_text("data", "austen", "train", AutoTokenizer.from_pretrained(folder), 2000, 40).ids
     old, new, kept = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()(tokens).logits
         for path in (folder, tmp_path / "new", tmp_path / "kept")
@@ -126,11 +137,11 @@ def test_the_command_calibrates_and_says_how_well(folder, tmp_path, command):
 
 def test_text_to_calibrate_on_comes_from_all_over_a_corpus_or_from_a_file(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = calibration_ids("sotu", tokenizer, 5000, 64)
+    ids = draw_text("data", "sotu", "train", tokenizer, 5000, 64).ids
     assert ids.shape == (78, 64)
     assert len({tuple(row.tolist()) for row in ids}) == 78
     (tmp_path / "text.txt").write_text("Once upon a time. " * 100)
-    assert calibration_ids(str(tmp_path / "text.txt"), tokenizer, 600, 512).shape == (1, 512)
+    assert draw_text("data", str(tmp_path / "text.txt"), "train", tokenizer, 600, 512).ids.shape == (1, 512)
 
 
 BAD = {

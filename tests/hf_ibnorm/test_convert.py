@@ -154,6 +154,7 @@ def test_going_back_says_which_trained_biases_are_lost(source, tmp_path, command
         "rmsnorm",
         "--norm_kwargs.eps",
         "1e-6",
+        "--no_report",
     )
     assert code == 0
     assert "lost: 1 trained tensors (bias), values up to 0.25 from their start" in out
@@ -161,7 +162,10 @@ def test_going_back_says_which_trained_biases_are_lost(source, tmp_path, command
 
 
 def test_sites_and_options_of_the_command(source, tmp_path, command):
-    folder, flags = source("llama"), ["--sites", "layers.0.*", "--sites", "norm", "--norm_kwargs.lam=2.5"]
+    folder, flags = (
+        source("llama"),
+        ["--sites", "layers.0.*", "--sites", "norm", "--norm_kwargs.lam=2.5", "--no_report"],
+    )
     code, out, _ = command(main, "convert", str(folder), str(tmp_path / "new"), "--norm", "IBNorm-T", *flags)
     assert code == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")

@@ -1,0 +1,153 @@
+"""The verbs `convert` and `convert_report` of the `hf-ibnorm` command."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..cli import OneLineParser, UserError, bad_input, quiet_libraries
+from .checkpoint import Conversion, convert_checkpoint, lost_text
+from .report import NAME, SOURCE, convert_and_report, report_conversion, summary
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    quiet_libraries()
+    given = vars(arguments)
+    wanted = {name: given[name] for name in Conversion.__dataclass_fields__}
+    target, report = Path(arguments.target), None
+    with bad_input(), bad_input(RuntimeError):
+        if arguments.no_report:
+            record = convert_checkpoint(arguments.source, target, **wanted)
+        else:
+            record, report = convert_and_report(
+                arguments.source,
+                target,
+                Conversion(**wanted),
+                data=arguments.report_data,
+                tokens=arguments.report_tokens,
+                scored=arguments.report_scores,
+            )
+    print(f"{target}: {record['architecture']} with {record['norm_type']} {json.dumps(record['norm_kwargs'])}")
+    if record["lost"]:
+        print(f"lost: {lost_text(record)}")
+    if report is not None:
+        _print_report(report, target / NAME)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    quiet_libraries()
+    stages: dict[str, str] = {}
+    for word in arguments.stages:
+        name, equals, folder = word.partition("=")
+        if not equals or not name or not folder or name in (*stages, SOURCE):
+            raise UserError(f"stages: got {word!r}, must be NAME=DIR, each name once, none of them {SOURCE}")
+        stages[name] = folder
+    with bad_input(), bad_input(RuntimeError):
+        report = report_conversion(
+            arguments.source,
+            stages,
+            arguments.output,
+            data=arguments.data,
+            tokens=arguments.tokens,
+            scored=arguments.scores,
+        )
+    _print_report(report, Path(arguments.output))
+
+
+def _print_report(report: dict[str, Any], folder: Path) -> None:
+    summary(report).print()
+    print(f"report: {folder / 'report.md'}")
+
+
+def take_norm_options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The words of a command line without its `--norm_kwargs.NAME VALUE`, and those as options: JSON, or else text."""
+    rest: list[str] = []
+    options: dict[str, Any] = {}
+    left = iter(words)
+    for word in left:
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--norm_kwargs."):
+            rest.append(word)
+            continue
+        if not equals and (value := next(left, "")) == "":
+            raise UserError(f"{flag}: got no value")
+        try:
+            options[flag.removeprefix("--norm_kwargs.")] = json.loads(value)
+        except ValueError:
+            options[flag.removeprefix("--norm_kwargs.")] = value
+    return rest, options
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add both to the command's parser."""
+    convert = verbs.add_parser(
+        "convert",
+        help="a checkpoint on disk with other norms",
+        description="Write the checkpoint SRC with other norms as DST, weights streaming from file to file, and report "
+        f"what that cost in DST/{NAME}. Options of the norm are flags --norm_kwargs.NAME VALUE, such as "
+        "--norm_kwargs.lam 4.",
+    )
+    convert.add_argument("source", metavar="SRC", help="Llama or GPT-2: directory, name on the Hub, or .gguf file")
+    convert.add_argument("target", metavar="DST", help="new directory")
+    convert.add_argument("--norm", required=True, help="norm that it gets: a norm_type")
+    convert.add_argument(
+        "--sites", action="append", metavar="GLOB", help="only there; may be given again (default: all)"
+    )
+    convert.add_argument(
+        "--init",
+        choices=("keep", "identity", "calibrate"),
+        default="keep",
+        help="keep: gains stay and the norm does what it does at once; identity: options that make it the old norm, "
+        "for lam to be ramped up in training; calibrate: gains and biases fitted to what the old norm gives on "
+        "some text (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--data",
+        default="sotu",
+        metavar="FILE|CORPUS",
+        help="text to calibrate on: austen, sotu (their training splits) or a text file (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--calibration_tokens", type=int, default=16_384, help="how much of it, about (default: %(default)s)"
+    )
+    convert.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (default: what they have)"
+    )
+    convert.add_argument("--remote_code", action="store_true", help="put the model's code beside it (default: not)")
+    convert.add_argument(
+        "--no_report", action="store_true", help="only convert, in little memory: a report loads source and DST"
+    )
+    _add_measuring(convert, "report_")
+    convert.set_defaults(run=_convert, norm_kwargs={})
+    report = verbs.add_parser(
+        "convert_report",
+        help="what a conversion cost, and what healing won back",
+        description="Measure models beside the one they were made of: bits per byte, KL, agreement, error and width of "
+        "every norm's output, embedded scores; table and plot.",
+    )
+    report.add_argument("source", metavar="SRC", help="the model before its conversion, as in convert")
+    report.add_argument(
+        "stages", nargs="+", metavar="NAME=DIR", help="models made of it, such as healed=runs/heal/final"
+    )
+    report.add_argument("--output", required=True, metavar="DIR", help="new directory for the report")
+    _add_measuring(report, "")
+    report.set_defaults(run=_report)
+
+
+def _add_measuring(parser: OneLineParser, prefix: str) -> None:
+    """The flags that say on what a report is measured."""
+    parser.add_argument(
+        f"--{prefix}data",
+        default="sotu",
+        metavar="FILE|CORPUS",
+        help="text to measure on: austen, sotu (their test splits) or a text file (default: %(default)s)",
+    )
+    parser.add_argument(
+        f"--{prefix}tokens", type=int, default=8192, help="how much of it, about (default: %(default)s)"
+    )
+    parser.add_argument(
+        f"--{prefix}scores",
+        type=int,
+        metavar="N",
+        help="score N items of each embedded task; 0: none (default: 50, none without hf_ibnorm[eval])",
+    )

@@ -1,0 +1,303 @@
+"""What a conversion cost: each stage of a model beside the model it was made of, as numbers, table and plot."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean, median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..files import atomic_directory, check_new_directory, environment_record, write_json, write_text
+from ..functional import check_number
+from ..report.tables import Table, csv_text, score_cell
+from .checkpoint import Conversion, Source, card_text, convert_source, load_tokenizer, read_source
+from .measure import measure
+from .text import LEAST, Text, draw_text
+
+NAME = "report"
+"""Folder of the report inside a converted checkpoint."""
+STAGES = {"keep": "swapped", "identity": "identity", "calibrate": "calibrated"}
+"""What a model is called in its report, by how it was made."""
+SOURCE = "source"
+"""Name of the model that all others are compared with."""
+NOVEL = "austen_test"
+"""Benchmark of the embedded suite that is left out: a whole novel."""
+TOLD = ("lam", "standardize", "noise", "alpha")
+"""Options of a norm that its row names."""
+
+
+def report_conversion(
+    source: str | Path,
+    stages: Mapping[str, str | Path],
+    output: str | Path,
+    *,
+    data: str = "sotu",
+    tokens: int = 8192,
+    scored: int | None = None,
+) -> dict[str, Any]:
+    """Measure what a model lost on its way, and write `report.md`, `report.json`, `sites.csv` and `report.png`.
+
+    Each stage is loaded in float32 beside the source, on the GPU where there is one, and runs on held-out text; scores
+    of the embedded suite come from a process of `python -m eval` each.
+
+    Args:
+        source: the model before its conversion, as `convert_checkpoint` takes it.
+        stages: name → directory of a model made of it, in the order of the report.
+        output: a new directory.
+        data: text to measure on: an embedded corpus, of which the test split is used, or a text file.
+        tokens: how much of it, about.
+        scored: items of each embedded task (the novel is left out); 0 for no scores; None for 50 where
+            `hf_ibnorm[eval]` is installed, and none elsewhere.
+
+    Returns:
+        The content of `report.json`.
+
+    Raises:
+        ValueError, TypeError: an argument, named, or the source is no language model with a tokenizer; nothing is
+            written.
+        OSError: the output exists or cannot be written.
+        RuntimeError: the suite cannot be run.
+    """
+    check_new_directory("output", Path(output))
+    with ExitStack() as stack:
+        found = read_source(source, stack)
+        text, scored = prepare(found, data, tokens, scored)
+        return write_report(found, {name: Path(path) for name, path in stages.items()}, Path(output), text, scored)
+
+
+def prepare(source: Source, data: str, tokens: int, scored: int | None) -> tuple[Text, int]:
+    """Text to measure on, and how many items are scored.
+
+    Raises:
+        ValueError, TypeError: as `report_conversion`.
+    """
+    check_number("tokens", tokens, LEAST)
+    able = find_spec("lm_eval") is not None
+    if scored is None:
+        scored = 50 if able else 0
+    check_number("scored", scored, 0)
+    if scored and not able:
+        raise ValueError(f"scored: got {scored}, which needs lm-eval: pip install 'hf_ibnorm[eval]'")
+    kind = source.architecture.__name__
+    if not kind.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(f"source: got a {kind}; only a language model can be measured (--no_report)")
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ValueError(f"source: {source.folder} has no tokenizer to measure with (--no_report)")
+    return draw_text("data", data, "test", tokenizer, tokens, source.config.max_position_embeddings), scored
+
+
+def write_report(source: Source, stages: Mapping[str, Path], output: Path, text: Text, scored: int) -> dict[str, Any]:
+    """`report_conversion` of a source that was read, with what was prepared."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with ExitStack() as stack:
+        for name, folder in stages.items():
+            try:
+                stage = read_source(folder, stack)
+            except ValueError as error:
+                raise ValueError(f"stages: {name}: {str(error).removeprefix('source: ')}") from error
+            _check_stage(name, stage, source)
+    folders = {SOURCE: source.folder, **stages}
+    old = _loaded(source.folder, device)
+    found: dict[str, Any] = {}
+    for name, folder in folders.items():
+        model = old if name == SOURCE else _loaded(folder, device)
+        found[name] = {"norm": _norm_of(model), **asdict(measure(old, model, text))}
+    del old, model
+    for name, folder in folders.items():
+        found[name]["scores"] = embedded_scores(folder, scored) if scored else None
+    record = {
+        "source": Path(source.name).name,
+        "text": text.name,
+        "tokens": text.ids.numel(),
+        "bytes": text.bytes,
+        "scored": scored,
+        "stages": found,
+        "environment": environment_record(),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(output) as folder:
+        write_json(folder / "report.json", record)
+        write_text(folder / "sites.csv", _sites_csv(record))
+        drawn = find_spec("matplotlib") is not None
+        if drawn:
+            _plot(record, folder / "report.png")
+        write_text(folder / "report.md", _page(record, drawn))
+    return record
+
+
+def convert_and_report(
+    source: str | Path, target: Path, wanted: Conversion, *, data: str, tokens: int, scored: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Convert a checkpoint, and put a report into it and its table into its card.
+
+    Where it is calibrated, one that is only swapped is made besides, to be measured, and removed.
+
+    Returns:
+        What `convert_checkpoint` and `report_conversion` return.
+
+    Raises:
+        ValueError, TypeError, OSError: as those, before anything is written.
+        RuntimeError: the report failed; the target is whole.
+    """
+    wanted.check(target)
+    with ExitStack() as stack:
+        found = read_source(source, stack)
+        text, scored = prepare(found, data, tokens, scored)
+        record = convert_source(found, target, wanted)
+        stages = {STAGES[wanted.init]: target}
+        try:
+            if wanted.init == "calibrate":
+                kept = Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))) / "kept"
+                convert_source(found, kept, replace(wanted, init="keep"))
+                stages = {STAGES["keep"]: kept, **stages}
+            report = write_report(found, stages, target / NAME, text, scored)
+            cost = f"## What it cost\n\n{summary(report).markdown()}\n`{NAME}/` has more.\n"
+            write_text(target / "README.md", f"{card_text(record)}\n{cost}")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RuntimeError(f"{target} is whole, its report is not: {error}") from error
+    return record, report
+
+
+def _check_stage(name: str, stage: Source, source: Source) -> None:
+    """Raise ValueError where a stage is no model that can have been made of the source."""
+    for fact in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if getattr(stage.config, fact) != getattr(source.config, fact):
+            raise ValueError(
+                f"stages: {name} has {fact} {getattr(stage.config, fact)}, the source {getattr(source.config, fact)}"
+            )
+
+
+def _loaded(folder: Path, device: torch.device) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval().to(device)
+
+
+def _norm_of(model: PreTrainedModel) -> str:
+    """The norm of a model in words."""
+    if (name := getattr(model.config, "norm_type", None)) is None:
+        return "the architecture's own"
+    told = "".join(f", {key} {value}" for key, value in model.config.norm_kwargs.items() if key in TOLD)
+    return f"{name}{told}{' (with overrides)' if model.config.norm_overrides else ''}"
+
+
+def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
+    """What `python -m eval run --suite embedded` gives a model, without the novel.
+
+    Args:
+        model: its directory.
+        limit: items a task.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    with TemporaryDirectory(prefix="hf_ibnorm_") as folder:
+        flags = ["--suite", "embedded", "--skip", NOVEL, "--limit", str(limit), "--batch_size", "32"]
+        words = [sys.executable, "-m", "eval", "run", "--model", str(model), *flags, "--output", f"{folder}/scores"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"scored: {(done.stderr.strip().splitlines() or ['eval failed'])[-1]}")
+        scores: dict[str, Any] = json.loads((Path(folder) / "scores" / "scores.json").read_text(encoding="utf-8"))
+    return scores
+
+
+def summary(record: Mapping[str, Any]) -> Table:
+    """A row for each stage of a report."""
+    scored = bool(record["scored"])
+    table = Table(
+        [
+            *("stage", "norm", "bits per byte", "KL to source, nats", "same top token", "output error, median"),
+            *("worst", "narrowest row, median", "least", *(["embedded, mean"] if scored else [])),
+        ]
+    )
+    for name, stage in record["stages"].items():
+        errors = [site["error"] for site in stage["sites"].values()]
+        widths = [site["least_row_std"] for site in stage["sites"].values()]
+        whole = [f"{stage['bits_per_byte']:.4f}", f"{stage['kl']:.4g}", f"{stage['top1']:.1%}"]
+        by_site = [f"{value:.3g}" for value in (median(errors), max(errors), median(widths), min(widths))]
+        scores = [f"{_mean_score(stage['scores']):.2f}"] if scored else []
+        table.rows.append([name, stage["norm"], *whole, *by_site, *scores])
+    return table
+
+
+def _mean_score(scores: Mapping[str, Any]) -> float:
+    """Mean of the normalized scores, 0 to 100, over the tasks that have one."""
+    return fmean(row["normalized"] for row in scores["benchmarks"].values() if row["normalized"] is not None)
+
+
+def _score_table(record: Mapping[str, Any]) -> Table:
+    """A row for each stage, a column for each embedded task."""
+    scores = {name: stage["scores"]["benchmarks"] for name, stage in record["stages"].items()}
+    tasks = [name for name in scores[SOURCE] if name != NOVEL]
+    return Table(
+        ["stage", *tasks], [[name, *(score_cell(row[each]) for each in tasks)] for name, row in scores.items()]
+    )
+
+
+def _sites_csv(record: Mapping[str, Any]) -> str:
+    rows = [
+        {"stage": name, "site": site, **cost}
+        for name, stage in record["stages"].items()
+        for site, cost in stage["sites"].items()
+    ]
+    return csv_text(list(rows[0]), rows)
+
+
+def _page(record: Mapping[str, Any], drawn: bool) -> str:
+    """`report.md`."""
+    environment = record["environment"]
+    lines = [
+        f"# What became of {record['source']}",
+        summary(record).markdown(),
+        f"Measured in float32 on {record['tokens']:,} tokens ({record['bytes']:,} bytes) of {record['text']}.",
+        "*KL* is that of the next-token distributions, from the source's to the stage's, mean over tokens; *same top "
+        "token* the share of tokens at which both hold the same one most likely. *Output error* is that of a norm's "
+        "output against the source's at the same site, each in its own model, as a fraction of the variance of the "
+        "source's; median and worst over the sites. A *row* is what a norm makes of one token before gain and bias, "
+        "its width the standard deviation over the features: 1 for IBNorm that standardizes with `layer`, a little "
+        "less for RMSNorm; of each site the narrowest row counts, and of these the median and the least. All sites are "
+        "in `sites.csv`.",
+    ]
+    if drawn:
+        lines.append("![output error and narrowest row of every site](report.png)")
+    if record["scored"]:
+        lines += [
+            _score_table(record).markdown(),
+            f"The first {record['scored']} items of each task of the embedded suite, by `python -m eval run`; the "
+            "novel is left out. Means are over normalized scores, 0 for guessing and 100 for no mistake.",
+        ]
+    lines.append(
+        f"Made on {environment['device']}, {environment['cpu_count']} cores, torch {environment['versions']['torch']}, "
+        f"{environment['date'][:10]}."
+    )
+    return "\n\n".join(line.rstrip("\n") for line in lines) + "\n"
+
+
+def _plot(record: Mapping[str, Any], path: Path) -> None:
+    """Output error, and the narrowest row, of every site of every stage but the source."""
+    from ..report.plots import figure, look
+
+    with figure(path, 1, 2) as (errors, widths):
+        for i, (name, stage) in enumerate(record["stages"].items()):
+            colour, style = look(i)
+            sites = range(len(stage["sites"]))
+            if name != SOURCE:
+                values = [cost["error"] for cost in stage["sites"].values()]
+                errors.plot(sites, values, style, color=colour, linewidth=1.2, label=name)
+            values = [cost["least_row_std"] for cost in stage["sites"].values()]
+            widths.plot(sites, values, style, color=colour, linewidth=1.2, label=name)
+        errors.set_yscale("log")
+        errors.set_ylabel("output error, fraction of variance")
+        widths.set_yscale("log")
+        widths.set_ylabel("standard deviation of the narrowest row")
+        for axes in (errors, widths):
+            axes.set_xlabel("norm, from the embedding to the output")
+            axes.legend()
