@@ -320,7 +320,7 @@ def identity_options(
     decided: dict[str, Any]
     if name.startswith("ibnorm_"):
         decided = {"lam": 1.0 if name == "ibnorm_s" else 0.0, "standardize": "rms" if rms else "layer"}
-        decided |= {"unit": "raw", "order": "compress_first", "learn_lam": False}
+        decided |= {"learn_lam": False}  # unit and order make no difference as long as nothing is compressed
     elif name == "layernormalnorm" and not rms:
         decided = {"alpha": 0.0}
     elif name == table.stock:

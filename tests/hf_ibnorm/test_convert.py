@@ -66,6 +66,15 @@ def test_identity_changes_nothing_but_rounding(source, tmp_path, family, norm):
     assert (type(model).__name__[:6] == "IBNorm") == (norm != STOCK_NORM[family])
 
 
+@pytest.mark.parametrize("norm", ["ibnorm_s", "ibnorm_l", "ibnorm_t"])
+def test_identity_in_the_unit_and_order_that_lam_will_be_ramped_up_in(source, tmp_path, norm):
+    folder, options = source("llama"), {"unit": "mean_abs", "order": "standardize_first"}
+    record = convert_checkpoint(folder, tmp_path / "new", norm, init="identity", norm_kwargs=options)
+    assert record["norm_kwargs"].items() >= options.items()
+    expected = logits(folder)
+    torch.testing.assert_close(logits(tmp_path / "new"), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("norm", NORMS)
 def test_keep_is_what_patching_the_loaded_model_gives(source, tmp_path, family, norm):
