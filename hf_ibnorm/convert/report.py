@@ -30,7 +30,7 @@ SOURCE = "source"
 """Name of the model that all others are compared with."""
 NOVEL = "austen_test"
 """Benchmark of the embedded suite that is left out: a whole novel."""
-TOLD = ("lam", "standardize", "noise", "alpha")
+TOLD = ("lam", "unit", "standardize", "noise", "alpha")
 """Options of a norm that its row names."""
 
 
@@ -223,12 +223,12 @@ def summary(record: Mapping[str, Any]) -> Table:
         widths = [site["least_row_std"] for site in stage["sites"].values()]
         whole = [f"{stage['bits_per_byte']:.4f}", f"{stage['kl']:.4g}", f"{stage['top1']:.1%}"]
         by_site = [f"{value:.3g}" for value in (median(errors), max(errors), median(widths), min(widths))]
-        scores = [f"{_mean_score(stage['scores']):.2f}"] if scored else []
+        scores = [f"{mean_score(stage['scores']):.2f}"] if scored else []
         table.rows.append([name, stage["norm"], *whole, *by_site, *scores])
     return table
 
 
-def _mean_score(scores: Mapping[str, Any]) -> float:
+def mean_score(scores: Mapping[str, Any]) -> float:
     """Mean of the normalized scores, 0 to 100, over the tasks that have one."""
     return fmean(row["normalized"] for row in scores["benchmarks"].values() if row["normalized"] is not None)
 

@@ -122,7 +122,7 @@ def test_a_conversion_reports_what_each_step_cost(folder, tmp_path, command):
     rows = list(csv.DictReader((tmp_path / "new" / "report" / "sites.csv").open()))
     assert len(rows) == 3 * 5
     page = (tmp_path / "new" / "report" / "report.md").read_text()
-    assert "| calibrated | ibnorm_t, lam 3.0, standardize layer |" in page
+    assert "| calibrated | ibnorm_t, lam 3.0, unit raw, standardize layer |" in page
     assert (tmp_path / "new" / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "| calibrated |" in (tmp_path / "new" / "README.md").read_text()
     assert "calibrated" in out
@@ -138,7 +138,7 @@ def test_later_stages_have_a_command_of_their_own(folder, tmp_path, command):
     assert stages["healed"]["kl"] < 1e-6
     assert stages["healed"]["bits_per_byte"] == pytest.approx(stages["source"]["bits_per_byte"], rel=1e-5)
     assert all(site["error"] < 1e-8 for site in stages["healed"]["sites"].values())
-    assert "ibnorm_l, lam 0.0, standardize rms" in out
+    assert "ibnorm_l, lam 0.0, unit raw, standardize rms" in out
 
 
 def test_without_the_extras_there_is_no_picture_and_no_score(folder, tmp_path, monkeypatch):
