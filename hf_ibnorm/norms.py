@@ -374,6 +374,9 @@ class NormEntry:
 # whatever its lam. The study had no shrink.
 DEFAULT_LAM = {"L": 4.0, "S": 4.0, "T": 2.0, "shrink": 0.5}
 
+# With this lam nothing is compressed: the norm only standardizes, and a ramp begins here.
+IDENTITY_LAM = {"L": 0.0, "S": 1.0, "T": 0.0, "shrink": 0.0}
+
 
 def _options(cls: type[nn.Module], *fixed: str) -> dict[str, Any]:
     """The options of one of our norms with their defaults, as its signature has them."""

@@ -31,7 +31,8 @@ class ModelConfig:
             epsilon take the place of those here, its tokenizer is the run's unless another one is given.
         norm_type: norm at every site: ibnorm_s, ibnorm_l, ibnorm_t, ibnorm_shrink, layernormalnorm, layernorm, rmsnorm
             or dyt (null, with init_from only: the norms that checkpoint has).
-        norm_kwargs: its options. A whole {...} replaces the recipe's, --model.norm_kwargs.lam 4 merges into it.
+        norm_kwargs: its options; of a norm that init_from has already, those to change. A whole {...} replaces the
+            recipe's, --model.norm_kwargs.lam 4 merges into it.
         norm_overrides: sites with another norm, a list of [glob, norm], such as '[[layers.0.*, dyt]]', or a mapping;
             norm is a name or {type: ..., kwargs: {...}}; the last match wins.
         vocab_size: rows of the embedding (null: as many as the tokenizer has).
@@ -105,7 +106,8 @@ class TrainConfig:
         adam_beta2: decay of AdamW's running mean of its square.
         adam_epsilon: added to the root of that mean.
         max_grad_norm: gradients are clipped to this norm (0: not at all).
-        lam_schedule: strength of IBNorm: constant, or linear from 0 to what norm_kwargs say.
+        lam_schedule: strength of IBNorm: constant, or linear from where nothing is compressed (lam 0, ibnorm_s: 1) to
+            what norm_kwargs say.
         lam_warmup_steps: steps of the linear schedule.
         mixed_precision: no, bf16 or fp16: autocast over float32 weights.
         compile: compile each block with torch.compile; the first step then takes a minute or more.
@@ -208,10 +210,8 @@ class TrainConfig:
             raise ValueError(
                 "model.norm_type: got null, which keeps the norms of model.init_from; must be a norm's name"
             )
-        if model.norm_type is None and (model.norm_kwargs or model.norm_overrides):
-            raise ValueError(
-                "model.norm_type: got null, must be a norm's name where model.norm_kwargs or overrides are given"
-            )
+        if model.norm_type is None and model.norm_overrides:
+            raise ValueError("model.norm_type: got null, must be a norm's name where model.norm_overrides are given")
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             check_number(f"model.{name}", getattr(model, name), 1)
         for name in ("vocab_size", "num_key_value_heads", "max_position_embeddings"):

@@ -33,6 +33,7 @@ from hf_ibnorm.files import (
     write_text,
 )
 from hf_ibnorm.modeling_ibnorm import is_norm
+from hf_ibnorm.norms import IDENTITY_LAM, norm_name
 
 from .cache import Cache, encode_all
 from .checkpoint import Checkpoint, skeleton_of
@@ -61,14 +62,14 @@ class Run:
     train: PackedData | StreamedData
     validation: PackedTokens
     hashes: dict[str, str | None]
-    lams: dict[str, float]
-    """Site → λ at the end of its schedule."""
+    lams: dict[str, tuple[float, float]]
+    """Site → λ at the start and at the end of its schedule."""
 
     def set_lam(self, fraction: float) -> None:
-        """Set every λ to this fraction of its final value."""
-        for site, lam in self.lams.items():
+        """Set every λ to where it is after this fraction of its way."""
+        for site, (start, end) in self.lams.items():
             for model in (self.model, self.skeleton):
-                model.base_model.get_submodule(site).set_lam(lam * fraction)
+                model.base_model.get_submodule(site).set_lam((1 - fraction) * start + fraction * end)
 
 
 def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
@@ -118,7 +119,7 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run
     stream = validation_tokens(cache, texts["validation"], tokenizer, config)
     validation = PackedTokens(stream, eos, size, config.max_eval_blocks)
     with bad_input():
-        lams = final_lams(config, model, model_config)
+        lams = scheduled_lams(config, model, model_config)
     return Run(config, model, skeleton_of(model), tokenizer, train, validation, hashes, lams)
 
 
@@ -265,22 +266,24 @@ def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any
         ) from error
     family = family_of(found.model_type)
     model = config.model
-    if model.norm_type is None and saved is not None:
-        norms = {name: saved["model"][name] for name in ("norm_type", "norm_kwargs", "norm_overrides")}
-    elif model.norm_type is not None:
-        norms = {"norm_type": model.norm_type, "norm_kwargs": model.norm_kwargs, "norm_overrides": model.norm_overrides}
-    elif isinstance(found, family.config):
-        norms = {}
-    else:
-        norms = {"norm_type": family.config.norm_site_table.stock}
+    norms: dict[str, Any] = {"norm_kwargs": model.norm_kwargs} if model.norm_kwargs else {}
+    if model.norm_type is not None:
+        norms |= {"norm_type": model.norm_type, "norm_overrides": model.norm_overrides}
+    elif saved is not None:
+        norms |= {name: saved["model"][name] for name in ("norm_type", "norm_overrides")}
+    elif not isinstance(found, family.config):
+        norms["norm_type"] = family.config.norm_site_table.stock
+    if saved is not None and norm_name(norms["norm_type"]) == saved["model"]["norm_type"]:
+        # A checkpoint's own say where a ramped λ stood then.
+        norms["norm_kwargs"] = {**saved["model"]["norm_kwargs"], **model.norm_kwargs}
     built = family.config.from_pretrained(where, **norms)
     for name in DROPOUTS[family.config.model_type.removeprefix("ibnorm_")]:
         setattr(built, name, model.dropout)
     return family, built
 
 
-def final_lams(config: TrainConfig, model: PreTrainedModel, model_config: Any) -> dict[str, float]:
-    """Site → λ at the end of the schedule; empty where λ does not change.
+def scheduled_lams(config: TrainConfig, model: PreTrainedModel, model_config: Any) -> dict[str, tuple[float, float]]:
+    """Site → λ at the start of the schedule, where the norm compresses nothing, and at its end; empty without one.
 
     Raises:
         ValueError: λ is to be ramped and cannot be.
@@ -293,13 +296,15 @@ def final_lams(config: TrainConfig, model: PreTrainedModel, model_config: Any) -
         if isinstance(norm, IBNorm):
             if norm.learn_lam:
                 raise ValueError(f"lam_schedule: got 'linear', but {site} learns its lam (learn_lam)")
-            try:
-                norm.checked_lam(0.0)
-            except ValueError as error:
-                raise ValueError(f"lam_schedule: got 'linear', which starts at 0; {site}: {error}") from error
-            lams[site] = float(model_config.norm_at(site)[1]["lam"])
+            lams[site] = (IDENTITY_LAM[norm.variant], float(model_config.norm_at(site)[1]["lam"]))
     if not lams:
-        raise ValueError("lam_schedule: got 'linear', but the model has no IBNorm")
+        raise ValueError("lam_schedule: got 'linear', but the model has no IBNorm; must be constant")
+    if all(start == end for start, end in lams.values()):
+        at = ", ".join(sorted({f"{end:g}" for _, end in lams.values()}))
+        raise ValueError(
+            f"lam_schedule: got 'linear', but lam is to end at {at}, where it starts; name another with "
+            "--model.norm_kwargs.lam"
+        )
     return lams
 
 

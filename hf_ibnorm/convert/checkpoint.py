@@ -21,7 +21,7 @@ from ..families import FAMILIES, Family
 from ..files import atomic_directory, check_new_directory, environment_record, existing_folder, write_json, write_text
 from ..functional import check_choice, check_number
 from ..modeling_ibnorm import build_site
-from ..norms import norm_name, resolve_norm_kwargs
+from ..norms import IDENTITY_LAM, NORMS, norm_name, resolve_norm_kwargs
 from ..patching import apply_norm, norm_sites
 from ..remote_code import add_remote_code
 from .calibrate import Errors, fit_norms, stock_norm
@@ -319,7 +319,7 @@ def identity_options(
     rms = table.stock == "rmsnorm"
     decided: dict[str, Any]
     if name.startswith("ibnorm_"):
-        decided = {"lam": 1.0 if name == "ibnorm_s" else 0.0, "standardize": "rms" if rms else "layer"}
+        decided = {"lam": IDENTITY_LAM[NORMS[name].fixed["variant"]], "standardize": "rms" if rms else "layer"}
         decided |= {"learn_lam": False}  # unit and order make no difference as long as nothing is compressed
     elif name == "layernormalnorm" and not rms:
         decided = {"alpha": 0.0}

@@ -159,7 +159,7 @@ def _training(run: Run) -> dict[str, str]:
         "final validation loss": f"**{last['eval_loss']:.4f}** nats per token on {validation}{blocks}",
     }
     if config["lam_schedule"] == "linear":
-        rows["λ"] = f"ramped linearly from 0 in {config['lam_warmup_steps']:,} steps"
+        rows["λ"] = f"ramped linearly from where it compresses nothing, in {config['lam_warmup_steps']:,} steps"
     return rows
 
 

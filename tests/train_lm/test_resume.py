@@ -206,16 +206,18 @@ def test_a_second_command_does_not_disturb_the_run_at_work(straight):
     assert not half.exists()
 
 
-def test_a_ramp_is_saved_as_it_stands_and_ends_where_it_should(tmp_path, monkeypatch):
-    run(tmp_path / "run", "--lam_schedule", "linear", "--lam_warmup_steps", "10", "--model.norm_kwargs.lam", "4")
-    for name, lam in (("checkpoints/step-0/model", 0.0), ("checkpoints/step-5/model", 2.0), ("final", 4.0)):
+@pytest.mark.parametrize(("norm", "lams"), [("ibnorm_l", (0.0, 2.0, 4.0)), ("ibnorm_s", (1.0, 2.5, 4.0))])
+def test_a_ramp_is_saved_as_it_stands_and_ends_where_it_should(tmp_path, norm, lams):
+    run(tmp_path / "run", "--lam_schedule", "linear", "--lam_warmup_steps", "10", "--model.norm_type", norm)
+    for name, lam in zip(("checkpoints/step-0/model", "checkpoints/step-5/model", "final"), lams, strict=True):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)
         assert {float(module.lam) for module in model.modules() if hasattr(module, "lam")} == {lam}
     assert [row["lam_fraction"] for row in metrics(tmp_path / "run")] == [step / 10 for step in range(1, 11)]
 
 
 RAMPS = {
-    "starts at 0; layers.0.input_layernorm: lam: got 0.0": ("--model.norm_type", "ibnorm_s"),
+    "lam is to end at 0, where it starts; name another with --model.norm_kwargs.lam": ("--model.norm_kwargs.lam", "0"),
+    "lam is to end at 1, where it starts": ("--model.norm_type", "ibnorm_s", "--model.norm_kwargs.lam", "1"),
     "the model has no IBNorm": ("--model.norm_type", "rmsnorm"),
     "learns its lam": ("--model.norm_kwargs.learn_lam", "true"),
     "lam_warmup_steps: got 0": ("--lam_warmup_steps", "0"),
