@@ -2,7 +2,8 @@
 
     step-40/
         model/                  weights in float32, config, tokenizer: what `from_pretrained` loads
-        training.safetensors    AdamW's moments by parameter; the norms' gains at the start
+        training.safetensors    AdamW's moments by parameter; the norms' gains at the start; adapters, and the
+                                weights that they are merged into in model/
         process-00000.jsonl.gz  random states and data position, one file a process
         metrics.jsonl.gz        the run's metrics so far
         state.json              step, settings, hashes, what the bits depend on

@@ -1,4 +1,4 @@
-"""The settings of a pretraining run: two dataclasses are the YAML recipe, the command line and its help at once."""
+"""The settings of a training run: two dataclasses are the YAML recipe, the command line and its help at once."""
 
 import math
 import re
@@ -109,6 +109,15 @@ class TrainConfig:
         lam_schedule: strength of IBNorm: constant, or linear from where nothing is compressed (lam 0, ibnorm_s: 1) to
             what norm_kwargs say.
         lam_warmup_steps: steps of the linear schedule.
+        trainable: all; norms (the rest stays as it is, to the bit); or lora: norms, and LoRA adapters on linear layers,
+            merged into every model that is saved.
+        lora_rank: rank of an adapter.
+        lora_alpha: an adapter's product is multiplied by this over its rank.
+        lora_targets: names of the linear layers that get one, such as [q_proj, v_proj] (null: all in the blocks).
+        teacher: directory or name of a Llama or GPT-2, stock or ours, with the same tokenizer, whose logits are
+            distilled (null: none).
+        distillation_weight: w in loss = (1 - w) cross-entropy + w T^2 KL(teacher || student); with a teacher, not 0.
+        distillation_temperature: T, by which both models' logits are divided in KL.
         mixed_precision: no, bf16 or fp16: autocast over float32 weights.
         compile: compile each block with torch.compile; the first step then takes a minute or more.
         gradient_checkpointing: keep each block's input only and compute the rest again for the gradients: less memory,
@@ -159,6 +168,13 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     lam_schedule: Literal["constant", "linear"] = "constant"
     lam_warmup_steps: int = 0
+    trainable: Literal["all", "norms", "lora"] = "all"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_targets: list[str] | None = None
+    teacher: str | None = None
+    distillation_weight: float = 0.5
+    distillation_temperature: float = 1.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     gradient_checkpointing: bool = False
@@ -193,11 +209,28 @@ class TrainConfig:
         if (self.lam_schedule == "linear") != bool(self.lam_warmup_steps):
             allowed = "be >= 1 with lam_schedule linear and 0 with constant"
             raise ValueError(f"lam_warmup_steps: got {self.lam_warmup_steps}, must {allowed}")
+        self._validate_healing()
         if self.push_to_hub is not None:
             check_repo("push_to_hub", self.push_to_hub)
         for name in self.log_with:
             check_choice("log_with", name, TRACKERS)
         self._validate_model()
+
+    def _validate_healing(self) -> None:
+        if self.trainable != "all" and self.model.init_from is None:
+            raise ValueError(
+                f"model.init_from: got null, must be the directory or name of a checkpoint where trainable is "
+                f"{self.trainable}"
+            )
+        for name in ("lora_alpha", "distillation_temperature"):
+            check_number(name, getattr(self, name), 0.0)
+            if not getattr(self, name):
+                raise ValueError(f"{name}: got 0, must be > 0")
+        if self.lora_targets == []:
+            raise ValueError("lora_targets: got [], must name a layer, or be null for all")
+        check_number("distillation_weight", self.distillation_weight, 0.0, 1.0)
+        if self.teacher is not None and not self.distillation_weight:
+            raise ValueError("distillation_weight: got 0, must be > 0 with a teacher; or set teacher to null")
 
     def _validate_model(self) -> None:
         model = self.model
@@ -270,7 +303,7 @@ class TrainConfig:
 _LEAST: dict[str, float] = {
     **dict.fromkeys(("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("global_batch_size", "per_device_eval_batch_size", "eval_every"), 1),
-    **dict.fromkeys(("max_eval_blocks", "keep_last"), 1),
+    **dict.fromkeys(("max_eval_blocks", "keep_last", "lora_rank"), 1),
     **dict.fromkeys(("shuffle_buffer", "tokenizer_documents", "tokenizer_threads", "max_skipped_steps"), 1),
     **dict.fromkeys(("checkpoint_every", "keep_every"), 0),
     **dict.fromkeys(("block_size", "validation_every"), 2),

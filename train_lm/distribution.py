@@ -44,6 +44,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     check_precision(config.mixed_precision)
     check_launcher()
     plugin = sharding(config.mixed_precision)
+    if plugin is not None and config.trainable == "lora":
+        raise UserError("trainable: got lora, allowed with FSDP: all, norms")
     deepspeed = zero.plugin(config) if zero.launched() else None
     cpu = not torch.cuda.is_available()
     if deepspeed is not None and cpu:
@@ -219,7 +221,7 @@ class Spread:
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
-            if name in places and kind != "start":
+            if name in places and kind not in ("start", "apart"):
                 held = laid_out(value, parameters[name]) if value.ndim else value  # every process counts all steps
                 state.setdefault(places[name], {})[kind] = held
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

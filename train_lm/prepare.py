@@ -40,10 +40,12 @@ from .checkpoint import Checkpoint, skeleton_of
 from .config import DROPOUTS, TrainConfig, build_model_config, changed_fields, check_vocabulary, resolved
 from .corpus import CorpusOptions, Documents, HeldOut, open_corpus
 from .data import Layout, PackedData, PackedTokens, StreamedData
+from .distillation import Teacher
 from .push import is_repo
 from .start import Start, together
-from .throughput import flops_per_token
-from .tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
+from .throughput import flops_per_token, forward_flops_per_token
+from .tokenizer import has_tokenizer, load_tokenizer, train_tokenizer, wrap_tokenizer
+from .trainable import add_adapters, freeze
 
 STREAMED_TOKENIZER_DOCUMENTS = 10_000
 
@@ -52,7 +54,8 @@ STREAMED_TOKENIZER_DOCUMENTS = 10_000
 class Run:
     """What a run trains and on what.
 
-    `skeleton` is the model without values, from before anything wrapped, sharded or compiled it: what is saved.
+    `skeleton` is the model without values, from before anything wrapped, sharded or compiled it, or put adapters into
+    it: what is saved.
     """
 
     config: TrainConfig
@@ -64,6 +67,15 @@ class Run:
     hashes: dict[str, str | None]
     lams: dict[str, tuple[float, float]]
     """Site → λ at the start and at the end of its schedule."""
+    teacher: Teacher | None = None
+
+    @property
+    def flops_per_token(self) -> float:
+        """Floating point operations of a token, the teacher's included."""
+        own = flops_per_token(self.skeleton, self.config.block_size)
+        if self.teacher is None:
+            return own
+        return own + forward_flops_per_token(self.teacher.model, self.config.block_size)
 
     def set_lam(self, fraction: float) -> None:
         """Set every λ to where it is after this fraction of its way."""
@@ -80,7 +92,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
     """
     run = together(accelerator, lambda: _prepare(config, accelerator, start))
     if len({json.dumps(each, sort_keys=True) for each in gather_object([run.hashes])}) > 1:
-        raise UserError("corpus: the processes have different text, tokenizers or initial weights")
+        raise UserError("corpus: the processes have different text, tokenizers, initial weights or teachers")
     return run
 
 
@@ -89,15 +101,22 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run
     if config.model.init_from is not None and checkpoint is None:
         with bad_input():
             starting_config(config, config.model.init_from, None)  # before its tokenizer is missed
+    if config.teacher is not None:
+        with bad_input():
+            read_config("teacher", config.teacher)
     cache = Cache(config.cache_dir)
     texts = open_texts(config, cache)
     tokenizer = make_tokenizer(config, cache, texts["train"], checkpoint)
     model, model_config = make_model(config, tokenizer, start)
     config = resolved(config, model_config)
+    with bad_input():
+        freeze(model, config)
+        teacher = None if config.teacher is None else load_teacher(config, config.teacher, tokenizer)
     hashes = {
         "init_sha": checkpoint.state["hashes"]["init_sha"] if checkpoint else shared_weights_sha(model),
         "tokenizer_sha": sha256([tokenizer.backend_tokenizer.to_str()]),
         **{f"{split}_sha": documents.fingerprint for split, documents in texts.items()},
+        **({} if teacher is None else {"teacher_sha": sha256_tensors(teacher.named_parameters())}),
     }
     check_settings(config, start, checkpoint, accelerator, hashes)
 
@@ -120,7 +139,10 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run
     validation = PackedTokens(stream, eos, size, config.max_eval_blocks)
     with bad_input():
         lams = scheduled_lams(config, model, model_config)
-    return Run(config, model, skeleton_of(model), tokenizer, train, validation, hashes, lams)
+        skeleton = skeleton_of(model)
+        add_adapters(model, config)
+    taught = None if teacher is None else Teacher(teacher.to(accelerator.device), config)
+    return Run(config, model, skeleton, tokenizer, train, validation, hashes, lams, taught)
 
 
 def open_texts(config: TrainConfig, cache: Cache) -> dict[str, Documents]:
@@ -153,9 +175,13 @@ def make_tokenizer(
     """The tokenizer of the checkpoint, the one asked for, or one trained on `documents`."""
     if checkpoint is not None:
         return load_tokenizer("run_dir", checkpoint.path / "model")
+    return saved_and_loaded(_new_tokenizer(config, cache, documents))
+
+
+def saved_and_loaded(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Loading adds parts that do nothing; with them from the start, a resumed run has the same tokenizer."""
     with TemporaryDirectory() as folder:
-        _new_tokenizer(config, cache, documents).save_pretrained(folder)
-        # Loading adds parts that do nothing; with them from the start, a resumed run has the same tokenizer.
+        tokenizer.save_pretrained(folder)
         return load_tokenizer("tokenizer", folder)
 
 
@@ -225,23 +251,63 @@ def load_start(family: Family, where: str, model_config: Any) -> PreTrainedModel
     Raises:
         ValueError: weights besides those of norms are missing, or a file is damaged.
     """
-    try:
-        model, found = family.causal_lm.from_pretrained(
-            where, config=model_config, dtype=torch.float32, output_loading_info=True
-        )
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"model.init_from: got {where!r}, which cannot be read: {str(error)[:300]}") from error
+    model, lost = load_weights("model.init_from", family.causal_lm, where, config=model_config)
     norms = norm_prefixes(model)
-    lost = sorted({key for key in found["missing_keys"] if not key.startswith(norms)} | {*found["mismatched_keys"]})
-    if lost:
-        raise ValueError(
-            f"model.init_from: got {where!r}, which lacks {', '.join(map(str, lost[:5]))}: {len(lost)} in all"
-        )
+    refuse_lost("model.init_from", where, [name for name in lost if not name.startswith(norms)])
     return model
 
 
-def family_of(model_type: str) -> Family:
-    """The family that `model_type` belongs to, ours or stock.
+def load_weights(field: str, cls: Any, where: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A model of class `cls` in float32, and the names of those of its weights that `where` has not.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    try:
+        model, found = cls.from_pretrained(where, dtype=torch.float32, output_loading_info=True, **options)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{field}: got {where!r}, which cannot be read: {_one_line(error)}") from error
+    return model, sorted({*found["missing_keys"], *map(str, found["mismatched_keys"])})
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def refuse_lost(field: str, where: str, lost: list[str]) -> None:
+    """Raise ValueError where weights are missing."""
+    if lost:
+        raise ValueError(f"{field}: got {where!r}, which lacks {', '.join(lost[:5])}: {len(lost)} in all")
+
+
+def load_teacher(config: TrainConfig, where: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The model to distil, in float32 and eval mode, without gradients.
+
+    Raises:
+        ValueError: there is none, it is damaged, or its tokens are not those of the run.
+        UserError: its tokenizer cannot be loaded.
+    """
+    found = read_config("teacher", where)
+    if found.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"teacher: got {where!r} with a vocabulary of {found.vocab_size}, the model has {config.model.vocab_size}; "
+            "both must be as large"
+        )
+    if config.block_size > found.max_position_embeddings:
+        raise ValueError(
+            f"block_size: got {config.block_size}, must be <= the teacher's context of {found.max_position_embeddings}"
+        )
+    if has_tokenizer(where):
+        theirs = saved_and_loaded(load_tokenizer("teacher", where))
+        if theirs.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
+            raise ValueError(f"teacher: got {where!r}, whose tokenizer is not the run's; ids would mean other tokens")
+    model, lost = load_weights("teacher", AutoModelForCausalLM, where)
+    refuse_lost("teacher", where, lost)
+    return model.eval().requires_grad_(False)
+
+
+def family_of(model_type: str, field: str = "model.init_from") -> Family:
+    """The family that `model_type` belongs to, ours or stock; `field` is what errors call it.
 
     Raises:
         ValueError: none.
@@ -251,19 +317,30 @@ def family_of(model_type: str) -> Family:
         if model_type in (ours, ours.removeprefix("ibnorm_")):
             return family
     known = ", ".join(family.config.model_type.removeprefix("ibnorm_") for family in FAMILIES)
-    raise ValueError(f"model.init_from: got a {model_type} model, known are {known}, stock or ours")
+    raise ValueError(f"{field}: got a {model_type} model, known are {known}, stock or ours")
 
 
-def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any] | None) -> tuple[Family, Any]:
-    """Family and config of the checkpoint `where`, with the norms of the run."""
+def read_config(field: str, where: str | Path) -> Any:
+    """The Transformers config of a checkpoint, stock or ours.
+
+    Raises:
+        ValueError: there is none, or it is of another family.
+    """
     try:
         found = AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
         here = "" if Path(where).is_dir() else "no such directory, and "
         hint = f"; did you mean {Path(where) / 'final'}?" if (Path(where) / "final").is_dir() else ""
         raise ValueError(
-            f"model.init_from: got {str(where)!r}, {here}no model could be loaded{hint}: {str(error)[:200]}"
+            f"{field}: got {str(where)!r}, {here}no model could be loaded{hint}: {_one_line(error)}"
         ) from error
+    family_of(found.model_type, field)
+    return found
+
+
+def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any] | None) -> tuple[Family, Any]:
+    """Family and config of the checkpoint `where`, with the norms of the run."""
+    found = read_config("model.init_from", where)
     family = family_of(found.model_type)
     model = config.model
     norms: dict[str, Any] = {"norm_kwargs": model.norm_kwargs} if model.norm_kwargs else {}
@@ -313,6 +390,7 @@ _HASHED = {
     "tokenizer_sha": "tokenizer",
     "train_sha": "training text",
     "validation_sha": "validation text",
+    "teacher_sha": "teacher",
 }
 
 
@@ -417,7 +495,7 @@ def write_run_files(run_dir: Path, run: Run, accelerator: Accelerator) -> None:
     record = environment_record() | {
         **run.hashes,
         "parameters": sum(parameter.numel() for parameter in run.skeleton.parameters()),
-        "flops_per_token": flops_per_token(run.skeleton, run.config.block_size),
+        "flops_per_token": run.flops_per_token,
         "validation_tokens": run.validation.targets,
         "num_processes": accelerator.num_processes,
         "mixed_precision": run.config.mixed_precision,
@@ -431,7 +509,7 @@ def write_run_files(run_dir: Path, run: Run, accelerator: Accelerator) -> None:
 
 def names_on_hub(config: TrainConfig) -> list[str]:
     """What the run loads by the name of a repository, NAMESPACE/NAME; elsewhere the same name may be that of a path."""
-    names = (config.corpus, config.validation_corpus, config.tokenizer, config.model.init_from)
+    names = (config.corpus, config.validation_corpus, config.tokenizer, config.model.init_from, config.teacher)
     return sorted({name for name in names if name and not Path(name).exists() and is_repo(name)})
 
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -65,16 +65,30 @@ def peak_flops(device: str, mixed_precision: str) -> float | None:
 def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
     """Floating point operations that training on one token takes, forward and backward.
 
-    6 for each weight of a matrix product, and 12·L·d·T for attention over T tokens in L blocks of width d, the mask not
-    subtracted, as in PaLM (arXiv 2204.02311, appendix B). Embeddings are looked up, not multiplied with; the output
-    layer counts even where it is tied to them.
+    6 for each weight of a matrix product, 4 where it is not trained, and 12·L·d·T for attention over T tokens in L
+    blocks of width d, the mask not subtracted, as in PaLM (arXiv 2204.02311, appendix B). Embeddings are looked up, not
+    multiplied with; the output layer counts even where it is tied to them.
     """
+    matrices = _matrices(model)
+    return 3.0 * forward_flops_per_token(model, block_size) - sum(
+        2.0 * each.numel() for each in matrices if not each.requires_grad
+    )
+
+
+def forward_flops_per_token(model: PreTrainedModel, block_size: int) -> float:
+    """Those of the forward pass: 2 for each weight of a matrix product, and 4·L·d·T."""
     config = model.config
+    weights = sum(each.numel() for each in _matrices(model))
+    return 2.0 * weights + 4.0 * config.num_hidden_layers * config.hidden_size * block_size
+
+
+def _matrices(model: PreTrainedModel) -> list[Tensor]:
+    """The weights of matrix products."""
     output = model.get_output_embeddings()
     lookups = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
-    matrices = {id(p): p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in lookups}
-    matrices[id(output.weight)] = output.weight.numel()
-    return 6.0 * sum(matrices.values()) + 12.0 * config.num_hidden_layers * config.hidden_size * block_size
+    matrices = {id(p): p for p in model.parameters() if p.ndim == 2 and id(p) not in lookups}
+    matrices[id(output.weight)] = output.weight
+    return list(matrices.values())
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -53,6 +53,11 @@ def wrap_tokenizer(json_text: str, context: int) -> PreTrainedTokenizerFast:
     )
 
 
+def has_tokenizer(where: str | Path) -> bool:
+    """Whether there is a tokenizer beside a model; on the Hub there is taken to be one."""
+    return not Path(where).is_dir() or any((Path(where) / name).exists() for name in _FILES)
+
+
 def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
     """A tokenizer from a directory or from the Hub.
 
@@ -61,7 +66,7 @@ def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
     """
     try:
         # Older Transformers make an empty tokenizer where a directory has a model only.
-        if Path(where).is_dir() and not any((Path(where) / name).exists() for name in _FILES):
+        if not has_tokenizer(where):
             raise FileNotFoundError(f"it has none of {', '.join(_FILES)}")
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:

@@ -48,11 +48,12 @@ from .progress import Progress
 from .push import push
 from .signals import StopSignals
 from .start import Start, agree_on_start, alone_in_run, raise_together, together
-from .throughput import flops_per_token, peak_flops, peak_memory_gb
+from .throughput import peak_flops, peak_memory_gb
+from .trainable import apart, merged
 
 
 def train(config: TrainConfig) -> Path:
-    """Pretrain a model and return the directory of the finished one.
+    """Train a model and return the directory of the finished one.
 
     The run directory then holds `config.yaml` (a recipe that repeats the run), `environment.json`, `metrics.jsonl`
     (one object a step), `checkpoints/step-N/` and `final/`; `final` and each checkpoint's `model/` are loaded by
@@ -82,6 +83,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     check_trackers(config.log_with)
     if config.push_to_hub is not None:
         require_extra("train", "matplotlib")
+    if config.trainable == "lora":
+        require_extra("train", "peft")
     run_dir = Path(config.run_dir)
     final = run_dir / "final"
     accelerator = make_accelerator(config)
@@ -138,23 +141,27 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             problem, batch = str(error), Batch.of_nothing(run.train.layout)
         moved = state.gains_moved()
 
-        loss_sum = torch.zeros((), device=accelerator.device)
+        loss_sum, kl_sum = torch.zeros(2, device=accelerator.device)
         for i, part in enumerate(batch.parts, 1):
             inputs, targets = (tensor.to(accelerator.device, non_blocking=True) for tensor in part)
             last = i == len(batch.parts)
             with spread.part_of_step(last):
-                part_sum = token_loss(model, inputs, targets)
+                if run.teacher is None:
+                    part_sum = token_loss(model, inputs, targets)
+                else:
+                    part_sum, part_kl = run.teacher.loss(model, inputs, targets)
+                    kl_sum += part_kl
                 # Gradients are averaged over processes, hence the factor: every token of the global batch weighs alike.
                 spread.backward(part_sum, accelerator.num_processes / batch.tokens, last)
             loss_sum += part_sum.detach()
         norm = spread.clip(config.max_grad_norm)
 
         # The one place where processes tell each other something, and where the host waits for the device.
-        numbers = torch.stack([loss_sum, norm, moved]).double()
+        numbers = torch.stack([loss_sum, kl_sum, norm, moved]).double()
         problem = problem or checkpointer.problem
         asked = [bool(signals.name), bool(problem), int(batch.sha[:12], 16)]
         told = accelerator.gather(torch.cat([numbers, numbers.new_tensor(asked)])[None]).T.tolist()
-        losses, (grad_norm, *_), moves, stops, failures, parts = told
+        losses, divergences, (grad_norm, *_), moves, stops, failures, parts = told
         loss = math.fsum(losses) / batch.tokens if all(map(math.isfinite, losses)) else math.nan
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if any(failures):
@@ -181,6 +188,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             "mfu": peak and speed * state.flops_per_token / (peak * accelerator.num_processes),
             "memory_gb": peak_memory_gb(accelerator.device),
         }
+        if run.teacher is not None:
+            row["kl"] = math.fsum(divergences) / batch.tokens if finite else math.nan
         if run.lams:
             row["lam_fraction"] = lam_fraction(step, config)
         if not finite:
@@ -236,7 +245,7 @@ class State:
         self.run, self.spread, self.optimizer, self.accelerator = run, spread, optimizer, accelerator
         self.step = self.tokens = self.skipped = 0
         self.numerics = numerics_record()
-        self.flops_per_token = flops_per_token(run.skeleton, run.config.block_size)
+        self.flops_per_token = run.flops_per_token
         norms = [name for name, module in run.model.named_modules() if is_norm(module)]
         self.gains = {f"{name}.weight": getattr(run.model.get_submodule(name), "weight", None) for name in norms}
         self.gains = {name: gain for name, gain in self.gains.items() if gain is not None}
@@ -268,8 +277,7 @@ class State:
     def model_on_host(self) -> PreTrainedModel | None:
         """A copy of the model in main memory on the first process. Every process must call this."""
         first, skeleton = self.accelerator.is_main_process, self.run.skeleton
-        tensors = [*self.run.model.named_parameters(), *self.run.model.named_buffers()]
-        copies = {name: on_host(tensor, keep=first) for name, tensor in tensors}
+        copies = {name: on_host(tensor, keep=first) for name, tensor in merged(self.run.model)}
         if not first:
             return None
         names = {id(each): name for name, each in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
@@ -291,6 +299,7 @@ class State:
         start = {f"start/{name}": gain.to("cpu", copy=True) for name, gain in self.start_gains.items()}
         if model is None:
             return None
+        tensors |= {f"apart/{name}": each.detach().to("cpu", copy=True) for name, each in apart(self.run.model).items()}
         state = {
             "tokens": self.tokens,
             "skipped": self.skipped,
@@ -308,6 +317,8 @@ class State:
         saved, process, messages = checkpoint.state, self.accelerator.process_index, []
         self.step, self.tokens, self.skipped = checkpoint.step, saved["tokens"], saved["skipped"]
         tensors = checkpoint.tensors
+        for name, parameter in apart(self.run.model).items():
+            parameter.data.copy_(tensors[f"apart/{name}"])
         self.spread.restore_optimizer(self.run.model, self.optimizer.optimizer, tensors)
         device = self.accelerator.device
         self.set_start_gains({name: tensors[f"start/{name}"].to(device) for name in self.start_gains})
@@ -410,9 +421,11 @@ def describe(run: Run, config: TrainConfig, accelerator: Accelerator) -> str:
     tokens = f"{run.train.packed.targets:,} training tokens" if isinstance(run.train, PackedData) else "a stream"
     device = device_name(accelerator)
     known = peak_flops(device, config.mixed_precision) is not None
+    trained = sum(each.numel() for each in run.model.parameters() if each.requires_grad)
+    part = "" if config.trainable == "all" else f" ({config.trainable}: {trained:,} trained)"
     return (
         f"{model.norm_type}{' (with overrides)' if model.norm_overrides else ''}: "
-        f"{run.skeleton.num_parameters():,} parameters, {tokens} of {config.corpus}, "
+        f"{run.skeleton.num_parameters():,} parameters{part}, {tokens} of {config.corpus}, "
         f"{config.max_steps:,} steps of {sequences * config.block_size:,}; "
         f"initial shared weights {(run.hashes['init_sha'] or '')[:16]}; "
         f"{device}{'' if known else ' (peak FLOP/s unknown, so no MFU)'}"
@@ -425,9 +438,9 @@ def device_name(accelerator: Accelerator) -> str:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices only."""
+    """AdamW over what is trained that decays matrices only."""
     kept = set(no_decay_parameter_names(model))
-    parameters = dict(model.named_parameters())
+    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     groups = [
         {"params": [p for name, p in parameters.items() if name not in kept], "weight_decay": config.weight_decay},
         {"params": [p for name, p in parameters.items() if name in kept], "weight_decay": 0.0},

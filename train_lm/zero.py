@@ -38,6 +38,10 @@ def plugin(config: TrainConfig) -> DeepSpeedPlugin:
     Raises:
         UserError: DeepSpeed is not installed, or a setting that this program cannot go along with.
     """
+    if config.trainable != "all":
+        raise UserError(f"trainable: got {config.trainable}, allowed with DeepSpeed: all")
+    if config.teacher is not None:
+        raise UserError(f"teacher: got {config.teacher!r}, allowed with DeepSpeed: null")
     require_extra("deepspeed", "deepspeed")
     for variable, setting in (
         ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "deepspeed_config_file"),

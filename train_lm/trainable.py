@@ -1,0 +1,86 @@
+"""What of a model is trained: all of it, its norms, or its norms and peft's LoRA adapters (arXiv 2106.09685).
+
+Adapters are merged into what is saved as a model: that loads without peft. What a checkpoint needs besides, to go on
+with the adapters as they are, is `apart`.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_ibnorm.modeling_ibnorm import is_norm
+
+from .config import TrainConfig
+
+_BASE = ".base_layer."
+_ADAPTER = ".lora_"
+
+
+def freeze(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Leave only the norms to be trained, unless everything is.
+
+    Raises:
+        ValueError: the norms have no parameters.
+    """
+    if config.trainable == "all":
+        return
+    model.requires_grad_(False)
+    for module in model.modules():
+        if is_norm(module):
+            module.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"trainable: got {config.trainable!r}, but the norms of the model have no parameters")
+
+
+def add_adapters(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Put LoRA adapters on linear layers of the blocks, in place, if they are to be trained; they begin as nothing.
+
+    Their initial values depend on the seed only.
+
+    Raises:
+        ValueError: `lora_targets` names no linear layer.
+    """
+    if config.trainable != "lora":
+        return
+    from peft import LoraConfig, inject_adapter_in_model
+
+    blocks = model.base_model.get_submodule(model.config.norm_site_table.blocks)
+    layers = (name for name, module in blocks.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    known = sorted({name.rpartition(".")[2] for name in layers})
+    targets = known if config.lora_targets is None else config.lora_targets
+    for name in targets:
+        if name not in known:
+            raise ValueError(f"lora_targets: got {name!r}, allowed are {', '.join(known)}")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(targets))
+    set_seed(config.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # GPT-2's matrices are transposed, which peft sees by itself
+        inject_adapter_in_model(settings, model)
+    for parameter in trained:  # peft freezes all but its own
+        parameter.requires_grad_(True)
+
+
+def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of `model` by the names they have without adapters, which are merged in."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        layer, base, own = name.rpartition(_BASE)
+        if base:
+            adapted: Any = model.get_submodule(layer)
+            yield f"{layer}.{own}", tensor + adapted.get_delta_weight("default") if own == "weight" else tensor
+        elif _ADAPTER not in name:
+            yield name, tensor
+
+
+def apart(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters, and the weights they are merged into: a merged one cannot be taken apart to the bit."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if _ADAPTER in name or name.endswith(f"{_BASE}weight")
+    }
