@@ -15,9 +15,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .config import TrainConfig, build_model_config
-from .prepare import starting_config
-from .throughput import flops_per_token
+from .distillation import Teacher
+from .prepare import read_config, starting_config
+from .throughput import flops_per_token, forward_flops_per_token
 from .train import speed_up, token_loss
+from .trainable import freeze
 
 # Transformers' attention without a mask: it leaves that out by itself where it sees that nothing is padded, but tensors
 # without values do not show it, and a mask of length times length would be counted.
@@ -35,13 +37,14 @@ class StepMemory:
     Args:
         weights: bytes of weights and buffers, in float32.
         gradients: bytes of all gradients, in float32.
-        optimizer: bytes of AdamW's two numbers a parameter, in float32.
+        optimizer: bytes of AdamW's two numbers a trained parameter, in float32.
         activations: bytes of all else: what the backward pass needs, logits, weights that autocast has cast,
-            temporaries; or what a batch of validation takes, if that is more.
+            temporaries; or what a batch of validation takes, if that is more; and a teacher's weights.
         parameters: their number.
+        trained: the number of those that are trained.
         block: the number of those in one block.
         outside: the number of those in no block: embeddings, output layer, last norm.
-        flops_per_token: as `throughput.flops_per_token` gives it.
+        flops_per_token: as `throughput.flops_per_token` gives it, and a teacher's.
     """
 
     weights: int
@@ -49,6 +52,7 @@ class StepMemory:
     optimizer: int
     activations: int
     parameters: int
+    trained: int
     block: int
     outside: int
     flops_per_token: float
@@ -70,13 +74,25 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         gradients_stay: whether gradients have memory of their own all the time, as in DDP's buckets.
 
     Raises:
-        ValueError, TypeError: the model cannot be built.
+        ValueError, TypeError: the model cannot be built, or adapters are to be trained.
     """
+    if config.trainable == "lora":
+        raise ValueError(
+            "trainable: got 'lora', which cannot be planned: peft needs tensors with values; all and norms can"
+        )
     low = _LOW.get(config.mixed_precision)
     with warnings.catch_warnings(), FakeTensorMode(), _Live() as live:
         warnings.simplefilter("ignore")
         model = _model(config)
+        freeze(model, config)
+        flops = flops_per_token(model, config.block_size)
         speed_up(model, replace(config, compile=False))
+        teacher, taught = None, 0
+        if config.teacher is not None:
+            found = read_config("teacher", config.teacher)
+            teacher = Teacher(_built(found).eval().requires_grad_(False), config)
+            flops += forward_flops_per_token(teacher.model, config.block_size)
+            taught = sum(each.nbytes for each in [*teacher.model.parameters(), *teacher.model.buffers()])
         # As Accelerate wraps it.
         forward = torch.autocast("cpu", low, enabled=low is not None)(model.forward)
         model.forward = convert_outputs_to_fp32(forward)
@@ -86,17 +102,21 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
             """Bytes beyond the weights that a batch of so many sequences takes."""
             live.peak = live.now
             inputs, targets = torch.zeros((2, sequences, config.block_size), dtype=torch.int64)
-            loss = token_loss(model, inputs, targets)
-            if loss.requires_grad:
-                loss.backward()
+            if not torch.is_grad_enabled():
+                token_loss(model, inputs, targets)
+            elif teacher is None:
+                token_loss(model, inputs, targets).backward()
+            else:
+                teacher.loss(model, inputs, targets)[0].backward()
             return live.peak - base
 
         with torch.no_grad():
             validation = step(config.per_device_eval_batch_size)
         parameters = list(model.parameters())
-        gradients = sum(each.nbytes for each in parameters)
+        trained = [each for each in parameters if each.requires_grad]
+        gradients = sum(each.nbytes for each in trained)
         if gradients_stay or config.gradient_accumulation_steps > 1:
-            for each in parameters:
+            for each in trained:
                 each.grad = torch.zeros_like(each)
         training = step(config.per_device_train_batch_size)
         activations = max(training - gradients, validation - (gradients if not gradients_stay else 0))
@@ -105,13 +125,14 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         in_block = sum(each.numel() for each in block.parameters())
         return StepMemory(
             weights=4 * count + sum(each.nbytes for each in model.buffers()),
-            gradients=4 * count,
-            optimizer=8 * count,
-            activations=activations,
+            gradients=gradients,
+            optimizer=2 * gradients,
+            activations=activations + taught,
             parameters=count,
+            trained=gradients // 4,
             block=in_block,
             outside=count - in_block * model.config.num_hidden_layers,
-            flops_per_token=flops_per_token(model, config.block_size),
+            flops_per_token=flops,
         )
 
 
@@ -125,7 +146,11 @@ def _model(config: TrainConfig) -> PreTrainedModel:
     for name in _ATTENTION_DROPOUTS:
         if hasattr(built, name):
             setattr(built, name, 0.0)
-    return AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation=_ATTENTION).train()
+    return _built(built).train()
+
+
+def _built(config: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=_ATTENTION)
 
 
 class _Live(TorchDispatchMode):

@@ -148,8 +148,11 @@ class Plan:
         self.cluster, self.config = cluster, config.spread_over(cluster.gpus)
         self._counts = {} if counts is None else counts
         ways = [ALONE] if cluster.gpus == 1 else [name for name in WAYS if name != ALONE]
-        # FSDP2 has no scaler for fp16 here, and train_lm refuses it.
-        self.ways = [name for name in ways if (name, config.mixed_precision) != ("fsdp2", "fp16")]
+        # What train_lm refuses: FSDP2 has no scaler for fp16 here.
+        refused = {"fsdp2"} if config.mixed_precision == "fp16" else set()
+        if config.trainable != "all" or config.teacher is not None:
+            refused |= {"deepspeed_zero2", "deepspeed_zero3"}
+        self.ways = [name for name in ways if name not in refused]
 
     def count(self, config: TrainConfig, way: str) -> StepMemory:
         """The memory of a step, before anything is sharded."""
@@ -175,7 +178,7 @@ class Plan:
             config,
             step.weights * weights,
             step.gradients * gradients,
-            WAYS[way].optimizer * step.parameters * optimizer,
+            WAYS[way].optimizer * step.trained * optimizer,
             step.activations,
             buffers,
             self.seconds(way, config, step),
@@ -192,16 +195,16 @@ class Plan:
         flops = tokens * step.flops_per_token * (4 / 3 if config.gradient_checkpointing else 1)
         arithmetic = flops / (device.flops(config.mixed_precision) * self.cluster.mfu)
         micro = max(arithmetic, 3 * step.activations / (1e9 * device.bandwidth))
-        adamw = 28 * step.parameters / (n if WAYS[way].parts[2] else 1) / (1e9 * device.bandwidth)
-        gather, reduce = 2 * 4, 4  # all-gathers of both passes, reduce-scatter, in bytes a parameter
+        adamw = 28 * step.trained / (n if WAYS[way].parts[2] else 1) / (1e9 * device.bandwidth)
+        gather, reduce = 2 * 4 * step.parameters, 4 * step.trained  # bytes: all-gathers of both passes, reduce-scatter
         sent, hidden = {
             ALONE: (0, 0.0),
             "ddp": (2 * reduce, micro * 2 / 3),  # an all-reduce is twice that, beside the last backward pass
             "fsdp2": (times * (gather + reduce), times * micro),
-            "deepspeed_zero2": (times * reduce + 4, times * micro * 2 / 3),  # and the weights, once
+            "deepspeed_zero2": (times * reduce + gather / 2, times * micro * 2 / 3),  # and the weights, once
             "deepspeed_zero3": (times * (gather + reduce), times * micro),
         }[way]
-        communication = sent * step.parameters * (n - 1) / n / self.cluster.link
+        communication = sent * (n - 1) / n / self.cluster.link
         return times * micro + adamw + max(0.0, communication - hidden)
 
     def fits(self, estimate: Estimate) -> bool:
@@ -306,10 +309,12 @@ def _print(recipe: str, plan: Plan, words: list[str]) -> None:
     """The plan, in at most 120 columns but for the command."""
     config, cluster, device = plan.config, plan.cluster, plan.cluster.device
     estimates = [plan.estimate(way, config) for way in plan.ways]
-    parameters = plan.count(config, plan.ways[0]).parameters
+    step = plan.count(config, plan.ways[0])
+    parameters, trained = step.parameters, step.trained
+    part = "" if trained == parameters else f" ({trained:,} trained: of those alone are gradients and optimizer)"
     size, times = config.per_device_train_batch_size, config.gradient_accumulation_steps
     print(
-        f"{recipe}: {parameters:,} parameters; {cluster.gpus} × {cluster.name} of {device.memory:g} GB, "
+        f"{recipe}: {parameters:,} parameters{part}; {cluster.gpus} × {cluster.name} of {device.memory:g} GB, "
         f"{cluster.machines} machine{'s' * (cluster.machines > 1)}; "
         f"a step: {cluster.gpus} × {times} × {size} sequences of {config.block_size} tokens\n"
     )
@@ -319,7 +324,8 @@ def _print(recipe: str, plan: Plan, words: list[str]) -> None:
     print()
     for way in plan.ways:
         print(f"{way}: {WAYS[way].formula}{'' if _config_file(way, cluster) or way == ALONE else ' (no config file)'}")
-    whole = 12 * parameters / 1e9
+    model = 4 * parameters / 1e9
+    whole = model + 8 * trained / 1e9
     kept = 1 + bool(config.checkpoint_every) * config.keep_last
     kept += config.max_steps // config.keep_every if config.keep_every else 0
     print(
@@ -327,7 +333,7 @@ def _print(recipe: str, plan: Plan, words: list[str]) -> None:
         f"time: {cluster.mfu:.0%} of {device.flops(config.mixed_precision) / 1e12:g} TFLOP/s, memory of "
         f"{device.bandwidth:g} GB/s, {cluster.link / 1e9:g} GB/s between GPUs: assumed\n"
         f"checkpoint: {whole:.3g} GB on disk, and in main memory of the first process while it is written;\n"
-        f"disk in all: {(kept + 2 / 3) * whole:.3g} GB, with the checkpoints that are kept and the final model"
+        f"disk in all: {kept * whole + 2 * model:.3g} GB, with the checkpoints that are kept and the final model"
     )
     if config.mixed_precision == "bf16" and not device.bfloat16:
         print(f"note: {cluster.name} has no tensor cores for bf16; the times are those of --mixed_precision fp16")

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from accelerate.utils import set_seed
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -58,8 +58,8 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> None:
             raise ValueError(f"lora_targets: got {name!r}, allowed are {', '.join(known)}")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(targets))
-    set_seed(config.seed)
-    with warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(config.seed)
         warnings.simplefilter("ignore", UserWarning)  # GPT-2's matrices are transposed, which peft sees by itself
         inject_adapter_in_model(settings, model)
     for parameter in trained:  # peft freezes all but its own

@@ -18,6 +18,8 @@ from train_lm.config import read_command_line
 from train_lm.data import IGNORE
 from train_lm.distillation import distillation_loss
 from train_lm.distribution import make_accelerator
+from train_lm.memory import step_memory
+from train_lm.plan import main as plan
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 from train_lm.train import train
 from train_lm.trainable import add_adapters, freeze, merged
@@ -354,5 +356,29 @@ def test_two_processes_heal_as_one_does(sources, tmp_path, kind, trainable):
     run(tmp_path / "one", *flags, "--gradient_accumulation_steps", "4")
     for row, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for key in ("loss", "kl", "grad_norm", "gain_movement", "eval_loss"):
-            assert other.get(key) == pytest.approx(row.get(key), rel=1e-5, abs=1e-7), key
+            assert (key in row) == (key in other)
+            assert other.get(key, 0.0) == pytest.approx(row.get(key, 0.0), rel=1e-5, abs=1e-7), key
     assert moved(tmp_path / "one") == moved(tmp_path / "two")
+
+
+def test_a_plan_counts_gradients_of_what_is_trained_and_the_teacher(sources):
+    flags = ["--config", "tiny", "--run_dir", "unused", "--model.init_from", str(sources / "llama-t")]
+    flags += ["--model.norm_type", "null"]
+    whole = step_memory(read_command_line(flags))
+    norms = step_memory(read_command_line([*flags, "--trainable", "norms"]))
+    taught = step_memory(read_command_line([*flags, "--teacher", str(sources / "llama")]))
+    assert whole.trained == whole.parameters == norms.parameters
+    assert (norms.trained, norms.gradients, norms.optimizer) == (5 * 64, 4 * 5 * 64, 8 * 5 * 64)
+    with pytest.raises(ValueError, match="trainable: got 'lora', which cannot be planned"):
+        step_memory(read_command_line([*flags, "--trainable", "lora"]))
+    assert taught.activations > whole.activations + whole.weights - 4 * 5 * 32
+    assert norms.flops_per_token < whole.flops_per_token < taught.flops_per_token
+
+
+def test_the_recipe_is_planned_without_what_cannot_train_it(sources, command):
+    flags = ["--model.init_from", str(sources / "llama-identity"), "--teacher", str(sources / "llama")]
+    code, out, err = command(plan, "heal", "--device", "t4", "--gpus", "2", *flags, "--block_size", "64")
+    assert (code, err) == (0, "")
+    assert "fsdp2" in out
+    assert "deepspeed" not in out
+    assert "320 trained: of those alone are gradients and optimizer" in out

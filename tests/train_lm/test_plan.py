@@ -180,7 +180,7 @@ def test_advice_is_the_first_that_fits_and_smaller_devices_ask_for_more(monkeypa
 
 
 @pytest.mark.parametrize("gpus", [pytest.param(1, marks=pytest.mark.slow), 8, pytest.param(64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name != "heal"])  # which has no sizes
 def test_every_recipe_is_planned_and_fits_80_gb_as_it_is(name, gpus, command):
     flags = ["--global_batch_size", "512"] if "gpt2" in name and gpus == 64 else []  # 480 is no multiple of 64
     code, out, err = command(plan, name, "--device", "h100", "--gpus", str(gpus), *flags)
