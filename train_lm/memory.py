@@ -77,9 +77,7 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         ValueError, TypeError: the model cannot be built, or adapters are to be trained.
     """
     if config.trainable == "lora":
-        raise ValueError(
-            "trainable: got 'lora', which cannot be planned: peft needs tensors with values; all and norms can"
-        )
+        raise ValueError("trainable: got 'lora', which cannot be planned (peft needs values); all and norms can")
     low = _LOW.get(config.mixed_precision)
     with warnings.catch_warnings(), FakeTensorMode(), _Live() as live:
         warnings.simplefilter("ignore")
