@@ -179,7 +179,10 @@ def make_tokenizer(
 
 
 def saved_and_loaded(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Loading adds parts that do nothing; with them from the start, a resumed run has the same tokenizer."""
+    """`tokenizer` as a checkpoint gives it back.
+
+    Loading adds parts that do nothing; with them from the start, a resumed run has the same tokenizer.
+    """
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return load_tokenizer("tokenizer", folder)

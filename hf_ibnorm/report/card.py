@@ -160,6 +160,15 @@ def _training(run: Run) -> dict[str, str]:
     }
     if config["lam_schedule"] == "linear":
         rows["λ"] = f"ramped linearly from where it compresses nothing, in {config['lam_warmup_steps']:,} steps"
+    if (trainable := config.get("trainable", "all")) != "all":
+        adapters = f", and LoRA adapters of rank {config['lora_rank']}, merged into the weights"
+        rows["trained"] = f"the norms{adapters if trainable == 'lora' else ' alone'}"
+    if config.get("teacher"):
+        weight, temperature = config["distillation_weight"], config["distillation_temperature"]
+        rows["teacher"] = (
+            f"{_shown(config['teacher'], run)}: the training loss is {1 - weight:g} times the cross-entropy and "
+            f"{weight:g} times the divergence from its probabilities, at temperature {temperature:g}"
+        )
     return rows
 
 

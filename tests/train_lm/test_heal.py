@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from hf_ibnorm import convert_checkpoint
 from hf_ibnorm.cli import UserError
+from hf_ibnorm.report.card import model_card
+from hf_ibnorm.report.runs import Run
 from train_lm import zero
 from train_lm.config import read_command_line
 from train_lm.data import IGNORE
@@ -321,6 +323,9 @@ def test_the_recipe_heals(sources, tmp_path):
     assert rows[0]["kl"] < rows[3]["kl"]
     assert "eval_loss" in rows[-1]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").config.norm_kwargs["lam"] == 4.0
+    card = model_card(Run.read(tmp_path / "run"))
+    assert "- trained: the norms alone\n" in card
+    assert "- teacher: `llama`: the training loss is 0.5 times the cross-entropy" in card
 
 
 @pytest.mark.parametrize(
