@@ -201,6 +201,7 @@ def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
     """
     with TemporaryDirectory(prefix="hf_ibnorm_") as folder:
         flags = ["--suite", "embedded", "--skip", NOVEL, "--limit", str(limit), "--batch_size", "32"]
+        flags += ["--overlong", "skip"]  # a short context is no reason for no report
         words = [sys.executable, "-m", "eval", "run", "--model", str(model), *flags, "--output", f"{folder}/scores"]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
