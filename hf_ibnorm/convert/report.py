@@ -114,6 +114,7 @@ def write_report(source: Source, stages: Mapping[str, Path], output: Path, text:
     del old, model
     for name, folder in folders.items():
         found[name]["scores"] = embedded_scores(folder, scored) if scored else None
+    made = environment_record()
     record = {
         "source": Path(source.name).name,
         "text": text.name,
@@ -121,7 +122,7 @@ def write_report(source: Source, stages: Mapping[str, Path], output: Path, text:
         "bytes": text.bytes,
         "scored": scored,
         "stages": found,
-        "environment": environment_record(),
+        "environment": {name: made[name] for name in ("date", "device", "cpu_count", "versions", "git_revision")},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(output) as folder:
@@ -190,7 +191,7 @@ def _norm_of(model: PreTrainedModel) -> str:
 
 
 def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
-    """What `python -m eval run --suite embedded` gives a model, without the novel.
+    """Rows of `scores.json` that `python -m eval run --suite embedded` writes for a model, without the novel.
 
     Args:
         model: its directory.
@@ -206,8 +207,9 @@ def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"scored: {(done.stderr.strip().splitlines() or ['eval failed'])[-1]}")
-        scores: dict[str, Any] = json.loads((Path(folder) / "scores" / "scores.json").read_text(encoding="utf-8"))
-    return scores
+        scores = json.loads((Path(folder) / "scores" / "scores.json").read_text(encoding="utf-8"))
+    benchmarks: dict[str, Any] = scores["benchmarks"]
+    return benchmarks
 
 
 def summary(record: Mapping[str, Any]) -> Table:
@@ -231,12 +233,12 @@ def summary(record: Mapping[str, Any]) -> Table:
 
 def mean_score(scores: Mapping[str, Any]) -> float:
     """Mean of the normalized scores, 0 to 100, over the tasks that have one."""
-    return fmean(row["normalized"] for row in scores["benchmarks"].values() if row["normalized"] is not None)
+    return fmean(row["normalized"] for row in scores.values() if row["normalized"] is not None)
 
 
 def _score_table(record: Mapping[str, Any]) -> Table:
     """A row for each stage, a column for each embedded task."""
-    scores = {name: stage["scores"]["benchmarks"] for name, stage in record["stages"].items()}
+    scores = {name: stage["scores"] for name, stage in record["stages"].items()}
     tasks = [name for name in scores[SOURCE] if name != NOVEL]
     return Table(
         ["stage", *tasks], [[name, *(score_cell(row[each]) for each in tasks)] for name, row in scores.items()]

@@ -160,7 +160,7 @@ def test_embedded_scores_are_those_of_the_evaluation_program(folder, tmp_path, c
     assert (code, error) == (0, "")
     found = json.loads((tmp_path / "new" / "report" / "report.json").read_text())
     for stage in found["stages"].values():
-        scored = {name: row for name, row in stage["scores"]["benchmarks"].items() if row["raw"] is not None}
+        scored = {name: row for name, row in stage["scores"].items() if row["raw"] is not None}
         assert len(scored) == 6
         assert {row["n"] for row in scored.values()} == {3}
     assert "sva_simple" in (tmp_path / "new" / "report" / "report.md").read_text()
