@@ -88,6 +88,7 @@ class NormConfigMixin:
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_strays(kwargs)
         kwargs.pop("model_type", None)  # as an attribute it would hide the class's
+        kwargs.setdefault("auto_map", {})  # trl asks it of every model that is not Transformers' own
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.resolve_norms()
 
@@ -184,6 +185,8 @@ class NormConfigMixin:
         self._name_to_peft()
         fields = super().to_dict()  # type: ignore[misc]
         fields.pop(_OTHER_NORMS, None)
+        if not fields.get("auto_map"):
+            fields.pop("auto_map", None)
         return fields
 
     @property

@@ -23,28 +23,6 @@ IDENTITY = {"llama": ("ibnorm_s", "ibnorm_l", "ibnorm_t", "ibnorm_shrink", "rmsn
 IDENTITY["gpt2"] = (*IDENTITY["llama"][:-1], "layernormalnorm", "layernorm")
 
 
-@pytest.fixture
-def source(stock_model, tmp_path):
-    """Factory of stock checkpoints on disk, with a tokenizer and a generation config: source("llama")."""
-
-    def make(family, shard="10GB", dtype=None, **fields):
-        from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
-
-        fields = {"vocab_size": 300, **fields}
-        model = stock_model(family, **fields)
-        model.generation_config.max_new_tokens = 7
-        if dtype is not None:
-            model = model.to(dtype)
-        folder = tmp_path / f"{family}-source"
-        model.save_pretrained(folder, max_shard_size=shard)
-        tokenizer = wrap_tokenizer(train_tokenizer(["some text to learn from " * 9], 300), 64)
-        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
 def logits(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens()).logits
 
