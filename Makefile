@@ -1,4 +1,4 @@
-# make demo | smollm2 | test | test-slow | test-oldest | soak | bench | bench-training | lint | setup | clean; every target makes .venv on first use.
+# make demo | smollm2 | test | test-slow | test-real | test-oldest | soak | bench | bench-convert | bench-training | lint | setup | clean; every target makes .venv on first use.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ DEMO_FLAGS ?=
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 OLDEST := .venv-oldest
 
-.PHONY: setup demo smollm2 test test-slow test-oldest soak bench bench-training lint wheel clean
+.PHONY: setup demo smollm2 test test-slow test-real test-oldest soak bench bench-convert bench-training lint wheel clean
 
 setup: $(VENV)/.ready $(VENV)/.kernels
 
@@ -78,6 +78,10 @@ test-slow: setup
 	$(MAKE) $(VENV)/.deepspeed || true
 	$(PY) -m pytest -m slow
 
+# Of the slow tests those that convert models of real sizes: three minutes.
+test-real: setup $(VENV)/.smollm2
+	$(PY) -m pytest -m real
+
 # The tests with the oldest supported Transformers, and what goes with it, in an environment of its own.
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(IN_PARALLEL)
@@ -99,6 +103,11 @@ bench: setup
 	for what in norms steps; do \
 	  $(PY) benchmarks/fused.py $$what --output benchmarks/results/fused_$$what.csv || exit 1; \
 	done
+	$(PY) benchmarks/page.py
+
+# Memory and speed of converting 2 GB; needs 4 GB in the folder for temporary files.
+bench-convert: setup
+	$(PY) benchmarks/convert.py --output benchmarks/results/convert.csv
 	$(PY) benchmarks/page.py
 
 bench-training: setup

@@ -1,4 +1,4 @@
-"""Tables and plot of docs/performance.md and the README from the CSV files of `benchmarks/fused.py`: none is typed.
+"""Tables and plot of docs/performance.md and the README from the benchmarks' CSV files: none is typed.
 
 python benchmarks/page.py
 """
@@ -68,6 +68,16 @@ def steps_table(rows: list[Row]) -> str:
     return table.markdown()
 
 
+def convert_table(rows: list[Row]) -> str:
+    """Copies and conversions: seconds, and memory beside its bound."""
+    table = Table(["", "s", "GB/s", "÷ flushed copy (least–most)", "peak memory, MB", "bound, MB"])
+    for row in rows:
+        ratio = f"{row['ratio_to_flushed_copy']} ({row['ratio_least']}–{row['ratio_most']})"
+        name = row["kind"] if row["kind"].startswith("copy") else f"`--init {row['kind']}`"
+        table.rows.append([name, row["seconds"], row["gigabytes_per_second"], ratio, row["peak_mb"], row["bound_mb"]])
+    return table.markdown()
+
+
 def speed_table(rows: list[Row]) -> str:
     """The README's few rows: forward and backward at the wider shape."""
     shown = {r["norm"]: r for r in rows if r["direction"] == "both" and (r["rows"], r["width"]) == SHAPES[0]}
@@ -85,10 +95,11 @@ def page(text: str, tables: dict[str, str]) -> str:
 
 def tables() -> dict[str, str]:
     """What the page shows of the results."""
-    norms, steps = read("fused_norms"), read("fused_steps")
+    norms, steps, convert = read("fused_norms"), read("fused_steps"), read("convert")
     return {
         "norms": f"{measured_on(norms)}:\n\n{norms_table(norms)}",
         "steps": f"{measured_on(steps)}:\n\n{steps_table(steps)}",
+        "convert": f"{measured_on(convert)}:\n\n{convert_table(convert)}",
         "speed": speed_table(norms),
     }
 
@@ -116,7 +127,7 @@ def main() -> None:
     for path in (ROOT / name for name in PAGES):
         write_text(path, page(path.read_text(encoding="utf-8"), made))
     plot(read("fused_norms"), ROOT / PLOT)
-    print(made["norms"], made["steps"], sep="\n")
+    print(made["norms"], made["steps"], made["convert"], sep="\n")
 
 
 if __name__ == "__main__":

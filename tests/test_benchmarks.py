@@ -15,7 +15,7 @@ def benchmarks(monkeypatch):
     """Modules of benchmarks/ can be imported."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield
-    for name in ("published", "page"):
+    for name in ("published", "page", "convert"):
         sys.modules.pop(name, None)
 
 
@@ -39,3 +39,13 @@ def test_the_pages_show_the_results_in_the_tree():
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in page.PAGES]
     assert [page.page(text, tables) for text in texts] == texts
     assert all(any(table in text for text in texts) for table in tables.values())
+
+
+def test_a_conversion_is_measured_beside_copies():
+    import convert
+
+    rows = {row["kind"]: row for row in convert.conversions(gigabytes=0.002, shard_megabytes=0.5, repeats=1)}
+    assert list(rows) == ["copy", "copy, flushed", "keep", "identity"]
+    for init in convert.INITS:
+        assert rows[init]["shards"] > 3
+        assert 0 < float(rows[init]["peak_mb"]) <= float(rows[init]["bound_mb"])
