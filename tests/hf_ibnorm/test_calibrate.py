@@ -100,13 +100,8 @@ def test_each_norm_is_fitted_behind_the_ones_that_were_replaced(tiny_config):
 
 
 @pytest.fixture
-def folder(stock_model, tmp_path):
-    from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
-
-    folder = tmp_path / "source"
-    stock_model("llama", vocab_size=300).save_pretrained(folder)
-    wrap_tokenizer(train_tokenizer(["some text to learn from " * 9], 300), 64).save_pretrained(folder)
-    return folder
+def folder(source):
+    return source("llama")
 
 
 def test_the_command_calibrates_and_says_how_well(folder, tmp_path, command):

@@ -16,18 +16,13 @@ from hf_ibnorm.convert import report
 from hf_ibnorm.convert.measure import measure
 from hf_ibnorm.convert.report import report_conversion
 from hf_ibnorm.convert.text import Text, draw_text
-from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
 QUICK = ["--report_tokens", "300", "--report_scores", "0"]
 
 
 @pytest.fixture
-def folder(stock_model, tmp_path):
-    """A stock Llama with trained weights and a tokenizer."""
-    folder = tmp_path / "source"
-    shake(stock_model("llama", vocab_size=300, max_position_embeddings=512)).save_pretrained(folder)
-    wrap_tokenizer(train_tokenizer(["some text to learn from " * 9], 300), 512).save_pretrained(folder)
-    return folder
+def folder(source):
+    return source("llama", max_position_embeddings=512)
 
 
 def loaded(path):
@@ -110,7 +105,7 @@ def test_a_conversion_reports_what_each_step_cost(folder, tmp_path, command):
     flags = ["--norm", "ibnorm_t", "--norm_kwargs.lam", "3", "--init", "calibrate", "--calibration_tokens", "2000"]
     code, out, error = command(main, "convert", str(folder), str(tmp_path / "new"), *flags, *QUICK)
     assert (code, error) == (0, "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-source", "new"]
     found = json.loads((tmp_path / "new" / "report" / "report.json").read_text())
     stages = found["stages"]
     assert list(stages) == ["source", "swapped", "calibrated"]
