@@ -300,6 +300,8 @@ def _plot(record: Mapping[str, Any], path: Path) -> None:
         errors.set_yscale("log")
         errors.set_ylabel("output error, fraction of variance")
         widths.set_yscale("log")
+        # Or rows as wide as the source's would be drawn as if they differed.
+        widths.set_ylim(min(0.1, widths.get_ylim()[0]), max(2.0, widths.get_ylim()[1]))
         widths.set_ylabel("standard deviation of the narrowest row")
         for axes in (errors, widths):
             axes.set_xlabel("norm, from the embedding to the output")
