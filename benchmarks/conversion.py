@@ -1,6 +1,6 @@
 """What swapping the norms of a pretrained Llama costs, and what calibration and healing win back: docs/convert.md.
 
-    python benchmarks/conversion.py MODEL --work DIR --output docs/results/convert
+    python benchmarks/conversion.py MODEL --work DIR
 
 Each case is converted twice by `hf-ibnorm convert` (keep, calibrate), healed by `train_lm --config heal` from the
 calibrated one, and measured by `hf-ibnorm convert_report`. A case whose report is there is left alone, so that the same
@@ -98,15 +98,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, help="directory of the model, such as tests/smollm2.py makes")
     parser.add_argument("--work", type=Path, help="folder for the models, which are removed again")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the reports (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="(default: all)")
     parser.add_argument("--page", action="store_true", help="only write the page")
     arguments = parser.parse_args()
+    if not arguments.page and (arguments.model is None or arguments.work is None):
+        parser.error("MODEL and --work, or --page")
     for case in () if arguments.page else arguments.cases:
-        if not (arguments.output / case).exists():
+        if not (RESULTS / case).exists():
             work = arguments.work / case
             shutil.rmtree(work, ignore_errors=True)
-            study(arguments.model, case, work, arguments.output / case)
+            study(arguments.model, case, work, RESULTS / case)
             shutil.rmtree(work)
     write_text(PAGE, written(PAGE.read_text(encoding="utf-8")))
 

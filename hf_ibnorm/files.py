@@ -20,6 +20,8 @@ from torch import Tensor
 
 # Asking for the mask sets it for the whole process: once, before there are threads.
 _UMASK = os.umask(0)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""One of which every tokenizer has that Transformers saves."""
 os.umask(_UMASK)
 
 PACKAGES = (
@@ -220,6 +222,11 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model directory has a tokenizer; some releases of Transformers make an empty one otherwise."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def existing_folder(path: Path) -> Path:

@@ -26,6 +26,7 @@ from hf_ibnorm.files import (
     atomic_directory,
     environment_record,
     existing_folder,
+    has_tokenizer,
     numerics_record,
     sha256,
     sha256_tensors,
@@ -44,7 +45,7 @@ from .distillation import Teacher
 from .push import is_repo
 from .start import Start, together
 from .throughput import flops_per_token, forward_flops_per_token
-from .tokenizer import has_tokenizer, load_tokenizer, train_tokenizer, wrap_tokenizer
+from .tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
 from .trainable import add_adapters, freeze
 
 STREAMED_TOKENIZER_DOCUMENTS = 10_000
@@ -300,7 +301,7 @@ def load_teacher(config: TrainConfig, where: str, tokenizer: PreTrainedTokenizer
         raise ValueError(
             f"block_size: got {config.block_size}, must be <= the teacher's context of {found.max_position_embeddings}"
         )
-    if has_tokenizer(where):
+    if not Path(where).is_dir() or has_tokenizer(Path(where)):  # on the Hub there is taken to be one
         theirs = saved_and_loaded(load_tokenizer("teacher", where))
         if theirs.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
             raise ValueError(f"teacher: got {where!r}, whose tokenizer is not the run's; ids would mean other tokens")
@@ -381,9 +382,11 @@ def scheduled_lams(config: TrainConfig, model: PreTrainedModel, model_config: An
         raise ValueError("lam_schedule: got 'linear', but the model has no IBNorm; must be constant")
     if all(start == end for start, end in lams.values()):
         at = ", ".join(sorted({f"{end:g}" for _, end in lams.values()}))
+        where = "--model.norm_kwargs.lam"
+        if model_config.norm_overrides:  # which may have it, and take no single option
+            where += f", or --model.norm_type {model_config.norm_type} with --model.norm_overrides"
         raise ValueError(
-            f"lam_schedule: got 'linear', but lam is to end at {at}, where it starts; name another with "
-            "--model.norm_kwargs.lam"
+            f"lam_schedule: got 'linear', but lam is to end at {at}, where it starts; name another with {where}"
         )
     return lams
 

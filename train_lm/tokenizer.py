@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_ibnorm.cli import UserError
+from hf_ibnorm.files import TOKENIZER_FILES, has_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _SENTINEL = re.compile(r"<extra_id_\d+>")
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> str:
@@ -53,11 +53,6 @@ def wrap_tokenizer(json_text: str, context: int) -> PreTrainedTokenizerFast:
     )
 
 
-def has_tokenizer(where: str | Path) -> bool:
-    """Whether there is a tokenizer beside a model; on the Hub there is taken to be one."""
-    return not Path(where).is_dir() or any((Path(where) / name).exists() for name in _FILES)
-
-
 def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
     """A tokenizer from a directory or from the Hub.
 
@@ -65,9 +60,8 @@ def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
         UserError: there is none, it is not a fast one, or it has no token that ends a text.
     """
     try:
-        # Older Transformers make an empty tokenizer where a directory has a model only.
-        if not has_tokenizer(where):
-            raise FileNotFoundError(f"it has none of {', '.join(_FILES)}")
+        if Path(where).is_dir() and not has_tokenizer(Path(where)):
+            raise FileNotFoundError(f"it has none of {', '.join(TOKENIZER_FILES)}")
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{field}: got {str(where)!r}, no tokenizer could be loaded: {str(error)[:300]}") from error

@@ -33,8 +33,8 @@ def freeze(model: PreTrainedModel, config: TrainConfig) -> None:
     for module in model.modules():
         if is_norm(module):
             module.requires_grad_(True)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"trainable: got {config.trainable!r}, but the norms of the model have no parameters")
+    if config.trainable == "norms" and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("trainable: got 'norms', but the norms of the model have no parameters")
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> None:

@@ -20,7 +20,7 @@ from ..norms import resolve_norm_kwargs
 
 BATCH = 4
 """Sequences at a time."""
-Errors = dict[str, dict[str, float]]
+Errors = dict[str, dict[str, float | None]]
 
 
 @dataclass
@@ -55,17 +55,16 @@ class Sums:
         fitted = torch.where(moves, covariance / torch.where(moves, variance, 1.0), gain.double())
         return fitted, y - fitted * z
 
-    def error(self, gain: Tensor, bias: Tensor) -> float:
-        """Squared error of gain·z + bias over all channels, as a fraction of the target's variance."""
+    def error(self, gain: Tensor, bias: Tensor) -> float | None:
+        """Squared error of gain·z + bias over all channels, as a fraction of the target's variance, if any."""
         squares = gain * gain * self.zz + 2 * gain * bias * self.z + self.count * bias * bias
         squares += self.yy - 2 * gain * self.zy - 2 * bias * self.y
-        return float(squares.sum() / (self.yy - self.y * self.y / self.count).sum())
+        variance = float((self.yy - self.y * self.y / self.count).sum())
+        return float(squares.sum()) / variance if variance else None
 
 
 @torch.no_grad()
-def fit_norms(
-    model: PreTrainedModel, config: Any, ids: Tensor
-) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+def fit_norms(model: PreTrainedModel, config: Any, ids: Tensor) -> tuple[dict[str, Tensor], Errors]:
     """Fit the norms of `config` to those of `model`, whose norms are replaced on the way.
 
     Args:
@@ -75,7 +74,10 @@ def fit_norms(
 
     Returns:
         Site.parameter → values, float32, for each that was fitted; and site → error as a fraction of the variance of
-        the old norm's output, with the old gains (`kept`) and with the new ones (`fitted`).
+        the old norm's output, with the old gains (`kept`) and with the new ones (`fitted`); None where that is 0.
+
+    Raises:
+        ValueError: the model gives numbers that are not finite.
     """
     base: Any = model.base_model
     table = config.norm_site_table
@@ -95,6 +97,8 @@ def fit_norms(
         bare.register_parameter("weight", None)
         bare.register_parameter("bias", None)
         sums = Sums.of((bare(x), y) for x, y in zip(inputs, targets, strict=True))
+        if not (sums.zz.isfinite() & sums.yy.isfinite()).all():
+            raise ValueError(f"source: at {site} it gives numbers that are not finite")
         own_bias = getattr(norm, "bias", None)
         gain, bias = sums.fit(norm.weight, with_bias=own_bias is not None)
         kept = torch.zeros_like(norm.weight) if own_bias is None else own_bias
@@ -116,7 +120,8 @@ def fit_norms(
             with _outputs({site: base.get_submodule(site)}, inputs=True) as seen:
                 for hidden, call in zip(student, calls, strict=True):
                     _run(block, hidden, call)
-            fit(site, seen[site], targets[site])
+            if seen[site]:  # cross-attention's is not called without an encoder
+                fit(site, seen[site], targets[site])
             set_site(base, site, news[site])
         student = [_run(block, hidden, call) for hidden, call in zip(student, calls, strict=True)]
     if table.final in sites:

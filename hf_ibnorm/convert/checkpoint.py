@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,12 +14,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..configuration_ibnorm import NORM_FIELDS
 from ..families import FAMILIES, Family
-from ..files import atomic_directory, check_new_directory, environment_record, existing_folder, write_json, write_text
+from ..files import (
+    atomic_directory,
+    check_new_directory,
+    environment_record,
+    existing_folder,
+    has_tokenizer,
+    write_json,
+    write_text,
+)
 from ..functional import check_choice, check_number
 from ..modeling_ibnorm import build_site
 from ..norms import IDENTITY_LAM, NORMS, norm_name, resolve_norm_kwargs
@@ -34,9 +44,11 @@ RECORD = "conversion.json"
 # Weights in other formats, and what says what the source is: none of it would be true of the target.
 _LEFT = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
-    *("*.py", "config.json", "README.md", RECORD, ".*"),
+    *("*.tflite", "*.ot", "adapter_*", "*.py", "config.json", "README.md", RECORD, ".*"),
 )
-_HUB = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
+TEMPLATES = "additional_chat_templates"
+"""Folder in which Transformers puts named chat templates."""
+_HUB = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,12 @@ class Source:
     shards: list[Shard]
 
     @property
+    def title(self) -> str:
+        """What it is called, without the folders that it lies in; a name on the Hub whole."""
+        path = Path(self.name)
+        return path.resolve().name if path.exists() else self.name
+
+    @property
     def bytes(self) -> int:
         """Size of its weights."""
         return sum(shard.path.stat().st_size for shard in self.shards)
@@ -67,7 +85,7 @@ class Source:
     @property
     def has_tokenizer(self) -> bool:
         """Whether there is one beside the weights; some releases of Transformers make an empty one otherwise."""
-        return any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+        return has_tokenizer(self.folder)
 
     @cached_property
     def places(self) -> dict[str, Shard]:
@@ -172,30 +190,32 @@ def convert_checkpoint(
 def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str, Any]:
     """`convert_checkpoint` of a source that was read, for what was checked."""
     tokenizer = load_tokenizer(found)
-    options = dict(wanted.norm_kwargs or {})
-    if wanted.init == "identity":
-        options = identity_options(wanted.norm, options, found, wanted.sites)
     with torch.device("meta"):
         model = found.architecture(found.config)
+    _check_tensors(found, model)
+    options = dict(wanted.norm_kwargs or {})
+    if wanted.init == "identity":
+        options = identity_options(wanted.norm, options, found)
     old = norm_sites(model.base_model)
     apply_norm(model, wanted.norm, wanted.sites, **options)
     config = _config_of(model, found)
+    if wanted.remote_code and config is not model.config:
+        raise ValueError("remote_code: got True, but a stock checkpoint needs no code of ours; leave it out")
     change = _changes(found, old, model.config)
     errors = _calibrate(found, model.config, change, wanted, tokenizer) if wanted.init == "calibrate" else None
     _check_room(target, found, wanted.dtype)
     record = {
-        "source": found.name,
+        "source": found.title,
         "source_architecture": found.architecture.__name__,
         "architecture": config.architectures[0],
         "init": wanted.init,
+        "norm": _norm_record(model.config, wanted),
         **{name: getattr(model.config, name) for name in NORM_FIELDS},
         "dtype": wanted.dtype or "unchanged",
         "tensors_added": sorted(change.added),
         "tensors_dropped": sorted(change.dropped),
         "lost": change.lost,
-        "calibration": None
-        if errors is None
-        else {"data": Path(wanted.data).name, "tokens": wanted.calibration_tokens, "sites": errors},
+        "calibration": None if errors is None else {"data": Path(wanted.data).name, **errors},
         "environment": environment_record(),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +245,7 @@ def read_source(source: str | Path, stack: ExitStack) -> Source:
         folder = _fetched(str(source))
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"source: got {str(source)!r}, which has no readable config.json: {str(error)[:200]}"
         ) from error
@@ -234,7 +254,7 @@ def read_source(source: str | Path, stack: ExitStack) -> Source:
     classes = {
         cls.__name__: (family, cls) for family in FAMILIES for pair in family.stock_classes.items() for cls in pair
     }
-    names = config.architectures or []
+    names = config.architectures if isinstance(config.architectures, list) else []
     if not names or names[0] not in classes:
         stock = [cls.__name__ for family in FAMILIES for cls in family.stock_classes]
         raise ValueError(
@@ -269,7 +289,7 @@ def _dequantized(file: Path, folder: Path) -> Path:
     try:
         quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise ValueError(f"source: got {str(file)!r}, which cannot be read: {str(error)[:200]}") from error
     # One that came from GGUF cannot be saved; its weights can.
     config = quantized.config
@@ -278,8 +298,11 @@ def _dequantized(file: Path, folder: Path) -> Path:
         model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict(), assign=True)
     model.tie_weights()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"source: got {str(file)!r}, for which {folder.parent} has no room: {error}") from error
     return folder
 
 
@@ -293,7 +316,7 @@ def load_tokenizer(source: Source) -> Any:
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"source: the tokenizer in {source.folder} cannot be read: {str(error)[:200]}") from error
     if len(tokenizer) > source.config.vocab_size:
         raise ValueError(
@@ -303,9 +326,24 @@ def load_tokenizer(source: Source) -> Any:
     return tokenizer
 
 
-def identity_options(
-    norm: str, given: Mapping[str, Any], source: Source, sites: str | Collection[str] | None
-) -> dict[str, Any]:
+def _check_tensors(source: Source, model: PreTrainedModel) -> None:
+    """Raise ValueError where the weights are not those of the config: one is missing, or of another shape."""
+    model.tie_weights()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    bare = "" if source.prefix else f"{source.architecture.base_model_prefix}."
+    there = {id(value) for name, value in parameters.items() if name.removeprefix(bare) in source.places}
+    for name, value in parameters.items():
+        name = name.removeprefix(bare)
+        if name not in source.places:
+            if id(value) not in there:  # not even under the name of one that it is tied to
+                raise ValueError(f"source: {source.folder} has no {name}")
+        elif (shape := source.places[name].tensors[name]["shape"]) != list(value.shape):
+            raise ValueError(
+                f"source: {source.folder} has a {name} of shape {shape}, its config makes it {list(value.shape)}"
+            )
+
+
+def identity_options(norm: str, given: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """Options with which `norm` is the architecture's own norm.
 
     Raises:
@@ -323,6 +361,7 @@ def identity_options(
         decided |= {"learn_lam": False}  # unit and order make no difference as long as nothing is compressed
     elif name == "layernormalnorm" and not rms:
         decided = {"alpha": 0.0}
+        given = {"noise": 0.0, **given}  # or in training it would not be the old norm
     elif name == table.stock:
         decided = {}
     else:
@@ -356,18 +395,12 @@ def _config_of(model: PreTrainedModel, source: Source) -> Any:
 
 
 def _changes(source: Source, old_norms: Mapping[str, nn.Module], config: Any) -> Change:
-    """Which tensors of norms the target has no place for, and which the source has not.
-
-    Raises:
-        ValueError: the source lacks one.
-    """
+    """Which tensors of norms the target has no place for, and which the source has not."""
     shards, prefix = source.places, source.prefix
     change = Change()
     for site, old in old_norms.items():
         new = dict(build_site(config, site).named_parameters())
         had = [name for name, _ in old.named_parameters()]
-        if missing := [name for name in had if f"{prefix}{site}.{name}" not in shards]:
-            raise ValueError(f"source: {source.folder} has no {prefix}{site}.{missing[0]}")
         dtype = STORED[shards[f"{prefix}{site}.{had[0]}"].tensors[f"{prefix}{site}.{had[0]}"]["dtype"]] if had else None
         change.added |= {f"{prefix}{site}.{name}": new[name].detach().to(dtype) for name in new.keys() - set(had)}
         for name in sorted(set(had) - new.keys()):
@@ -379,8 +412,10 @@ def _changes(source: Source, old_norms: Mapping[str, nn.Module], config: Any) ->
     return change
 
 
-def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion, tokenizer: Any) -> Errors:
-    """Put fitted gains and biases into `change`; returns the errors, site by site."""
+def _calibrate(
+    source: Source, config: Any, change: Change, wanted: Conversion, tokenizer: Any
+) -> dict[str, int | Errors]:
+    """Put fitted gains and biases into `change`; returns on how many tokens, and the errors, site by site."""
     if tokenizer is None:
         raise ValueError(f"source: {source.folder} has no tokenizer to calibrate with")
     tokens, context = wanted.calibration_tokens, config.max_position_embeddings
@@ -392,8 +427,9 @@ def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion, 
         weight = f"{prefix}{name.rpartition('.')[0]}.weight"  # beside which a new bias goes
         key = f"{prefix}{name}"
         like = key if key in places else weight
-        change.added[key] = value.to(STORED[places[like].tensors[like]["dtype"]])
-    return errors
+        stored = STORED[places[like].tensors[like]["dtype"]]
+        change.added[key] = value.to(DTYPES[wanted.dtype] if wanted.dtype else stored)
+    return {"tokens": ids.numel(), "sites": errors}
 
 
 def _start(norm: nn.Module, name: str) -> float:
@@ -416,16 +452,14 @@ def _check_room(target: Path, source: Source, dtype: str | None) -> None:
 
 
 def _write_weights(source: Source, change: Change, folder: Path, dtype: str | None) -> None:
-    """Every part of the weights with the same name, new tensors beside the norm they belong to, and the index."""
+    """Every part of the weights with the same name, new tensors beside others of their norm, and the index."""
     places: dict[str, str] = {}
     written = 0
     for shard in source.shards:
         norms = {name.rpartition(".")[0] for name in shard.tensors}
-        added = {
-            name: value
-            for name, value in change.added.items()
-            if name.rpartition(".")[0] in norms and name not in places
-        }
+        beside = {name for name in change.added.keys() - source.places.keys() if name.rpartition(".")[0] in norms}
+        mine = (shard.tensors.keys() & change.added.keys()) | (beside - places.keys())
+        added = {name: change.added[name] for name in sorted(mine)}
         written += rewrite(shard, folder / shard.path.name, change.dropped, added, DTYPES[dtype] if dtype else None)
         kept = (shard.tensors.keys() - change.dropped) | added.keys()
         places |= dict.fromkeys(sorted(kept), shard.path.name)
@@ -438,24 +472,35 @@ def _copy_rest(source: Path, folder: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and not any(fnmatchcase(path.name, glob) for glob in _LEFT):
             shutil.copyfile(path, folder / path.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, folder / TEMPLATES)
+
+
+def _norm_record(config: Any, wanted: Conversion) -> dict[str, Any]:
+    """The norm that was asked for, with all its options, and the globs of its sites; None for all."""
+    globs = [wanted.sites] if isinstance(wanted.sites, str) else wanted.sites
+    sites = config.norm_site_table.names(config)
+    site = next(site for site in sites if globs is None or any(fnmatchcase(site, glob) for glob in globs))
+    name, options = config.norm_at(site)
+    return {"type": name, "kwargs": options, "sites": None if globs is None else list(globs)}
 
 
 def card_text(record: dict[str, Any]) -> str:
     """What the target is, for its README.md."""
-    name, norm = Path(record["source"]).name, record["norm_type"]
+    name, norm = record["source"], record["norm"]
     ours = record["architecture"].startswith("IBNorm")
-    elsewhere = ", and others at some sites" if record["norm_overrides"] else ""
+    where = f"at {', '.join(f'`{glob}`' for glob in norm['sites'])} " if norm["sites"] else ""
     stayed = record["architecture"] == record["source_architecture"] and not ours
     if stayed or record["init"] == "identity":
         worth = "to rounding it computes what its source does"
     else:
         worth = "expect it to be worse than its source"
     lines = [
-        f"---\nlibrary_name: transformers\ntags: [hf_ibnorm, {norm}]\n---",
-        f"# {name} with {norm}",
+        f"---\nlibrary_name: transformers\ntags: [hf_ibnorm, {norm['type']}]\n---",
+        f"# {name} with {norm['type']}",
         f"`{name}`, {'an' if record['source_architecture'][0] == 'I' else 'a'} {record['source_architecture']}, as "
-        f"{'an' if ours else 'a'} {record['architecture']}: its norms are `{norm}` with "
-        f"`{json.dumps(record['norm_kwargs'])}`{elsewhere}. Made by `hf-ibnorm convert --init {record['init']}`; no "
+        f"{'an' if ours else 'a'} {record['architecture']}: its norms {where}are `{norm['type']}` with "
+        f"`{json.dumps(norm['kwargs'])}`. Made by `hf-ibnorm convert --init {record['init']}`; no "
         f"weight of another layer was changed, and nothing was trained: {worth}.",
         *([f"Lost in this: {lost_text(record)}."] if record["lost"] else []),
         f"{'Load it after `import hf_ibnorm`. ' if ours else ''}The licence of the source goes on to apply.",

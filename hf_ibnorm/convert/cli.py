@@ -2,40 +2,61 @@
 
 import argparse
 import json
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..cli import OneLineParser, UserError, bad_input, quiet_libraries
-from .checkpoint import Conversion, convert_checkpoint, lost_text
-from .report import NAME, SOURCE, convert_and_report, report_conversion, summary
+from .checkpoint import DTYPES, INITS, Conversion, convert_checkpoint, lost_text
+from .report import DATA, NAME, SOURCE, TOKENS, convert_and_report, report_conversion, summary
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    _check_flags(arguments)
     quiet_libraries()
-    given = vars(arguments)
-    wanted = {name: given[name] for name in Conversion.__dataclass_fields__}
+    signal.signal(signal.SIGTERM, _stop)
+    names = Conversion.__dataclass_fields__
+    wanted = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     target, report = Path(arguments.target), None
     with bad_input(), bad_input(RuntimeError):
         if arguments.no_report:
             record = convert_checkpoint(arguments.source, target, **wanted)
         else:
-            record, report = convert_and_report(
-                arguments.source,
-                target,
-                Conversion(**wanted),
-                data=arguments.report_data,
-                tokens=arguments.report_tokens,
-                scored=arguments.report_scores,
-            )
-    print(f"{target}: {record['architecture']} with {record['norm_type']} {json.dumps(record['norm_kwargs'])}")
+            measuring = _measuring(arguments, "report_")
+            record, report = convert_and_report(arguments.source, target, Conversion(**wanted), **measuring)
+    norm = record["norm"]
+    where = f" at {', '.join(norm['sites'])}" if norm["sites"] else ""
+    print(f"{target}: {record['architecture']} with {norm['type']} {json.dumps(norm['kwargs'])}{where}")
     if record["lost"]:
         print(f"lost: {lost_text(record)}")
     if report is not None:
         _print_report(report, target / NAME)
 
 
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags that would do nothing."""
+    for name in ("data", "calibration_tokens"):
+        if arguments.init != "calibrate" and getattr(arguments, name) is not None:
+            raise UserError(f"{name}: got {getattr(arguments, name)!r}, of no effect without --init calibrate")
+    for name in ("report_data", "report_tokens", "report_scores"):
+        if arguments.no_report and getattr(arguments, name) is not None:
+            raise UserError(f"{name}: got {getattr(arguments, name)!r}, of no effect with --no_report")
+
+
+def _measuring(arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
+    """On what a report is to be measured, as far as it was said."""
+    found = {name: getattr(arguments, f"{prefix}{name}") for name in ("data", "tokens", "scores")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _stop(*_: object) -> NoReturn:
+    """End in order at SIGTERM, so that what was half written is removed."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def _report(arguments: argparse.Namespace) -> None:
     quiet_libraries()
+    signal.signal(signal.SIGTERM, _stop)
     stages: dict[str, str] = {}
     for word in arguments.stages:
         name, equals, folder = word.partition("=")
@@ -43,14 +64,7 @@ def _report(arguments: argparse.Namespace) -> None:
             raise UserError(f"stages: got {word!r}, must be NAME=DIR, each name once, none of them {SOURCE}")
         stages[name] = folder
     with bad_input(), bad_input(RuntimeError):
-        report = report_conversion(
-            arguments.source,
-            stages,
-            arguments.output,
-            data=arguments.data,
-            tokens=arguments.tokens,
-            scored=arguments.scores,
-        )
+        report = report_conversion(arguments.source, stages, arguments.output, **_measuring(arguments, ""))
     _print_report(report, Path(arguments.output))
 
 
@@ -95,7 +109,7 @@ def add_verbs(verbs: Any) -> None:
     )
     convert.add_argument(
         "--init",
-        choices=("keep", "identity", "calibrate"),
+        choices=INITS,
         default="keep",
         help="keep: gains stay and the norm does what it does at once; identity: options that make it the old norm, "
         "for lam to be ramped up in training; calibrate: gains and biases fitted to what the old norm gives on "
@@ -103,19 +117,16 @@ def add_verbs(verbs: Any) -> None:
     )
     convert.add_argument(
         "--data",
-        default="sotu",
         metavar="FILE|CORPUS",
-        help="text to calibrate on: austen, sotu (their training splits) or a text file (default: %(default)s)",
+        help=f"text to calibrate on: austen, sotu (their training splits) or a text file (default: {Conversion.data})",
     )
     convert.add_argument(
-        "--calibration_tokens", type=int, default=16_384, help="how much of it, about (default: %(default)s)"
+        "--calibration_tokens", type=int, help=f"how much of it, about (default: {Conversion.calibration_tokens})"
     )
-    convert.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (default: what they have)"
-    )
+    convert.add_argument("--dtype", choices=tuple(DTYPES), help="of all weights (default: what they have)")
     convert.add_argument("--remote_code", action="store_true", help="put the model's code beside it (default: not)")
     convert.add_argument(
-        "--no_report", action="store_true", help="only convert, in little memory: a report loads source and DST"
+        "--no_report", action="store_true", help="only convert: a report loads source and DST (default: report)"
     )
     _add_measuring(convert, "report_")
     convert.set_defaults(run=_convert, norm_kwargs={})
@@ -138,13 +149,10 @@ def _add_measuring(parser: OneLineParser, prefix: str) -> None:
     """The flags that say on what a report is measured."""
     parser.add_argument(
         f"--{prefix}data",
-        default="sotu",
         metavar="FILE|CORPUS",
-        help="text to measure on: austen, sotu (their test splits) or a text file (default: %(default)s)",
+        help=f"text to measure on: austen, sotu (their test splits) or a text file (default: {DATA})",
     )
-    parser.add_argument(
-        f"--{prefix}tokens", type=int, default=8192, help="how much of it, about (default: %(default)s)"
-    )
+    parser.add_argument(f"--{prefix}tokens", type=int, help=f"how much of it, about (default: {TOKENS})")
     parser.add_argument(
         f"--{prefix}scores",
         type=int,

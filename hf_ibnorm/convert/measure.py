@@ -21,13 +21,13 @@ class SiteCost:
 
     Args:
         error: squared error of its output against the source's at the same place, each in its own model, as a fraction
-            of the variance of the source's.
+            of the variance of the source's; None where that is 0.
         row_std: standard deviation over the features, before gain and bias, mean over the tokens. That of an RMSNorm
             is a little below 1, of an IBNorm 1.
         least_row_std: the same of the token where it is smallest.
     """
 
-    error: float
+    error: float | None
     row_std: float
     least_row_std: float
 
@@ -95,6 +95,9 @@ def measure(source: PreTrainedModel, model: PreTrainedModel, text: Text) -> Cost
         source: what it was made of; both in eval mode and on one device.
         model: the converted one, or the source itself.
         text: what to run both on.
+
+    Raises:
+        ValueError: the model gives numbers that are not finite.
     """
     nll, kl, same, count = 0.0, 0.0, 0, 0
     sums: dict[str, Tensor] = {}
@@ -113,9 +116,12 @@ def measure(source: PreTrainedModel, model: PreTrainedModel, text: Text) -> Cost
                 here = torch.stack([difference.square().sum(0), y.sum(0), y.square().sum(0)])
                 sums[site] = sums[site] + here if site in sums else here
                 spreads.setdefault(site, []).append(new.spreads[site])
+    if not math.isfinite(nll) or not math.isfinite(kl):
+        raise ValueError("it gives numbers that are not finite")
     sites = {}
     for site, (error, y, yy) in sums.items():
-        variance = (yy - y * y / text.ids.numel()).sum()
+        variance = float((yy - y * y / text.ids.numel()).sum())
         widths = torch.cat(spreads[site])
-        sites[site] = SiteCost(float(error.sum() / variance), float(widths.mean()), float(widths.min()))
+        share = float(error.sum()) / variance if variance else None
+        sites[site] = SiteCost(share, float(widths.mean()), float(widths.min()))
     return Cost(nll / math.log(2) / text.bytes, kl / count, same / count, sites)

@@ -1,6 +1,7 @@
 """What a conversion cost: each stage of a model beside the model it was made of, as numbers, table and plot."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from .checkpoint import Conversion, Source, card_text, convert_source, load_toke
 from .measure import measure
 from .text import LEAST, Text, draw_text
 
+DATA, TOKENS = "sotu", 8192
+"""What is measured on where nothing is said: a text, and how much of it."""
 NAME = "report"
 """Folder of the report inside a converted checkpoint."""
 STAGES = {"keep": "swapped", "identity": "identity", "calibrate": "calibrated"}
@@ -39,9 +42,9 @@ def report_conversion(
     stages: Mapping[str, str | Path],
     output: str | Path,
     *,
-    data: str = "sotu",
-    tokens: int = 8192,
-    scored: int | None = None,
+    data: str = DATA,
+    tokens: int = TOKENS,
+    scores: int | None = None,
 ) -> dict[str, Any]:
     """Measure what a model lost on its way, and write `report.md`, `report.json`, `sites.csv` and `report.png`.
 
@@ -54,7 +57,7 @@ def report_conversion(
         output: a new directory.
         data: text to measure on: an embedded corpus, of which the test split is used, or a text file.
         tokens: how much of it, about.
-        scored: items of each embedded task (the novel is left out); 0 for no scores; None for 50 where
+        scores: items of each embedded task (the novel is left out); 0 for no scores; None for 50 where
             `hf_ibnorm[eval]` is installed, and none elsewhere.
 
     Returns:
@@ -69,30 +72,36 @@ def report_conversion(
     check_new_directory("output", Path(output))
     with ExitStack() as stack:
         found = read_source(source, stack)
-        text, scored = prepare(found, data, tokens, scored)
+        text, scored = prepare(found, data, tokens, scores)
         return write_report(found, {name: Path(path) for name, path in stages.items()}, Path(output), text, scored)
 
 
-def prepare(source: Source, data: str, tokens: int, scored: int | None) -> tuple[Text, int]:
-    """Text to measure on, and how many items are scored.
+def prepare(source: Source, data: str, tokens: int, scores: int | None, prefix: str = "") -> tuple[Text, int]:
+    """Text to measure on, and how many items are scored; `prefix` is what errors put before an argument's name.
 
     Raises:
         ValueError, TypeError: as `report_conversion`.
     """
-    check_number("tokens", tokens, LEAST)
+    check_number(f"{prefix}tokens", tokens, LEAST)
     able = find_spec("lm_eval") is not None
-    if scored is None:
-        scored = 50 if able else 0
-    check_number("scored", scored, 0)
-    if scored and not able:
-        raise ValueError(f"scored: got {scored}, which needs lm-eval: pip install 'hf_ibnorm[eval]'")
-    kind = source.architecture.__name__
-    if not kind.endswith(("ForCausalLM", "LMHeadModel")):
-        raise ValueError(f"source: got a {kind}; only a language model can be measured (--no_report)")
+    if scores is None:
+        scores = 50 if able else 0
+    check_number(f"{prefix}scores", scores, 0)
+    if scores and not able:
+        raise ValueError(f"{prefix}scores: got {scores}, which needs lm-eval: pip install 'hf_ibnorm[eval]'")
+    _check_language_model("source", source)
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ValueError(f"source: {source.folder} has no tokenizer to measure with (--no_report)")
-    return draw_text("data", data, "test", tokenizer, tokens, source.config.max_position_embeddings), scored
+    context = source.config.max_position_embeddings
+    return draw_text(f"{prefix}data", data, "test", tokenizer, tokens, context), scores
+
+
+def _check_language_model(field: str, model: Source) -> None:
+    """Raise ValueError where a model has no logits."""
+    kind = model.architecture.__name__
+    if not kind.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(f"{field}: got a {kind}; only a language model can be measured (--no_report)")
 
 
 def write_report(source: Source, stages: Mapping[str, Path], output: Path, text: Text, scored: int) -> dict[str, Any]:
@@ -104,19 +113,22 @@ def write_report(source: Source, stages: Mapping[str, Path], output: Path, text:
                 stage = read_source(folder, stack)
             except ValueError as error:
                 raise ValueError(f"stages: {name}: {str(error).removeprefix('source: ')}") from error
-            _check_stage(name, stage, source)
+            _check_stage(name, stage, source, text.ids.shape[1])
     folders = {SOURCE: source.folder, **stages}
     old = _loaded(source.folder, device)
     found: dict[str, Any] = {}
     for name, folder in folders.items():
         model = old if name == SOURCE else _loaded(folder, device)
-        found[name] = {"norm": _norm_of(model), **asdict(measure(old, model, text))}
+        try:
+            found[name] = {"norm": _norm_of(model), **asdict(measure(old, model, text))}
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     del old, model
     for name, folder in folders.items():
         found[name]["scores"] = embedded_scores(folder, scored) if scored else None
     made = environment_record()
     record = {
-        "source": Path(source.name).name,
+        "source": source.title,
         "text": text.name,
         "tokens": text.ids.numel(),
         "bytes": text.bytes,
@@ -136,7 +148,13 @@ def write_report(source: Source, stages: Mapping[str, Path], output: Path, text:
 
 
 def convert_and_report(
-    source: str | Path, target: Path, wanted: Conversion, *, data: str, tokens: int, scored: int | None
+    source: str | Path,
+    target: Path,
+    wanted: Conversion,
+    *,
+    data: str = DATA,
+    tokens: int = TOKENS,
+    scores: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Convert a checkpoint, and put a report into it and its table into its card.
 
@@ -152,7 +170,7 @@ def convert_and_report(
     wanted.check(target)
     with ExitStack() as stack:
         found = read_source(source, stack)
-        text, scored = prepare(found, data, tokens, scored)
+        text, scored = prepare(found, data, tokens, scores, prefix="report_")
         record = convert_source(found, target, wanted)
         stages = {STAGES[wanted.init]: target}
         try:
@@ -168,13 +186,19 @@ def convert_and_report(
     return record, report
 
 
-def _check_stage(name: str, stage: Source, source: Source) -> None:
-    """Raise ValueError where a stage is no model that can have been made of the source."""
+def _check_stage(name: str, stage: Source, source: Source, length: int) -> None:
+    """Raise ValueError where a stage is no model that can have been made of the source, or takes no `length` tokens."""
+    if stage.family is not source.family:
+        kinds = stage.architecture.__name__, source.architecture.__name__
+        raise ValueError(f"stages: {name} is a {kinds[0]}, the source a {kinds[1]}")
+    _check_language_model(f"stages: {name}", stage)
     for fact in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if getattr(stage.config, fact) != getattr(source.config, fact):
             raise ValueError(
                 f"stages: {name} has {fact} {getattr(stage.config, fact)}, the source {getattr(source.config, fact)}"
             )
+    if (context := stage.config.max_position_embeddings) < length:
+        raise ValueError(f"stages: {name} has a context of {context} tokens, the text's sequences have {length}")
 
 
 def _loaded(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -203,10 +227,12 @@ def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
     with TemporaryDirectory(prefix="hf_ibnorm_") as folder:
         flags = ["--suite", "embedded", "--skip", NOVEL, "--limit", str(limit), "--batch_size", "32"]
         flags += ["--overlong", "skip"]  # a short context is no reason for no report
-        words = [sys.executable, "-m", "eval", "run", "--model", str(model), *flags, "--output", f"{folder}/scores"]
+        words = ["run", "--model", str(model), *flags, "--output", f"{folder}/scores"]
+        # -P: an eval.py in the user's folder is not ours.
+        words = [sys.executable, "-P", "-m", "eval", *words]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"scored: {(done.stderr.strip().splitlines() or ['eval failed'])[-1]}")
+            raise RuntimeError(f"scores: {(done.stderr.strip().splitlines() or ['eval failed'])[-1]}")
         scores = json.loads((Path(folder) / "scores" / "scores.json").read_text(encoding="utf-8"))
     benchmarks: dict[str, Any] = scores["benchmarks"]
     return benchmarks
@@ -222,18 +248,20 @@ def summary(record: Mapping[str, Any]) -> Table:
         ]
     )
     for name, stage in record["stages"].items():
-        errors = [site["error"] for site in stage["sites"].values()]
+        errors = [site["error"] for site in stage["sites"].values() if site["error"] is not None] or [math.nan]
         widths = [site["least_row_std"] for site in stage["sites"].values()]
         whole = [f"{stage['bits_per_byte']:.4f}", f"{stage['kl']:.4g}", f"{stage['top1']:.1%}"]
         by_site = [f"{value:.3g}" for value in (median(errors), max(errors), median(widths), min(widths))]
-        scores = [f"{mean_score(stage['scores']):.2f}"] if scored else []
+        mean = mean_score(stage["scores"]) if scored else None
+        scores = ["-" if mean is None else f"{mean:.2f}"] if scored else []
         table.rows.append([name, stage["norm"], *whole, *by_site, *scores])
     return table
 
 
-def mean_score(scores: Mapping[str, Any]) -> float:
-    """Mean of the normalized scores, 0 to 100, over the tasks that have one."""
-    return fmean(row["normalized"] for row in scores.values() if row["normalized"] is not None)
+def mean_score(scores: Mapping[str, Any]) -> float | None:
+    """Mean of the normalized scores, 0 to 100, over the tasks that have one; None where none has."""
+    found = [row["normalized"] for row in scores.values() if row["normalized"] is not None]
+    return fmean(found) if found else None
 
 
 def _score_table(record: Mapping[str, Any]) -> Table:
@@ -293,11 +321,12 @@ def _plot(record: Mapping[str, Any], path: Path) -> None:
             colour, style = look(i)
             sites = range(len(stage["sites"]))
             if name != SOURCE:
-                values = [cost["error"] for cost in stage["sites"].values()]
+                values = [cost["error"] or math.nan for cost in stage["sites"].values()]  # 0 is not on the scale
                 errors.plot(sites, values, style, color=colour, linewidth=1.2, label=name)
             values = [cost["least_row_std"] for cost in stage["sites"].values()]
             widths.plot(sites, values, style, color=colour, linewidth=1.2, label=name)
-        errors.set_yscale("log")
+        if any(math.isfinite(value) for line in errors.lines for value in line.get_ydata()):
+            errors.set_yscale("log")
         errors.set_ylabel("output error, fraction of variance")
         widths.set_yscale("log")
         # Or rows as wide as the source's would be drawn as if they differed.

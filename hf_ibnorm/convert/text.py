@@ -32,7 +32,7 @@ class Text:
 
 
 def draw_text(field: str, data: str, split: str, tokenizer: Any, tokens: int, context: int) -> Text:
-    """Sequences from all over a text.
+    """Sequences from all over a corpus, or from one place in a file.
 
     Args:
         field: what an error names.
@@ -60,7 +60,8 @@ def draw_text(field: str, data: str, split: str, tokenizer: Any, tokens: int, co
     ids: list[int] = []
     sizes: list[int] = []
     for document in documents[::step]:
-        start = document.find(" ", len(document) // 3) if len(document) > 40 * wanted else 0  # many begin alike
+        # Many begin alike; a text without spaces begins where it begins.
+        start = max(0, document.find(" ", len(document) // 3)) if len(document) > 40 * wanted else 0
         piece = document[start : start + 20 * wanted]
         encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
         ids += encoded.input_ids[:wanted]

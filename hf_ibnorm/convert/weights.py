@@ -5,7 +5,7 @@ The library of that name has no writer that streams; the format is a length, a J
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,11 +75,12 @@ def read_shards(folder: Path) -> list[Shard]:
     if (folder / INDEX).is_file():
         try:
             parts = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            missing = [name for name in parts if not (folder / name).is_file()]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"source: {folder / INDEX} is damaged: {error}") from error
     else:
         parts = [SINGLE]
-    missing = [name for name in parts if not (folder / name).is_file()]
+        missing = [name for name in parts if not (folder / name).is_file()]
     if missing == [SINGLE]:
         others = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
         hint = f" but {others}, which may run code when it is read: save the model anew with save_pretrained"
@@ -98,7 +99,7 @@ def rewrite(
 ) -> int:
     """Write `shard` to `target`; returns the bytes of its tensors.
 
-    No more than a piece of a tensor is in memory at a time, or, where the dtype changes, one tensor.
+    No more than a piece of a tensor is in memory at a time.
 
     Args:
         shard: what to copy.
@@ -125,7 +126,7 @@ def rewrite(
             put(name, kind, shape, end - begin, partial(_copy, shard, begin, end))
         else:
             size = (end - begin) // STORED[kind].itemsize * dtype.itemsize
-            put(name, _NAMES[dtype], shape, size, partial(_cast, shard, name, dtype))
+            put(name, _NAMES[dtype], shape, size, partial(_cast, shard, begin, end, STORED[kind], dtype))
     for name, tensor in added.items():
         value = tensor if dtype is None else tensor.to(dtype)
         put(name, _NAMES[value.dtype], list(value.shape), value.nbytes, partial(_store, value))
@@ -139,16 +140,23 @@ def rewrite(
 
 
 def _copy(shard: Shard, begin: int, end: int, into: BinaryIO) -> None:
+    for piece in _pieces(shard, begin, end):
+        into.write(piece)
+
+
+def _cast(shard: Shard, begin: int, end: int, old: torch.dtype, new: torch.dtype, into: BinaryIO) -> None:
+    for piece in _pieces(shard, begin, end):
+        _store(torch.frombuffer(piece, dtype=old).to(new), into)
+
+
+def _pieces(shard: Shard, begin: int, end: int) -> Iterator[bytearray]:
+    """The bytes from `begin` to `end`, so many at a time that no number is divided."""
     with shard.path.open("rb") as file:
         file.seek(shard.start + begin)
         while begin < end:
-            piece = file.read(min(PIECE, end - begin))
-            into.write(piece)
+            piece = bytearray(file.read(min(PIECE, end - begin)))
+            yield piece
             begin += len(piece)
-
-
-def _cast(shard: Shard, name: str, dtype: torch.dtype, into: BinaryIO) -> None:
-    _store(shard.tensor(name).to(dtype), into)
 
 
 def _store(tensor: Tensor, into: BinaryIO) -> None:

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import FAMILIES, FINAL, STOCK_NORM, build, shake
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ibnorm import apply_norm, convert_checkpoint, norm_sites
 from hf_ibnorm.cli import main
 from hf_ibnorm.convert.calibrate import Sums, fit_norms
 from hf_ibnorm.convert.text import draw_text
+from hf_ibnorm.convert.weights import INDEX
 
 
 def test_the_fit_is_that_of_a_least_squares_solver():
@@ -130,12 +132,54 @@ def test_the_command_calibrates_and_says_how_well(folder, tmp_path, command):
     assert (new - old).norm() < (kept - old).norm()
 
 
+def test_a_norm_divided_between_two_parts_is_calibrated_whole(source, tmp_path):
+    folder, options = source("gpt2"), {"init": "calibrate", "calibration_tokens": 600}
+    convert_checkpoint(folder, tmp_path / "one", "ibnorm_t", **options)
+    tensors = load_file(folder / "model.safetensors")
+    second = {"transformer.h.1.ln_1.bias": tensors.pop("transformer.h.1.ln_1.bias")}
+    second["transformer.ln_f.weight"] = tensors.pop("transformer.ln_f.weight")
+    places = {}
+    for part, held in (("a.safetensors", tensors), ("b.safetensors", second)):
+        save_file(held, folder / part, metadata={"format": "pt"})
+        places |= dict.fromkeys(held, part)
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    convert_checkpoint(folder, tmp_path / "two", "ibnorm_t", **options)
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    two = {part: load_file(tmp_path / "two" / part) for part in ("a.safetensors", "b.safetensors")}
+    assert sorted(one) == sorted([*two["a.safetensors"], *two["b.safetensors"]])
+    assert all(torch.equal(value, one[name]) for held in two.values() for name, value in held.items())
+    index = json.loads((tmp_path / "two" / INDEX).read_text())
+    assert all(name in two[part] for name, part in index["weight_map"].items())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in one.values())
+
+
+def test_norms_that_no_token_reaches_keep_what_they_have(source, tmp_path):
+    folder = source("gpt2", add_cross_attention=True)
+    convert_checkpoint(folder, tmp_path / "new", "ibnorm_t", init="calibrate", calibration_tokens=600)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "new"))
+    same = {name for name, value in before.items() if torch.equal(after[name], value)}
+    assert {name for name in before if "ln_cross_attn" in name} <= same
+    assert "transformer.h.0.ln_1.weight" not in same
+
+
+def test_gains_are_fitted_for_the_dtype_that_is_written(source, tmp_path):
+    folder = source("llama", dtype=torch.bfloat16)
+    convert_checkpoint(folder, tmp_path / "new", "ibnorm_t", init="calibrate", calibration_tokens=600, dtype="float32")
+    gain = load_file(tmp_path / "new" / "model.safetensors")["model.norm.weight"]
+    assert not torch.equal(gain, gain.bfloat16().float())
+    record = json.loads((tmp_path / "new" / "conversion.json").read_text())["calibration"]
+    assert record["tokens"] == 512  # one sequence of at most so many
+
+
 def test_text_to_calibrate_on_comes_from_all_over_a_corpus_or_from_a_file(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = draw_text("data", "sotu", "train", tokenizer, 5000, 64).ids
     assert ids.shape == (78, 64)
     assert len({tuple(row.tolist()) for row in ids}) == 78
     (tmp_path / "text.txt").write_text("Once upon a time. " * 100)
+    assert draw_text("data", str(tmp_path / "text.txt"), "train", tokenizer, 600, 512).ids.shape == (1, 512)
+    (tmp_path / "text.txt").write_text("好" * 90_000)  # no spaces
     assert draw_text("data", str(tmp_path / "text.txt"), "train", tokenizer, 600, 512).ids.shape == (1, 512)
 
 

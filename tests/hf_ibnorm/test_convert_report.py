@@ -101,6 +101,17 @@ def test_a_massive_activation_takes_the_width_of_its_row_under_layernormalnorm(t
     assert massive.least_row_std < 0.2 * plain.least_row_std
 
 
+def test_what_is_not_finite_is_told(folder):
+    source, broken = loaded(folder), loaded(folder)
+    text = draw_text("data", "sotu", "test", AutoTokenizer.from_pretrained(folder), 300, 64)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(0.0)
+        assert measure(broken, source, text).sites["norm"].error is None  # of a norm that gives nothing
+        broken.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="it gives numbers that are not finite"):
+        measure(source, broken, text)
+
+
 def test_a_conversion_reports_what_each_step_cost(folder, tmp_path, command):
     flags = ["--norm", "ibnorm_t", "--norm_kwargs.lam", "3", "--init", "calibrate", "--calibration_tokens", "2000"]
     code, out, error = command(main, "convert", str(folder), str(tmp_path / "new"), *flags, *QUICK)
@@ -144,12 +155,14 @@ def test_without_the_extras_there_is_no_picture_and_no_score(folder, tmp_path, m
     assert found["scored"] == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.md", "sites.csv"]
     assert "report.png" not in (tmp_path / "out" / "report.md").read_text()
-    with pytest.raises(ValueError, match=r"scored: got 3, which needs lm-eval: pip install 'hf_ibnorm\[eval\]'"):
-        report_conversion(folder, {"swapped": tmp_path / "same"}, tmp_path / "more", tokens=300, scored=3)
+    with pytest.raises(ValueError, match=r"scores: got 3, which needs lm-eval: pip install 'hf_ibnorm\[eval\]'"):
+        report_conversion(folder, {"swapped": tmp_path / "same"}, tmp_path / "more", tokens=300, scores=3)
 
 
 @pytest.mark.slow
-def test_embedded_scores_are_those_of_the_evaluation_program(folder, tmp_path, command):
+def test_embedded_scores_are_those_of_the_evaluation_program(folder, tmp_path, command, monkeypatch):
+    (tmp_path / "eval.py").write_text("raise SystemExit('of the user')")
+    monkeypatch.chdir(tmp_path)
     flags = ["--norm", "ibnorm_l", "--report_tokens", "300", "--report_scores", "3"]
     code, _, error = command(main, "convert", str(folder), str(tmp_path / "new"), *flags)
     assert (code, error) == (0, "")
@@ -162,9 +175,11 @@ def test_embedded_scores_are_those_of_the_evaluation_program(folder, tmp_path, c
 
 
 BAD = {
-    "data: got 'nowhere', neither a corpus": ["--report_data", "nowhere"],
-    "tokens: got 3, must be": ["--report_tokens", "3"],
-    "scored: got -1, must be": ["--report_scores", "-1"],
+    "report_data: got 'nowhere', neither a corpus": ["--report_data", "nowhere"],
+    "data: got 'sotu', of no effect without --init calibrate": ["--data", "sotu"],
+    "report_tokens: got 300, of no effect with --no_report": ["--no_report"],
+    "report_tokens: got 3, must be": ["--report_tokens", "3"],
+    "report_scores: got -1, must be": ["--report_scores", "-1"],
 }
 
 
@@ -195,13 +210,15 @@ def test_what_has_no_tokenizer_or_no_logits_is_converted_without_a_report_only(f
     assert code == 2
     assert error.endswith("has no tokenizer to measure with (--no_report)\n")
     assert not (tmp_path / "new").exists()
-    assert command(main, *words, "--no_report")[0] == 0
+    assert command(main, *words[: -len(QUICK)], "--no_report")[0] == 0
 
 
 def test_stages_must_be_models_made_of_the_source(folder, tmp_path, command, stock_model):
     stock_model("llama", vocab_size=61).save_pretrained(tmp_path / "small")
     words = ["--output", str(tmp_path / "out"), "--tokens", "300", "--scores", "0"]
+    stock_model("gpt2", vocab_size=300, n_positions=512).save_pretrained(tmp_path / "other")
     for stage, message in {
+        f"other={tmp_path / 'other'}": "stages: other is a GPT2LMHeadModel, the source a LlamaForCausalLM",
         f"small={tmp_path / 'small'}": "stages: small has vocab_size 61, the source 300",
         "healed=nowhere/at-all": "stages: healed: got 'nowhere/at-all', no such directory",
         "healed": "stages: got 'healed', must be NAME=DIR",
