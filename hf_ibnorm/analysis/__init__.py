@@ -4,5 +4,17 @@ The streaming part needs torch alone; `normality` needs the extra `analysis` whe
 """
 
 from .moments import Covariance, Histogram, Moments, QuantileSketch, RowSample, RowStatistics
+from .sites import ModelStatistics, SiteStatistics, ValueStatistics, watch
 
-__all__ = ["Covariance", "Histogram", "Moments", "QuantileSketch", "RowSample", "RowStatistics"]
+__all__ = [
+    "Covariance",
+    "Histogram",
+    "ModelStatistics",
+    "Moments",
+    "QuantileSketch",
+    "RowSample",
+    "RowStatistics",
+    "SiteStatistics",
+    "ValueStatistics",
+    "watch",
+]

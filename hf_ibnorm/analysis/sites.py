@@ -1,0 +1,399 @@
+"""What goes into the norms of a model and what comes out of them, while it runs or trains.
+
+`watch` puts a hook on every site. What is measured there is the row x that the norm is given and z, what it makes of it
+before gain and bias and without training noise. Everything is computed by `moments`, so that no step waits for the
+device; `result` reads it off.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import compress, ib_norm, newton_lambda, normal_norm, power_transform
+from ..norms import DynamicTanh, IBNorm, LayerNormalNorm
+from ..patching import norm_sites
+from .moments import Covariance, Histogram, Moments, QuantileSketch, RowSample, RowStatistics, finite_rows
+
+NEAR_ZERO = 0.1
+"""An element is near zero when it is smaller than this share of its row's mean absolute value: 6.4 % of a Gaussian."""
+SATURATED = 0.1
+"""An element is saturated when the slope of the compression there is below this."""
+LEAST_ROWS = 30
+"""Rows a site must have seen before anything is said about it."""
+RANK_WIDTH = 1024
+"""The widest norm whose effective rank is measured: it takes a matrix of N² numbers before and one after."""
+RANK_ROWS = 4
+"""Rows for each channel that the effective rank needs; with so few it is too low by an eighth."""
+QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
+LAM_HAT_RANGE, LAM_HAT_BINS = (-4.0, 6.0), 100
+
+_OF_A_ROW = ("near_zero", "hoyer", "massive", "row_skewness", "row_excess_kurtosis")
+_OF_IBNORM = ("contraction", "saturation", "slope")
+_OF_NORMALNORM = ("lam_hat", "lam_hat_outside", "p_std")
+
+
+def without_affine(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm makes of `x` before gain and bias, and without training noise.
+
+    Args:
+        norm: one of ours, torch's LayerNorm or RMSNorm, or Transformers' LlamaRMSNorm.
+        x: shape (..., N).
+
+    Returns:
+        z of the shape of `x`, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: another norm.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    if isinstance(norm, IBNorm):
+        return ib_norm(
+            x,
+            variant=norm.variant,
+            lam=norm.current_lam(),
+            unit=norm.unit,
+            standardize=norm.standardize,
+            order=norm.order,
+            eps=norm.eps,
+        )
+    if isinstance(norm, LayerNormalNorm):
+        return normal_norm(x, alpha=norm.alpha, eps=norm.eps)
+    if isinstance(norm, DynamicTanh):
+        return torch.tanh(norm.alpha.to(x.dtype) * x)
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, x.shape[-1:], eps=norm.eps)
+    if isinstance(norm, nn.RMSNorm):
+        return F.rms_norm(x, x.shape[-1:], eps=norm.eps)
+    if hasattr(norm, "variance_epsilon"):
+        return F.rms_norm(x, x.shape[-1:], eps=norm.variance_epsilon)  # type: ignore[arg-type]
+    raise TypeError(f"norm: got {type(norm).__name__}, must be a norm of hf_ibnorm, a LayerNorm or an RMSNorm")
+
+
+def slope(c: Tensor, *, variant: str, lam: float | Tensor, unit: str = "raw") -> Tensor:
+    """The derivative f'(c) of `functional.compress` (arXiv 2510.25262), element by element.
+
+    Args:
+        c: deviations, shape (..., N), float32 or float64.
+        variant, lam, unit: as in `compress`. For "mean_abs" and shrink, the unit a = mean|c| is held fast.
+
+    Returns:
+        Shape and dtype of `c`; from 0 to 1.
+    """
+    a = c.abs().mean(-1, keepdim=True)
+    if variant == "S":
+        return torch.ones_like(c) / lam
+    if variant == "shrink":
+        return (c.abs() > lam * a).to(c.dtype)
+    u = lam * (c.abs() / torch.where(a == 0, 1.0, a) if unit == "mean_abs" else c.abs())
+    return 1 / (1 + u) if variant == "L" else 1 - torch.tanh(u).square()
+
+
+class ValueStatistics:
+    """Statistics of the rows at one place: streaming, merged, and read off as plain numbers.
+
+    Args:
+        width: N.
+        device: that of the data.
+        sample: rows to keep for tests of normality, at most; 0 keeps none.
+        seed: of the sample.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu", sample: int = 0, seed: int = 0) -> None:
+        self.width = width
+        self.moments = Moments(width, device)
+        self.quantiles = QuantileSketch(device=device)
+        self.of_rows = RowStatistics(_OF_A_ROW, device)
+        self.covariance = Covariance(width, device) if width <= RANK_WIDTH else None
+        self.sample = RowSample(sample, width, device, seed=seed) if sample else None
+
+    def update(self, x: Tensor) -> None:
+        """Take in rows of shape (R, N); one that is not finite is NaN throughout."""
+        for each in (self.moments, self.quantiles, self.covariance, self.sample):
+            if each is not None:
+                each.update(x)
+        size, root = x.abs(), math.sqrt(self.width)
+        mean_size = size.mean(-1)
+        near_zero = (size < NEAR_ZERO * mean_size[:, None]).to(x.dtype).mean(-1)
+        # The lower median as the least of the upper half: torch.median has no deterministic form on GPUs.
+        median = size.topk(self.width // 2 + 1, sorted=False).values.amin(-1)
+        c = x - x.mean(-1, keepdim=True)
+        c2 = c * c
+        variance = c2.mean(-1)
+        self.of_rows.update(
+            near_zero=torch.where(mean_size > 0, near_zero, torch.nan),
+            hoyer=(root - self.width * mean_size / x.norm(dim=-1)) / (root - 1 or torch.nan),
+            massive=size.amax(-1) / median,
+            row_skewness=(c2 * c).mean(-1) / variance**1.5,
+            row_excess_kurtosis=(c2 * c2).mean(-1) / variance**2 - 3,
+        )
+
+    def merge(self, other: "ValueStatistics") -> None:
+        """Take in all that `other`, of the same place, has seen."""
+        self.moments.merge(other.moments)
+        self.quantiles.merge(other.quantiles)
+        self.of_rows.merge(other.of_rows)
+        if self.covariance is not None and other.covariance is not None:
+            self.covariance.merge(other.covariance)
+        if self.sample is not None and other.sample is not None:
+            self.sample.merge(other.sample)
+
+    def result(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Cells, as `SiteStatistics.result` describes them, and for those that are None the reason."""
+        pooled, rows = self.moments.pooled(), self.of_rows.read()
+        channels = torch.stack([self.moments.skewness, self.moments.excess_kurtosis])
+        quantiles = self.quantiles.quantile(list(QUANTILES)).tolist()
+        cells: dict[str, Any] = {
+            "mean": pooled.mean.item(),
+            "variance": pooled.variance.item(),
+            "skewness": pooled.skewness.item(),
+            "excess_kurtosis": pooled.excess_kurtosis.item(),
+            "channel_skewness": channels[0].nanmedian().item(),
+            "channel_excess_kurtosis": channels[1].nanmedian().item(),
+            **{name: rows[name]["mean"] for name in _OF_A_ROW},
+            "massive_most": rows["massive"]["most"],
+            "quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=True)),
+        }
+        reasons = dict.fromkeys(cells, "no row has one: all are constant, or half zeros")
+        cells["effective_rank"], reasons["effective_rank"] = self._effective_rank()
+        return _emptied(cells, reasons)
+
+    def _effective_rank(self) -> tuple[float | None, str]:
+        if self.covariance is None:
+            return None, f"width {self.width}; measured up to {RANK_WIDTH}"
+        rows, least = int(self.covariance.count), RANK_ROWS * self.width
+        if rows < least:
+            return None, f"{rows} rows; needs {least}, {RANK_ROWS} for each channel"
+        return self.covariance.effective_rank().item(), "all rows are alike"
+
+
+class SiteStatistics:
+    """Statistics of one norm: of what goes in, of what comes out, and of what this kind of norm does.
+
+    Made for its first rows; its memory does not grow after them.
+
+    Args:
+        norm: the norm.
+        rows: take in at most that many rows a call, evenly spaced; None for all.
+        sample: rows of x and of z to keep for tests of normality, at most; 0 keeps none.
+        seed: of the sample; statistics that will be merged need different ones.
+    """
+
+    def __init__(self, norm: nn.Module, rows: int | None = None, sample: int = 0, seed: int = 0) -> None:
+        self.norm, self.rows, self.sample, self.seed = norm, rows, sample, seed
+        self.before: ValueStatistics | None = None
+        self.after: ValueStatistics | None = None
+        self.ibnorm: RowStatistics | None = None
+        self.normal: RowStatistics | None = None
+        self.lam_hat: Histogram | None = None
+
+    def _start(self, width: int, device: torch.device) -> tuple[ValueStatistics, ValueStatistics]:
+        if self.before is None or self.after is None:
+            self.before, self.after = (ValueStatistics(width, device, self.sample, self.seed) for _ in range(2))
+            if isinstance(self.norm, IBNorm):
+                self.ibnorm = RowStatistics(_OF_IBNORM, device)
+            if isinstance(self.norm, LayerNormalNorm):
+                self.normal = RowStatistics(_OF_NORMALNORM, device)
+                self.lam_hat = Histogram(*LAM_HAT_RANGE, LAM_HAT_BINS, device)
+        return self.before, self.after
+
+    def update(self, x: Tensor) -> None:
+        """Take in what the norm is given, shape (..., N); no gradient flows, and nothing waits for the device."""
+        # Tensors made in inference mode could not be updated outside it; autocast would round the sums to 16 bits.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            before, after = self._start(x.shape[-1], x.device)
+            rows = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+            if self.rows is not None:
+                rows = rows[:: max(1, -(-len(rows) // self.rows))]
+            rows = finite_rows(rows if rows.dtype == torch.float64 else rows.float())
+            before.update(rows)
+            after.update(finite_rows(without_affine(self.norm, rows)))
+            if isinstance(self.norm, IBNorm):
+                self._update_ibnorm(self.norm, rows)
+            if isinstance(self.norm, LayerNormalNorm):
+                self._update_normal(self.norm, rows)
+
+    def _update_ibnorm(self, norm: IBNorm, rows: Tensor) -> None:
+        assert self.ibnorm is not None
+        if norm.order == "standardize_first":
+            normalize = F.layer_norm if norm.standardize == "layer" else F.rms_norm
+            rows = normalize(rows, rows.shape[-1:], eps=norm.eps)
+        c = _deviation(rows)
+        options: dict[str, Any] = {"variant": norm.variant, "lam": norm.current_lam(), "unit": norm.unit}
+        slopes = slope(c, **options)
+        saturated = torch.where(slopes.isnan(), torch.nan, (slopes < SATURATED).to(c.dtype))
+        self.ibnorm.update(
+            contraction=compress(c, **options).var(-1, correction=0) / c.var(-1, correction=0),
+            saturation=saturated.mean(-1),
+            slope=slopes.mean(-1),
+        )
+
+    def _update_normal(self, norm: LayerNormalNorm, rows: Tensor) -> None:
+        assert self.normal is not None
+        assert self.lam_hat is not None
+        h = F.layer_norm(_deviation(rows), rows.shape[-1:], eps=norm.eps)
+        lam = newton_lambda(h, alpha=norm.alpha, eps=norm.eps)
+        outside = torch.where(lam.isnan(), torch.nan, ((lam < 0) | (lam > 2)).to(h.dtype))
+        spread = power_transform(h, lam).std(-1, correction=0)
+        self.normal.update(lam_hat=lam[:, 0], lam_hat_outside=outside[:, 0], p_std=spread)
+        self.lam_hat.update(lam)
+
+    def merge(self, other: "SiteStatistics") -> None:
+        """Take in all that `other`, of the same site, has seen: in another process, or on other text."""
+        if other.before is None or other.after is None:
+            return
+        before, after = self._start(other.before.width, other.before.moments.mean.device)
+        before.merge(other.before)
+        after.merge(other.after)
+        for name in ("ibnorm", "normal", "lam_hat"):
+            if getattr(self, name) is not None:
+                getattr(self, name).merge(getattr(other, name))
+
+    def result(self) -> dict[str, Any]:
+        """Everything as plain numbers; waits for the device, and takes a moment for wide norms (eigenvalues).
+
+        Returns:
+            * `norm`, `width`; `rows` taken in, `skipped` ones that held a NaN or an infinity
+            * `before` (of x) and `after` (of z), each
+                - `mean`, `variance`, `skewness`, `excess_kurtosis` of all elements together;
+                  `channel_...`: of each channel over the rows, median of the channels;
+                  `row_...`: of each row over its elements, mean of the rows
+                - `near_zero`: share of elements with |v| < 0.1·mean|v| of their row
+                - `hoyer`: (√N - |v|₁/|v|₂) / (√N - 1) of a row, 0 all alike, 1 a single one; mean of the rows
+                - `massive`, `massive_most`: max|v| / median|v| of a row (the lower median); mean and largest
+                - `effective_rank`: exp of the entropy of the covariance's eigenvalues, from 1 to N
+                - `quantiles` of all elements, to 1 %
+            * IBNorm: `contraction`: var(s) / var(x) of a row, before standardization (with `standardize_first`, of what
+              is compressed: the standardized row); `saturation`: share of elements where f' < 0.1; `slope`: mean f'
+            * LayerNormalNorm: `lam_hat` of the rows: mean, least, most, `outside` (share outside [0, 2]), a histogram's
+              `edges`, `counts`, `below` and `above`; `p_std`: standard deviation of a row after the power transform,
+              mean, least and most
+            * `reasons`: for every cell that is None, under "cell" or "before.cell", why
+        """
+        site: dict[str, Any] = {"norm": type(self.norm).__name__, "rows": 0, "skipped": 0}
+        empty = ("width", "before", "after", *_OF_IBNORM, "lam_hat", "p_std")
+        site |= dict.fromkeys(empty)
+        if self.before is None or self.after is None:
+            return {**site, "reasons": dict.fromkeys(empty, "the norm has not run")}
+        rows = int(self.before.moments.count)
+        site |= {"width": self.before.width, "rows": rows, "skipped": int(self.before.moments.skipped)}
+        if rows < LEAST_ROWS:
+            return {**site, "reasons": dict.fromkeys(empty[1:], f"{rows} rows; needs {LEAST_ROWS}")}
+        reasons: dict[str, str] = {}
+        for place, statistics in (("before", self.before), ("after", self.after)):
+            site[place], why = statistics.result()
+            reasons |= {f"{place}.{cell}": reason for cell, reason in why.items()}
+        if self.ibnorm is not None:
+            site |= {name: numbers["mean"] for name, numbers in self.ibnorm.read().items()}
+        if self.normal is not None and self.lam_hat is not None:
+            read = self.normal.read()
+            site["lam_hat"] = _spread(read["lam_hat"]) | {
+                "outside": read["lam_hat_outside"]["mean"],
+                "edges": self.lam_hat.edges,
+                "counts": self.lam_hat.inside.tolist(),
+                "below": int(self.lam_hat.below),
+                "above": int(self.lam_hat.above),
+            }
+            site["p_std"] = _spread(read["p_std"])
+        no = "all rows are constant" if self.ibnorm is not None else "only an IBNorm has one"
+        why_empty = dict.fromkeys(_OF_IBNORM, no) | dict.fromkeys(
+            ("lam_hat", "p_std"), "only a LayerNormalNorm has one"
+        )
+        site, why = _emptied(site, why_empty)
+        return {**site, "reasons": reasons | why}
+
+
+def _deviation(rows: Tensor) -> Tensor:
+    """Deviations from each row's mean, of a constant row 0 to the bit, as the norms take them."""
+    c = rows - rows.mean(-1, keepdim=True)
+    return c - c.mean(-1, keepdim=True)
+
+
+def _spread(numbers: dict[str, float]) -> dict[str, Any]:
+    return {key: numbers[key] for key in ("mean", "least", "most")}
+
+
+def _emptied(cells: dict[str, Any], reasons: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`cells` with None for what is no number, and those of `reasons` that explain one."""
+    cells = {k: None if isinstance(cell, float) and not math.isfinite(cell) else cell for k, cell in cells.items()}
+    return cells, {name: reason for name, reason in reasons.items() if cells[name] is None}
+
+
+class ModelStatistics:
+    """Statistics of every norm of a model.
+
+    Args:
+        model: as `norm_sites` takes it.
+        rows, sample, seed: as in `SiteStatistics`.
+
+    Raises:
+        TypeError: a model of another family.
+        RuntimeError: the norms are not those of the architecture.
+    """
+
+    def __init__(self, model: nn.Module, rows: int | None = None, sample: int = 0, seed: int = 0) -> None:
+        self.sites: dict[str, SiteStatistics] = {}
+        shared: dict[nn.Module, SiteStatistics] = {}
+        for site, norm in norm_sites(model).items():
+            self.sites[site] = shared.setdefault(norm, SiteStatistics(norm, rows, sample, seed))
+
+    def merge(self, other: "ModelStatistics") -> None:
+        """Take in all that `other`, of the same architecture and device, has seen."""
+        for site, statistics in {id(each): (site, each) for site, each in self.sites.items()}.values():
+            statistics.merge(other.sites[site])
+
+    def result(self) -> dict[str, dict[str, Any]]:
+        """Site → what `SiteStatistics.result` says of it; sites that share a norm share its statistics."""
+        return {site: statistics.result() for site, statistics in self.sites.items()}
+
+
+@contextmanager
+def watch(
+    model: nn.Module,
+    statistics: ModelStatistics | None = None,
+    *,
+    rows: int | None = None,
+    sample: int = 0,
+) -> Iterator[ModelStatistics]:
+    """`with watch(model) as statistics: model(...)` measures what goes through the norms, for `statistics.result()`.
+
+    Training goes on as if nothing were there: no gradient, no random number and no output is changed. A block that
+    gradient checkpointing computes again in the backward pass is not counted twice. Padding is not known to a norm and
+    is counted as text. Hooks do not run in a graph that torch.compile has made: watch the model that it was made of.
+
+    Args:
+        model: a stock or registered Llama or GPT-2, bare or wrapped by PEFT.
+        statistics: go on with these, as at every K-th step of a training; new ones by default.
+        rows, sample: of new ones, as in `SiteStatistics`.
+
+    Yields:
+        The statistics; they stay readable after the block.
+
+    Raises:
+        TypeError: a model of another family.
+        RuntimeError: the norms are not those of the architecture.
+        ValueError: `statistics` of other norms: of another model, or from before the norms were swapped.
+    """
+    statistics = ModelStatistics(model, rows, sample) if statistics is None else statistics
+    for site, norm in norm_sites(model).items():
+        if site not in statistics.sites or statistics.sites[site].norm is not norm:
+            raise ValueError(f"statistics: made for other norms than {site} of this model; merge() joins two of them")
+    handles = [each.norm.register_forward_hook(_hook(each)) for each in dict.fromkeys(statistics.sites.values())]
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(statistics: SiteStatistics) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        # Inside a backward pass this is gradient checkpointing at work (torch.utils.module_tracker asks the same way).
+        if torch._C._current_graph_task_id() == -1:
+            statistics.update(args[0])
+
+    return hook
