@@ -179,7 +179,7 @@ class SiteStatistics:
     Args:
         norm: the norm.
         rows: take in at most that many rows a call, evenly spaced; None for all.
-        sample: rows of x and of z to keep for tests of normality, at most; 0 keeps none.
+        sample: rows of x and of z to keep for tests of normality, at most, the same ones of both; 0 keeps none.
         seed: of the sample; statistics that will be merged need different ones.
     """
 

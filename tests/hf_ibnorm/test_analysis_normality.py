@@ -13,6 +13,7 @@ import hf_ibnorm.analysis
 from hf_ibnorm import LayerNormalNorm, cli
 from hf_ibnorm.analysis import SiteStatistics, lambda_against_likelihood, measure_normality, qq
 from hf_ibnorm.analysis.normality import adjusted_mutual_information, anderson_darling
+from hf_ibnorm.analysis.sites import without_affine
 
 ROWS = 2000
 MEASURES = ("r_squared", "dagostino", "anderson_darling", "henze_zirkler", "correlation", "mutual_information")
@@ -158,6 +159,7 @@ def test_a_watched_sample_goes_straight_in():
     site.update(torch.randn(1000, 32, generator=torch.Generator().manual_seed(0)).exp())
     x, z = site.before.sample.rows(), site.after.sample.rows()
     assert measure_normality(x)["r_squared"]["mean"] < 0.8 < measure_normality(z)["r_squared"]["mean"]
+    torch.testing.assert_close(z, without_affine(site.norm, x))  # the same rows of both
     assert lambda_against_likelihood(x)["rows"] == 200
 
 
