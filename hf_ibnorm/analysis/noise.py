@@ -1,6 +1,8 @@
 """Noise robustness ζ: how much of a disturbance at one norm's output is left at the output of a later one."""
 
 import functools
+import math
+import operator
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +29,8 @@ class NoiseRobustness:
         draws: T, how often it was drawn.
         sites: names, in order of execution.
         zeta: S × S for S sites, a row where the noise was added, a column where it was measured; a fraction. None
-            unless the column's site comes after the row's, and where the undisturbed output is 0 everywhere.
+            unless the column's site comes after the row's, and where the undisturbed output is 0 everywhere or not
+            finite.
         spread: standard deviation of ζ over the draws; None where ζ is, and for a single draw.
     """
 
@@ -118,6 +121,7 @@ def relative_change(
     """
     check_number("delta", delta, 0.0)
     check_number("draws", draws, 1)
+    draws = operator.index(draws)
     if len(set(sites.values())) < max(2, len(sites)):
         raise ValueError(f"sites: got {', '.join(sites) or 'none'}; must be two or more, each a module of its own")
     names = tuple(sites)
@@ -132,7 +136,7 @@ def relative_change(
     zeta: list[tuple[float | None, ...]] = []
     spread: list[tuple[float | None, ...]] = []
     for i, noisy in enumerate(names):
-        later = [site for site in names[i + 1 :] if sizes[site] > 0]
+        later = [site for site in names[i + 1 :] if 0 < sizes[site] < math.inf]
         changes: dict[str, list[float]] = {site: [] for site in later}
 
         def compare(site: str, changes: dict[str, list[float]] = changes) -> Callable[..., None]:

@@ -43,9 +43,10 @@ def test_zeta_of_scaled_identities_is_the_relative_size_of_the_noise():
     assert found.zeta[0][1] == found.zeta[0][2] == found.zeta[1][2]
 
 
-def test_where_the_output_is_zero_there_is_no_relative_change():
+@pytest.mark.parametrize("weight", [0.0, float("nan"), float("inf")])
+def test_where_the_output_is_zero_or_not_finite_there_is_no_relative_change(weight):
     model = chain(4, 4, 4)
-    nn.init.zeros_(model[1].weight)
+    nn.init.constant_(model[1].weight, weight)
     found = relative_change(lambda: model(torch.randn(3, 4).double()), dict(model.named_children()), delta=1, draws=2)
     assert found.zeta == ((None, None), (None, None))
 
