@@ -69,24 +69,34 @@ def reports() -> dict[str, dict[str, Any]]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """A row for each stage of each case, after one for the source."""
-    shown = Table(
-        ["norm", "stage", "bits per byte", "won back", "KL, nats", "same top token", "embedded, mean", "narrowest row"]
-    )
-    source = next(iter(found.values()))["stages"][SOURCE]
-    for case, report in {"source": {"stages": {SOURCE: source}}, **found}.items():
-        for name, stage in report["stages"].items():
-            if name == SOURCE and case != SOURCE:
-                continue
-            lost = stage["bits_per_byte"] - source["bits_per_byte"]
-            least = min(site["least_row_std"] for site in stage["sites"].values())
-            back = ""
-            if name in STAGES[1:]:
-                back = f"{1 - lost / (report['stages'][STAGES[0]]['bits_per_byte'] - source['bits_per_byte']):.0%}"
-            cells = [f"{stage['bits_per_byte']:.3f}", back, f"{stage['kl']:.3g}", f"{stage['top1']:.1%}"]
-            cells += [f"{mean_score(stage['scores']):.1f}", f"{least:.2g}"]
-            shown.rows.append(["RMSNorm" if name == SOURCE else stage["norm"], name, *cells])
-    return shown.markdown()
+    """A row for the source and for each stage of each case, and on what they were measured."""
+    columns = ["bits per byte", "won back", "KL, nats", "same top token", "embedded, mean", "narrowest row"]
+    shown = Table(["norm", "stage", *columns])
+    first = next(iter(found.values()))
+    source = first["stages"][SOURCE]
+    shown.rows.append(["RMSNorm", SOURCE, *_cells(source, None, None)])
+    for case, report in found.items():
+        for name in STAGES:
+            stage = report["stages"][name]
+            swapped = report["stages"][STAGES[0]] if name != STAGES[0] else None
+            link = f"[{stage['norm']}](results/convert/{case}/report.md)"
+            shown.rows.append([link, name, *_cells(stage, source, swapped)])
+    made = first["environment"]
+    where = f"{made['cpu_count']} cores of an {made['device']}, torch {made['versions']['torch']}, {made['date'][:10]}"
+    return f"{shown.markdown()}\n{first['tokens']:,} tokens of {first['text']}; {where}.\n"
+
+
+def _cells(stage: dict[str, Any], source: dict[str, Any] | None, swapped: dict[str, Any] | None) -> list[str]:
+    """The numbers of a stage; what it won back of what was lost by the swap, where that is given."""
+    back = ""
+    if source and swapped:
+        lost = [each["bits_per_byte"] - source["bits_per_byte"] for each in (stage, swapped)]
+        back = f"{1 - lost[0] / lost[1]:.0%}"
+    least = min(site["least_row_std"] for site in stage["sites"].values())
+    return [
+        *(f"{stage['bits_per_byte']:.3f}", back, f"{stage['kl']:.3g}", f"{stage['top1']:.1%}"),
+        *(f"{mean_score(stage['scores']):.1f}", f"{least:.2g}"),
+    ]
 
 
 def written(text: str) -> str:

@@ -41,6 +41,14 @@ def test_the_pages_show_the_results_in_the_tree():
     assert all(any(table in text for text in texts) for table in tables.values())
 
 
+def test_the_page_of_conversions_shows_the_reports_in_the_tree():
+    import conversion
+
+    text = conversion.PAGE.read_text(encoding="utf-8")
+    assert conversion.written(text) == text
+    assert all(f"results/convert/{case}/report.md" in text for case in conversion.reports())
+
+
 def test_a_conversion_is_measured_beside_copies():
     import convert
 
