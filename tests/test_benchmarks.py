@@ -46,7 +46,8 @@ def test_the_page_of_conversions_shows_the_reports_in_the_tree():
 
     text = conversion.PAGE.read_text(encoding="utf-8")
     assert conversion.written(text) == text
-    assert all(f"results/convert/{case}/report.md" in text for case in conversion.reports())
+    assert conversion.reports().keys() == set(conversion.CASES)
+    assert all(f"results/convert/{case}/report.md" in text for case in conversion.CASES)
 
 
 def test_a_conversion_is_measured_beside_copies():
