@@ -1,6 +1,5 @@
 """How far a model is from the one it was made of, on some text: as a whole, and norm by norm."""
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..analysis.sites import without_affine
 from ..patching import norm_sites
 from .text import Text
 
@@ -62,29 +62,19 @@ def _watched(model: PreTrainedModel) -> Iterator[_Seen]:
     """Note what goes on at the norms of a model."""
     seen = _Seen()
 
-    def note(site: str, bare: nn.Module) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(site: str) -> Any:
+        def hook(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen.outputs[site] = output[0]
-            seen.spreads[site] = bare(args[0])[0].std(-1, correction=0)
+            seen.spreads[site] = without_affine(norm, args[0])[0].std(-1, correction=0)
 
         return hook
 
-    norms = norm_sites(model.base_model).items()
-    handles = [norm.register_forward_hook(note(site, _bare(norm))) for site, norm in norms]
+    handles = [norm.register_forward_hook(note(site)) for site, norm in norm_sites(model.base_model).items()]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _bare(norm: nn.Module) -> nn.Module:
-    """A copy of a norm whose gain is 1 and whose bias is 0."""
-    bare = copy.deepcopy(norm)
-    for name, value in (("weight", 1.0), ("bias", 0.0)):
-        if getattr(bare, name, None) is not None:
-            nn.init.constant_(getattr(bare, name), value)
-    return bare
 
 
 @torch.no_grad()
