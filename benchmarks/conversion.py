@@ -23,8 +23,8 @@ from hf_ibnorm.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs/convert.md", ROOT / "docs/results/convert"
-# In units of each row's own mean magnitude: as it is, a stream with massive activations is compressed beyond repair by
-# any lam. rms is what a Llama's norms do.
+# In units of each row's own mean magnitude, which differs from layer to layer and from token to token; rms is what a
+# Llama's norms do.
 IBNORM = {"unit": "mean_abs", "standardize": "rms"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ibnorm_l-0.05": ("ibnorm_l", {"lam": 0.05, **IBNORM}),
