@@ -5,7 +5,6 @@ are the targets, and one with the new norms, each fitted as soon as it is reache
 those before it could not. The model is in memory once, whatever its depth, and every block runs a few times.
 """
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..analysis.sites import without_affine
 from ..modeling_ibnorm import build_site, set_site
 from ..norms import resolve_norm_kwargs
 
@@ -93,10 +93,7 @@ def fit_norms(model: PreTrainedModel, config: Any, ids: Tensor) -> tuple[dict[st
         norm = news[site]
         if getattr(norm, "weight", None) is None:
             return
-        bare = copy.deepcopy(norm)
-        bare.register_parameter("weight", None)
-        bare.register_parameter("bias", None)
-        sums = Sums.of((bare(x), y) for x, y in zip(inputs, targets, strict=True))
+        sums = Sums.of((without_affine(norm, x), y) for x, y in zip(inputs, targets, strict=True))
         if not (sums.zz.isfinite() & sums.yy.isfinite()).all():
             raise ValueError(f"source: at {site} it gives numbers that are not finite")
         own_bias = getattr(norm, "bias", None)

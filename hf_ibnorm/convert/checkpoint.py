@@ -82,10 +82,25 @@ class Source:
         """Size of its weights."""
         return sum(shard.path.stat().st_size for shard in self.shards)
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether there is one beside the weights; some releases of Transformers make an empty one otherwise."""
-        return has_tokenizer(self.folder)
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the weights; None where there is none.
+
+        Raises:
+            ValueError: it cannot be read, or has tokens that the embedding has no row for.
+        """
+        if not has_tokenizer(self.folder):
+            return None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"source: the tokenizer in {self.folder} cannot be read: {str(error)[:200]}") from error
+        if len(tokenizer) > self.config.vocab_size:
+            raise ValueError(
+                f"source: its tokenizer has {len(tokenizer)} tokens, its embedding {self.config.vocab_size} rows; they "
+                "are of different models"
+            )
+        return tokenizer
 
     @cached_property
     def places(self) -> dict[str, Shard]:
@@ -189,7 +204,7 @@ def convert_checkpoint(
 
 def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str, Any]:
     """`convert_checkpoint` of a source that was read, for what was checked."""
-    tokenizer = load_tokenizer(found)
+    _ = found.tokenizer  # a bad one makes a bad source, whether it is needed or not
     with torch.device("meta"):
         model = found.architecture(found.config)
     _check_tensors(found, model)
@@ -202,7 +217,7 @@ def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str,
     if wanted.remote_code and config is not model.config:
         raise ValueError("remote_code: got True, but a stock checkpoint needs no code of ours; leave it out")
     change = _changes(found, old, model.config)
-    errors = _calibrate(found, model.config, change, wanted, tokenizer) if wanted.init == "calibrate" else None
+    errors = _calibrate(found, model.config, change, wanted) if wanted.init == "calibrate" else None
     _check_room(target, found, wanted.dtype)
     record = {
         "source": found.title,
@@ -306,26 +321,6 @@ def _dequantized(file: Path, folder: Path) -> Path:
     return folder
 
 
-def load_tokenizer(source: Source) -> Any:
-    """The tokenizer beside a model; None where there is none.
-
-    Raises:
-        ValueError: it cannot be read, or has tokens that the embedding has no row for.
-    """
-    if not source.has_tokenizer:
-        return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"source: the tokenizer in {source.folder} cannot be read: {str(error)[:200]}") from error
-    if len(tokenizer) > source.config.vocab_size:
-        raise ValueError(
-            f"source: its tokenizer has {len(tokenizer)} tokens, its embedding {source.config.vocab_size} rows; they "
-            "are of different models"
-        )
-    return tokenizer
-
-
 def _check_tensors(source: Source, model: PreTrainedModel) -> None:
     """Raise ValueError where the weights are not those of the config: one is missing, or of another shape."""
     model.tie_weights()
@@ -412,14 +407,12 @@ def _changes(source: Source, old_norms: Mapping[str, nn.Module], config: Any) ->
     return change
 
 
-def _calibrate(
-    source: Source, config: Any, change: Change, wanted: Conversion, tokenizer: Any
-) -> dict[str, int | Errors]:
+def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion) -> dict[str, int | Errors]:
     """Put fitted gains and biases into `change`; returns on how many tokens, and the errors, site by site."""
-    if tokenizer is None:
+    if source.tokenizer is None:
         raise ValueError(f"source: {source.folder} has no tokenizer to calibrate with")
     tokens, context = wanted.calibration_tokens, config.max_position_embeddings
-    ids = draw_text("data", wanted.data, "train", tokenizer, tokens, context).ids
+    ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, context).ids
     model = source.architecture.from_pretrained(source.folder, dtype=torch.float32).eval()
     fitted, errors = fit_norms(model, config, ids)
     places, prefix = source.places, source.prefix

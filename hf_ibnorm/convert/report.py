@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..files import atomic_directory, check_new_directory, environment_record, write_json, write_text
 from ..functional import check_number
 from ..report.tables import Table, csv_text, score_cell
-from .checkpoint import Conversion, Source, card_text, convert_source, load_tokenizer, read_source
+from .checkpoint import Conversion, Source, card_text, convert_source, read_source
 from .measure import measure
 from .text import LEAST, Text, draw_text
 
@@ -90,11 +90,10 @@ def prepare(source: Source, data: str, tokens: int, scores: int | None, prefix: 
     if scores and not able:
         raise ValueError(f"{prefix}scores: got {scores}, which needs lm-eval: pip install 'hf_ibnorm[eval]'")
     _check_language_model("source", source)
-    tokenizer = load_tokenizer(source)
-    if tokenizer is None:
+    if source.tokenizer is None:
         raise ValueError(f"source: {source.folder} has no tokenizer to measure with (--no_report)")
     context = source.config.max_position_embeddings
-    return draw_text(f"{prefix}data", data, "test", tokenizer, tokens, context), scores
+    return draw_text(f"{prefix}data", data, "test", source.tokenizer, tokens, context), scores
 
 
 def _check_language_model(field: str, model: Source) -> None:
