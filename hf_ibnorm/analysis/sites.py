@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import compress, ib_norm, newton_lambda, normal_norm, power_transform
-from ..norms import DynamicTanh, IBNorm, LayerNormalNorm
+from ..bare import without_affine
+from ..functional import compress, newton_lambda, power_transform
+from ..norms import IBNorm, LayerNormalNorm
 from ..patching import norm_sites
 from .moments import Covariance, Histogram, Moments, QuantileSketch, RowSample, RowStatistics, finite_rows
 
@@ -35,43 +36,6 @@ LAM_HAT_RANGE, LAM_HAT_BINS = (-4.0, 6.0), 100
 _OF_A_ROW = ("near_zero", "hoyer", "massive", "row_skewness", "row_excess_kurtosis")
 _OF_IBNORM = ("contraction", "saturation", "slope")
 _OF_NORMALNORM = ("lam_hat", "lam_hat_outside", "p_std")
-
-
-def without_affine(norm: nn.Module, x: Tensor) -> Tensor:
-    """What a norm makes of `x` before gain and bias, and without training noise.
-
-    Args:
-        norm: one of ours, torch's LayerNorm or RMSNorm, or Transformers' LlamaRMSNorm.
-        x: shape (..., N).
-
-    Returns:
-        z of the shape of `x`, float32 (float64 for float64 inputs).
-
-    Raises:
-        TypeError: another norm.
-    """
-    x = x if x.dtype == torch.float64 else x.float()
-    if isinstance(norm, IBNorm):
-        return ib_norm(
-            x,
-            variant=norm.variant,
-            lam=norm.current_lam(),
-            unit=norm.unit,
-            standardize=norm.standardize,
-            order=norm.order,
-            eps=norm.eps,
-        )
-    if isinstance(norm, LayerNormalNorm):
-        return normal_norm(x, alpha=norm.alpha, eps=norm.eps)
-    if isinstance(norm, DynamicTanh):
-        return torch.tanh(norm.alpha.to(x.dtype) * x)
-    if isinstance(norm, nn.LayerNorm):
-        return F.layer_norm(x, x.shape[-1:], eps=norm.eps)
-    if isinstance(norm, nn.RMSNorm):
-        return F.rms_norm(x, x.shape[-1:], eps=norm.eps)
-    if hasattr(norm, "variance_epsilon"):
-        return F.rms_norm(x, x.shape[-1:], eps=norm.variance_epsilon)  # type: ignore[arg-type]
-    raise TypeError(f"norm: got {type(norm).__name__}, must be a norm of hf_ibnorm, a LayerNorm or an RMSNorm")
 
 
 def slope(c: Tensor, *, variant: str, lam: float | Tensor, unit: str = "raw") -> Tensor:

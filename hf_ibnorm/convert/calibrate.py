@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..analysis.sites import without_affine
+from ..bare import without_affine
 from ..modeling_ibnorm import build_site, set_site
 from ..norms import resolve_norm_kwargs
 

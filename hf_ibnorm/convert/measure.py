@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..analysis.sites import without_affine
+from ..bare import without_affine
 from ..patching import norm_sites
 from .text import Text
 
