@@ -8,11 +8,23 @@ from .functional import ib_norm, normal_norm
 from .norms import DynamicTanh, IBNorm, LayerNormalNorm
 
 
+def is_known(norm: nn.Module) -> bool:
+    """Whether `without_affine` takes this module."""
+    ours = isinstance(norm, IBNorm | LayerNormalNorm | DynamicTanh | nn.LayerNorm | nn.RMSNorm)
+    return ours or (type(norm).__name__.endswith("RMSNorm") and _eps(norm) is not None)
+
+
+def _eps(norm: nn.Module) -> float | None:
+    """That of one of Transformers' RMSNorms, which have two names for it."""
+    eps: float | None = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return eps
+
+
 def without_affine(norm: nn.Module, x: Tensor) -> Tensor:
     """What a norm makes of `x` before gain and bias, and without training noise.
 
     Args:
-        norm: one of ours, torch's LayerNorm or RMSNorm, or Transformers' LlamaRMSNorm.
+        norm: one of ours, torch's LayerNorm or RMSNorm, or one that Transformers calls ...RMSNorm.
         x: shape (..., N).
 
     Returns:
@@ -40,6 +52,6 @@ def without_affine(norm: nn.Module, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=norm.eps)
     if isinstance(norm, nn.RMSNorm):
         return F.rms_norm(x, x.shape[-1:], eps=norm.eps)
-    if hasattr(norm, "variance_epsilon"):
-        return F.rms_norm(x, x.shape[-1:], eps=norm.variance_epsilon)  # type: ignore[arg-type]
+    if is_known(norm):
+        return F.rms_norm(x, x.shape[-1:], eps=_eps(norm))
     raise TypeError(f"norm: got {type(norm).__name__}, must be a norm of hf_ibnorm, a LayerNorm or an RMSNorm")

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..functional import check_number
-from ..patching import norm_sites
 from ..report.tables import Table
+from .places import chosen_norms, evaluating
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def noise_robustness(
     Takes draws·(S - 1) + 1 forward passes of all `ids`, and memory for the outputs of all S sites.
 
     Args:
-        model: a stock or registered Llama or GPT-2; put in eval mode meanwhile.
+        model: as `known_norms` takes it; put in eval mode meanwhile.
         ids: tokens, int64 of shape (rows, length).
         delta: δ ≥ 0.
         draws: T ≥ 1.
@@ -88,8 +87,9 @@ def noise_robustness(
         seed: of the noise. Models of the same width and sites get the same noise on the same number of tokens.
 
     Raises:
-        TypeError: a model of another family, or an argument that is no number.
-        ValueError: a glob that matches no site, fewer than two sites, or a value out of range.
+        TypeError: an argument that is no number.
+        ValueError: a glob that matches no site, fewer than two sites, a norm that runs more than once, or a value out
+            of range.
     """
     base: Any = model.base_model
     chosen, run = chosen_norms(model, sites), functools.partial(base, input_ids=ids.to(base.device), use_cache=False)
@@ -117,7 +117,8 @@ def relative_change(
             seed, in float32: those of a site do not depend on what other sites there are.
 
     Raises:
-        TypeError, ValueError: fewer than two sites, one module at two of them, or a value out of range.
+        TypeError, ValueError: fewer than two sites, one module at two of them or run more than once, or a value out of
+            range.
     """
     check_number("delta", delta, 0.0)
     check_number("draws", draws, 1)
@@ -128,7 +129,12 @@ def relative_change(
     clean: dict[str, Tensor] = {}
 
     def keep(site: str) -> Callable[..., None]:
-        return lambda _module, _args, output: clean.__setitem__(site, output.detach())
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            if site in clean:
+                raise ValueError(f"sites: {site} runs more than once")
+            clean[site] = output.detach()
+
+        return hook
 
     with _hooked({sites[site]: keep(site) for site in names}):
         run()
@@ -168,30 +174,3 @@ def _hooked(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and afterwards each module in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def chosen_norms(model: PreTrainedModel, sites: str | Collection[str] | None) -> dict[str, nn.Module]:
-    """The norms whose names relative to the base model match a glob, in order of execution; all for None.
-
-    Raises:
-        TypeError: a model of another family.
-        ValueError: a glob that matches none.
-    """
-    norms = norm_sites(model.base_model)
-    globs = ["*"] if sites is None else [sites] if isinstance(sites, str) else list(sites)
-    for glob in globs:
-        if not any(fnmatchcase(site, glob) for site in norms):
-            raise ValueError(f"sites: got {glob!r}, which matches none of {', '.join(norms)}")
-    return {site: norm for site, norm in norms.items() if any(fnmatchcase(site, glob) for glob in globs)}

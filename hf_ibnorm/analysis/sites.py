@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..bare import without_affine
 from ..functional import compress, newton_lambda, power_transform
 from ..norms import IBNorm, LayerNormalNorm
-from ..patching import norm_sites
 from .moments import Covariance, Histogram, Moments, QuantileSketch, RowSample, RowStatistics, finite_rows
+from .places import known_norms
 
 NEAR_ZERO = 0.1
 """An element is near zero when it is smaller than this share of its row's mean absolute value: 6.4 % of a Gaussian."""
@@ -291,18 +291,18 @@ class ModelStatistics:
     """Statistics of every norm of a model.
 
     Args:
-        model: as `norm_sites` takes it.
+        model: as `known_norms` takes it.
         rows, sample, seed: as in `SiteStatistics`.
 
     Raises:
-        TypeError: a model of another family.
+        ValueError: the model runs no known norm.
         RuntimeError: the norms are not those of the architecture.
     """
 
     def __init__(self, model: nn.Module, rows: int | None = None, sample: int = 0, seed: int = 0) -> None:
         self.sites: dict[str, SiteStatistics] = {}
         shared: dict[nn.Module, SiteStatistics] = {}
-        for site, norm in norm_sites(model).items():
+        for site, norm in known_norms(model).items():
             self.sites[site] = shared.setdefault(norm, SiteStatistics(norm, rows, sample, seed))
 
     def merge(self, other: "ModelStatistics") -> None:
@@ -330,7 +330,7 @@ def watch(
     is counted as text. Hooks do not run in a graph that torch.compile has made: watch the model that it was made of.
 
     Args:
-        model: a stock or registered Llama or GPT-2, bare or wrapped by PEFT.
+        model: a Llama or GPT-2, stock or registered, bare or wrapped by PEFT; or another, as `known_norms` takes it.
         statistics: go on with these, as at every K-th step of a training; new ones by default.
         rows, sample: of new ones, as in `SiteStatistics`.
 
@@ -338,12 +338,12 @@ def watch(
         The statistics; they stay readable after the block.
 
     Raises:
-        TypeError: a model of another family.
+        ValueError: the model runs no known norm, or `statistics` are of other norms: of another model, or from before
+            the norms were swapped.
         RuntimeError: the norms are not those of the architecture.
-        ValueError: `statistics` of other norms: of another model, or from before the norms were swapped.
     """
     statistics = ModelStatistics(model, rows, sample) if statistics is None else statistics
-    for site, norm in norm_sites(model).items():
+    for site, norm in known_norms(model).items():
         if site not in statistics.sites or statistics.sites[site].norm is not norm:
             raise ValueError(f"statistics: made for other norms than {site} of this model; merge() joins two of them")
     handles = [each.norm.register_forward_hook(_hook(each)) for each in dict.fromkeys(statistics.sites.values())]

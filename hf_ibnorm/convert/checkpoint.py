@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..configuration_ibnorm import NORM_FIELDS
+from ..data.text import LEAST, draw_text
 from ..families import FAMILIES, Family
 from ..files import (
     atomic_directory,
@@ -35,7 +36,6 @@ from ..norms import IDENTITY_LAM, NORMS, norm_name, resolve_norm_kwargs
 from ..patching import apply_norm, norm_sites
 from ..remote_code import add_remote_code
 from .calibrate import Errors, fit_norms, stock_norm
-from .text import LEAST, draw_text
 from .weights import INDEX, STORED, Shard, read_shards, rewrite
 
 INITS = ("keep", "identity", "calibrate")

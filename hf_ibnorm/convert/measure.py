@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..bare import without_affine
+from ..data.text import Text
 from ..patching import norm_sites
-from .text import Text
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..data.text import LEAST, Text, draw_text
 from ..files import atomic_directory, check_new_directory, environment_record, write_json, write_text
 from ..functional import check_number
 from ..report.tables import Table, csv_text, score_cell
 from .checkpoint import Conversion, Source, card_text, convert_source, read_source
 from .measure import measure
-from .text import LEAST, Text, draw_text
 
 DATA, TOKENS = "sotu", 8192
 """What is measured on where nothing is said: a text, and how much of it."""

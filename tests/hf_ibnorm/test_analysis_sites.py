@@ -228,7 +228,7 @@ def test_every_site_of_a_model_is_measured(tiny_config, stock_model, family, nor
 
 
 def test_a_model_without_known_sites_is_refused():
-    with pytest.raises(TypeError, match="model: got Linear, known are"), watch(nn.Linear(2, 2)):
+    with pytest.raises(ValueError, match="model: got Linear, which runs no known norm"), watch(nn.Linear(2, 2)):
         pass
 
 

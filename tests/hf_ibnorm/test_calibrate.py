@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_ibnorm import apply_norm, convert_checkpoint, norm_sites
 from hf_ibnorm.cli import main
 from hf_ibnorm.convert.calibrate import Sums, fit_norms
-from hf_ibnorm.convert.text import draw_text
 from hf_ibnorm.convert.weights import INDEX
+from hf_ibnorm.data.text import draw_text
 
 
 def test_the_fit_is_that_of_a_least_squares_solver():

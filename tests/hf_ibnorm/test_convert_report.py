@@ -15,7 +15,7 @@ from hf_ibnorm.cli import main
 from hf_ibnorm.convert import report
 from hf_ibnorm.convert.measure import measure
 from hf_ibnorm.convert.report import report_conversion
-from hf_ibnorm.convert.text import Text, draw_text
+from hf_ibnorm.data.text import Text, draw_text
 
 QUICK = ["--report_tokens", "300", "--report_scores", "0"]
 

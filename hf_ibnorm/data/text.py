@@ -1,4 +1,4 @@
-"""Text to calibrate a converted model on, or to measure it on, as tokens."""
+"""Text to calibrate or to measure a model on, as tokens."""
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import CORPORA, load_corpus
+from . import CORPORA, load_corpus
 
 SEQUENCE = 512
 """Tokens a sequence, at most."""

@@ -1,0 +1,77 @@
+"""Which norms a model has, and in which order it runs them."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ..bare import is_known
+from ..modeling_ibnorm import is_norm
+from ..patching import norm_sites
+
+
+def known_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The norms of a model by qualified name, in order of execution.
+
+    Of a Llama or GPT-2 they are those of `norm_sites`. Any other model is run on two tokens: its norms are those that
+    ran of torch's LayerNorm and RMSNorm, of ours, and of what Transformers calls ...RMSNorm, such as norms of queries
+    and keys, whose rows are those of a head.
+
+    Args:
+        model: base model or with a head; of other families one that takes `input_ids`.
+
+    Raises:
+        ValueError: it has none.
+        RuntimeError: as `norm_sites`.
+    """
+    try:
+        return norm_sites(model)
+    except TypeError:  # of another family
+        found = {module: name for name, module in model.named_modules() if is_norm(module) and is_known(module)}
+    order: dict[str, nn.Module] = {}
+
+    def note(norm: nn.Module, *_: object) -> None:
+        order.setdefault(found[norm], norm)
+
+    handles = [norm.register_forward_hook(note) for norm in found]
+    try:
+        if found:
+            with evaluating(model), torch.no_grad():
+                model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not order:
+        raise ValueError(
+            f"model: got {type(model).__name__}, which runs no known norm: none of ours, no LayerNorm and no RMSNorm"
+        )
+    return order
+
+
+def chosen_norms(model: nn.Module, sites: str | Collection[str] | None) -> dict[str, nn.Module]:
+    """The norms whose names relative to the base model match a glob, in order of execution; all for None.
+
+    Raises:
+        ValueError: a glob that matches none, or as `known_norms`.
+        RuntimeError: as `known_norms`.
+    """
+    norms = known_norms(model.base_model)  # type: ignore[arg-type]
+    globs = ["*"] if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    for glob in globs:
+        if not any(fnmatchcase(site, glob) for site in norms):
+            raise ValueError(f"sites: got {glob!r}, which matches none of {', '.join(norms)}")
+    return {site: norm for site, norm in norms.items() if any(fnmatchcase(site, glob) for glob in globs)}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and afterwards each module in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
