@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,20 +45,6 @@ class NoiseRobustness:
             for site, values in zip(self.sites, self.zeta, strict=True)
         ]
         return Table(["noise at", *self.sites], rows)
-
-    def plot(self, path: Path) -> None:
-        """ζ as a heat map in a PNG file; cells without a value stay white."""
-        from ..report.plots import figure
-
-        with figure(path) as axes:
-            values = [[float("nan") if value is None else value for value in row] for row in self.zeta]
-            image = axes.imshow(values, cmap="viridis", vmin=0.0)
-            axes.figure.colorbar(image, label=f"ζ at δ = {self.delta:g}")
-            axes.set_xticks(range(len(self.sites)), self.sites, rotation=90, fontsize=6)
-            axes.set_yticks(range(len(self.sites)), self.sites, fontsize=6)
-            axes.set_xlabel("measured at")
-            axes.set_ylabel("noise at")
-            axes.grid(False)
 
 
 def noise_robustness(

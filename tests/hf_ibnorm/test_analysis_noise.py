@@ -133,10 +133,8 @@ def test_bad_input_is_named(stock_model, options, message):
         noise_robustness(stock_model("llama"), tokens(), **{"delta": 0.1, **options})
 
 
-def test_table_and_heat_map(stock_model, tmp_path):
+def test_table(stock_model):
     found = noise_robustness(stock_model("llama"), tokens(), delta=0.1, draws=1, sites=[FIRST_BLOCK["llama"], "norm"])
     table = found.table()
     assert table.columns == ["noise at", *found.sites]
     assert table.rows[0] == [found.sites[0], "", f"{found.zeta[0][1]:.4f}", f"{found.zeta[0][2]:.4f}"]
-    found.plot(tmp_path / "zeta.png")
-    assert (tmp_path / "zeta.png").read_bytes()[:4] == b"\x89PNG"
