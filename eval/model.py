@@ -1,36 +1,14 @@
-"""The model under test: found on disk or on the Hub, loaded whole or refused, wrapped by lm-eval's own HFLM, hashed."""
+"""The model under test: loaded whole or refused, wrapped by lm-eval's own HFLM, hashed."""
 
 import json
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from hf_ibnorm.cli import UserError, bad_input, quiet_libraries
 from hf_ibnorm.files import sha256, sha256_tensors
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-
-
-def find_model(model: str) -> Path:
-    """The directory with the checkpoint: `model` itself, its `model` (a training checkpoint), its `final` (a run), or
-    the Hub's repository of that name, which is downloaded.
-
-    Raises:
-        UserError: there is none, or the Hub gives none.
-    """
-    path = Path(model)
-    for candidate in (path, path / "model", path / "final"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    if path.exists() or not HUB_NAME.fullmatch(model):
-        raise UserError(f"model: {path} is not a model directory (it has no config.json)")
-    from huggingface_hub import snapshot_download
-
-    with bad_input(Exception, about=f"model: {path} is no directory, and the Hub does not give it: "):
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+from hf_ibnorm.models import load_tokenizer, load_whole
 
 
 def processes() -> int:
@@ -50,36 +28,13 @@ def load_model(path: Path, batch_size: int | str, device: str | None, dtype: str
         UserError: the checkpoint cannot be loaded whole, or its tokenizer does not fit the model.
     """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     quiet_libraries()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with bad_input(RuntimeError, AssertionError, about=f"device: got {device!r}: "):
         torch.empty(1, device=device)
-    causes = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
-    if not any(path.glob("*token*")) and not any(path.glob("vocab.*")):
-        raise UserError(f"tokenizer: {path} has none (no tokenizer.json); save it beside the model")
-    with bad_input(*causes, about=f"model: {path} cannot be loaded: "):
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= config.vocab_size:
-        raise UserError(
-            f"tokenizer: its highest token id is {highest}, the model's vocab_size is {config.vocab_size}; "
-            f"the tokenizer in {path} is not this model's"
-        )
-    with bad_input(*causes, about=f"model: {path} cannot be loaded: "):
-        # Loaded here and not by the harness, which would fill missing weights at random and say so nowhere.
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            names = sorted(str(key) for key in report[problem])
-            kind = problem.replace("_keys", "")
-            raise UserError(f"model: the weights in {path} do not fit its config, {kind}: {', '.join(names[:3])}")
+    config, tokenizer = load_tokenizer(path)
+    model = load_whole(path, config, dtype)  # by the harness it would not be: nobody would hear of missing weights
     return wrap_model(model, tokenizer, batch_size, device)
 
 

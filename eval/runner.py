@@ -15,12 +15,13 @@ from rich.console import Console
 
 from hf_ibnorm.cli import Stopped, UserError, alone_in, bad_input
 from hf_ibnorm.files import check_new_directory, package_versions, sha256
+from hf_ibnorm.models import find_model
 from hf_ibnorm.report.tables import score_cell
 
 from .doctor import CHECKS, Check, check_context, check_model, check_surroundings, failures, outcome
 from .harness import SEEDS, Prompting, Prompts, answer, choose, data_from, load_tasks, measure
 from .mirror import hashes, sets_of
-from .model import find_model, fingerprint, is_first, load_model, processes, wrap_model
+from .model import fingerprint, is_first, load_model, processes, wrap_model
 from .scoring import ScoringError, score_benchmark
 from .store import add_notes, create, is_begun, record_hashes, still_missing, write_result, write_scores
 from .suites import Benchmark

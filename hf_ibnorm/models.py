@@ -1,0 +1,81 @@
+"""Language models found on disk or on the Hub, and loaded whole or refused."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from .cli import UserError, bad_input, quiet_libraries
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def find_model(model: str) -> Path:
+    """The directory with the checkpoint: `model` itself, its `model` (a training checkpoint), its `final` (a run), or
+    the Hub's repository of that name, which is downloaded.
+
+    Raises:
+        UserError: there is none, or the Hub gives none.
+    """
+    path = Path(model)
+    for candidate in (path, path / "model", path / "final"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if path.exists() or not HUB_NAME.fullmatch(model):
+        raise UserError(f"model: {path} is not a model directory (it has no config.json)")
+    from huggingface_hub import snapshot_download
+
+    with bad_input(Exception, about=f"model: {path} is no directory, and the Hub does not give it: "):
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+
+
+def load_tokenizer(path: Path) -> tuple[Any, Any]:
+    """The config and the tokenizer of the checkpoint at `path`.
+
+    Raises:
+        UserError: one cannot be read, or they do not fit.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    quiet_libraries()
+    if not any(path.glob("*token*")) and not any(path.glob("vocab.*")):
+        raise UserError(f"tokenizer: {path} has none (no tokenizer.json); save it beside the model")
+    with bad_input(*_causes(), about=f"model: {path} cannot be loaded: "):
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
+        raise UserError(
+            f"tokenizer: its highest token id is {highest}, the model's vocab_size is {config.vocab_size}; "
+            f"the tokenizer in {path} is not this model's"
+        )
+    return config, tokenizer
+
+
+def load_whole(path: Path, config: Any, dtype: Any) -> Any:
+    """The causal language model at `path`.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights are not those of the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with bad_input(*_causes(), about=f"model: {path} cannot be loaded: "):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    # Transformers fills missing weights at random and says so nowhere but here.
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            names = sorted(str(key) for key in report[problem])
+            kind = problem.replace("_keys", "")
+            raise UserError(f"model: the weights in {path} do not fit its config, {kind}: {', '.join(names[:3])}")
+    return model
+
+
+def _causes() -> tuple[type[Exception], ...]:
+    """What Transformers raises for a checkpoint that it cannot load."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
