@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, quantiles
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from ..report.plots import figure, look
@@ -126,7 +127,8 @@ def _draw_quantities(models: Mapping[str, Sites], wanted: Sequence[_Quantity], r
     depth = _Depth.of({name: list(models[name]) for name in drawn})
     widths = {site["width"] for name in drawn for site in models[name].values() if site.get("width")}
     with _panels(path, len(shown), 3, 2.1) as panels:
-        for panel, (quantity, curves) in zip(panels, shown.items(), strict=True):
+        _share(panels, "x")
+        for i, (panel, (quantity, curves)) in enumerate(zip(panels, shown.items(), strict=True)):
             known = {quantity.reference(width) for width in widths} if quantity.reference else set()
             if len(known) == 1:  # or models of different width have different ones
                 panel.axhline(*known, color="0.35", linewidth=1.0, linestyle=(0, (1, 1)), label=reference)
@@ -135,7 +137,7 @@ def _draw_quantities(models: Mapping[str, Sites], wanted: Sequence[_Quantity], r
             _scale(panel, quantity.scale, [value for curve in curves.values() for value in curve])
             panel.set_title(quantity.title, fontsize=TITLE, loc="left")
             depth.label(panel)
-        _share_x(panels, 3)
+            panel.tick_params(labelbottom=i + 3 >= len(panels))
         panels[0].figure.supxlabel(depth.title, fontsize=TITLE)
         _legend_above(panels)
     return True
@@ -238,8 +240,7 @@ def draw_zeta(maps: Mapping[str, "NoiseRobustness"], path: Path) -> bool:
                         if math.isfinite(value):
                             colour = "white" if value < 0.6 * top else "black"
                             panel.text(x, y, _short_number(value), ha="center", va="center", fontsize=7, color=colour)
-            title = name if len(strengths) == 1 else f"{name}, δ = {maps[name].delta:g}"
-            panel.set_title(title, fontsize=TITLE)
+            _title(panel, name if len(strengths) == 1 else f"{name}, δ = {maps[name].delta:g}", max(2, columns))
             panel.grid(False)
             for spine in panel.spines.values():
                 spine.set_visible(False)
@@ -274,7 +275,9 @@ def draw_lam_hat(models: Mapping[str, Sites], path: Path) -> bool:
     low, high = min(-0.5, *(end[0] for end in ends)), max(2.5, *(end[1] for end in ends))
     columns = 3 if len(sites) <= 9 else 4
     with _panels(path, len(sites), columns, 1.5) as panels:
+        _share(panels, "xy")
         for k, (panel, site) in enumerate(zip(panels, sites, strict=True)):
+            panel.set_axisbelow(True)
             panel.axvspan(0, 2, color="0.93", linewidth=0, zorder=0)
             for i, name in enumerate(models):
                 if site not in found.get(name, {}):
@@ -282,22 +285,21 @@ def draw_lam_hat(models: Mapping[str, Sites], path: Path) -> bool:
                 histogram, (colour, style) = found[name][site], look(i)
                 counts = histogram["counts"]
                 rows = sum(counts) + histogram["below"] + histogram["above"]
-                options: Any = {"color": colour, "linestyle": style, "linewidth": 1.2}
-                if len(found) == 1:
-                    options |= {"fill": True, "linestyle": "-", "alpha": 0.8}
                 shares = [100 * count / rows for count in counts]
-                panel.stairs(shares, histogram["edges"], label=f"{100 * histogram['outside']:.2g} %", **options)
-            options = {"handlelength": 1.6 if len(found) > 1 else 0, "borderpad": 0.1, "labelspacing": 0.2}
+                outside = _percent_text(100 * histogram["outside"])
+                if len(found) == 1:
+                    panel.stairs(shares, histogram["edges"], fill=True, color=colour, label=outside)
+                else:  # steps of several would hide each other
+                    middles = [(a + b) / 2 for a, b in pairwise(histogram["edges"])]
+                    panel.plot(middles, shares, style, color=colour, linewidth=1.2, label=outside)
+            options: Any = {"handlelength": 1.6 if len(found) > 1 else 0, "borderpad": 0.1, "labelspacing": 0.2}
             panel.legend(loc="upper right", fontsize=SMALL, borderaxespad=0.1, **options)
             panel.set_title(short_site(site), fontsize=TITLE, loc="left")
             _outer_ticks(panel, k, len(panels), columns)
-            if k:
-                panel.sharey(panels[0])
         panels[0].set_xlim(low, high)
         panels[0].xaxis.get_major_locator().set_params(integer=True)
         # Above the histograms is room for the shares.
         panels[0].set_ylim(0, max(panel.dataLim.y1 for panel in panels) * (1.05 + 0.16 * len(found)))
-        _share_x(panels, columns)
         names = {
             name: panels[0].plot([], [], look(i)[1], color=look(i)[0])[0]
             for i, name in enumerate(models)
@@ -320,20 +322,22 @@ def draw_likelihood(found: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
     shown = {title: each for title, each in found.items() if each.get("newton")}
     if not shown:
         return False
-    values = [value for each in shown.values() for kind in ("newton", "likelihood") for value in each[kind]]
-    low, high = min(values), max(values)
-    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+    low, high = _most([value for each in shown.values() for kind in ("newton", "likelihood") for value in each[kind]])
     columns = min(3, len(shown))
     with _panels(path, len(shown), columns, 2.4, width=max(WIDTH * columns / 3, 3.5)) as panels:
         for i, (panel, (title, each)) in enumerate(zip(panels, shown.items(), strict=True)):
             panel.plot([low, high], [low, high], color="0.35", linewidth=1.0, linestyle="--")
-            panel.plot(
-                each["likelihood"], each["newton"], "o", color=look(0)[0], markersize=2.5, alpha=0.5, linewidth=0
-            )
+            pairs = list(zip(each["likelihood"], each["newton"], strict=True))
+            off = [pair for pair in pairs if not (low <= min(pair) and max(pair) <= high)]
+            look_of: Any = {"color": look(0)[0], "alpha": 0.5, "linewidth": 0}
+            panel.plot(*zip(*pairs, strict=True), "o", markersize=2.5, **look_of)
+            if off:
+                at_edge = [[min(max(value, low), high) for value in values] for values in zip(*off, strict=True)]
+                panel.plot(*at_edge, "x", markersize=5, color=look(1)[0], clip_on=False)
             r = "" if each.get("correlation") is None else f"r = {each['correlation']:.3f}\n"
-            text = f"{r}{each['rows']} rows"
+            text = f"{r}{each['rows']} rows" + (f",\n{len(off)} off the scale (×)" if off else "")
             panel.text(0.05, 0.95, text, transform=panel.transAxes, va="top", fontsize=SMALL)
-            panel.set_title(title, fontsize=TITLE)
+            _title(panel, title, 3)
             panel.set_xlim(low, high)
             panel.set_ylim(low, high)
             panel.set_box_aspect(1)
@@ -357,34 +361,40 @@ def draw_plane(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool
     if not points:
         return False
     depth = _Depth.of({name: list(dict.fromkeys(each.site for each in models[name])) for name in points})
-    blocks = [
-        (estimator, [name for name, every in points.items() if any(each.estimator == estimator for each in every)])
-        for estimator in _estimators(points)
-    ]
-    columns = min(3, len(points))
-    size = sum(-(-len(names) // columns) for _, names in blocks) * columns
-    with _panels(path, size, columns, 2.2, width=max(WIDTH * columns / 3, 4.5)) as panels:
+    columns = min(3, len(points)) if len(points) > 1 else len(_estimators(points))
+    cells: list[tuple[str, str] | None] = []
+    for estimator in _estimators(points):
+        cells += [
+            (estimator, name) for name, every in points.items() if any(each.estimator == estimator for each in every)
+        ]
+        if len(points) > 1:  # each estimator starts a row
+            cells += [None] * (-len(cells) % columns)
+    with _panels(path, len(cells), columns, 2.2, max(WIDTH * columns / 3, 4.5)) as panels:
         from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import ListedColormap, Normalize
 
         # Without its brightest end, which is not seen on white.
         colours = ListedColormap(colormaps["viridis"](range(225)))
-        free = iter(list(panels))
-        for estimator, names in blocks:
-            mine = list(islice(free, -(-len(names) // columns) * columns))
-            for i, (panel, name) in enumerate(zip(mine, names, strict=False)):
-                here = [each for each in points[name] if each.estimator == estimator]
-                for site, place in zip(depth.sites[name], depth.relative(name), strict=True):
-                    _draw_path(panel, [each for each in here if each.site == site], colours(place))
-                panel.set_title(f"{ESTIMATOR_NAMES.get(estimator, estimator)}, {name}", fontsize=TITLE, loc="left")
-                panel.tick_params(labelsize=SMALL, labelleft=i % columns == 0, labelbottom=i + columns >= len(names))
-                if i:
-                    panel.sharex(mine[0])
-                    panel.sharey(mine[0])
-            for panel in mine[len(names) :]:
+        first: dict[str, Any] = {}
+        for i, (panel, cell) in enumerate(zip(list(panels), cells, strict=True)):
+            if cell is None:
                 panels.remove(panel)
                 panel.remove()
+                continue
+            estimator, name = cell
+            _share([first.setdefault(estimator, panel), panel], "xy")
+            below = cells[i + columns] if i + columns < len(cells) else None
+            left = cells[i - 1] if i % columns else None
+            panel.tick_params(
+                labelsize=SMALL,
+                labelleft=left is None or left[0] != estimator,
+                labelbottom=below is None or below[0] != estimator,
+            )
+            here = [each for each in points[name] if each.estimator == estimator]
+            for site, place in zip(depth.sites[name], depth.relative(name), strict=True):
+                _draw_path(panel, [each for each in here if each.site == site], colours(place))
+            _title(panel, f"{ESTIMATOR_NAMES.get(estimator, estimator)}, {name}", columns)
         bar = panels[0].figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=panels, aspect=40)
         if depth.names:
             shown = _thinned(len(depth.names), 2 * NAMED)
@@ -392,6 +402,7 @@ def draw_plane(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool
         else:
             bar.set_ticks([0, 1], labels=["first", "last"])
         bar.ax.tick_params(labelsize=SMALL)
+        bar.set_label("norm; large points: last step, bars: 95 % intervals", fontsize=SMALL)
         panels[0].figure.supxlabel("I(X;T), nats", fontsize=TITLE)
         panels[0].figure.supylabel("I(T;Y), nats", fontsize=TITLE)
     return True
@@ -409,6 +420,7 @@ def draw_ib(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool:
         return False
     depth = _Depth.of({name: list(dict.fromkeys(each.site for each in last[name])) for name in known})
     estimators = _estimators(known)
+    betas = ", ".join(sorted({f"{each.beta:g}" for points in known.values() for each in points}))
     columns = min(2, len(estimators))
     with _panels(path, len(estimators), columns, 3.0) as panels:
         for panel, estimator in zip(panels, estimators, strict=True):
@@ -424,10 +436,9 @@ def draw_ib(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool:
                 for place, each in zip(places, estimates, strict=True):
                     if each is not None and each.interval is not None:
                         panel.plot([place, place], each.interval, color=look(i)[0], linewidth=1.0)
-            panel.set_title(ESTIMATOR_NAMES.get(estimator, estimator), fontsize=TITLE, loc="left")
+            panel.set_title(f"{ESTIMATOR_NAMES.get(estimator, estimator)}, β = {betas}", fontsize=TITLE, loc="left")
             depth.label(panel)
-        betas = sorted({each.beta for points in known.values() for each in points})
-        panels[0].set_ylabel(f"I(T;Y) - β·I(X;T), nats, β = {', '.join(f'{beta:g}' for beta in betas)}", fontsize=TITLE)
+        panels[0].set_ylabel("I(T;Y) - β·I(X;T), nats", fontsize=TITLE)
         panels[0].figure.supxlabel(depth.title, fontsize=TITLE)
         _legend_above(panels)
     return True
@@ -500,12 +511,17 @@ def _panels(path: Path, count: int, columns: int, height: float, width: float = 
         yield panels[:count]
 
 
-def _share_x(panels: Sequence[Any], columns: int) -> None:
-    """Tick labels of x under the lowest panel of each column only, and the same limits."""
-    for i, panel in enumerate(panels):
-        if i:
-            panel.sharex(panels[0])
-        panel.tick_params(labelbottom=i + columns >= len(panels))
+def _share(panels: Sequence[Any], axes: str) -> None:
+    """The same limits of "x", "y" or "xy"; before anything is drawn, or what is outside the first's is cut off."""
+    for panel in panels:
+        if panel is not panels[0]:
+            for axis in axes:
+                getattr(panel, f"share{axis}")(panels[0])
+
+
+def _title(panel: Any, text: str, columns: int) -> None:
+    """Over a panel that has an n-th of the width, in lines that do not run into the next."""
+    panel.set_title("\n".join(wrap(text, int(11 * WIDTH / columns) - 4)), fontsize=TITLE, loc="left")
 
 
 def _outer_ticks(panel: Any, i: int, count: int, columns: int) -> None:
@@ -522,7 +538,10 @@ def _legend_above(panels: Sequence[Any], entries: Mapping[str, Any] | None = Non
         most = max(1, min(4, int(WIDTH / (0.6 + 0.07 * max(map(len, entries))))))
         columns = -(-len(entries) // -(-len(entries) // most))
         options: Any = {"loc": "outside upper center", "ncols": columns, "fontsize": SMALL}
-        panels[0].figure.legend(entries.values(), entries.keys(), **options)
+        whole = panels[0].figure
+        width, height = whole.get_size_inches()
+        whole.set_size_inches(width, height + 0.19 * -(-len(entries) // columns))
+        whole.legend(entries.values(), entries.keys(), **options)
 
 
 def _draw_curve(panel: Any, i: int, places: Sequence[float], values: Sequence[float], name: str) -> None:
@@ -554,6 +573,15 @@ def _scale(panel: Any, scale: str, values: Sequence[float]) -> None:
     elif scale == "share":  # room for a curve at 0, and no zooming in on rounding errors
         top = max(1.0, panel.get_ylim()[1])
         panel.set_ylim(-0.04 * top, top)
+
+
+def _most(values: Sequence[float]) -> tuple[float, float]:
+    """From where to where nearly all values are: half as far again as 98 % of them go, if any go further."""
+    cuts = quantiles(values, n=100)
+    room = 0.5 * (cuts[-1] - cuts[0])
+    low, high = max(min(values), cuts[0] - room), min(max(values), cuts[-1] + room)
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin
 
 
 def _estimators(models: Mapping[str, Sequence["PlanePoint"]]) -> list[str]:
@@ -591,6 +619,10 @@ def _ends(histogram: Mapping[str, Any]) -> tuple[float, float]:
     if not filled:
         return edges[0], edges[-1]
     return edges[filled[0]], edges[filled[-1] + 1]
+
+
+def _percent_text(value: float) -> str:
+    return f"{value:.1f} %" if value >= 0.05 else "< 0.1 %" if value > 0 else "0 %"
 
 
 def _short_number(value: float) -> str:
