@@ -132,7 +132,7 @@ def _draw_quantities(models: Mapping[str, Sites], wanted: Sequence[_Quantity], r
             known = {quantity.reference(width) for width in widths} if quantity.reference else set()
             if len(known) == 1:  # or models of different width have different ones
                 panel.axhline(*known, color="0.35", linewidth=1.0, linestyle=(0, (1, 1)), label=reference)
-            for name in drawn:
+            for name in filter(lambda name: _any_finite(curves[name]), drawn):
                 _draw_curve(panel, list(models).index(name), depth.places(name), curves[name], name)
             _scale(panel, quantity.scale, [value for curve in curves.values() for value in curve])
             panel.set_title(quantity.title, fontsize=TITLE, loc="left")
@@ -402,8 +402,9 @@ def draw_plane(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool
         else:
             bar.set_ticks([0, 1], labels=["first", "last"])
         bar.ax.tick_params(labelsize=SMALL)
-        bar.set_label("norm; large points: last step, bars: 95 % intervals", fontsize=SMALL)
-        panels[0].figure.supxlabel("I(X;T), nats", fontsize=TITLE)
+        bar.set_label("norm", fontsize=TITLE)
+        told = "I(X;T), nats; large points: last step, bars: 95 % intervals"
+        panels[0].figure.supxlabel(told, fontsize=TITLE)
         panels[0].figure.supylabel("I(T;Y), nats", fontsize=TITLE)
     return True
 
