@@ -139,7 +139,7 @@ def _draw_quantities(models: Mapping[str, Sites], wanted: Sequence[_Quantity], r
             depth.label(panel)
             panel.tick_params(labelbottom=i + 3 >= len(panels))
         panels[0].figure.supxlabel(depth.title, fontsize=TITLE)
-        _legend_above(panels)
+        _legend_above(panels, _entries(panels, [*drawn, reference]))
     return True
 
 
@@ -284,7 +284,7 @@ def draw_lam_hat(models: Mapping[str, Sites], path: Path) -> bool:
                     continue
                 histogram, (colour, style) = found[name][site], look(i)
                 counts = histogram["counts"]
-                rows = sum(counts) + histogram["below"] + histogram["above"]
+                rows = sum(counts) + histogram["below"] + histogram["above"] or 1
                 shares = [100 * count / rows for count in counts]
                 outside = _percent_text(100 * histogram["outside"])
                 if len(found) == 1:
@@ -441,7 +441,7 @@ def draw_ib(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool:
             depth.label(panel)
         panels[0].set_ylabel("I(T;Y) - β·I(X;T), nats", fontsize=TITLE)
         panels[0].figure.supxlabel(depth.title, fontsize=TITLE)
-        _legend_above(panels)
+        _legend_above(panels, _entries(panels, list(known)))
     return True
 
 
@@ -530,11 +530,15 @@ def _outer_ticks(panel: Any, i: int, count: int, columns: int) -> None:
     panel.tick_params(labelsize=SMALL, labelleft=i % columns == 0, labelbottom=i + columns >= count)
 
 
-def _legend_above(panels: Sequence[Any], entries: Mapping[str, Any] | None = None) -> None:
-    """One legend for all panels, if there is more than one thing to tell; of what they show, if nothing is given."""
-    if entries is None:
-        handles = [zip(*reversed(panel.get_legend_handles_labels()), strict=True) for panel in panels]
-        entries = {label: handle for each in handles for label, handle in each}
+def _entries(panels: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
+    """What of `labels` is in any panel, in their order, and how it looks."""
+    handles = [zip(*reversed(panel.get_legend_handles_labels()), strict=True) for panel in panels]
+    found = {label: handle for each in handles for label, handle in each}
+    return {label: found[label] for label in labels if label in found}
+
+
+def _legend_above(panels: Sequence[Any], entries: Mapping[str, Any]) -> None:
+    """One legend for all panels, if there is more than one thing to tell."""
     if len(entries) > 1:
         most = max(1, min(4, int(WIDTH / (0.6 + 0.07 * max(map(len, entries))))))
         columns = -(-len(entries) // -(-len(entries) // most))
@@ -572,7 +576,7 @@ def _scale(panel: Any, scale: str, values: Sequence[float]) -> None:
     elif scale == "wide" and max(map(abs, known)) > 20:
         panel.set_yscale("symlog", linthresh=1.0, linscale=0.5)
     elif scale == "share":  # room for a curve at 0, and no zooming in on rounding errors
-        top = max(1.0, panel.get_ylim()[1])
+        top = max(1.0, 1.02 * panel.get_ylim()[1])
         panel.set_ylim(-0.04 * top, top)
 
 
