@@ -91,7 +91,8 @@ def test_importing_the_library_loads_none_of_the_heavy_libraries():
 
     stock = loaded("import transformers.models.llama.modeling_llama, transformers.models.gpt2.modeling_gpt2")
     assert not stock & {"lm_eval", "datasets", "matplotlib", "peft"}
-    assert loaded("import hf_ibnorm") == stock  # Transformers' losses import scipy where it is installed
+    for package in ("hf_ibnorm", "hf_ibnorm.analysis"):
+        assert loaded(f"import {package}") == stock  # Transformers' losses import scipy where it is installed
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,38 @@
-"""Diagnostics of norms: streaming statistics of what goes through them, and how normal it is.
+"""Diagnostics of norms: streaming statistics of what goes through them, how normal it is, what it says of tokens, and
+how far noise travels.
 
-The streaming part needs torch alone; the functions of `normality` need the extra `analysis` when they are called.
+The streaming part and the noise need torch alone; the functions of `normality`, and `ksg_information`, need the extra
+`analysis` when they are called.
 """
 
+from .information import Estimate, ksg_information, renyi_information
 from .moments import Covariance, Histogram, Moments, QuantileSketch, RowSample, RowStatistics
+from .noise import NoiseRobustness, noise_robustness, relative_change
 from .normality import lambda_against_likelihood, measure_normality, qq
+from .plane import PlanePoint, information_plane, run_information_plane
 from .sites import ModelStatistics, SiteStatistics, ValueStatistics, watch
 
 __all__ = [
     "Covariance",
+    "Estimate",
     "Histogram",
     "ModelStatistics",
     "Moments",
+    "NoiseRobustness",
+    "PlanePoint",
     "QuantileSketch",
     "RowSample",
     "RowStatistics",
     "SiteStatistics",
     "ValueStatistics",
+    "information_plane",
+    "ksg_information",
     "lambda_against_likelihood",
     "measure_normality",
+    "noise_robustness",
     "qq",
+    "relative_change",
+    "renyi_information",
+    "run_information_plane",
     "watch",
 ]

@@ -5,18 +5,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
-from helpers import FAMILIES, FINAL
+from scipy.spatial import cKDTree
+from scipy.special import digamma
 
-from hf_ibnorm import apply_norm, norm_sites
-from hf_ibnorm.analysis.information import (
-    information_plane,
-    ksg_information,
-    plane_table,
-    plot_plane,
-    renyi_information,
-    run_information_plane,
-)
+from hf_ibnorm.analysis import ksg_information, renyi_information
 
 RHO = (0.0, 0.5, 0.9, 0.99)
 FEW = {"resamples": 20, "shuffles": 1}
@@ -121,6 +113,30 @@ def test_renyi_is_the_definition_computed_slowly():
     assert renyi_information(x, labels, **FEW).value == pytest.approx(expected, rel=1e-5)
 
 
+def test_ksg_is_the_formula_computed_from_all_distances():
+    x, y = gaussians(0.7, d=2)
+    apart = [abs(each[:, None] - each).max(-1) for each in (x / x.std(0), y / y.std(0))]
+    radii = np.sort(np.maximum(*apart))[:, [3]]
+    n_x, n_y = ((each < radii).sum(1) - 1 for each in apart)
+    expected = digamma(3) + digamma(2000) - (digamma(n_x + 1) + digamma(n_y + 1)).mean()
+    assert ksg_information(x, y, **FEW).value == pytest.approx(expected, rel=1e-9)
+
+
+def test_ksg_of_labels_is_the_formula_computed_label_by_label():
+    labels, points, means = mixture(300, 0.1, d=3)
+    points[labels == 0] = means[0]  # equal samples
+    points /= points.std(0)
+    counts = np.bincount(labels)[labels]
+    merged, tree = np.where(counts > 3, labels, -1), cKDTree(points)
+    terms = []
+    for point, label in zip(points, merged, strict=True):
+        alike = cKDTree(points[merged == label])
+        radius = alike.query(point, 4, p=np.inf)[0][-1]
+        near, around = (len(each.query_ball_point(point, radius, p=np.inf)) - 1 for each in (alike, tree))
+        terms.append(digamma(2000) - digamma(alike.n) + digamma(near) - digamma(around))
+    assert ksg_information(points, labels, **FEW).value == pytest.approx(np.mean(terms), rel=1e-9)
+
+
 def test_renyi_finds_what_labels_and_points_share_and_little_where_there_is_nothing():
     near, nothing = (renyi_information(*mixture(20, sigma, d=16)[:2], **FEW) for sigma in (0.2, 1e6))
     assert near.value > 0.5
@@ -184,83 +200,3 @@ def test_where_there_is_nothing_to_go_by_there_is_no_number_but_a_reason(estimat
 def test_bad_input_is_named(x, y, options, message):
     with pytest.raises(ValueError, match=message):
         ksg_information(x, y, **options)
-
-
-def text(rows=60, length=64, vocabulary=61):
-    """Tokens of which each says something about the next."""
-    random = np.random.default_rng(0)
-    ids = np.zeros((rows, length), int)
-    for i in range(1, length):
-        ids[:, i] = (ids[:, i - 1] * 3 + random.integers(6, size=rows)) % vocabulary
-    return torch.tensor(ids)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_in_the_information_plane(stock_model, family):
-    model = apply_norm(stock_model(family), "ibnorm_l").train()
-    sites = list(norm_sites(model.base_model))
-    found = information_plane(model, text(), sites=[sites[0], FINAL[family]], beta=0.5, **FEW)
-    assert [(p.site, p.estimator) for p in found] == [(s, e) for s in (sites[0], sites[-1]) for e in ("renyi", "ksg")]
-    for point in found:
-        assert point.input.n == 2000
-        assert point.ib.value == pytest.approx(point.output.value - 0.5 * point.input.value)
-        assert point.ib.chance == pytest.approx(point.output.chance - 0.5 * point.input.chance)
-        assert point.ib.interval[0] < point.ib.value < point.ib.interval[1]
-        assert point.input.value > point.input.chance + 0.1
-    assert model.training
-    assert not any(module._forward_hooks for module in model.modules())
-    table = plane_table(found)
-    assert all(len(row) == len(table.columns) for row in table.rows)
-
-
-def test_the_first_norm_of_a_llama_says_all_about_the_token_it_reads(stock_model):
-    (point,) = information_plane(
-        stock_model("llama"), text(), sites="layers.0.input_layernorm", estimators=["ksg"], **FEW
-    )
-    shares = np.unique(text()[:, 1:-1], return_counts=True)[1] / text()[:, 1:-1].numel()
-    assert point.input.value == pytest.approx(-(shares * np.log(shares)).sum(), abs=0.05)
-    # Token and next token are all there is at this site, and their information is known: log 61 - log 6 at most.
-    assert 1.0 < point.output.value < math.log(61 / 6) + 0.1
-
-
-def test_too_short_a_text_leaves_the_cells_empty(stock_model, tmp_path):
-    for ids in (text(10, 30), text(2, 2)):
-        points = information_plane(stock_model("gpt2"), ids, sites="ln_f", **FEW)
-        ksg = next(point for point in points if point.estimator == "ksg")
-        assert ksg.ib.value is None
-        plot_plane(points, tmp_path / "plane.png")
-        assert plane_table([ksg]).rows[0][-1] == f"{ksg.ib.n} samples, at least 2000 are needed"
-    assert ksg.ib.n == 0
-
-
-def test_the_same_positions_are_taken_from_every_model(stock_model):
-    model = stock_model("llama")
-    options = {"sites": "norm", "estimators": ["renyi"], "samples": 300, **FEW}
-    first = information_plane(model, text(), **options)
-    assert information_plane(stock_model("llama"), text(), **options) == first
-    assert information_plane(model, text(), seed=1, **options) != first
-
-
-def test_checkpoints_of_a_run_in_order_of_steps(stock_model, tmp_path):
-    for step in (100, 0, 20):
-        stock_model("llama").save_pretrained(tmp_path / f"checkpoints/step-{step}/model")
-    points = list(run_information_plane(tmp_path, text(), sites="norm", estimators=["renyi"], samples=300, **FEW))
-    assert [point.step for point in points] == [0, 20, 100]
-    plot_plane(points, tmp_path / "plane.png")
-    assert (tmp_path / "plane.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="has no checkpoints/step-N/model"):
-        next(run_information_plane(tmp_path / "checkpoints", text()))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"estimators": ["mine"]}, "estimators: got mine, allowed are renyi, ksg"),
-        ({"beta": -1.0}, "beta: got -1.0"),
-        ({"samples": 0}, "samples: got 0"),
-        ({"sites": "layers.9.*"}, "sites: got 'layers.9.\\*', which matches none"),
-    ],
-)
-def test_options_that_cannot_be_are_named(stock_model, options, message):
-    with pytest.raises(ValueError, match=message):
-        information_plane(stock_model("llama"), text(), **options)

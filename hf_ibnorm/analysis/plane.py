@@ -1,0 +1,187 @@
+"""The information plane: how much a norm's output says of the token read, and of the token to come.
+
+X is the token that the model reads at a position (its id), T a norm's output there, Y the next token of the text (its
+id). X is one token and not all the context: about a context seen once no estimator says anything. T depends on the
+tokens before, too, so X, T and Y are no Markov chain, and I(T;Y) may be larger than I(X;T).
+
+All values are in nats, and estimates of `information`, which says what they are not.
+
+Of the generalization bounds of arXiv 2510.25262, whose text was not at hand, the terms computed are I(X;T), I(T;Y) and
+the IB value I(T;Y) - β·I(X;T). No bound is given: what else goes into it is not known here.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..functional import check_number
+from ..report.tables import Table
+from .information import HALVES, KSG, RENYI, SHUFFLES, Draws, Estimate, draw, summary
+from .noise import chosen_norms, evaluating
+
+ESTIMATORS = {"renyi": RENYI, "ksg": KSG}
+
+
+@dataclass(frozen=True)
+class PlanePoint:
+    """Where a site is in the information plane.
+
+    Args:
+        step: of the checkpoint; None for a model that is none.
+        site: name of the norm, relative to the base model.
+        estimator: "renyi" or "ksg".
+        input: I(X;T).
+        output: I(T;Y).
+        ib: I(T;Y) - β·I(X;T), from the same samples.
+        beta: β.
+    """
+
+    step: int | None
+    site: str
+    estimator: str
+    input: Estimate
+    output: Estimate
+    ib: Estimate
+    beta: float
+
+
+def information_plane(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    sites: str | Collection[str] | None = None,
+    estimators: Sequence[str] = tuple(ESTIMATORS),
+    samples: int = KSG.least,
+    beta: float = 1.0,
+    seed: int = 0,
+    resamples: int = HALVES,
+    shuffles: int = SHUFFLES,
+    step: int | None = None,
+) -> list[PlanePoint]:
+    """I(X;T), I(T;Y) and the IB value of every site of a language model; X, T and Y as the module says.
+
+    With the options' defaults some three seconds a site on one core.
+
+    Args:
+        model: a stock or registered Llama or GPT-2; put in eval mode meanwhile.
+        ids: tokens, int64 of shape (rows, length).
+        sites: globs (fnmatch) over names relative to the base model; None for all.
+        estimators: of "renyi" and "ksg".
+        samples: positions to draw from all of `ids`, all of them if there are fewer. The same for every model. Not the
+            first of a row, whose activations are like no others in trained models, nor the last, which has no next
+            token. Takes memory for some 3·samples² numbers.
+        beta: β ≥ 0.
+        seed: of the positions, halves and shuffles.
+        resamples, shuffles: as in `renyi_information`.
+        step: goes into the points.
+
+    Raises:
+        TypeError: a model of another family, or an argument that is no number.
+        ValueError: a glob that matches no site, an unknown estimator, or a value out of range.
+    """
+    check_number("beta", beta, 0.0)
+    if unknown := set(estimators) - set(ESTIMATORS):
+        raise ValueError(f"estimators: got {', '.join(sorted(unknown))}, allowed are {', '.join(ESTIMATORS)}")
+    x, y, outputs = _collected(model, ids, sites, samples, seed)
+    points = []
+    for site, t in outputs.items():
+        for name in estimators:
+            read, to_come = (draw(ESTIMATORS[name], t, labels, seed, resamples, shuffles) for labels in (x, y))
+            if isinstance(read, str) or isinstance(to_come, str):
+                ib: Draws | str = read if isinstance(read, str) else to_come
+            else:  # the same halves were drawn for both
+                ib = to_come[0] - beta * read[0], to_come[1] - beta * read[1]
+            x_t, t_y, value = (summary(each, len(t)) for each in (read, to_come, ib))
+            points.append(PlanePoint(step, site, name, x_t, t_y, value, beta))
+    return points
+
+
+def run_information_plane(run: Path, ids: Tensor, **options: Any) -> Iterator[PlanePoint]:
+    """The information plane at every checkpoint that a training run left, in order of steps.
+
+    Args:
+        run: run directory of train_lm, with `checkpoints/step-N/model`.
+        ids: tokens, int64 of shape (rows, length), made by the run's tokenizer.
+        **options: of `information_plane`.
+
+    Yields:
+        Points with their step, a checkpoint after the other; one model is in memory at a time.
+
+    Raises:
+        ValueError: no checkpoint in `run`.
+        As `information_plane`.
+    """
+    paths = {int(path.parent.name.removeprefix("step-")): path for path in run.glob("checkpoints/step-*/model")}
+    if not paths:
+        raise ValueError(f"run: got {str(run)!r}, which has no checkpoints/step-N/model")
+    for step in sorted(paths):
+        model = AutoModelForCausalLM.from_pretrained(paths[step], dtype=torch.float32)
+        yield from information_plane(model, ids, step=step, **options)
+
+
+def plane_table(points: Sequence[PlanePoint]) -> Table:
+    """Points of the information plane as a table, with 95 % intervals; what cannot be estimated says why."""
+    columns = [
+        "site",
+        "step",
+        "estimator",
+        "I(X;T)",
+        "chance",
+        "I(T;Y)",
+        "chance",
+        "I(T;Y) - β·I(X;T)",
+        "β",
+        "n",
+        "note",
+    ]
+    table = Table(columns)
+    for point in points:
+        cells = [str(point.step if point.step is not None else ""), point.estimator]
+        for each in (point.input, point.output):
+            cells += [str(each), "" if each.chance is None else f"{each.chance:.3f}"]
+        cells += [str(point.ib), f"{point.beta:g}", str(point.ib.n), point.ib.reason]
+        table.rows.append([point.site, *cells])
+    return table
+
+
+@torch.no_grad()
+def _collected(
+    model: PreTrainedModel, ids: Tensor, sites: str | Collection[str] | None, samples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """X and Y of shape (n,), and T of shape (n, hidden size) for each site, at positions drawn from all of `ids`."""
+    check_number("samples", samples, 1)
+    rows, length = ids.shape
+    places = max(0, length - 2)  # of a row
+    drawn = torch.randperm(rows * places, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    base: Any = model.base_model
+    norms, seen = chosen_norms(model, sites), dict[str, list[Tensor]]()
+    here = torch.empty(0, dtype=torch.int64)
+
+    def keep(site: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            seen.setdefault(site, []).append(output[0, here.to(output.device)].float().cpu())
+
+        return hook
+
+    handles = [norm.register_forward_hook(keep(site)) for site, norm in norms.items()]
+    x, y = [ids.new_empty(0)], [ids.new_empty(0)]
+    try:
+        with evaluating(model):
+            for i, row in enumerate(ids):
+                here = drawn[drawn // max(1, places) == i] % max(1, places) + 1
+                if len(here):
+                    x.append(row[here])
+                    y.append(row[here + 1])
+                    base(input_ids=row[None].to(base.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    empty = [torch.empty(0, 1)]
+    outputs = {site: torch.cat(seen.get(site, empty)).numpy() for site in norms}
+    return torch.cat(x).cpu().numpy(), torch.cat(y).cpu().numpy(), outputs
