@@ -102,27 +102,36 @@ def information_plane(
     return points
 
 
-def run_information_plane(run: Path, ids: Tensor, **options: Any) -> Iterator[PlanePoint]:
+def run_information_plane(
+    run: Path, ids: Tensor, *, steps: Collection[int] | None = None, **options: Any
+) -> Iterator[PlanePoint]:
     """The information plane at every checkpoint that a training run left, in order of steps.
 
     Args:
         run: run directory of train_lm, with `checkpoints/step-N/model`.
         ids: tokens, int64 of shape (rows, length), made by the run's tokenizer.
+        steps: of the checkpoints to take; None for all.
         **options: of `information_plane`.
 
     Yields:
         Points with their step, a checkpoint after the other; one model is in memory at a time.
 
     Raises:
-        ValueError: no checkpoint in `run`.
+        ValueError: no checkpoint in `run`, or none of a step in `steps`.
         As `information_plane`.
     """
     paths = {int(path.parent.name.removeprefix("step-")): path for path in run.glob("checkpoints/step-*/model")}
     if not paths:
         raise ValueError(f"run: got {str(run)!r}, which has no checkpoints/step-N/model")
-    for step in sorted(paths):
+    if missing := set(steps or ()) - set(paths):
+        raise ValueError(f"steps: got {_listed(missing)}, of which there is no checkpoint; there are {_listed(paths)}")
+    for step in sorted(paths if steps is None else set(steps)):
         model = AutoModelForCausalLM.from_pretrained(paths[step], dtype=torch.float32)
         yield from information_plane(model, ids, step=step, **options)
+
+
+def _listed(steps: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(steps)))
 
 
 def plane_table(points: Sequence[PlanePoint]) -> Table:

@@ -74,6 +74,9 @@ def test_checkpoints_of_a_run_in_order_of_steps(stock_model, tmp_path):
     options = {"sites": "norm", "estimators": ["renyi"], "samples": 300, **FEW}
     points = list(run_information_plane(tmp_path, text(), **options))
     assert [point.step for point in points] == [0, 20, 100]
+    assert list(run_information_plane(tmp_path, text(), steps=[100, 0], **options)) == [points[0], points[2]]
+    with pytest.raises(ValueError, match="steps: got 7, 30, of which there is no checkpoint; there are 0, 20, 100"):
+        next(run_information_plane(tmp_path, text(), steps=[30, 20, 7]))
     with pytest.raises(ValueError, match="has no checkpoints/step-N/model"):
         next(run_information_plane(tmp_path / "checkpoints", text()))
 
