@@ -174,6 +174,7 @@ def _build_kernels(arguments: argparse.Namespace) -> None:
 
 
 def _main() -> None:
+    from .analysis.cli import add_verb
     from .convert.cli import add_verbs, take_norm_options
 
     parser = OneLineParser(prog="hf-ibnorm", description="IBNorm and normality normalization for Transformers.")
@@ -191,6 +192,7 @@ def _main() -> None:
     build.add_argument("--force", action="store_true", help="compile even where they are built (default: not)")
     build.set_defaults(run=_build_kernels)
     add_verbs(verbs)
+    add_verb(verbs)
     words, options = take_norm_options(sys.argv[1:])
     arguments = parser.parse_args(words)
     if options and not hasattr(arguments, "norm_kwargs"):

@@ -60,8 +60,9 @@ def load_whole(path: Path, config: Any, dtype: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    kind: Any = AutoModelForCausalLM  # whose annotations know of no loading info
     with bad_input(*_causes(), about=f"model: {path} cannot be loaded: "):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     # Transformers fills missing weights at random and says so nowhere but here.

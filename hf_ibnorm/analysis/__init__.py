@@ -6,16 +6,20 @@ The streaming part and the noise need torch alone; the functions of `normality`,
 """
 
 from .information import Estimate, ksg_information, renyi_information
+from .model import Measuring, analyze_model
 from .moments import Covariance, Histogram, Moments, QuantileSketch, RowSample, RowStatistics
 from .noise import NoiseRobustness, noise_robustness, relative_change
 from .normality import lambda_against_likelihood, measure_normality, qq
+from .places import known_norms
 from .plane import PlanePoint, information_plane, run_information_plane
+from .report import analyze
 from .sites import ModelStatistics, SiteStatistics, ValueStatistics, watch
 
 __all__ = [
     "Covariance",
     "Estimate",
     "Histogram",
+    "Measuring",
     "ModelStatistics",
     "Moments",
     "NoiseRobustness",
@@ -25,7 +29,10 @@ __all__ = [
     "RowStatistics",
     "SiteStatistics",
     "ValueStatistics",
+    "analyze",
+    "analyze_model",
     "information_plane",
+    "known_norms",
     "ksg_information",
     "lambda_against_likelihood",
     "measure_normality",

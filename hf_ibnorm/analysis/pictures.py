@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from ..report.plots import figure, look
 
 if TYPE_CHECKING:
-    from .information import PlanePoint
     from .noise import NoiseRobustness
+    from .plane import PlanePoint
 
 WIDTH = 8.4
 """Of a picture, in inches: at the width of a page its text shrinks by a quarter."""

@@ -69,7 +69,7 @@ def information_plane(
     With the options' defaults some three seconds a site on one core.
 
     Args:
-        model: a stock or registered Llama or GPT-2; put in eval mode meanwhile.
+        model: a causal language model, as `known_norms` takes it; put in eval mode meanwhile.
         ids: tokens, int64 of shape (rows, length).
         sites: globs (fnmatch) over names relative to the base model; None for all.
         estimators: of "renyi" and "ksg".
@@ -82,7 +82,7 @@ def information_plane(
         step: goes into the points.
 
     Raises:
-        TypeError: a model of another family, or an argument that is no number.
+        TypeError: an argument that is no number.
         ValueError: a glob that matches no site, an unknown estimator, or a value out of range.
     """
     check_number("beta", beta, 0.0)
@@ -163,7 +163,7 @@ def plane_table(points: Sequence[PlanePoint]) -> Table:
 def _collected(
     model: PreTrainedModel, ids: Tensor, sites: str | Collection[str] | None, samples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """X and Y of shape (n,), and T of shape (n, hidden size) for each site, at positions drawn from all of `ids`."""
+    """X and Y of shape (n,), and T of shape (n, d) for each site, at positions drawn from all of `ids`."""
     check_number("samples", samples, 1)
     rows, length = ids.shape
     places = max(0, length - 2)  # of a row
@@ -174,7 +174,10 @@ def _collected(
 
     def keep(site: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            seen.setdefault(site, []).append(output[0, here.to(output.device)].float().cpu())
+            row = output.squeeze(0)
+            if length in row.shape[:-1]:  # norms of queries and keys have heads beside the positions, or before them
+                row = row.movedim(row.shape.index(length), 0)
+                seen.setdefault(site, []).append(row[here.to(row.device)].flatten(1).float().cpu())
 
         return hook
 

@@ -1,0 +1,70 @@
+"""The verb `analyze` of the `hf-ibnorm` command."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..cli import UserError, bad_input, quiet_libraries
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    from .model import Measuring
+    from .page import summary
+    from .report import analyze
+
+    quiet_libraries()
+    models, named = dict[str, str](), any("=" in word for word in arguments.model)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    wanted = {name: given[name] for name in Measuring.__dataclass_fields__ if name in given}
+    wanted |= {name: tuple(wanted[name]) for name in ("sites", "skip") if name in wanted}
+    options = {name: given[name] for name in ("data", "tokens", "checkpoints") if name in given}
+    for word in arguments.model if named else ():
+        name, equals, path = word.partition("=")
+        if not equals or not name or not path or name in models:
+            raise UserError(f"model: got {word!r}, must be NAME=DIR like the others, each name once")
+        models[name] = path
+    with bad_input(OSError):
+        record = analyze(models or arguments.model, arguments.output, measuring=Measuring(**wanted), **options)
+    summary(record).print()
+    print(f"report: {Path(arguments.output) / 'report.html'}")
+
+
+def add_verb(verbs: Any) -> None:
+    """Add it to the command's parser."""
+    parser = verbs.add_parser(
+        "analyze",
+        help="what the norms of models do to the representation",
+        description="Measure every norm of causal language models while they read a text: moments, sparsity, rank, "
+        "normality, robustness to noise, information; one page, pictures, CSV. Several models are shown together.",
+    )
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        required=True,
+        metavar="[NAME=]DIR",
+        help="model directories, names on the Hub, or runs of train_lm, whose checkpoints are looked at, too",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the report")
+    parser.add_argument(
+        "--data",
+        metavar="FILE|CORPUS",
+        help="text to measure on: austen, sotu (their test splits) or a text file (default: sotu)",
+    )
+    parser.add_argument("--tokens", type=int, help="how much of it, about (default: 16384)")
+    parser.add_argument(
+        "--sites", nargs="+", metavar="GLOB", help="only norms with such names, e.g. 'layers.0.*' (default: all)"
+    )
+    parser.add_argument(
+        "--skip", nargs="+", metavar="PART", help="leave out normality, noise or information (default: none)"
+    )
+    parser.add_argument("--rows", type=int, help="rows that tests of normality see, at most (default: 1000)")
+    parser.add_argument("--delta", type=float, help="noise, in mean absolute deviations of a row (default: 1)")
+    parser.add_argument("--draws", type=int, help="how often it is drawn (default: 6)")
+    parser.add_argument("--noise_tokens", type=int, help="tokens it is measured on, about (default: 2048)")
+    parser.add_argument("--samples", type=int, help="positions for the information plane, at most (default: 2000)")
+    parser.add_argument("--beta", type=float, help="of the IB value (default: 1)")
+    parser.add_argument(
+        "--checkpoints", type=int, help="of a run, for the information plane, at most, with the last (default: 5)"
+    )
+    parser.add_argument("--seed", type=int, help="of samples, noise and positions (default: 0)")
+    parser.set_defaults(run=_analyze)

@@ -1,0 +1,280 @@
+"""Several models looked at side by side: numbers as JSON and CSV, pictures, and one page."""
+
+import gc
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cli import bad_input, require_extra
+from ..data.text import SEQUENCE, Text, draw_text
+from ..files import atomic_directory, check_new_directory, environment_record, sha256, write_json, write_text
+from ..functional import check_number
+from ..models import find_model, load_tokenizer, load_whole
+from ..report.runs import Run
+from ..report.tables import csv_text
+from .model import PARTS, PLACES, Measuring, analyze_model, plane_options
+from .page import draw, page
+from .places import chosen_norms
+from .plane import information_plane
+
+DATA, TOKENS = "sotu", 16384
+"""What is measured on where nothing is said: a text, and how much of it."""
+CHECKPOINTS = 5
+"""Checkpoints of a run at which the information plane is estimated, at most."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is looked at.
+
+    Args:
+        folder: of the finished model.
+        checkpoints: step → folder of the model then; empty where there is no training run.
+        step: of the finished model; None likewise.
+        config, tokenizer: its own.
+        text: as its tokenizer reads it.
+    """
+
+    folder: Path
+    checkpoints: dict[int, Path]
+    step: int | None
+    config: Any
+    tokenizer: Any
+    text: Text
+
+
+def analyze(
+    models: Sequence[str | Path] | Mapping[str, str | Path],
+    output: str | Path,
+    *,
+    data: str = DATA,
+    tokens: int = TOKENS,
+    checkpoints: int = CHECKPOINTS,
+    measuring: Measuring | None = None,
+) -> dict[str, Any]:
+    """Look at every norm of some models, one after the other, and write what was found into a new directory.
+
+    It gets `report.html` (one page that needs nothing else), `analysis.json`, a CSV file of every kind of number, and
+    the pictures. Models are in float32, on the GPU where there is one, and only one of them is in memory.
+
+    Args:
+        models: directories of causal language models, names on the Hub, or run directories of train_lm; by name, or
+            named after their directories. Of a run the information plane is estimated at some checkpoints, too, and
+            normality at step 0.
+        output: a new directory.
+        data: text to measure on: an embedded corpus, of which the test split is used, or a text file.
+        tokens: how much of it, about; at least a block, which is the model's context or 512.
+        checkpoints: of a run, how many at most, evenly spaced, the finished model among them.
+        measuring: what is taken, and how.
+
+    Returns:
+        The content of `analysis.json`: `text`, `tokens`, `options`, `environment`, and for each of `models` what
+        `analyze_model` says, with the points of all checkpoints in `plane`, `step`, and `start`: normality at step 0,
+        None where there is none.
+
+    Raises:
+        UserError: an argument that is not allowed, named; a model that cannot be read, runs no known norm or gives
+            numbers that are not finite; a package is missing. Nothing is written.
+        OSError: the output cannot be written.
+    """
+    require_extra("analysis", "scipy", "sklearn", "pingouin", "matplotlib")
+    measuring, folder = measuring or Measuring(), Path(output)
+    with bad_input():
+        measuring.check()
+        check_number("tokens", tokens, 2)
+        check_number("checkpoints", checkpoints, 1)
+        check_new_directory("output", folder)
+        named = dict(models) if isinstance(models, Mapping) else dict(zip(_names(models), models, strict=True))
+        subjects = {name: _subject(str(path), data, int(tokens)) for name, path in named.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[str, Any] = {}
+    for name, subject in subjects.items():
+        found[name] = _looked_at(name, subject, measuring, int(checkpoints), device)
+        gc.collect()  # before the next model is loaded
+    made = environment_record()
+    record = {
+        "text": next(iter(subjects.values())).text.name,
+        "options": {"data": data, "tokens": tokens, "checkpoints": checkpoints, **asdict(measuring)},
+        "models": found,
+        "environment": {name: made[name] for name in ("date", "device", "cpu_count", "versions", "git_revision")},
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(folder) as inside:
+        write_json(inside / "analysis.json", record)
+        for file, rows in tables(record).items():
+            if rows:
+                write_text(inside / file, csv_text(list(dict.fromkeys(key for row in rows for key in row)), rows))
+        write_text(inside / "report.html", page(record, draw(record, inside), inside))
+    return record
+
+
+def _names(models: Sequence[str | Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    if not models:
+        raise ValueError("model: got none, must be one or more")
+    parts = [Path(model).absolute().parts for model in models]
+    longest = max(map(len, parts))
+    for length in range(1, longest + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"model: got {', '.join(map(str, models))}, must be different ones")
+
+
+def _subject(model: str, data: str, tokens: int) -> Subject:
+    """Find a model, and read the text with its tokenizer."""
+    folder, run = find_model(model), Path(model)
+    config, tokenizer = load_tokenizer(folder)
+    checkpoints, step = {}, None
+    if folder == run / "final":
+        for path in run.glob("checkpoints/step-*/model"):
+            with suppress(ValueError):  # another name
+                checkpoints[int(path.parent.name.removeprefix("step-"))] = path
+        step = int(Run.read(run).metrics[-1]["step"])
+    context = getattr(config, "max_position_embeddings", None) or SEQUENCE
+    block = min(SEQUENCE, context)
+    if tokens < block:
+        raise ValueError(f"tokens: got {tokens}, must be at least a block of {model}: {block}")
+    text = draw_text("data", data, "test", tokenizer, tokens, context)
+    if text.ids.shape[1] < block:
+        raise ValueError(
+            f"data: got {data!r}, which has {text.ids.numel()} tokens for {model}; must have a block of {block}"
+        )
+    return Subject(folder, dict(sorted(checkpoints.items())), step, config, tokenizer, text)
+
+
+def _looked_at(
+    name: str, subject: Subject, measuring: Measuring, checkpoints: int, device: torch.device
+) -> dict[str, Any]:
+    """What `analyze_model` says of the finished model, with what its checkpoints add."""
+    ids = subject.text.ids
+    model = load_whole(subject.folder, subject.config, torch.float32).to(device)
+    with bad_input(about=f"{name}: "):
+        chosen_norms(model, measuring.sites)
+    found: dict[str, Any] = {"folder": str(subject.folder), "norm": _norm_of(model), "step": subject.step}
+    found |= {"tokens": ids.numel(), "tokens_sha": sha256([ids.numpy().tobytes()])[:16]}
+    with bad_input(FloatingPointError, about=f"{name}: "):
+        found |= analyze_model(model, ids, measuring)
+    del model
+    earlier = [step for step in subject.checkpoints if step != subject.step]
+    if found["plane"] is not None:
+        for point in found["plane"]:
+            point["step"] = subject.step
+        places = np.linspace(0, len(earlier) - 1, max(0, min(checkpoints - 1, len(earlier))))
+        points: list[Any] = []
+        for step in (earlier[i] for i in places.round().astype(int)):
+            then = load_whole(subject.checkpoints[step], None, torch.float32).to(device)
+            points += information_plane(then, ids, step=step, **plane_options(measuring))
+        found["plane"] = [*map(asdict, points), *found["plane"]]
+    found["start"] = None
+    if found["normality"] is not None and earlier[:1] == [0]:
+        then = load_whole(subject.checkpoints[0], None, torch.float32).to(device)
+        start = analyze_model(then, ids, replace(measuring, skip=tuple(set(PARTS) - {"normality"})))
+        found["start"] = {name: start[name] for name in ("loss", "sites", "normality", "likelihood")}
+    return found
+
+
+def _norm_of(model: Any) -> str:
+    """What a model's norms are called."""
+    name = getattr(model.config, "norm_type", None)
+    if name is None:
+        return "the architecture's own"
+    return f"{name}{' (with overrides)' if model.config.norm_overrides else ''}"
+
+
+def tables(record: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """CSV file → its rows: every number of a report that belongs to a norm."""
+    files: dict[str, list[Row]] = {
+        name: []
+        for name in ("sites", "normality", "channels", "pairs", "qq", "lam_hat", "likelihood", "noise", "plane")
+    }
+    for name, model in record["models"].items():
+        stages = [(model["step"], model)]
+        if model["start"] is not None:
+            stages.insert(0, (0, model["start"]))
+        for step, stage in stages:
+            at = {"model": name, "step": step}
+            for site, cells in stage["sites"].items():
+                files["sites"].append({**at, "site": site, **_flat(cells)})
+                if cells["lam_hat"] is not None:
+                    histogram = cells["lam_hat"]
+                    edges = [None, *histogram["edges"], None]
+                    counts = [histogram["below"], *histogram["counts"], histogram["above"]]
+                    files["lam_hat"] += [
+                        {**at, "site": site, "low": edges[i], "high": edges[i + 1], "rows": count}
+                        for i, count in enumerate(counts)
+                    ]
+            for site, places in (stage["normality"] or {}).items():
+                for place in PLACES:
+                    _add_normality(files, {**at, "site": site, "place": place}, places[place])
+            for site, each in (stage["likelihood"] or {}).items():
+                files["likelihood"] += [
+                    {**at, "site": site, "newton": newton, "likelihood": most_likely}
+                    for newton, most_likely in zip(each["newton"] or (), each["likelihood"] or (), strict=True)
+                ]
+        if model["noise"] is not None:
+            noise = model["noise"]
+            for i, noisy in enumerate(noise["sites"]):
+                for j in range(i + 1, len(noise["sites"])):
+                    cell = {"zeta": noise["zeta"][i][j], "deviation": noise["spread"][i][j]}
+                    measured = noise["sites"][j]
+                    files["noise"].append({"model": name, "noise_at": noisy, "measured_at": measured, **cell})
+        for point in model["plane"] or ():
+            files["plane"].append({"model": name, **_point(point)})
+    return {f"{name}.csv": rows for name, rows in files.items()}
+
+
+def _flat(cells: Mapping[str, Any]) -> Row:
+    """A site's statistics in one row: `before_mean`, `after_quantile_0.5`, ...; why a cell is empty at its end."""
+    row: Row = {}
+    for name, cell in cells.items():
+        if name == "reasons":
+            continue
+        if name in PLACES:
+            for each, value in (cell or {}).items():
+                if each == "quantiles":
+                    row |= {f"{name}_quantile_{q}": at for q, at in value.items()}
+                else:
+                    row[f"{name}_{each}"] = value
+        elif name in ("lam_hat", "p_std"):
+            scalars = {each: value for each, value in (cell or {}).items() if not isinstance(value, list)}
+            row |= {f"{name}_{each}": value for each, value in scalars.items()}
+        else:
+            row[name] = cell
+    return {**row, "reasons": "; ".join(f"{name}: {why}" for name, why in cells["reasons"].items())}
+
+
+def _add_normality(files: dict[str, list[Row]], at: Row, found: Mapping[str, Any]) -> None:
+    """Rows of one sample: as a whole, of its channels, of pairs of them, and its Q-Q data."""
+    row = {**at, "rows": found["rows"], "constant_channels": found["constant"]}
+    for name in ("r_squared", "dagostino", "anderson_darling", "henze_zirkler", "correlation", "mutual_information"):
+        row |= {f"{name}_{key}": cell for key, cell in (found[name] or {}).items() if key != "each"}
+    files["normality"].append({**row, "reasons": "; ".join(f"{name}: {why}" for name, why in found["reasons"].items())})
+    for file, keys, names in (
+        ("channels", [{"channel": channel} for channel in found["channels"]], _OF_CHANNELS),
+        ("pairs", [dict(zip(("first", "second"), pair, strict=True)) for pair in found["pairs"]], _OF_PAIRS),
+    ):
+        columns = {name: found[name]["each"] for name in names if found[name] is not None}
+        for i, key in enumerate(keys if columns else ()):
+            files[file].append({**at, **key, **{name: each[i] for name, each in columns.items()}})
+    for each in found["qq"]:
+        for theoretical, ordered in zip(each["theoretical"], each["ordered"], strict=True):
+            files["qq"].append({**at, "channel": each["channel"], "theoretical": theoretical, "ordered": ordered})
+
+
+_OF_CHANNELS = ("r_squared", "dagostino", "anderson_darling")
+_OF_PAIRS = ("henze_zirkler", "correlation", "mutual_information")
+
+
+def _point(point: Mapping[str, Any]) -> Row:
+    row: Row = {name: point[name] for name in ("step", "site", "estimator", "beta")}
+    for name, cell in (("i_xt", point["input"]), ("i_ty", point["output"]), ("ib", point["ib"])):
+        low, high = cell["interval"] or (None, None)
+        row |= {name: cell["value"], f"{name}_low": low, f"{name}_high": high, f"{name}_chance": cell["chance"]}
+    return {**row, "n": point["ib"]["n"], "reason": point["ib"]["reason"]}

@@ -1,0 +1,270 @@
+"""`hf-ibnorm analyze`: what it writes is what the library measures, and what it cannot measure it says."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from helpers import shake
+from training import run, small_corpus
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hf_ibnorm import apply_norm
+from hf_ibnorm.analysis import analyze, lambda_against_likelihood, measure_normality, noise_robustness, watch
+from hf_ibnorm.analysis.model import Measuring, analyze_model
+from hf_ibnorm.cli import main
+from hf_ibnorm.data.text import draw_text
+from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
+
+CSV_FILES = {"sites", "normality", "channels", "pairs", "qq", "noise", "plane"}
+PICTURES = {"profiles", "qq", "zeta", "plane", "ib"}
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+QUICK = ["--tokens", "2200", "--rows", "60", "--draws", "2", "--noise_tokens", "64", "--samples", "250"]
+SITES = ["layers.0.input_layernorm", "layers.1.input_layernorm", "norm"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny stock Llama with a tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "stock"
+    shake(LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=64))).save_pretrained(folder)
+    wrap_tokenizer(train_tokenizer(["some text to learn from " * 9], 300), 64).save_pretrained(folder)
+    return folder
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def number(text):
+    return None if text == "" else float(text)
+
+
+@pytest.fixture(scope="module")
+def normal(folder):
+    """The same model with LayerNormalNorm."""
+    target = folder.with_name("layernormalnorm")
+    shutil.copytree(folder, target)
+    apply_norm(AutoModelForCausalLM.from_pretrained(folder), "layernormalnorm").save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def report(folder, normal, tmp_path_factory):
+    """Of both."""
+    measuring = Measuring(rows=60, draws=2, noise_tokens=64, samples=250)
+    output = tmp_path_factory.mktemp("reports") / "report"
+    analyze({"stock": folder, "normal": normal}, output, tokens=2200, measuring=measuring)
+    return output
+
+
+def test_the_numbers_are_those_of_the_library(report, normal):
+    model = AutoModelForCausalLM.from_pretrained(normal).eval()
+    text = draw_text("data", "sotu", "test", AutoTokenizer.from_pretrained(normal), 2200, 64)
+    with watch(model.model, sample=60) as statistics, torch.no_grad():
+        for ids in text.ids.split(2048 // 64):
+            model(input_ids=ids)
+    found = statistics.result()
+    written = {row["site"]: row for row in rows(report / "sites.csv") if row["model"] == "normal"}
+    assert list(written) == list(found)
+    for site, cells in found.items():
+        row = written[site]
+        assert int(row["rows"]) == text.ids.numel() == 34 * 64
+        for place in ("before", "after"):
+            for cell in ("mean", "variance", "excess_kurtosis", "hoyer", "effective_rank"):
+                assert number(row[f"{place}_{cell}"]) == pytest.approx(cells[place][cell], rel=1e-6, abs=1e-9)
+            assert number(row[f"{place}_quantile_0.5"]) == cells[place]["quantiles"]["0.5"]
+        assert number(row["lam_hat_outside"]) == pytest.approx(cells["lam_hat"]["outside"])
+        assert number(row["p_std_least"]) == pytest.approx(cells["p_std"]["least"], rel=1e-6)
+        assert row["contraction"] == ""
+        assert "contraction: only an IBNorm has one" in row["reasons"]
+    counts = [int(row["rows"]) for row in rows(report / "lam_hat.csv") if row["site"] == "norm"]
+    assert sum(counts) == text.ids.numel()
+    before = statistics.sites["norm"].before.sample.rows()
+    expected = lambda_against_likelihood(before, alpha=1.0, eps=1e-5)
+    pairs = [(number(row["newton"]), number(row["likelihood"])) for row in rows(report / "likelihood.csv")]
+    assert pairs[-len(expected["newton"]) :] == list(zip(expected["newton"], expected["likelihood"], strict=True))
+    normality = measure_normality(before)
+    row = rows(report / "normality.csv")[-2]
+    assert (row["model"], row["site"], row["place"]) == ("normal", "norm", "before")
+    assert number(row["r_squared_mean"]) == pytest.approx(normality["r_squared"]["mean"])
+    assert number(row["henze_zirkler_rejected"]) == pytest.approx(normality["henze_zirkler"]["rejected"])
+    noise = noise_robustness(model, text.ids[[0]], delta=1.0, draws=2)
+    found = {
+        (row["noise_at"], row["measured_at"]): row for row in rows(report / "noise.csv") if row["model"] == "normal"
+    }
+    assert len(found) == 10
+    assert number(found[noise.sites[0], "norm"]["zeta"]) == pytest.approx(noise.zeta[0][-1], rel=1e-6)
+
+
+def test_everything_is_there_and_the_page_needs_nothing_else(report):
+    names = {path.name for path in report.iterdir()}
+    files = {f"{name}.csv" for name in CSV_FILES | {"lam_hat", "likelihood"}}
+    pictures = {f"{name}.png" for name in PICTURES | {"lam_hat", "likelihood"}}
+    assert names - {"norms.png"} == files | pictures | {"analysis.json", "report.html"}
+    page = (report / "report.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == len([name for name in names if name.endswith(".png")])
+    assert not re.search(r"<script|https?://|src=\"(?!data:)", page)
+    for text in ("stock", "normal", "layers.1.post_attention_layernorm", "34", "chance"):
+        assert text in page
+    record = json.loads((report / "analysis.json").read_text(encoding="utf-8"))
+    assert record["options"]["delta"] == 1.0
+    assert set(record["models"]) == {"stock", "normal"}
+    assert record["models"]["stock"]["tokens_sha"] == record["models"]["normal"]["tokens_sha"]
+
+
+def test_what_cannot_be_measured_is_empty_and_says_why(report):
+    ksg = [row for row in rows(report / "plane.csv") if row["estimator"] == "ksg"]
+    assert len(ksg) == 10
+    assert {row["reason"] for row in ksg} == {"250 samples, at least 2000 are needed"}
+    assert {row["i_xt"] for row in ksg} == {""}
+    assert all(row["i_xt"] for row in rows(report / "plane.csv") if row["estimator"] == "renyi")
+    assert "250 samples, at least 2000 are needed" in (report / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_same_command_gives_the_same_files(folder, tmp_path):
+    options = {
+        "data": "austen",
+        "tokens": 300,
+        "measuring": Measuring(sites=tuple(SITES), skip=("information",), rows=30, draws=1),
+    }
+    for name in ("one", "two"):
+        analyze([folder], tmp_path / name, **options)
+    for path in sorted((tmp_path / "one").iterdir()):
+        if path.name not in ("analysis.json", "report.html"):  # which have the date
+            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    assert [row["site"] for row in rows(tmp_path / "one" / "sites.csv")] == SITES
+    assert {row["noise_at"] for row in rows(tmp_path / "one" / "noise.csv")} == set(SITES[:2])
+
+
+def test_parts_can_be_left_out(folder, command, tmp_path):
+    words = ["--skip", "normality", "noise", "information", "--tokens", "300", "--output", str(tmp_path / "out")]
+    code, out, err = command(main, "analyze", "--model", str(folder), *words)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].split()[:2] == ["model", "norm"]
+    assert out.splitlines()[1].split()[0] == "stock"
+    assert out.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("analysis.json", "report.html", "sites.csv", "profiles.png"),
+    }
+    assert "left out" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures(small_corpus.__name__)
+def test_of_a_run_the_checkpoints_are_looked_at_too(command, tmp_path):
+    flags = ["--model.norm_type", "ibnorm_l", "--max_steps", "4", "--checkpoint_every", "1", "--keep_every", "1"]
+    run(tmp_path / "run", *flags)
+    words = ["--tokens", "600", "--rows", "40", "--samples", "200", "--skip", "noise", "--sites", "norm"]
+    output = tmp_path / "out"
+    code, _, err = command(
+        main, "analyze", "--model", str(tmp_path / "run"), "--checkpoints", "3", "--output", str(output), *words
+    )
+    assert (code, err) == (0, "")
+    plane = [row for row in rows(output / "plane.csv") if row["estimator"] == "renyi"]
+    assert [(row["model"], row["step"]) for row in plane] == [("run", "0"), ("run", "3"), ("run", "4")]
+    assert {row["step"] for row in rows(output / "normality.csv")} == {"0", "4"}
+    assert {row["step"] for row in rows(output / "qq.csv")} == {"0", "4"}
+    record = json.loads((output / "analysis.json").read_text(encoding="utf-8"))["models"]["run"]
+    assert record["start"]["loss"] > record["loss"]
+    assert record["sites"]["norm"]["contraction"] < 1
+
+
+def other(folder, model, target):
+    """A model of another family with the tokenizer of `folder`."""
+    shutil.copytree(folder, target)
+    shake(model).save_pretrained(target)
+    return target
+
+
+def test_other_families_are_looked_at_too(folder, tmp_path):
+    config = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, max_position_embeddings=64)
+    qwen = other(folder, Qwen3ForCausalLM(config), tmp_path / "qwen")
+    measuring = Measuring(rows=40, draws=1, noise_tokens=64, samples=250)
+    record = analyze({"stock": folder, "qwen": qwen}, tmp_path / "out", tokens=300, measuring=measuring)
+    found = record["models"]["qwen"]
+    assert found["sites"]["layers.0.self_attn.q_norm"]["rows"] == 2 * 256
+    assert found["sites"]["layers.0.self_attn.q_norm"]["width"] == 16
+    assert {point["site"] for point in found["plane"]} == set(found["sites"])
+    assert found["norm"] == "the architecture's own"
+
+
+def test_a_model_that_gives_no_numbers_is_refused(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="model: it gives numbers that are not finite"):
+        analyze_model(
+            model, torch.zeros(2, 64, dtype=torch.int64), Measuring(skip=("normality", "noise", "information"))
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "63"], "error: tokens: got 63, must be at least a block of FOLDER: 64"),
+        (["--data", "nowhere.txt"], "error: data: got 'nowhere.txt', neither a corpus"),
+        (["--data", "short.txt"], "error: data: got 'short.txt', which has 2 tokens; must have at least 256"),
+        (["--skip", "nothing"], "error: skip: got 'nothing', allowed are normality, noise, information"),
+        (["--sites", "layers.9.*"], "error: stock: sites: got 'layers.9.*', which matches none of layers.0"),
+        (["--rows", "0"], "error: rows: got 0, must be a finite number >= 1"),
+        (["--delta", "-1"], "error: delta: got -1.0, must be a finite number >= 0"),
+        (["--checkpoints", "0"], "error: checkpoints: got 0, must be"),
+        (["--seed", "x"], "error: argument --seed: invalid int value: 'x'"),
+        (["--model", "no_such"], "error: model: no_such is not a model directory (it has no config.json)"),
+        (["--model", "FOLDER", "FOLDER"], "error: model: got FOLDER, FOLDER, must be different ones"),
+        (
+            ["--model", "a=FOLDER", "a=other"],
+            "error: model: got 'a=other', must be NAME=DIR like the others, each name",
+        ),
+        (["--output", "taken"], "error: output: taken is not empty; name a new directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(folder, command, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("some text", encoding="utf-8")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    words = [word.replace("FOLDER", str(folder)) for word in words]
+    asked = {"--model": [str(folder)], "--output": ["out"], "--tokens": ["300"]}
+    flags = [word for flag, values in asked.items() if flag not in words for word in (flag, *values)]
+    code, out, err = command(main, "analyze", *words, *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith(message.replace("FOLDER", str(folder)))
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_model_without_known_norms_is_refused(folder, command, tmp_path):
+    olmo = other(folder, OlmoForCausalLM(OlmoConfig(**SIZES, max_position_embeddings=64)), tmp_path / "olmo")
+    code, _, err = command(
+        main, "analyze", "--model", str(folder), str(olmo), "--output", str(tmp_path / "out"), *QUICK
+    )
+    assert code == 2
+    assert "error: olmo: model: got OlmoModel, which runs no known norm" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_extra_there_is_one_line(folder, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ibnorm.cli.find_spec", lambda name: None if name == "pingouin" else object())
+    code, _, err = command(main, "analyze", "--model", str(folder), "--output", str(tmp_path / "out"))
+    assert (code, err) == (2, "error: pingouin not installed: pip install 'hf_ibnorm[analysis]'\n")
