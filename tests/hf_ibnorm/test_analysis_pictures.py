@@ -13,8 +13,9 @@ from helpers import FAMILIES, tokens
 
 from hf_ibnorm import apply_norm
 from hf_ibnorm.analysis import pictures, qq, watch
-from hf_ibnorm.analysis.information import Estimate, PlanePoint
+from hf_ibnorm.analysis.information import Estimate
 from hf_ibnorm.analysis.noise import NoiseRobustness
+from hf_ibnorm.analysis.plane import PlanePoint
 from hf_ibnorm.report import plots
 
 SITES = ["model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"]
