@@ -1,4 +1,4 @@
-# make demo | smollm2 | test | test-slow | test-real | test-oldest | soak | bench | bench-convert | bench-training | lint | setup | clean; every target makes .venv on first use.
+# make demo | smollm2 | insight | test | test-slow | test-real | test-oldest | soak | bench | bench-convert | bench-training | bench-analysis | lint | setup | clean; every target makes .venv on first use.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ DEMO_FLAGS ?=
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 OLDEST := .venv-oldest
 
-.PHONY: setup demo smollm2 test test-slow test-real test-oldest soak bench bench-convert bench-training lint wheel clean
+.PHONY: setup demo smollm2 insight test test-slow test-real test-oldest soak bench bench-convert bench-training bench-analysis lint wheel clean
 
 setup: $(VENV)/.ready $(VENV)/.kernels
 
@@ -55,6 +55,19 @@ smollm2: setup $(VENV)/.smollm2
 	$(PY) -m eval run --model smollm2/model --suite embedded --limit 100 --skip austen_test --batch_size 32 \
 	  --output smollm2/embedded
 	$(PY) -m eval run --model smollm2/model --suite v1 --mirror tests/fixtures/leaderboard_mirror --output smollm2/v1
+
+# Five norms in the demo's Llama, what they do to the representation, and docs/insight.md from it: half an hour. Rewrites
+# insight/, docs/insight.md and docs/results/insight.
+INSIGHT_NORMS := rmsnorm ibnorm_l ibnorm_t ibnorm_shrink layernormalnorm
+insight: export HF_IBNORM_CACHE = insight/.cache
+insight: setup
+	rm -rf insight && mkdir insight
+	@for norm in $(INSIGHT_NORMS); do \
+	  (set -x; $(PY) -m train_lm --config demo --model.norm_type $$norm --keep_every 100 --run_dir insight/$$norm) || exit 1; \
+	done
+	$(PY) -m hf_ibnorm.cli analyze --model $(addprefix insight/,$(INSIGHT_NORMS)) --data austen --tokens 32768 \
+	  --output insight/report
+	$(PY) benchmarks/insight.py insight/report
 
 # DeepSpeed apart from the rest, without its compiled parts: other libraries behave differently where it is installed.
 $(VENV)/.deepspeed: $(VENV)/.ready
@@ -116,6 +129,11 @@ bench-training: setup
 	  $(PY) benchmarks/training.py $$what --output benchmarks/results/training_$$what.csv || exit 1; \
 	done
 
+# Time and memory of hf-ibnorm analyze, and what --watch_norms costs.
+bench-analysis: setup
+	$(PY) benchmarks/analysis.py --output benchmarks/results/analysis.csv
+	$(PY) benchmarks/watching.py --output benchmarks/results/watching.csv
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -126,4 +144,4 @@ wheel: setup
 	$(PY) -m build --wheel
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist demo smollm2 soak *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist demo smollm2 insight soak *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
