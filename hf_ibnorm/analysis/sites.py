@@ -65,14 +65,22 @@ class ValueStatistics:
         device: that of the data.
         sample: rows to keep for tests of normality, at most; 0 keeps none.
         seed: of the sample.
+        rank_width: the effective rank is measured up to this N; 0 for never.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu", sample: int = 0, seed: int = 0) -> None:
-        self.width = width
+    def __init__(
+        self,
+        width: int,
+        device: torch.device | str = "cpu",
+        sample: int = 0,
+        seed: int = 0,
+        rank_width: int = RANK_WIDTH,
+    ) -> None:
+        self.width, self.rank_width = width, rank_width
         self.moments = Moments(width, device)
         self.quantiles = QuantileSketch(device=device)
         self.of_rows = RowStatistics(_OF_A_ROW, device)
-        self.covariance = Covariance(width, device) if width <= RANK_WIDTH else None
+        self.covariance = Covariance(width, device) if width <= rank_width else None
         self.sample = RowSample(sample, width, device, seed=seed) if sample else None
 
     def update(self, x: Tensor) -> None:
@@ -128,7 +136,7 @@ class ValueStatistics:
 
     def _effective_rank(self) -> tuple[float | None, str]:
         if self.covariance is None:
-            return None, f"width {self.width}; measured up to {RANK_WIDTH}"
+            return None, f"width {self.width}; measured up to {self.rank_width}"
         rows, least = int(self.covariance.count), RANK_ROWS * self.width
         if rows < least:
             return None, f"{rows} rows; needs {least}, {RANK_ROWS} for each channel"
@@ -145,10 +153,18 @@ class SiteStatistics:
         rows: take in at most that many rows a call, evenly spaced; None for all.
         sample: rows of x and of z to keep for tests of normality, at most, the same ones of both; 0 keeps none.
         seed: of the sample; statistics that will be merged need different ones.
+        rank_width: the effective rank is measured up to this width; 0 for never, which spares a matrix product a call.
     """
 
-    def __init__(self, norm: nn.Module, rows: int | None = None, sample: int = 0, seed: int = 0) -> None:
-        self.norm, self.rows, self.sample, self.seed = norm, rows, sample, seed
+    def __init__(
+        self,
+        norm: nn.Module,
+        rows: int | None = None,
+        sample: int = 0,
+        seed: int = 0,
+        rank_width: int = RANK_WIDTH,
+    ) -> None:
+        self.norm, self.rows, self.sample, self.seed, self.rank_width = norm, rows, sample, seed, rank_width
         self.before: ValueStatistics | None = None
         self.after: ValueStatistics | None = None
         self.ibnorm: RowStatistics | None = None
@@ -157,7 +173,8 @@ class SiteStatistics:
 
     def _start(self, width: int, device: torch.device) -> tuple[ValueStatistics, ValueStatistics]:
         if self.before is None or self.after is None:
-            self.before, self.after = (ValueStatistics(width, device, self.sample, self.seed) for _ in range(2))
+            options = (width, device, self.sample, self.seed, self.rank_width)
+            self.before, self.after = (ValueStatistics(*options) for _ in range(2))
             if isinstance(self.norm, IBNorm):
                 self.ibnorm = RowStatistics(_OF_IBNORM, device)
             if isinstance(self.norm, LayerNormalNorm):
@@ -216,6 +233,35 @@ class SiteStatistics:
         for name in ("ibnorm", "normal", "lam_hat"):
             if getattr(self, name) is not None:
                 getattr(self, name).merge(getattr(other, name))
+
+    def packed(self) -> Tensor | None:
+        """All that was measured, but for a sample, to be sent to another process and merged there after `unpacked`.
+
+        Returns:
+            float64 of shape (M,), where M depends on the width and the kind of norm; None where the norm has not run.
+        """
+        tensors = self._tensors()
+        return torch.cat([each.flatten().double() for each in tensors]) if tensors else None  # counts are below 2^53
+
+    def unpacked(self, vector: Tensor) -> "SiteStatistics":
+        """The statistics that another process has `packed` at the same site; the norm must have run here too."""
+        other = SiteStatistics(self.norm, rank_width=self.rank_width)
+        if self.before is not None:
+            other._start(self.before.width, self.before.moments.mean.device)
+        tensors = other._tensors()
+        for each, values in zip(tensors, vector.split([each.numel() for each in tensors]), strict=True):
+            each.copy_(values.view_as(each))
+        return other
+
+    def _tensors(self) -> list[Tensor]:
+        """What was measured, in an order that depends on the kind of norm only."""
+        if self.before is None or self.after is None:
+            return []
+        parts: list[Any] = [self.ibnorm, self.normal, self.lam_hat]
+        for place in (self.before, self.after):
+            parts += [place.moments, place.quantiles, place.of_rows, place.covariance]
+        held = [value for part in parts if part is not None for value in vars(part).values()]
+        return [value for value in held if isinstance(value, Tensor)]
 
     def result(self) -> dict[str, Any]:
         """Everything as plain numbers; waits for the device, and takes a moment for wide norms (eigenvalues).
@@ -292,18 +338,25 @@ class ModelStatistics:
 
     Args:
         model: as `known_norms` takes it.
-        rows, sample, seed: as in `SiteStatistics`.
+        rows, sample, seed, rank_width: as in `SiteStatistics`.
 
     Raises:
         ValueError: the model runs no known norm.
         RuntimeError: the norms are not those of the architecture.
     """
 
-    def __init__(self, model: nn.Module, rows: int | None = None, sample: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: int | None = None,
+        sample: int = 0,
+        seed: int = 0,
+        rank_width: int = RANK_WIDTH,
+    ) -> None:
         self.sites: dict[str, SiteStatistics] = {}
         shared: dict[nn.Module, SiteStatistics] = {}
         for site, norm in known_norms(model).items():
-            self.sites[site] = shared.setdefault(norm, SiteStatistics(norm, rows, sample, seed))
+            self.sites[site] = shared.setdefault(norm, SiteStatistics(norm, rows, sample, seed, rank_width))
 
     def merge(self, other: "ModelStatistics") -> None:
         """Take in all that `other`, of the same architecture and device, has seen."""

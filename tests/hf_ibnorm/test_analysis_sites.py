@@ -287,6 +287,22 @@ def test_at_most_so_many_rows_a_call():
     assert site.result()["rows"] == 50 + 10  # every fourth
 
 
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("rank_width", [0, 16])
+def test_what_was_packed_in_another_process_is_merged_as_if_measured_here(name, rank_width):
+    whole, here, there, alone = (SiteStatistics(build_norm(name, 16), rank_width=rank_width) for _ in range(4))
+    x, fewer = rows_of(200), rows_of(60, seed=1)
+    whole.update(x)
+    here.update(x)
+    there.update(fewer)
+    whole.merge(there)
+    here.merge(here.unpacked(there.packed()))
+    assert here.result() == whole.result()
+    assert there.result()["rows"] == 60
+    assert (here.result()["after"]["effective_rank"] is None) == (rank_width == 0)
+    assert alone.packed() is None
+
+
 def test_memory_is_flat_and_no_value_is_looked_at(monkeypatch):
     def sizes(statistics):
         found, todo = {}, [("", statistics)]
