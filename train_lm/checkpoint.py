@@ -6,6 +6,7 @@
                                 weights that they are merged into in model/
         process-00000.jsonl.gz  random states and data position, one file a process
         metrics.jsonl.gz        the run's metrics so far
+        norms.jsonl.gz          what the run has seen of its norms so far, where it looked (`watch_norms`)
         state.json              step, settings, hashes, what the bits depend on
         manifest.json           size and SHA-256 of every other file
 
@@ -37,6 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_ibnorm.files import atomic_directory, sha256, sha256_file, write_json, write_text
 
 FORMAT = 1
+METRICS, NORMS = "metrics.jsonl.gz", "norms.jsonl.gz"
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Snapshot:
         processes: for each process, what `process_state` gives.
         state: contents of `state.json`.
         metrics: reads `metrics.jsonl` as it was.
+        norms: reads `norms.jsonl` as it was; of nothing where there is none.
     """
 
     step: int
@@ -60,6 +63,7 @@ class Snapshot:
     processes: list[dict[str, Any]]
     state: dict[str, Any]
     metrics: Callable[[], bytes]
+    norms: Callable[[], bytes] = lambda: b""
 
     @property
     def bytes(self) -> int:
@@ -129,7 +133,9 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
         save_file(snapshot.tensors, directory / "training.safetensors")
         for i, state in enumerate(snapshot.processes):
             _write_process(directory / _process_file(i), state)
-        (directory / "metrics.jsonl.gz").write_bytes(gzip.compress(snapshot.metrics(), compresslevel=1, mtime=0))
+        for name, content in ((METRICS, snapshot.metrics()), (NORMS, snapshot.norms())):
+            if content or name == METRICS:
+                (directory / name).write_bytes(gzip.compress(content, compresslevel=1, mtime=0))
         write_json(directory / "state.json", {"format": FORMAT, "step": snapshot.step, **snapshot.state})
         names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
         files = {name: [(directory / name).stat().st_size, sha256_file(directory / name)] for name in names}
@@ -208,7 +214,12 @@ class Checkpoint:
     @property
     def metrics(self) -> bytes:
         """Contents of `metrics.jsonl` as it was."""
-        return gzip.decompress((self.path / "metrics.jsonl.gz").read_bytes())
+        return gzip.decompress((self.path / METRICS).read_bytes())
+
+    @property
+    def norms(self) -> bytes:
+        """Contents of `norms.jsonl` as it was; nothing where there was none."""
+        return gzip.decompress((self.path / NORMS).read_bytes()) if (self.path / NORMS).exists() else b""
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -298,7 +309,8 @@ class Checkpointer:
 
 def clear_leftovers(run_dir: Path) -> None:
     """Remove what a killed run had not finished writing or removing."""
-    leftovers = [path for name in ("config.yaml", "environment.json", "final") for path in run_dir.glob(f".{name}.*")]
+    names = ("config.yaml", "environment.json", "metrics.jsonl", "norms.jsonl", "final")
+    leftovers = [path for name in names for path in run_dir.glob(f".{name}.*")]
     leftovers += [path for name in ("step-*", "latest") for path in (run_dir / "checkpoints").glob(f".{name}.*")]
     for path in leftovers:
         if path.is_dir():

@@ -129,6 +129,8 @@ class TrainConfig:
         keep_last: checkpoints kept, the newest ones; step 0 is always kept.
         keep_every: checkpoints at multiples of this step are kept too (0: none).
         max_skipped_steps: steps in a row without a finite loss and gradient that end the run; each is skipped.
+        watch_norms: every so many steps, and at the first and the last one, write what goes into and out of every norm
+            in that step to norms.jsonl, and a little of it to the trackers (0: never; not with compile).
         push_to_hub: repository on the Hub, NAMESPACE/NAME, that the finished model is pushed to, privately, with a card
             (null: none).
         log_with: trackers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, aim, comet_ml, dvclive, swanlab.
@@ -185,6 +187,7 @@ class TrainConfig:
     keep_last: int = 2
     keep_every: int = 0
     max_skipped_steps: int = 10
+    watch_norms: int = 0
     push_to_hub: str | None = None
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -209,6 +212,11 @@ class TrainConfig:
         if (self.lam_schedule == "linear") != bool(self.lam_warmup_steps):
             allowed = "be >= 1 with lam_schedule linear and 0 with constant"
             raise ValueError(f"lam_warmup_steps: got {self.lam_warmup_steps}, must {allowed}")
+        if self.watch_norms and self.compile:
+            raise ValueError(
+                f"watch_norms: got {self.watch_norms}, must be 0 with compile true, because compiled blocks run no "
+                "hooks; or set compile to false"
+            )
         self._validate_healing()
         if self.push_to_hub is not None:
             check_repo("push_to_hub", self.push_to_hub)
@@ -305,7 +313,7 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("global_batch_size", "per_device_eval_batch_size", "eval_every"), 1),
     **dict.fromkeys(("max_eval_blocks", "keep_last", "lora_rank"), 1),
     **dict.fromkeys(("shuffle_buffer", "tokenizer_documents", "tokenizer_threads", "max_skipped_steps"), 1),
-    **dict.fromkeys(("checkpoint_every", "keep_every"), 0),
+    **dict.fromkeys(("checkpoint_every", "keep_every", "watch_norms"), 0),
     **dict.fromkeys(("block_size", "validation_every"), 2),
     "tokenizer_vocab_size": 257,
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), 0.0),

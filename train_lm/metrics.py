@@ -1,4 +1,4 @@
-"""What a run writes as it goes: `metrics.jsonl`, one object a step, and the trackers of Accelerate."""
+"""What a run writes as it goes: `metrics.jsonl` and `norms.jsonl`, an object a step, and Accelerate's trackers."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ MEASURED = ("tokens_per_second", "mfu", "memory_gb")
 
 
 class MetricsFile:
-    """`metrics.jsonl`, which begins with what it had at the checkpoint that training goes on from.
+    """`metrics.jsonl` or `norms.jsonl`, which begins with what it had at the checkpoint that training goes on from.
 
     Args:
         path: the file; replaced.

@@ -50,14 +50,15 @@ from .signals import StopSignals
 from .start import Start, agree_on_start, alone_in_run, raise_together, together
 from .throughput import peak_flops, peak_memory_gb
 from .trainable import apart, merged
+from .watching import curves, read, watched
 
 
 def train(config: TrainConfig) -> Path:
     """Train a model and return the directory of the finished one.
 
     The run directory then holds `config.yaml` (a recipe that repeats the run), `environment.json`, `metrics.jsonl`
-    (one object a step), `checkpoints/step-N/` and `final/`; `final` and each checkpoint's `model/` are loaded by
-    `from_pretrained`, tokenizer included.
+    (one object a step), `norms.jsonl` (where `watch_norms` asks for it), `checkpoints/step-N/` and `final/`; `final`
+    and each checkpoint's `model/` are loaded by `from_pretrained`, tokenizer included.
 
     Args:
         config: the run, as `TrainConfig` documents it.
@@ -142,18 +143,19 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         moved = state.gains_moved()
 
         loss_sum, kl_sum = torch.zeros(2, device=accelerator.device)
-        for i, part in enumerate(batch.parts, 1):
-            inputs, targets = (tensor.to(accelerator.device, non_blocking=True) for tensor in part)
-            last = i == len(batch.parts)
-            with spread.part_of_step(last):
-                if run.teacher is None:
-                    part_sum = token_loss(model, inputs, targets)
-                else:
-                    part_sum, part_kl = run.teacher.loss(model, inputs, targets)
-                    kl_sum += part_kl
-                # Gradients are averaged over processes, hence the factor: every token of the global batch weighs alike.
-                spread.backward(part_sum, accelerator.num_processes / batch.tokens, last)
-            loss_sum += part_sum.detach()
+        with watched(run.model, step, config) as statistics:
+            for i, part in enumerate(batch.parts, 1):
+                inputs, targets = (tensor.to(accelerator.device, non_blocking=True) for tensor in part)
+                last = i == len(batch.parts)
+                with spread.part_of_step(last):
+                    if run.teacher is None:
+                        part_sum = token_loss(model, inputs, targets)
+                    else:
+                        part_sum, part_kl = run.teacher.loss(model, inputs, targets)
+                        kl_sum += part_kl
+                    # Gradients are averaged over processes, hence the factor: every token of the step weighs alike.
+                    spread.backward(part_sum, accelerator.num_processes / batch.tokens, last)
+                loss_sum += part_sum.detach()
         norm = spread.clip(config.max_grad_norm)
 
         # The one place where processes tell each other something, and where the host waits for the device.
@@ -173,6 +175,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         if finite and waiting:
             checkpointer.write(waiting.pop())
         state.count(batch.tokens, finite)
+        sites = read(statistics, accelerator) if statistics else {}
 
         seconds = time.perf_counter() - started
         speed = batch.tokens / seconds
@@ -201,9 +204,13 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         if accelerator.is_main_process:
             with bad_input(OSError, about="run_dir: metrics.jsonl cannot be written: "):
                 state.metrics.append(row)
+            if state.norms and sites:
+                with bad_input(OSError, about="run_dir: norms.jsonl cannot be written: "):
+                    state.norms.append({"step": step, "sites": sites})
             progress.update(row)
         with bad_input(OSError, about="log_with: a tracker cannot write: "):
-            accelerator.log({key: value for key, value in row.items() if isinstance(value, int | float)}, step=step)
+            logged = {key: value for key, value in row.items() if isinstance(value, int | float)}
+            accelerator.log(logged | curves(sites), step=step)
         check_health(row, state, config, checkpointer)
 
         stopping = any(stops) and step < config.max_steps
@@ -240,6 +247,8 @@ class State:
     """
 
     metrics: MetricsFile
+    norms: MetricsFile | None = None
+    """None where no norm was watched."""
 
     def __init__(self, run: Run, spread: Spread, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> None:
         self.run, self.spread, self.optimizer, self.accelerator = run, spread, optimizer, accelerator
@@ -310,7 +319,8 @@ class State:
             "numerics": self.numerics,
             "scaler": scaler.state_dict() if scaler else None,
         }
-        return Snapshot(self.step, model, self.run.tokenizer, tensors | start, processes, state, self.metrics.so_far())
+        files = [each.so_far() for each in (self.metrics, self.norms) if each]
+        return Snapshot(self.step, model, self.run.tokenizer, tensors | start, processes, state, *files)
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
         """Go on where `checkpoint` was taken; the model has its weights already. Returns what the user should know."""
@@ -392,6 +402,12 @@ def begin_writing(run_dir: Path, state: State, start: Start, config: TrainConfig
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         state.metrics = MetricsFile(run_dir / "metrics.jsonl", checkpoint.metrics if checkpoint else b"")
         stack.callback(state.metrics.close)
+        watched_so_far = checkpoint.norms if checkpoint else b""
+        if config.watch_norms or watched_so_far:
+            state.norms = MetricsFile(run_dir / "norms.jsonl", watched_so_far)
+            stack.callback(state.norms.close)
+        else:
+            (run_dir / "norms.jsonl").unlink(missing_ok=True)  # of steps after the checkpoint
 
 
 def end_tracking(accelerator: Accelerator) -> None:

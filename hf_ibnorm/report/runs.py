@@ -22,6 +22,7 @@ HARMLESS = frozenset(
         "cache_dir",
         "tokenizer_threads",
         "max_skipped_steps",
+        "watch_norms",
     }
 )
 """Settings of train_lm that change nothing in what is computed."""

@@ -245,6 +245,14 @@ BAD = {
     "heads that do not divide": (["--model.num_attention_heads", "3"], "model.num_attention_heads: got 3"),
     "no repository": (["--push_to_hub", "tiny"], "push_to_hub: got 'tiny', must be NAMESPACE/NAME"),
     "unknown recipe": (["--config", "tinny"], "(did you mean 'tiny'?)"),
+    "norms watched too often": (
+        ["--watch_norms", "-1"],
+        "watch_norms: got -1, must be a finite number >= 0",
+    ),
+    "norms watched in compiled blocks": (
+        ["--watch_norms", "5", "--compile", "true"],
+        "watch_norms: got 5, must be 0 with compile true",
+    ),
     "unknown precision": (
         ["--mixed_precision", "fp8"],
         "mixed_precision: got 'fp8', must be one of ['no', 'bf16', 'fp16']",
