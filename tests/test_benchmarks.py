@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import small_corpus
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,7 +16,7 @@ def benchmarks(monkeypatch):
     """Modules of benchmarks/ can be imported."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield
-    for name in ("published", "page", "convert"):
+    for name in ("published", "page", "convert", "watching"):
         sys.modules.pop(name, None)
 
 
@@ -58,3 +59,13 @@ def test_a_conversion_is_measured_beside_copies():
     for init in convert.INITS:
         assert rows[init]["shards"] > 3
         assert 0 < float(rows[init]["peak_mb"]) <= float(rows[init]["bound_mb"])
+
+
+@pytest.mark.usefixtures(small_corpus.__name__)
+def test_watched_steps_are_measured_beside_plain_ones():
+    import watching
+
+    (row,) = watching.overheads(rounds=1, pairs=2, recipe="tiny", norms=("ibnorm_l",))
+    plain, watched = float(row["plain_seconds"]), float(row["watched_seconds"])
+    assert 0 < plain < watched
+    assert float(row["overhead_at_50"]) == pytest.approx((watched / plain - 1) / 50, rel=0.05)
