@@ -128,7 +128,6 @@ bench-training: setup
 	for what in trainer loop start checkpoint; do \
 	  $(PY) benchmarks/training.py $$what --output benchmarks/results/training_$$what.csv || exit 1; \
 	done
-	$(PY) benchmarks/watching.py --output benchmarks/results/watching.csv
 
 # Time and memory of hf-ibnorm analyze, and what --watch_norms costs.
 bench-analysis: setup

@@ -301,18 +301,18 @@ class SiteStatistics:
             site |= {name: numbers["mean"] for name, numbers in self.ibnorm.read().items()}
         if self.normal is not None and self.lam_hat is not None:
             read = self.normal.read()
-            site["lam_hat"] = _spread(read["lam_hat"]) | {
-                "outside": read["lam_hat_outside"]["mean"],
-                "edges": self.lam_hat.edges,
-                "counts": self.lam_hat.inside.tolist(),
-                "below": int(self.lam_hat.below),
-                "above": int(self.lam_hat.above),
-            }
-            site["p_std"] = _spread(read["p_std"])
+            site["lam_hat"], site["p_std"] = _spread(read["lam_hat"]), _spread(read["p_std"])
+            if site["lam_hat"] is not None:
+                site["lam_hat"] |= {
+                    "outside": read["lam_hat_outside"]["mean"],
+                    "edges": self.lam_hat.edges,
+                    "counts": self.lam_hat.inside.tolist(),
+                    "below": int(self.lam_hat.below),
+                    "above": int(self.lam_hat.above),
+                }
         no = "all rows are constant" if self.ibnorm is not None else "only an IBNorm has one"
-        why_empty = dict.fromkeys(_OF_IBNORM, no) | dict.fromkeys(
-            ("lam_hat", "p_std"), "only a LayerNormalNorm has one"
-        )
+        none = "no row has a finite one" if self.normal is not None else "only a LayerNormalNorm has one"
+        why_empty = dict.fromkeys(_OF_IBNORM, no) | dict.fromkeys(("lam_hat", "p_std"), none)
         site, why = _emptied(site, why_empty)
         return {**site, "reasons": reasons | why}
 
@@ -323,8 +323,8 @@ def _deviation(rows: Tensor) -> Tensor:
     return c - c.mean(-1, keepdim=True)
 
 
-def _spread(numbers: dict[str, float]) -> dict[str, Any]:
-    return {key: numbers[key] for key in ("mean", "least", "most")}
+def _spread(numbers: dict[str, float]) -> dict[str, Any] | None:
+    return {key: numbers[key] for key in ("mean", "least", "most")} if numbers["rows"] else None
 
 
 def _emptied(cells: dict[str, Any], reasons: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
