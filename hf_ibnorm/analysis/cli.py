@@ -1,6 +1,7 @@
 """The verb `analyze` of the `hf-ibnorm` command."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ def _analyze(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     wanted = {name: given[name] for name in Measuring.__dataclass_fields__ if name in given}
     wanted |= {name: tuple(wanted[name]) for name in ("sites", "skip") if name in wanted}
-    options = {name: given[name] for name in ("data", "tokens", "checkpoints") if name in given}
+    options: dict[str, Any] = {name: given[name] for name in ("data", "tokens", "checkpoints") if name in given}
     for word in arguments.model if named else ():
         name, equals, path = word.partition("=")
         if not equals or not name or not path or name in models:
             raise UserError(f"model: got {word!r}, must be NAME=DIR like the others, each name once")
         models[name] = path
+    options |= {"measuring": Measuring(**wanted), "say": partial(print, flush=True)}
     with bad_input(OSError):
-        record = analyze(models or arguments.model, arguments.output, measuring=Measuring(**wanted), **options)
+        record = analyze(models or arguments.model, arguments.output, **options)
     summary(record).print()
     print(f"report: {Path(arguments.output) / 'report.html'}")
 

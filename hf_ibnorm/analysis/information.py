@@ -21,7 +21,7 @@ from ..functional import check_number
 
 KSG_DIMENSIONS = 4
 NEIGHBOURS = 3
-HALVES, SHUFFLES = 100, 10
+HALVES, SHUFFLES = 50, 5
 
 Draws = tuple[np.ndarray, np.ndarray]
 

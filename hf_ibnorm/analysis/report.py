@@ -1,7 +1,7 @@
 """Several models looked at side by side: numbers as JSON and CSV, pictures, and one page."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,6 +57,7 @@ def analyze(
     tokens: int = TOKENS,
     checkpoints: int = CHECKPOINTS,
     measuring: Measuring | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Look at every norm of some models, one after the other, and write what was found into a new directory.
 
@@ -72,6 +73,7 @@ def analyze(
         tokens: how much of it, about; at least a block, which is the model's context or 512.
         checkpoints: of a run, how many at most, evenly spaced, the finished model among them.
         measuring: what is taken, and how.
+        say: is told, in a line, what is looked at.
 
     Returns:
         The content of `analysis.json`: `text`, `tokens`, `options`, `environment`, and for each of `models` what
@@ -95,7 +97,7 @@ def analyze(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {}
     for name, subject in subjects.items():
-        found[name] = _looked_at(name, subject, measuring, int(checkpoints), device)
+        found[name] = _looked_at(name, subject, measuring, int(checkpoints), device, say)
         gc.collect()  # before the next model is loaded
     made = environment_record()
     record = {
@@ -150,13 +152,19 @@ def _subject(model: str, data: str, tokens: int) -> Subject:
 
 
 def _looked_at(
-    name: str, subject: Subject, measuring: Measuring, checkpoints: int, device: torch.device
+    name: str,
+    subject: Subject,
+    measuring: Measuring,
+    checkpoints: int,
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """What `analyze_model` says of the finished model, with what its checkpoints add."""
     ids = subject.text.ids
     model = load_whole(subject.folder, subject.config, torch.float32).to(device)
     with bad_input(about=f"{name}: "):
         chosen_norms(model, measuring.sites)
+    say(f"{name}: {ids.numel():,} tokens of {subject.text.name}")
     found: dict[str, Any] = {"folder": str(subject.folder), "norm": _norm_of(model), "step": subject.step}
     found |= {"tokens": ids.numel(), "tokens_sha": sha256([ids.numpy().tobytes()])[:16]}
     with bad_input(FloatingPointError, about=f"{name}: "):
@@ -169,11 +177,13 @@ def _looked_at(
         places = np.linspace(0, len(earlier) - 1, max(0, min(checkpoints - 1, len(earlier))))
         points: list[Any] = []
         for step in (earlier[i] for i in places.round().astype(int)):
+            say(f"{name}: the information plane at step {step}")
             then = load_whole(subject.checkpoints[step], None, torch.float32).to(device)
             points += information_plane(then, ids, step=step, **plane_options(measuring))
         found["plane"] = [*map(asdict, points), *found["plane"]]
     found["start"] = None
     if found["normality"] is not None and earlier[:1] == [0]:
+        say(f"{name}: normality at step 0")
         then = load_whole(subject.checkpoints[0], None, torch.float32).to(device)
         start = analyze_model(then, ids, replace(measuring, skip=tuple(set(PARTS) - {"normality"})))
         found["start"] = {name: start[name] for name in ("loss", "sites", "normality", "likelihood")}

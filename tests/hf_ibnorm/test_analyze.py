@@ -160,8 +160,9 @@ def test_parts_can_be_left_out(folder, command, tmp_path):
     words = ["--skip", "normality", "noise", "information", "--tokens", "300", "--output", str(tmp_path / "out")]
     code, out, err = command(main, "analyze", "--model", str(folder), *words)
     assert (code, err) == (0, "")
-    assert out.splitlines()[0].split()[:2] == ["model", "norm"]
-    assert out.splitlines()[1].split()[0] == "stock"
+    assert out.splitlines()[0] == "stock: 256 tokens of the test split of sotu"
+    assert out.splitlines()[1].split()[:2] == ["model", "norm"]
+    assert out.splitlines()[2].split()[0] == "stock"
     assert out.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("analysis.json", "report.html", "sites.csv", "profiles.png"),
