@@ -25,8 +25,8 @@ PLACES = ("before", "after")
 """A norm: what goes in, what comes out."""
 AT_ONCE = 2048
 """Tokens of a forward pass, about."""
-QQ_CHANNELS = 4
-"""Channels of a site whose Q-Q data are kept."""
+QQ_CHANNELS, QQ_POINTS = 4, 51
+"""Channels of a site whose Q-Q data are kept, and points of each."""
 
 
 @dataclass(frozen=True)
@@ -136,16 +136,20 @@ def normality_of(sample: Tensor, seed: int) -> dict[str, Any]:
     """What `measure_normality` says of rows of shape (R, N), and the Q-Q data of a few of its channels."""
     found = measure_normality(sample, seed=seed)
     channels = [] if found["r_squared"] is None else found["channels"]
-    places = np.linspace(0, len(channels) - 1, min(QQ_CHANNELS, len(channels))).round().astype(int)
     finite = sample[sample.isfinite().all(-1)].double().cpu().numpy()
     drawn = []
-    for channel in (channels[i] for i in places):
+    for channel in (channels[i] for i in spaced(len(channels), QQ_CHANNELS)):
         values = finite[:, channel]
-        drawn.append({"channel": channel, **qq((values - values.mean()) / values.std())})
+        drawn.append({"channel": channel, **qq((values - values.mean()) / values.std(), QQ_POINTS)})
     return {**found, "qq": drawn}
 
 
 def _spread_out(ids: Tensor, tokens: int) -> Tensor:
     """Rows from all over the text, about so many tokens in all."""
-    rows = min(len(ids), max(1, tokens // ids.shape[1]))
-    return ids[torch.linspace(0, len(ids) - 1, rows).round().long()]
+    return ids[spaced(len(ids), max(1, tokens // ids.shape[1]))]
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """Up to `most` of `count` indices, evenly spaced, both ends among them (of one only the first)."""
+    indices: list[int] = np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
+    return indices

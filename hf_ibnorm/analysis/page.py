@@ -9,9 +9,12 @@ from ..report.page import Page
 from ..report.tables import Table
 from . import pictures
 from .information import Estimate
-from .model import PLACES
+from .model import PLACES, spaced
 from .noise import NoiseRobustness
 from .plane import PlanePoint, plane_table
+
+LIKELIHOODS = 12
+"""Norms whose λ̂ is drawn against the most likely one, at most."""
 
 
 def points_of(model: Mapping[str, Any]) -> list[PlanePoint]:
@@ -22,24 +25,24 @@ def points_of(model: Mapping[str, Any]) -> list[PlanePoint]:
     ]
 
 
+def noise_of(model: Mapping[str, Any]) -> NoiseRobustness:
+    """Robustness to noise of a model of a record; likewise."""
+    noise = {name: tuple(map(tuple, cell)) for name, cell in model["noise"].items() if name in ("zeta", "spread")}
+    return NoiseRobustness(**{**model["noise"], **noise, "sites": tuple(model["noise"]["sites"])})
+
+
 def draw(record: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Draw the pictures that there are numbers for: file name → what it shows."""
     models = record["models"]
     sites = {name: model["sites"] for name, model in models.items()}
-    likelihood = {
-        f"{name}, {site}": each
-        for name, model in models.items()
-        for site, each in (model["likelihood"] or {}).items()
-        if each["newton"] is not None
-    }
-    noise = {name: NoiseRobustness(**model["noise"]) for name, model in models.items() if model["noise"] is not None}
+    noise = {name: noise_of(model) for name, model in models.items() if model["noise"] is not None}
     planes = {name: points_of(model) for name, model in models.items() if model["plane"]}
     drawn = {
         "profiles.png": pictures.draw_profiles(sites, folder / "profiles.png"),
         "norms.png": pictures.draw_norm_profiles(sites, folder / "norms.png"),
         "lam_hat.png": pictures.draw_lam_hat(sites, folder / "lam_hat.png"),
-        "likelihood.png": bool(likelihood) and pictures.draw_likelihood(likelihood, folder / "likelihood.png"),
-        "qq.png": bool(panels := _qq_panels(models)) and pictures.draw_qq(panels, folder / "qq.png"),
+        "likelihood.png": pictures.draw_likelihood(_likelihood_panels(models), folder / "likelihood.png"),
+        "qq.png": pictures.draw_qq(_qq_panels(models), folder / "qq.png"),
         "zeta.png": bool(noise) and pictures.draw_zeta(noise, folder / "zeta.png"),
         "plane.png": bool(planes) and pictures.draw_plane(planes, folder / "plane.png"),
         "ib.png": bool(planes) and pictures.draw_ib(planes, folder / "ib.png"),
@@ -47,17 +50,33 @@ def draw(record: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return {file: PICTURES[file] for file, is_there in drawn.items() if is_there}
 
 
+def _likelihood_panels(models: Mapping[str, Any]) -> dict[str, Any]:
+    """λ̂ against the most likely λ at some norms, evenly spaced where there are many."""
+    known = {
+        (name, site): each
+        for name, model in models.items()
+        for site, each in (model["likelihood"] or {}).items()
+        if each["newton"] is not None
+    }
+    several = len({name for name, _ in known}) > 1
+    titles = {
+        f"{f'{name}, ' if several else ''}{pictures.short_site(site)}": each for (name, site), each in known.items()
+    }
+    return {title: titles[title] for title in (list(titles)[i] for i in spaced(len(titles), LIKELIHOODS))}
+
+
 def _qq_panels(models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Q-Q data of what comes out of the first norm, one in the middle and the last."""
+    """Q-Q data of what comes out of a norm in the middle and the last, at step 0 and now; of the first, too, where
+    there is no step 0."""
+    started = any(model["start"] for model in models.values())
     panels: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
-        stages = {f"{name}, step 0": model["start"], name: model} if model["start"] else {name: model}
-        for title, stage in stages.items():
-            sites = list(stage["normality"] or ())
-            shown = dict.fromkeys(sites[i] for i in (0, len(sites) // 2, -1)) if sites else {}
-            row = {site: stage["normality"][site]["after"]["qq"] for site in shown}
-            if any(row.values()):
-                panels[title] = row
+        sites = list(model["normality"] or ())
+        places = {"first norm": 0, "middle norm": len(sites) // 2, "last norm": -1} if sites else {}
+        for title, i in list(places.items())[started:]:
+            for step, stage in ((", step 0", model["start"]), ("", model)):
+                if stage:
+                    panels.setdefault(name, {})[title + step] = stage["normality"][sites[i]]["after"]["qq"]
     return panels
 
 
@@ -206,7 +225,7 @@ def page(record: Mapping[str, Any], drawn: Mapping[str, str], folder: Path) -> s
         show("zeta.png")
         for name, model in models.items():
             if model["noise"]:
-                made.table(NoiseRobustness(**model["noise"]).table(), f"ζ of {name}")
+                made.table(noise_of(model).table(), f"ζ of {name}")
         made.paragraph(
             f"Normal noise of {options['delta']:g} times the mean absolute deviation of a row is added to one norm's "
             "output; ζ is how much the outputs of later norms change, as a fraction of their size (both in l1), mean "

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..cli import bad_input, require_extra
@@ -17,7 +16,7 @@ from ..functional import check_number
 from ..models import find_model, load_tokenizer, load_whole
 from ..report.runs import Run
 from ..report.tables import csv_text
-from .model import PARTS, PLACES, Measuring, analyze_model, plane_options
+from .model import PARTS, PLACES, Measuring, analyze_model, plane_options, spaced
 from .page import draw, page
 from .places import chosen_norms
 from .plane import information_plane
@@ -174,9 +173,8 @@ def _looked_at(
     if found["plane"] is not None:
         for point in found["plane"]:
             point["step"] = subject.step
-        places = np.linspace(0, len(earlier) - 1, max(0, min(checkpoints - 1, len(earlier))))
         points: list[Any] = []
-        for step in (earlier[i] for i in places.round().astype(int)):
+        for step in (earlier[i] for i in spaced(len(earlier), checkpoints - 1)):
             say(f"{name}: the information plane at step {step}")
             then = load_whole(subject.checkpoints[step], None, torch.float32).to(device)
             points += information_plane(then, ids, step=step, **plane_options(measuring))
