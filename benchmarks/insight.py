@@ -16,6 +16,7 @@ from typing import Any
 
 from page import page
 
+from hf_ibnorm.analysis.pictures import short_site
 from hf_ibnorm.files import write_json, write_text
 from hf_ibnorm.report.tables import Table
 
@@ -107,18 +108,12 @@ def lam_table() -> str:
         for row in of_model(sites, name, model["step"]):
             if not row["lam_hat_mean"]:
                 continue
-            here = [each for each in of_model(pairs, name, model["step"]) if each["site"] == row["site"]]
-            newton, likelihood = ([float(each[key]) for each in here] for key in ("newton", "likelihood"))
+            (found,) = (each for each in of_model(pairs, name, model["step"]) if each["site"] == row["site"])
             cells = [f"{float(row[f'lam_hat_{key}']):.2f}" for key in ("mean", "least", "most")]
             cells += [f"{float(row['lam_hat_outside']):.2%}"]
             cells += [f"{float(row[f'p_std_{key}']):.3f}" for key in ("mean", "least")]
-            table.rows.append([row["site"], *cells, f"{correlation(newton, likelihood):.3f}"])
+            table.rows.append([row["site"], *cells, f"{float(found['correlation']):.3f}"])
     return table.markdown()
-
-
-def correlation(x: list[float], y: list[float]) -> float:
-    a, b = ([value - fmean(values) for value in values] for values in (x, y))
-    return sum(u * v for u, v in zip(a, b, strict=True)) / (sum(u * u for u in a) * sum(v * v for v in b)) ** 0.5
 
 
 def noise_table() -> str:
@@ -126,7 +121,7 @@ def noise_table() -> str:
     rows = read("noise")
     last = rows[-1]["measured_at"]
     sites = list(dict.fromkeys(row["noise_at"] for row in rows))
-    table = Table(["model", *(f"{site.replace('layernorm', '')}" for site in sites), "mean"])
+    table = Table(["model", *map(short_site, sites), "mean"])
     for name in facts()["models"]:
         values = [float(row["zeta"]) for row in of_model(rows, name, None) if row["measured_at"] == last]
         table.rows.append([name, *(f"{value:.3f}" for value in values), f"{fmean(values):.3f}"])
@@ -158,7 +153,8 @@ def made_with() -> str:
     environment, models = record["environment"], record["models"]
     tokens = min(model["tokens"] for model in models.values())
     losses = ", ".join(f"{name} {model['loss']:.3f}" for name, model in models.items())
-    where = f"{environment['cpu_count']} cores of an {environment['device']}, torch {environment['versions']['torch']}"
+    torch = environment["versions"]["torch"].partition("+")[0]
+    where = f"{environment['cpu_count']} cores of an {environment['device']}, torch {torch}"
     return f"{tokens:,} tokens of {record['text']}; {where}, {environment['date'][:10]}. Loss there, nats: {losses}.\n"
 
 

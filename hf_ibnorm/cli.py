@@ -7,6 +7,7 @@ stopped by a signal and resumable.
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,15 @@ def require_extra(extra: str, *modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UserError(f"{', '.join(missing)} not installed: pip install 'hf_ibnorm[{extra}]'")
+
+
+def stop_in_order() -> None:
+    """Let SIGTERM end this process as an exception does, so that what was half written is removed."""
+
+    def stop(*_: object) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def quiet_libraries() -> None:

@@ -1,6 +1,8 @@
 """Language models found on disk or on the Hub, and loaded whole or refused."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def load_tokenizer(path: Path) -> tuple[Any, Any]:
     quiet_libraries()
     if not any(path.glob("*token*")) and not any(path.glob("vocab.*")):
         raise UserError(f"tokenizer: {path} has none (no tokenizer.json); save it beside the model")
-    with bad_input(*_causes(), about=f"model: {path} cannot be loaded: "):
+    with _loading(path):
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     highest = max(tokenizer.get_vocab().values())
@@ -61,7 +63,7 @@ def load_whole(path: Path, config: Any, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     kind: Any = AutoModelForCausalLM  # whose annotations know of no loading info
-    with bad_input(*_causes(), about=f"model: {path} cannot be loaded: "):
+    with _loading(path):
         model, report = kind.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
@@ -74,9 +76,13 @@ def load_whole(path: Path, config: Any, dtype: Any) -> Any:
     return model
 
 
-def _causes() -> tuple[type[Exception], ...]:
-    """What Transformers raises for a checkpoint that it cannot load."""
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Turn what Transformers raises for a checkpoint that it cannot load into one line of a length to read."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    return (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"model: {path} cannot be loaded: {str(error)[:400]}") from error

@@ -16,7 +16,7 @@ def benchmarks(monkeypatch):
     """Modules of benchmarks/ can be imported."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield
-    for name in ("published", "page", "convert", "watching"):
+    for name in ("published", "page", "convert", "watching", "analysis", "insight"):
         sys.modules.pop(name, None)
 
 
@@ -49,6 +49,26 @@ def test_the_page_of_conversions_shows_the_reports_in_the_tree():
     assert conversion.written(text) == text
     assert conversion.reports().keys() == set(conversion.CASES)
     assert all(f"results/convert/{case}/report.md" in text for case in conversion.CASES)
+
+
+def test_the_page_of_diagnostics_shows_the_results_in_the_tree():
+    import insight
+
+    text = insight.PAGE.read_text(encoding="utf-8")
+    tables = insight.tables()
+    assert insight.page(text, tables) == text
+    assert all(table in text for table in tables.values())
+    assert set(insight.facts()["models"]) == {"rmsnorm", "ibnorm_l", "ibnorm_t", "ibnorm_shrink", "layernormalnorm"}
+
+
+def test_an_analysis_is_timed_in_a_process_of_its_own(tmp_path):
+    import analysis
+
+    analysis.write_model("ibnorm_l", tmp_path)
+    found = analysis.once(tmp_path, 300, "statistics")
+    assert found["tokens"] == 256
+    assert found["seconds"] > 0
+    assert 0 < found["peak"] < 1e9
 
 
 def test_a_conversion_is_measured_beside_copies():

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..cli import UserError, bad_input, quiet_libraries
+from ..cli import UserError, bad_input, quiet_libraries, stop_in_order
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
@@ -14,14 +14,16 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from .report import analyze
 
     quiet_libraries()
-    models, named = dict[str, str](), any("=" in word for word in arguments.model)
+    stop_in_order()
+    models: dict[str, str] = {}
+    named = any(_is_named(word) for word in arguments.model)
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     wanted = {name: given[name] for name in Measuring.__dataclass_fields__ if name in given}
     wanted |= {name: tuple(wanted[name]) for name in ("sites", "skip") if name in wanted}
     options: dict[str, Any] = {name: given[name] for name in ("data", "tokens", "checkpoints") if name in given}
     for word in arguments.model if named else ():
-        name, equals, path = word.partition("=")
-        if not equals or not name or not path or name in models:
+        name, _, path = word.partition("=")
+        if not _is_named(word) or not path or name in models:
             raise UserError(f"model: got {word!r}, must be NAME=DIR like the others, each name once")
         models[name] = path
     options |= {"measuring": Measuring(**wanted), "say": partial(print, flush=True)}
@@ -29,6 +31,12 @@ def _analyze(arguments: argparse.Namespace) -> None:
         record = analyze(models or arguments.model, arguments.output, **options)
     summary(record).print()
     print(f"report: {Path(arguments.output) / 'report.html'}")
+
+
+def _is_named(word: str) -> bool:
+    """Whether it is NAME=DIR; a path may have a = as well."""
+    name, equals, _ = word.partition("=")
+    return bool(equals and name) and "/" not in name and not Path(word).exists()
 
 
 def add_verb(verbs: Any) -> None:
@@ -63,7 +71,11 @@ def add_verb(verbs: Any) -> None:
     parser.add_argument("--delta", type=float, help="noise, in mean absolute deviations of a row (default: 1)")
     parser.add_argument("--draws", type=int, help="how often it is drawn (default: 6)")
     parser.add_argument("--noise_tokens", type=int, help="tokens it is measured on, about (default: 2048)")
-    parser.add_argument("--samples", type=int, help="positions for the information plane, at most (default: 2000)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help="positions for the information plane, at most: memory grows as their square (default: 2000)",
+    )
     parser.add_argument("--beta", type=float, help="of the IB value (default: 1)")
     parser.add_argument(
         "--checkpoints", type=int, help="of a run, for the information plane, at most, with the last (default: 5)"

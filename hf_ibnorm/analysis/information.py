@@ -34,6 +34,7 @@ class Estimate:
         value: None where it cannot be estimated.
         interval: 95 %, from random halves of the samples; None as above. It says how estimates of this size scatter,
             not how biased they are; and it takes samples to be independent, which tokens of one text are not quite.
+            Those of `ksg_information` are on the wide side.
         chance: what the estimator finds where there is nothing: the same samples, shuffled against each other, mean of
             some shuffles. None as above.
         n: samples.

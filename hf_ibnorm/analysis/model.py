@@ -17,7 +17,7 @@ from .noise import noise_robustness
 from .normality import lambda_against_likelihood, measure_normality, qq
 from .places import chosen_norms, evaluating
 from .plane import information_plane
-from .sites import watch
+from .sites import ModelStatistics, watch
 
 PARTS = ("normality", "noise", "information")
 """What can be left out; the statistics of the sites cannot."""
@@ -55,12 +55,18 @@ class Measuring:
     beta: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.skip, str):
+            object.__setattr__(self, "skip", (self.skip,))
+
     def check(self) -> None:
         """Raise ValueError or TypeError, naming the field, for a value that is not allowed."""
         for part in self.skip:
             check_choice("skip", part, PARTS)
         for name in ("rows", "draws", "noise_tokens", "samples"):
             check_number(name, getattr(self, name), 1)
+            if getattr(self, name) != int(getattr(self, name)):
+                raise ValueError(f"{name}: got {getattr(self, name)}, must be a whole number")
         for name in ("delta", "beta"):
             check_number(name, getattr(self, name), 0.0)
         check_number("seed", self.seed, 0, 2**31)
@@ -91,12 +97,15 @@ def analyze_model(model: PreTrainedModel, ids: Tensor, measuring: Measuring | No
     """
     measuring = measuring or Measuring()
     measuring.check()
+    if ids.ndim != 2 or ids.shape[1] < 2:
+        raise ValueError(f"ids: got shape {tuple(ids.shape)}, must be (rows, length), length >= 2")
     if set(measuring.skip) < set(PARTS):
         require_extra("analysis", "scipy", "sklearn", "pingouin")
     norms = chosen_norms(model, measuring.sites)
     sample = 0 if "normality" in measuring.skip else measuring.rows
     nll = 0.0
-    with evaluating(model), torch.no_grad(), watch(model.base_model, sample=sample) as statistics:
+    made = ModelStatistics(model.base_model, sample=sample, sites=measuring.sites)
+    with evaluating(model), torch.no_grad(), watch(model.base_model, made) as statistics:
         for rows in ids.split(max(1, AT_ONCE // ids.shape[1])):
             rows = rows.to(model.device)
             logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
@@ -123,8 +132,8 @@ def analyze_model(model: PreTrainedModel, ids: Tensor, measuring: Measuring | No
             reasons["noise"] = str(error)
     if "information" not in measuring.skip:
         found["plane"] = [asdict(point) for point in information_plane(model, ids, **plane_options(measuring))]
-    sites = {site: cells for site, cells in statistics.result().items() if site in norms}
-    return {"loss": nll / (ids.shape[0] * (ids.shape[1] - 1)), "sites": sites, **found, "reasons": reasons}
+    loss = nll / (ids.shape[0] * (ids.shape[1] - 1))
+    return {"loss": loss, "sites": statistics.result(), **found, "reasons": reasons}
 
 
 def plane_options(measuring: Measuring) -> dict[str, Any]:

@@ -27,8 +27,8 @@ class NoiseRobustness:
         draws: T, how often it was drawn.
         sites: names, in order of execution.
         zeta: S × S for S sites, a row where the noise was added, a column where it was measured; a fraction. None
-            unless the column's site comes after the row's, and where the undisturbed output is 0 everywhere or not
-            finite.
+            unless the column's site comes after the row's, and where the undisturbed output is 0 everywhere, or
+            one of the outputs is not finite.
         spread: standard deviation of ζ over the draws; None where ζ is, and for a single draw.
     """
 
@@ -144,7 +144,8 @@ def relative_change(
             disturb = {sites[noisy]: lambda _module, _args, output, noise=noise: (output + noise).to(output.dtype)}
             with _hooked(disturb | {sites[site]: compare(site) for site in later}):
                 run()
-        found = [changes.get(site) for site in names]
+        finite = {site: each for site, each in changes.items() if all(map(math.isfinite, each))}
+        found = [finite.get(site) for site in names]
         zeta.append(tuple(None if each is None else statistics.fmean(each) for each in found))
         spread.append(tuple(None if each is None or len(each) < 2 else statistics.stdev(each) for each in found))
     return NoiseRobustness(float(delta), draws, names, tuple(zeta), tuple(spread))

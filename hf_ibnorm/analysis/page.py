@@ -13,6 +13,8 @@ from .model import PLACES, spaced
 from .noise import NoiseRobustness
 from .plane import PlanePoint, plane_table
 
+UNKNOWN = "a norm of an unknown kind"
+"""Why a module that is called a norm is not looked at."""
 LIKELIHOODS = 12
 """Norms whose λ̂ is drawn against the most likely one, at most."""
 
@@ -85,7 +87,7 @@ PICTURES = {
     "norms.png": "What belongs to one kind of norm.",
     "lam_hat.png": "λ̂ of all rows.",
     "likelihood.png": "λ̂ of one Newton step against the λ of the largest likelihood.",
-    "qq.png": "Quantiles of channels, standardized, against those of the normal distribution.",
+    "qq.png": "Quantiles of four channels, standardized, against those of the normal distribution; R² is their mean.",
     "zeta.png": "ζ: noise added at a row's norm, relative change at a column's.",
     "plane.png": "The information plane.",
     "ib.png": "The IB value of every norm.",
@@ -93,20 +95,36 @@ PICTURES = {
 
 
 def summary(record: Mapping[str, Any]) -> Table:
-    """A row for each model: medians over its norms."""
-    columns = ["model", "norm", "loss, nats", "excess kurtosis, in", "out", "near zero, out", "Hoyer, out"]
-    table = Table([*columns, "effective rank, out", "Q-Q R², out", "|r|, out", "AMI, out", "ζ to the last norm, mean"])
-    for name, model in record["models"].items():
-        sites, normality = model["sites"].values(), (model["normality"] or {}).values()
-        cells = [_median(site[place] and site[place]["excess_kurtosis"] for site in sites) for place in PLACES]
-        cells += [_median(site["after"] and site["after"][cell] for site in sites) for cell in ("near_zero", "hoyer")]
-        cells.append(_median((site["after"] and site["after"]["effective_rank"] for site in sites), ".1f"))
-        for measure in ("r_squared", "correlation", "mutual_information"):
-            found = (each["after"][measure] for each in normality)
-            cells.append(_median((each and each["mean"] for each in found), ".4f"))
-        last = [row[-1] for row in model["noise"]["zeta"] if row[-1] is not None] if model["noise"] else []
-        cells.append(f"{fmean(last):.3f}" if last else "-")
-        table.rows.append([name, model["norm"], f"{model['loss']:.4f}", *cells])
+    """A column for each model: medians over its norms."""
+    models = record["models"]
+    table = Table(["median over the norms", *models])
+
+    def row(title: str, cells: Iterable[str]) -> None:
+        table.rows.append([title, *cells])
+
+    def of_sites(title: str, place: str, cell: str, form: str = ".3f") -> None:
+        row(
+            f"{title}, {place}",
+            (
+                _median((site[place] and site[place][cell] for site in model["sites"].values()), form)
+                for model in models.values()
+            ),
+        )
+
+    row("norm", (model["norm"] for model in models.values()))
+    row("loss, nats a token", (f"{model['loss']:.4f}" for model in models.values()))
+    for place in PLACES:
+        of_sites("excess kurtosis", place, "excess_kurtosis")
+    of_sites("near zero", "after", "near_zero")
+    of_sites("Hoyer sparsity", "after", "hoyer")
+    of_sites("largest / median size", "before", "massive", ".1f")
+    of_sites("effective rank", "after", "effective_rank", ".1f")
+    for title, measure in (("Q-Q R²", "r_squared"), ("|r|", "correlation"), ("AMI", "mutual_information")):
+        found = ([each["after"][measure] for each in (model["normality"] or {}).values()] for model in models.values())
+        row(f"{title}, after", (_median((each and each["mean"] for each in cells), ".4f") for cells in found))
+    last = ([line[-1] for line in model["noise"]["zeta"]] if model["noise"] else [] for model in models.values())
+    known = ([value for value in values if value is not None] for values in last)
+    row("ζ to the last norm, mean", (f"{fmean(values):.3f}" if values else "-" for values in known))
     return table
 
 
@@ -120,8 +138,8 @@ def _sites_table(sites: Mapping[str, Any]) -> Table:
     cells = ("mean", "variance", "skewness", "excess_kurtosis", "near_zero", "hoyer", "massive", "effective_rank")
     own = ("contraction", "saturation", "slope")
     columns = [f"{cell.replace('_', ' ')}, {place}" for cell in cells for place in PLACES]
-    columns += [*own, "λ̂, mean", "λ̂ outside [0, 2]", "std p, mean", "least"]
-    table = Table(["norm", "kind", "rows", *columns])
+    columns += [*own, "λ̂, mean", "λ̂ outside [0, 2]", "std p, mean", "std p, least"]
+    table = Table(["site", "norm", "rows", *columns])
     for name, site in sites.items():
         row = [site[place] and site[place][cell] for cell in cells for place in PLACES] + [site[cell] for cell in own]
         row += [site["lam_hat"] and site["lam_hat"][cell] for cell in ("mean", "outside")]
@@ -135,8 +153,8 @@ TESTS = ("dagostino", "anderson_darling", "henze_zirkler")
 
 def _normality_table(stage: Mapping[str, Any]) -> Table:
     """Two rows for each norm: what goes in and what comes out."""
-    names = ["Q-Q R², mean", "least", "D'Agostino rejects", "Anderson-Darling rejects", "Henze-Zirkler rejects"]
-    table = Table(["norm", "", "rows", *names, "mean |r|", "mean AMI"])
+    names = ["Q-Q R², mean", "Q-Q R², least", "D'Agostino rejects", "Anderson-Darling rejects", "Henze-Zirkler rejects"]
+    table = Table(["site", "", "rows", *names, "mean |r|", "mean AMI"])
     for site, places in stage["normality"].items():
         for place in PLACES:
             found = places[place]
@@ -153,10 +171,11 @@ def _cell(found: Mapping[str, Any] | None, key: str, form: str) -> str:
 
 def _reasons(record: Mapping[str, Any]) -> Table:
     """What is empty anywhere, and why."""
-    table = Table(["model", "norm", "empty", "because"])
+    table = Table(["model", "site", "empty", "because"])
     for name, model in record["models"].items():
         for part, why in model["reasons"].items():
             table.rows.append([name, "", part, why])
+        table.rows += [[name, site, "everything", UNKNOWN] for site in model["unknown"]]
         for site, cells in model["sites"].items():
             by_reason: dict[str, list[str]] = {}
             for cell, why in cells["reasons"].items():
@@ -189,17 +208,17 @@ def page(record: Mapping[str, Any], drawn: Mapping[str, str], folder: Path) -> s
 
     made.table(summary(record))
     made.paragraph(
-        "Medians over the norms of a model. In: what a norm is given; out: what it makes of it before gain and bias. "
+        "Before: what a norm is given; after: what it makes of it before gain and bias. "
         "Excess kurtosis is that of all elements together, 0 for a Gaussian; near zero is the share of elements below "
         "a tenth of their row's mean absolute value, 6.4 % for a Gaussian; Hoyer's sparsity is 0 where all elements of "
-        "a row are alike and 1 for a single one, 0.2 for a Gaussian; the effective rank is the exponential of the "
-        "entropy of the covariance's eigenvalues."
+        "a row are alike and 1 for a single one, 0.2 for a Gaussian; largest / median size is that of a row's elements "
+        "(massive in the tables); the effective rank is the exponential of the entropy of the covariance's eigenvalues."
     )
-    tokens = {f"{model['tokens']:,}" for model in models.values()}
+    tokens = sorted({model["tokens"] for model in models.values()})
     if len({model["tokens_sha"] for model in models.values()}) > 1:
-        made.paragraph("The models have different tokenizers, so they did not read the same tokens.")
+        made.paragraph("The models did not read the same tokens: their tokenizers or contexts differ.")
     made.heading("From norm to norm")
-    show("profiles.png", "norms.png")
+    show("profiles.png", "norms.png", "lam_hat.png")
     for name, model in models.items():
         made.table(_sites_table(model["sites"]), f"Every norm of {name}")
     made.paragraph(
@@ -209,7 +228,7 @@ def page(record: Mapping[str, Any], drawn: Mapping[str, str], folder: Path) -> s
     )
     if any(model["normality"] for model in models.values()):
         made.heading("How normal channels are")
-        show("qq.png", "lam_hat.png", "likelihood.png")
+        show("qq.png", "likelihood.png")
         for name, model in models.items():
             for title, stage in ((f"{name} at step 0", model["start"]), (name, model)):
                 if stage and stage["normality"]:
@@ -248,9 +267,9 @@ def page(record: Mapping[str, Any], drawn: Mapping[str, str], folder: Path) -> s
         made.heading("What is empty, and why")
         made.table(empty, "Cells without a number")
     environment = record["environment"]
+    read = " to ".join(f"{each:,}" for each in dict.fromkeys((tokens[0], tokens[-1])))
+    machine = f"{environment['device']}, {environment['cpu_count']} cores, torch {environment['versions']['torch']}"
     return made.html(
-        f"{' to '.join(sorted(tokens)[:: max(1, len(tokens) - 1)])} tokens a model, float32, eval mode, seed "
-        f"{options['seed']}; {environment['device']}, {environment['cpu_count']} cores, torch "
-        f"{environment['versions']['torch']}, {environment['date'][:10]}. analysis.json and the CSV files have all "
-        "numbers."
+        f"{read} tokens a model, float32, eval mode, seed {options['seed']}; {machine}, {environment['date'][:10]}. "
+        "analysis.json and the CSV files have all numbers."
     )

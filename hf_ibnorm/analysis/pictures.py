@@ -447,7 +447,7 @@ def draw_ib(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool:
 
 def short_site(site: str) -> str:
     """A site's name for an axis: "model.layers.3.post_attention_layernorm" is "3.post"; other text stays as it is."""
-    if found := re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)\.(\w+)", site):
+    if found := re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)\.(?:\w+\.)*(\w+)", site):
         return f"{found[1]}.{found[2].removesuffix('_layernorm').removesuffix('_attention')}"
     return site.rpartition(".")[2] if re.fullmatch(r"(.*\.)?(norm|ln_f)", site) else site
 

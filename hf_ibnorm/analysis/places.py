@@ -57,12 +57,25 @@ def chosen_norms(model: nn.Module, sites: str | Collection[str] | None) -> dict[
         ValueError: a glob that matches none, or as `known_norms`.
         RuntimeError: as `known_norms`.
     """
-    norms = known_norms(model.base_model)  # type: ignore[arg-type]
+    return matching(known_norms(model.base_model), sites)  # type: ignore[arg-type]
+
+
+def matching(norms: dict[str, nn.Module], sites: str | Collection[str] | None) -> dict[str, nn.Module]:
+    """Those whose names match a glob; raises ValueError for a glob that matches none, and for no glob."""
     globs = ["*"] if sites is None else [sites] if isinstance(sites, str) else list(sites)
-    for glob in globs:
+    for glob in globs or [""]:
         if not any(fnmatchcase(site, glob) for site in norms):
             raise ValueError(f"sites: got {glob!r}, which matches none of {', '.join(norms)}")
     return {site: norm for site, norm in norms.items() if any(fnmatchcase(site, glob) for glob in globs)}
+
+
+def unknown_norms(model: nn.Module) -> list[str]:
+    """Names of modules that are called norms and that `known_norms` does not know, such as norms with a gate."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "Norm" in type(module).__name__ and not is_known(module) and not any(module.children())
+    ]
 
 
 @contextmanager

@@ -28,6 +28,10 @@ from .noise import chosen_norms, evaluating
 ESTIMATORS = {"renyi": RENYI, "ksg": KSG}
 
 
+ONCE = "the norm does not run once for each position"
+"""Why there is no estimate: two sites share it, or it runs again."""
+
+
 @dataclass(frozen=True)
 class PlanePoint:
     """Where a site is in the information plane.
@@ -92,12 +96,14 @@ def information_plane(
     points = []
     for site, t in outputs.items():
         for name in estimators:
-            read, to_come = (draw(ESTIMATORS[name], t, labels, seed, resamples, shuffles) for labels in (x, y))
+            read, to_come = (
+                ONCE if t is None else draw(ESTIMATORS[name], t, labels, seed, resamples, shuffles) for labels in (x, y)
+            )
             if isinstance(read, str) or isinstance(to_come, str):
                 ib: Draws | str = read if isinstance(read, str) else to_come
             else:  # the same halves were drawn for both
                 ib = to_come[0] - beta * read[0], to_come[1] - beta * read[1]
-            x_t, t_y, value = (summary(each, len(t)) for each in (read, to_come, ib))
+            x_t, t_y, value = (summary(each, len(x)) for each in (read, to_come, ib))
             points.append(PlanePoint(step, site, name, x_t, t_y, value, beta))
     return points
 
@@ -162,8 +168,11 @@ def plane_table(points: Sequence[PlanePoint]) -> Table:
 @torch.no_grad()
 def _collected(
     model: PreTrainedModel, ids: Tensor, sites: str | Collection[str] | None, samples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """X and Y of shape (n,), and T of shape (n, d) for each site, at positions drawn from all of `ids`."""
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray | None]]:
+    """X and Y of shape (n,), and T of shape (n, d) for each site, at positions drawn from all of `ids`.
+
+    T is None where a site has not one output for each position.
+    """
     check_number("samples", samples, 1)
     rows, length = ids.shape
     places = max(0, length - 2)  # of a row
@@ -194,6 +203,8 @@ def _collected(
     finally:
         for handle in handles:
             handle.remove()
-    empty = [torch.empty(0, 1)]
-    outputs = {site: torch.cat(seen.get(site, empty)).numpy() for site in norms}
+    outputs: dict[str, np.ndarray | None] = {}
+    for site in norms:
+        rows_of = torch.cat(seen.get(site) or [torch.empty(0, 1)])
+        outputs[site] = rows_of.numpy() if len(rows_of) == sum(map(len, x)) else None
     return torch.cat(x).cpu().numpy(), torch.cat(y).cpu().numpy(), outputs

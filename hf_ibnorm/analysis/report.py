@@ -1,6 +1,7 @@
 """Several models looked at side by side: numbers as JSON and CSV, pictures, and one page."""
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..cli import bad_input, require_extra
+from ..cli import UserError, bad_input, require_extra
 from ..data.text import SEQUENCE, Text, draw_text
 from ..files import atomic_directory, check_new_directory, environment_record, sha256, write_json, write_text
 from ..functional import check_number
@@ -17,14 +18,19 @@ from ..models import find_model, load_tokenizer, load_whole
 from ..report.runs import Run
 from ..report.tables import csv_text
 from .model import PARTS, PLACES, Measuring, analyze_model, plane_options, spaced
-from .page import draw, page
-from .places import chosen_norms
+from .page import UNKNOWN, draw, page
+from .places import known_norms, matching, unknown_norms
 from .plane import information_plane
 
 DATA, TOKENS = "sotu", 16384
 """What is measured on where nothing is said: a text, and how much of it."""
 CHECKPOINTS = 5
 """Checkpoints of a run at which the information plane is estimated, at most."""
+FILES = (
+    *("models", "sites", "normality", "channels", "pairs", "qq", "lam_hat"),
+    *("likelihood", "likelihood_rows", "noise", "plane"),
+)
+"""CSV files of a report; one without a row is not written."""
 Row = dict[str, Any]
 
 
@@ -66,12 +72,13 @@ def analyze(
     Args:
         models: directories of causal language models, names on the Hub, or run directories of train_lm; by name, or
             named after their directories. Of a run the information plane is estimated at some checkpoints, too, and
-            normality at step 0.
+            normality at step 0; of one that is not finished, the newest checkpoint is looked at.
         output: a new directory.
-        data: text to measure on: an embedded corpus, of which the test split is used, or a text file.
+        data: text to measure on: an embedded corpus, of which the test split is used, or a text file. Where the
+            tokenizer begins texts with a BOS token, every row of tokens does, too.
         tokens: how much of it, about; at least a block, which is the model's context or 512.
         checkpoints: of a run, how many at most, evenly spaced, the finished model among them.
-        measuring: what is taken, and how.
+        measuring: what is taken, and how. A glob of its `sites` has to match in one of the models.
         say: is told, in a line, what is looked at.
 
     Returns:
@@ -92,11 +99,15 @@ def analyze(
         check_number("checkpoints", checkpoints, 1)
         check_new_directory("output", folder)
         named = dict(models) if isinstance(models, Mapping) else dict(zip(_names(models), models, strict=True))
+        for name in named:
+            if name.startswith("_"):  # matplotlib would leave it out of the legends
+                raise ValueError(f"model: got the name {name!r}, must not begin with _; NAME=DIR chooses another")
         subjects = {name: _subject(str(path), data, int(tokens)) for name, path in named.items()}
+    chosen = _chosen_sites(subjects, measuring)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {}
     for name, subject in subjects.items():
-        found[name] = _looked_at(name, subject, measuring, int(checkpoints), device, say)
+        found[name] = _looked_at(name, subject, replace(measuring, sites=chosen[name]), int(checkpoints), device, say)
         gc.collect()  # before the next model is loaded
     made = environment_record()
     record = {
@@ -130,14 +141,19 @@ def _names(models: Sequence[str | Path]) -> list[str]:
 
 def _subject(model: str, data: str, tokens: int) -> Subject:
     """Find a model, and read the text with its tokenizer."""
-    folder, run = find_model(model), Path(model)
-    config, tokenizer = load_tokenizer(folder)
-    checkpoints, step = {}, None
-    if folder == run / "final":
-        for path in run.glob("checkpoints/step-*/model"):
+    run, checkpoints, step = Path(model), dict[int, Path](), None
+    if not (run / "config.json").exists():
+        for path in run.glob("checkpoints/step-*/model/config.json"):
             with suppress(ValueError):  # another name
-                checkpoints[int(path.parent.name.removeprefix("step-"))] = path
-        step = int(Run.read(run).metrics[-1]["step"])
+                checkpoints[int(path.parts[-3].removeprefix("step-"))] = path.parent
+    if checkpoints and not (run / "final").exists():  # it trains still, or was stopped
+        step = max(checkpoints)
+        folder = checkpoints[step]
+    else:
+        folder = find_model(model)
+        if folder == run / "final":
+            step = int(Run.read(run).metrics[-1]["step"])
+    config, tokenizer = load_tokenizer(folder)
     context = getattr(config, "max_position_embeddings", None) or SEQUENCE
     block = min(SEQUENCE, context)
     if tokens < block:
@@ -147,7 +163,31 @@ def _subject(model: str, data: str, tokens: int) -> Subject:
         raise ValueError(
             f"data: got {data!r}, which has {text.ids.numel()} tokens for {model}; must have a block of {block}"
         )
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a").input_ids[0] == bos:  # then the model has never seen a row without it
+        text.ids[:, 0] = bos
     return Subject(folder, dict(sorted(checkpoints.items())), step, config, tokenizer, text)
+
+
+def _chosen_sites(subjects: Mapping[str, Subject], measuring: Measuring) -> dict[str, tuple[str, ...]]:
+    """Name of a model → its sites that are looked at, before any model is measured.
+
+    Raises:
+        UserError: a model runs no known norm or cannot be loaded whole, or a glob matches no norm of any model.
+    """
+    norms = {}
+    for name, subject in subjects.items():
+        model = load_whole(subject.folder, subject.config, torch.float32)
+        with bad_input(ValueError, RuntimeError, about=f"{name}: "):
+            norms[name] = known_norms(model.base_model)
+        del model
+    everything = {site: norm for sites in norms.values() for site, norm in sites.items()}
+    with bad_input():
+        wanted = set(matching(everything, measuring.sites))
+    for name, sites in norms.items():
+        if not wanted & set(sites):
+            raise UserError(f"sites: got {', '.join(measuring.sites or ())}, which matches no norm of {name}")
+    return {name: tuple(site for site in sites if site in wanted) for name, sites in norms.items()}
 
 
 def _looked_at(
@@ -161,11 +201,10 @@ def _looked_at(
     """What `analyze_model` says of the finished model, with what its checkpoints add."""
     ids = subject.text.ids
     model = load_whole(subject.folder, subject.config, torch.float32).to(device)
-    with bad_input(about=f"{name}: "):
-        chosen_norms(model, measuring.sites)
     say(f"{name}: {ids.numel():,} tokens of {subject.text.name}")
     found: dict[str, Any] = {"folder": str(subject.folder), "norm": _norm_of(model), "step": subject.step}
-    found |= {"tokens": ids.numel(), "tokens_sha": sha256([ids.numpy().tobytes()])[:16]}
+    found |= {"tokens": ids.numel(), "tokens_sha": sha256([str(ids.shape), ids.numpy().tobytes()])[:16]}
+    found |= {"unknown": unknown_norms(model.base_model)}
     with bad_input(FloatingPointError, about=f"{name}: "):
         found |= analyze_model(model, ids, measuring)
     del model
@@ -183,31 +222,32 @@ def _looked_at(
     if found["normality"] is not None and earlier[:1] == [0]:
         say(f"{name}: normality at step 0")
         then = load_whole(subject.checkpoints[0], None, torch.float32).to(device)
-        start = analyze_model(then, ids, replace(measuring, skip=tuple(set(PARTS) - {"normality"})))
+        with bad_input(FloatingPointError, about=f"{name}, step 0: "):
+            start = analyze_model(then, ids, replace(measuring, skip=tuple(set(PARTS) - {"normality"})))
         found["start"] = {name: start[name] for name in ("loss", "sites", "normality", "likelihood")}
     return found
 
 
 def _norm_of(model: Any) -> str:
-    """What a model's norms are called."""
+    """What a model's norms are called: a norm_type, or the class of most of them."""
     name = getattr(model.config, "norm_type", None)
     if name is None:
-        return "the architecture's own"
+        return Counter(type(norm).__name__ for norm in known_norms(model).values()).most_common(1)[0][0]
     return f"{name}{' (with overrides)' if model.config.norm_overrides else ''}"
 
 
 def tables(record: Mapping[str, Any]) -> dict[str, list[Row]]:
     """CSV file → its rows: every number of a report that belongs to a norm."""
-    files: dict[str, list[Row]] = {
-        name: []
-        for name in ("sites", "normality", "channels", "pairs", "qq", "lam_hat", "likelihood", "noise", "plane")
-    }
+    files: dict[str, list[Row]] = {name: [] for name in FILES}
     for name, model in record["models"].items():
         stages = [(model["step"], model)]
         if model["start"] is not None:
             stages.insert(0, (0, model["start"]))
         for step, stage in stages:
             at = {"model": name, "step": step}
+            why = {**model["reasons"], **dict.fromkeys(model["unknown"], UNKNOWN)} if stage is model else {}
+            facts = {key: model[key] for key in ("norm", "folder", "tokens", "tokens_sha")}
+            files["models"].append({**at, **facts, "loss": stage["loss"], "reasons": _joined(why)})
             for site, cells in stage["sites"].items():
                 files["sites"].append({**at, "site": site, **_flat(cells)})
                 if cells["lam_hat"] is not None:
@@ -222,7 +262,9 @@ def tables(record: Mapping[str, Any]) -> dict[str, list[Row]]:
                 for place in PLACES:
                     _add_normality(files, {**at, "site": site, "place": place}, places[place])
             for site, each in (stage["likelihood"] or {}).items():
-                files["likelihood"] += [
+                scalars = {key: cell for key, cell in each.items() if not isinstance(cell, dict | list)}
+                files["likelihood"].append({**at, "site": site, **scalars, "reasons": _joined(each["reasons"])})
+                files["likelihood_rows"] += [
                     {**at, "site": site, "newton": newton, "likelihood": most_likely}
                     for newton, most_likely in zip(each["newton"] or (), each["likelihood"] or (), strict=True)
                 ]
@@ -230,7 +272,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, list[Row]]:
             noise = model["noise"]
             for i, noisy in enumerate(noise["sites"]):
                 for j in range(i + 1, len(noise["sites"])):
-                    cell = {"zeta": noise["zeta"][i][j], "deviation": noise["spread"][i][j]}
+                    cell = {"zeta": noise["zeta"][i][j], "spread": noise["spread"][i][j]}
                     measured = noise["sites"][j]
                     files["noise"].append({"model": name, "noise_at": noisy, "measured_at": measured, **cell})
         for point in model["plane"] or ():
@@ -255,15 +297,19 @@ def _flat(cells: Mapping[str, Any]) -> Row:
             row |= {f"{name}_{each}": value for each, value in scalars.items()}
         else:
             row[name] = cell
-    return {**row, "reasons": "; ".join(f"{name}: {why}" for name, why in cells["reasons"].items())}
+    return {**row, "reasons": _joined(cells["reasons"])}
+
+
+def _joined(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in reasons.items())
 
 
 def _add_normality(files: dict[str, list[Row]], at: Row, found: Mapping[str, Any]) -> None:
     """Rows of one sample: as a whole, of its channels, of pairs of them, and its Q-Q data."""
-    row = {**at, "rows": found["rows"], "constant_channels": found["constant"]}
+    row = {**at, "rows": found["rows"], "constant": found["constant"]}
     for name in ("r_squared", "dagostino", "anderson_darling", "henze_zirkler", "correlation", "mutual_information"):
         row |= {f"{name}_{key}": cell for key, cell in (found[name] or {}).items() if key != "each"}
-    files["normality"].append({**row, "reasons": "; ".join(f"{name}: {why}" for name, why in found["reasons"].items())})
+    files["normality"].append({**row, "reasons": _joined(found["reasons"])})
     for file, keys, names in (
         ("channels", [{"channel": channel} for channel in found["channels"]], _OF_CHANNELS),
         ("pairs", [dict(zip(("first", "second"), pair, strict=True)) for pair in found["pairs"]], _OF_PAIRS),

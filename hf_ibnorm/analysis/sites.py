@@ -6,7 +6,7 @@ device; `result` reads it off.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..bare import without_affine
 from ..functional import compress, newton_lambda, power_transform
 from ..norms import IBNorm, LayerNormalNorm
 from .moments import Covariance, Histogram, Moments, QuantileSketch, RowSample, RowStatistics, finite_rows
-from .places import known_norms
+from .places import known_norms, matching
 
 NEAR_ZERO = 0.1
 """An element is near zero when it is smaller than this share of its row's mean absolute value: 6.4 % of a Gaussian."""
@@ -339,9 +339,10 @@ class ModelStatistics:
     Args:
         model: as `known_norms` takes it.
         rows, sample, seed, rank_width: as in `SiteStatistics`.
+        sites: globs (fnmatch) over the names; None for all.
 
     Raises:
-        ValueError: the model runs no known norm.
+        ValueError: the model runs no known norm, or a glob matches none.
         RuntimeError: the norms are not those of the architecture.
     """
 
@@ -352,10 +353,11 @@ class ModelStatistics:
         sample: int = 0,
         seed: int = 0,
         rank_width: int = RANK_WIDTH,
+        sites: str | Collection[str] | None = None,
     ) -> None:
         self.sites: dict[str, SiteStatistics] = {}
         shared: dict[nn.Module, SiteStatistics] = {}
-        for site, norm in known_norms(model).items():
+        for site, norm in matching(known_norms(model), sites).items():
             self.sites[site] = shared.setdefault(norm, SiteStatistics(norm, rows, sample, seed, rank_width))
 
     def merge(self, other: "ModelStatistics") -> None:
@@ -396,8 +398,9 @@ def watch(
         RuntimeError: the norms are not those of the architecture.
     """
     statistics = ModelStatistics(model, rows, sample) if statistics is None else statistics
-    for site, norm in known_norms(model).items():
-        if site not in statistics.sites or statistics.sites[site].norm is not norm:
+    norms = known_norms(model)
+    for site, each in statistics.sites.items():
+        if norms.get(site) is not each.norm:
             raise ValueError(f"statistics: made for other norms than {site} of this model; merge() joins two of them")
     handles = [each.norm.register_forward_hook(_hook(each)) for each in dict.fromkeys(statistics.sites.values())]
     try:

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import signal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ..cli import OneLineParser, UserError, bad_input, quiet_libraries
+from ..cli import OneLineParser, UserError, bad_input, quiet_libraries, stop_in_order
 from .checkpoint import DTYPES, INITS, Conversion, convert_checkpoint, lost_text
 from .report import DATA, NAME, SOURCE, TOKENS, convert_and_report, report_conversion, summary
 
@@ -14,7 +13,7 @@ from .report import DATA, NAME, SOURCE, TOKENS, convert_and_report, report_conve
 def _convert(arguments: argparse.Namespace) -> None:
     _check_flags(arguments)
     quiet_libraries()
-    signal.signal(signal.SIGTERM, _stop)
+    stop_in_order()
     names = Conversion.__dataclass_fields__
     wanted = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     target, report = Path(arguments.target), None
@@ -49,14 +48,9 @@ def _measuring(arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _stop(*_: object) -> NoReturn:
-    """End in order at SIGTERM, so that what was half written is removed."""
-    raise SystemExit(128 + signal.SIGTERM)
-
-
 def _report(arguments: argparse.Namespace) -> None:
     quiet_libraries()
-    signal.signal(signal.SIGTERM, _stop)
+    stop_in_order()
     stages: dict[str, str] = {}
     for word in arguments.stages:
         name, equals, folder = word.partition("=")

@@ -53,6 +53,8 @@ def draw_text(field: str, data: str, split: str, tokenizer: Any, tokens: int, co
         except (OSError, UnicodeDecodeError) as error:
             known = ", ".join(CORPORA)
             raise ValueError(f"{field}: got {data!r}, neither a corpus ({known}) nor a text file: {error}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer: got a {type(tokenizer).__name__}, must be a fast one, which knows offsets")
     length = min(SEQUENCE, context)
     rows = max(1, tokens // length)
     step = max(1, len(documents) // rows)

@@ -21,6 +21,7 @@ _SETTINGS: Any = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
+    "text.parse_math": False,  # names may have a $
 }
 
 

@@ -9,7 +9,7 @@ from helpers import FAMILIES, FINAL
 
 from hf_ibnorm import apply_norm, norm_sites
 from hf_ibnorm.analysis import information_plane, run_information_plane
-from hf_ibnorm.analysis.plane import plane_table
+from hf_ibnorm.analysis.plane import _collected, plane_table
 
 FEW = {"resamples": 20, "shuffles": 1}
 
@@ -93,3 +93,12 @@ def test_checkpoints_of_a_run_in_order_of_steps(stock_model, tmp_path):
 def test_options_that_cannot_be_are_named(stock_model, options, message):
     with pytest.raises(ValueError, match=message):
         information_plane(stock_model("llama"), text(), **options)
+
+
+def test_first_and_last_positions_are_left_out(stock_model):
+    ids = torch.randint(50, (6, 20), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[:, -1] = 59, 60
+    x, y, outputs = _collected(stock_model("llama"), ids, "norm", 10**6, 0)
+    assert sorted(x) == sorted(ids[:, 1:-1].flatten().tolist())
+    assert sorted(y) == sorted(ids[:, 2:].flatten().tolist())
+    assert len(outputs["norm"]) == len(x)

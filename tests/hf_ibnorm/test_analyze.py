@@ -4,30 +4,33 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import shake
+from tokenizers.processors import TemplateProcessing
 from training import run, small_corpus
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CohereConfig,
+    CohereForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    OlmoConfig,
-    OlmoForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from hf_ibnorm import apply_norm
-from hf_ibnorm.analysis import analyze, lambda_against_likelihood, measure_normality, noise_robustness, watch
-from hf_ibnorm.analysis.model import Measuring, analyze_model
-from hf_ibnorm.cli import main
+from hf_ibnorm.analysis import analyze, lambda_against_likelihood, measure_normality, noise_robustness, page, watch
+from hf_ibnorm.analysis.model import PARTS, Measuring, analyze_model
+from hf_ibnorm.cli import UserError, main
 from hf_ibnorm.data.text import draw_text
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
-CSV_FILES = {"sites", "normality", "channels", "pairs", "qq", "noise", "plane"}
+CSV_FILES = {"models", "sites", "normality", "channels", "pairs", "qq", "noise", "plane"}
 PICTURES = {"profiles", "qq", "zeta", "plane", "ib"}
 SIZES = {
     "vocab_size": 300,
@@ -64,7 +67,7 @@ def normal(folder):
     """The same model with LayerNormalNorm."""
     target = folder.with_name("layernormalnorm")
     shutil.copytree(folder, target)
-    apply_norm(AutoModelForCausalLM.from_pretrained(folder), "layernormalnorm").save_pretrained(target)
+    apply_norm(AutoModelForCausalLM.from_pretrained(folder), "layernormalnorm", alpha=0.5).save_pretrained(target)
     return target
 
 
@@ -100,8 +103,9 @@ def test_the_numbers_are_those_of_the_library(report, normal):
     counts = [int(row["rows"]) for row in rows(report / "lam_hat.csv") if row["site"] == "norm"]
     assert sum(counts) == text.ids.numel()
     before = statistics.sites["norm"].before.sample.rows()
-    expected = lambda_against_likelihood(before, alpha=1.0, eps=1e-5)
-    pairs = [(number(row["newton"]), number(row["likelihood"])) for row in rows(report / "likelihood.csv")]
+    expected = lambda_against_likelihood(before, alpha=0.5, eps=1e-5)
+    pairs = [(number(row["newton"]), number(row["likelihood"])) for row in rows(report / "likelihood_rows.csv")]
+    assert number(rows(report / "likelihood.csv")[-1]["correlation"]) == pytest.approx(expected["correlation"])
     assert pairs[-len(expected["newton"]) :] == list(zip(expected["newton"], expected["likelihood"], strict=True))
     normality = measure_normality(before)
     row = rows(report / "normality.csv")[-2]
@@ -118,7 +122,7 @@ def test_the_numbers_are_those_of_the_library(report, normal):
 
 def test_everything_is_there_and_the_page_needs_nothing_else(report):
     names = {path.name for path in report.iterdir()}
-    files = {f"{name}.csv" for name in CSV_FILES | {"lam_hat", "likelihood"}}
+    files = {f"{name}.csv" for name in CSV_FILES | {"lam_hat", "likelihood", "likelihood_rows"}}
     pictures = {f"{name}.png" for name in PICTURES | {"lam_hat", "likelihood"}}
     assert names - {"norms.png"} == files | pictures | {"analysis.json", "report.html"}
     page = (report / "report.html").read_text(encoding="utf-8")
@@ -130,6 +134,21 @@ def test_everything_is_there_and_the_page_needs_nothing_else(report):
     assert record["options"]["delta"] == 1.0
     assert set(record["models"]) == {"stock", "normal"}
     assert record["models"]["stock"]["tokens_sha"] == record["models"]["normal"]["tokens_sha"]
+
+
+def test_what_is_drawn_of_channels_is_what_comes_out(report):
+    record = json.loads((report / "analysis.json").read_text(encoding="utf-8"))
+    panels, normality = page._qq_panels(record["models"]), record["models"]["normal"]["normality"]
+    assert list(panels) == ["stock", "normal"]
+    assert list(panels["normal"]) == ["first norm", "middle norm", "last norm"]
+    assert panels["normal"]["last norm"] == normality["norm"]["after"]["qq"]
+    assert panels["normal"]["first norm"] == normality["layers.0.input_layernorm"]["after"]["qq"]
+
+
+def test_a_record_read_back_gives_the_same_page(report, tmp_path):
+    record = json.loads((report / "analysis.json").read_text(encoding="utf-8"))
+    again = page.page(record, page.draw(record, tmp_path), tmp_path)
+    assert again == (report / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_measured_is_empty_and_says_why(report):
@@ -161,11 +180,12 @@ def test_parts_can_be_left_out(folder, command, tmp_path):
     code, out, err = command(main, "analyze", "--model", str(folder), *words)
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "stock: 256 tokens of the test split of sotu"
-    assert out.splitlines()[1].split()[:2] == ["model", "norm"]
-    assert out.splitlines()[2].split()[0] == "stock"
+    assert out.splitlines()[1].split() == ["median", "over", "the", "norms", "stock"]
+    assert out.splitlines()[2].split() == ["norm", "LlamaRMSNorm"]
+    assert out.splitlines()[3].startswith("loss, nats a token")
     assert out.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("analysis.json", "report.html", "sites.csv", "profiles.png"),
+        *("analysis.json", "report.html", "sites.csv", "models.csv", "profiles.png"),
     }
     assert "left out" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
@@ -189,6 +209,17 @@ def test_of_a_run_the_checkpoints_are_looked_at_too(command, tmp_path):
     assert record["sites"]["norm"]["contraction"] < 1
 
 
+@pytest.mark.usefixtures(small_corpus.__name__)
+def test_of_a_run_that_is_not_finished_the_newest_checkpoint_is_looked_at(tmp_path):
+    run(tmp_path / "run", "--max_steps", "3", "--checkpoint_every", "1")
+    shutil.rmtree(tmp_path / "run" / "final")
+    measuring = Measuring(skip=("noise", "information"), sites=("norm",), rows=30)
+    record = analyze([tmp_path / "run"], tmp_path / "out", tokens=512, measuring=measuring)
+    found = record["models"]["run"]
+    assert (found["step"], Path(found["folder"]).parts[-2:]) == (3, ("step-3", "model"))
+    assert found["start"]["loss"] > found["loss"]
+
+
 def other(folder, model, target):
     """A model of another family with the tokenizer of `folder`."""
     shutil.copytree(folder, target)
@@ -205,7 +236,81 @@ def test_other_families_are_looked_at_too(folder, tmp_path):
     assert found["sites"]["layers.0.self_attn.q_norm"]["rows"] == 2 * 256
     assert found["sites"]["layers.0.self_attn.q_norm"]["width"] == 16
     assert {point["site"] for point in found["plane"]} == set(found["sites"])
-    assert found["norm"] == "the architecture's own"
+    assert found["norm"] == "Qwen3RMSNorm"
+    assert found["unknown"] == []
+
+
+def test_a_site_has_to_match_in_one_of_the_models(folder, source, tmp_path):
+    gpt2 = source("gpt2", n_positions=64)
+    measuring = Measuring(skip=PARTS, sites=("layers.1.*", "h.0.*"))
+    record = analyze([folder, gpt2], tmp_path / "out", tokens=256, measuring=measuring)
+    sites = [list(model["sites"]) for model in record["models"].values()]
+    assert sites == [["layers.1.input_layernorm", "layers.1.post_attention_layernorm"], ["h.0.ln_1", "h.0.ln_2"]]
+    with pytest.raises(UserError, match=r"^sites: got h\.0\.\*, which matches no norm of stock"):
+        analyze([folder, gpt2], tmp_path / "two", tokens=256, measuring=replace(measuring, sites=("h.0.*",)))
+
+
+def test_rows_begin_with_the_token_that_texts_begin_with(folder, tmp_path):
+    target = tmp_path / "begins"
+    shutil.copytree(folder, target)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bos = tokenizer.bos_token or tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+    )
+    tokenizer.bos_token = bos
+    tokenizer.save_pretrained(target)
+    assert AutoTokenizer.from_pretrained(target)("a").input_ids[0] == tokenizer.bos_token_id
+    measuring = Measuring(skip=PARTS)
+    record = analyze([folder, target], tmp_path / "out", tokens=256, measuring=measuring)
+    losses = {name: model["loss"] for name, model in record["models"].items()}
+    text = draw_text("data", "sotu", "test", tokenizer, 256, 64).ids
+    text[:, 0] = tokenizer.bos_token_id
+    assert losses["begins"] == analyze_model(AutoModelForCausalLM.from_pretrained(target), text, measuring)["loss"]
+    assert losses["begins"] != losses["stock"]
+
+
+def test_names_may_have_signs_that_pictures_know(folder, command, tmp_path):
+    words = ["--model", f"a$b^$={folder}", "--tokens", "256", "--skip", "normality", "information", "--draws", "1"]
+    assert command(main, "analyze", *words, "--output", str(tmp_path / "out"))[0] == 0
+    assert (tmp_path / "out" / "zeta.png").exists()
+    (tmp_path / "lr=0.1").mkdir()
+    (tmp_path / "lr=0.1" / "model").symlink_to(folder)
+    words = ["--model", str(tmp_path / "lr=0.1"), "--tokens", "256", "--skip", *PARTS]
+    assert command(main, "analyze", *words, "--output", str(tmp_path / "two"))[0] == 0
+
+
+def test_layers_that_share_a_norm(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[1] = model.model.layers[0]
+    ids = torch.randint(300, (8, 64), generator=torch.Generator().manual_seed(0))
+    found = analyze_model(model, ids, Measuring(skip=("normality",), samples=250, draws=1, noise_tokens=64))
+    assert found["noise"] is None
+    assert found["reasons"]["noise"].endswith("each a module of its own")
+    reasons = {(point["site"], point["ib"]["reason"]) for point in found["plane"] if point["estimator"] == "renyi"}
+    assert ("norm", "") in reasons
+    assert ("layers.1.input_layernorm", "the norm does not run once for each position") in reasons
+
+
+def test_noise_beyond_all_numbers_leaves_cells_empty(folder, tmp_path):
+    measuring = Measuring(skip=("normality", "information"), delta=1e38, draws=1, noise_tokens=64)
+    record = analyze([folder], tmp_path / "out", tokens=256, measuring=measuring)
+    assert record["models"]["stock"]["noise"]["zeta"][0][-1] is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "measuring", "message"),
+    [
+        (torch.zeros(5, dtype=torch.int64), {}, r"ids: got shape \(5,\), must be \(rows, length\)"),
+        (torch.zeros(5, 1, dtype=torch.int64), {}, "ids: got shape"),
+        (torch.zeros(2, 9, dtype=torch.int64), {"rows": 50.5}, "rows: got 50.5, must be a whole number"),
+        (torch.zeros(2, 9, dtype=torch.int64), {"sites": ()}, "sites: got '', which matches none"),
+        (torch.zeros(2, 9, dtype=torch.int64), {"skip": "nois"}, "skip: got 'nois', allowed are normality"),
+    ],
+)
+def test_bad_arguments_in_a_notebook(folder, ids, measuring, message):
+    with pytest.raises(ValueError, match=message):
+        analyze_model(AutoModelForCausalLM.from_pretrained(folder), ids, Measuring(**measuring))
 
 
 def test_a_model_that_gives_no_numbers_is_refused(folder):
@@ -213,9 +318,7 @@ def test_a_model_that_gives_no_numbers_is_refused(folder):
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(FloatingPointError, match="model: it gives numbers that are not finite"):
-        analyze_model(
-            model, torch.zeros(2, 64, dtype=torch.int64), Measuring(skip=("normality", "noise", "information"))
-        )
+        analyze_model(model, torch.zeros(2, 64, dtype=torch.int64), Measuring(skip=PARTS))
 
 
 @pytest.mark.parametrize(
@@ -225,11 +328,12 @@ def test_a_model_that_gives_no_numbers_is_refused(folder):
         (["--data", "nowhere.txt"], "error: data: got 'nowhere.txt', neither a corpus"),
         (["--data", "short.txt"], "error: data: got 'short.txt', which has 2 tokens; must have at least 256"),
         (["--skip", "nothing"], "error: skip: got 'nothing', allowed are normality, noise, information"),
-        (["--sites", "layers.9.*"], "error: stock: sites: got 'layers.9.*', which matches none of layers.0"),
+        (["--sites", "layers.9.*"], "error: sites: got 'layers.9.*', which matches none of layers.0"),
         (["--rows", "0"], "error: rows: got 0, must be a finite number >= 1"),
         (["--delta", "-1"], "error: delta: got -1.0, must be a finite number >= 0"),
         (["--checkpoints", "0"], "error: checkpoints: got 0, must be"),
         (["--seed", "x"], "error: argument --seed: invalid int value: 'x'"),
+        (["--model", "_hidden=FOLDER"], "error: model: got the name '_hidden', must not begin with _"),
         (["--model", "no_such"], "error: model: no_such is not a model directory (it has no config.json)"),
         (["--model", "FOLDER", "FOLDER"], "error: model: got FOLDER, FOLDER, must be different ones"),
         (
@@ -256,12 +360,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, command, tmp_path, mon
 
 
 def test_a_model_without_known_norms_is_refused(folder, command, tmp_path):
-    olmo = other(folder, OlmoForCausalLM(OlmoConfig(**SIZES, max_position_embeddings=64)), tmp_path / "olmo")
+    cohere = other(folder, CohereForCausalLM(CohereConfig(**SIZES, max_position_embeddings=64)), tmp_path / "cohere")
     code, _, err = command(
-        main, "analyze", "--model", str(folder), str(olmo), "--output", str(tmp_path / "out"), *QUICK
+        main, "analyze", "--model", str(folder), str(cohere), "--output", str(tmp_path / "out"), *QUICK
     )
     assert code == 2
-    assert "error: olmo: model: got OlmoModel, which runs no known norm" in err
+    assert "error: cohere: model: got CohereModel, which runs no known norm" in err
     assert not (tmp_path / "out").exists()
 
 
