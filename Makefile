@@ -133,6 +133,7 @@ bench-training: setup
 bench-analysis: setup
 	$(PY) benchmarks/analysis.py --output benchmarks/results/analysis.csv
 	$(PY) benchmarks/watching.py --output benchmarks/results/watching.csv
+	$(PY) benchmarks/page.py
 
 lint: setup
 	$(PY) -m ruff check .

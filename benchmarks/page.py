@@ -27,15 +27,17 @@ def read(name: str) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def measured_on(rows: list[Row]) -> str:
+def machine(rows: list[Row]) -> str:
     """The machine and versions of a result file, in a line."""
     row = rows[0]
     where = row.get("device") or f"{row['cores']} cores of an {row['cpu']}"
+    return f"{where}, torch {row['torch']}, Transformers {row['transformers']}, {row['date']}"
+
+
+def measured_on(rows: list[Row]) -> str:
+    """The same of rounds in turns."""
     rounds = " and ".join(dict.fromkeys(each.get("rounds") or each["repeats"] for each in rows))
-    return (
-        f"{where}, torch {row['torch']}, Transformers {row['transformers']}, {row['date']}, "
-        f"medians of {rounds} interleaved rounds"
-    )
+    return f"{machine(rows)}, medians of {rounds} interleaved rounds"
 
 
 def norms_table(rows: list[Row]) -> str:
@@ -78,6 +80,23 @@ def convert_table(rows: list[Row]) -> str:
     return table.markdown()
 
 
+def analysis_table(rows: list[Row]) -> str:
+    """Analyses: seconds and memory by the length of the text."""
+    table = Table(["", "tokens", "s", "peak memory, MB"])
+    table.rows = [[row["what"], f"{int(row['tokens']):,}", row["seconds"], row["peak_mb"]] for row in rows]
+    return table.markdown()
+
+
+def watching_table(rows: list[Row]) -> str:
+    """What --watch_norms costs, by norm."""
+    table = Table(["norm", "plain step, s", "watched step ÷ plain", "`--watch_norms 50` (least–most)"])
+    for row in rows:
+        cost, *ends = (f"{float(row[key]):.1%}" for key in ("overhead_at_50", "overhead_least", "overhead_most"))
+        cells = [f"{float(row['plain_seconds']):.3f}", f"{float(row['watched_to_plain']):.2f}"]
+        table.rows.append([row["norm"], *cells, f"+{cost} ({'–'.join(ends)})"])
+    return table.markdown()
+
+
 def speed_table(rows: list[Row]) -> str:
     """The README's few rows: forward and backward at the wider shape."""
     shown = {r["norm"]: r for r in rows if r["direction"] == "both" and (r["rows"], r["width"]) == SHAPES[0]}
@@ -96,10 +115,13 @@ def page(text: str, tables: dict[str, str]) -> str:
 def tables() -> dict[str, str]:
     """What the page shows of the results."""
     norms, steps, convert = read("fused_norms"), read("fused_steps"), read("convert")
+    analysis, watching = read("analysis"), read("watching")
     return {
         "norms": f"{measured_on(norms)}:\n\n{norms_table(norms)}",
         "steps": f"{measured_on(steps)}:\n\n{steps_table(steps)}",
         "convert": f"{measured_on(convert)}:\n\n{convert_table(convert)}",
+        "analysis": f"{machine(analysis)}:\n\n{analysis_table(analysis)}",
+        "watching": f"{measured_on(watching)}:\n\n{watching_table(watching)}",
         "speed": speed_table(norms),
     }
 
@@ -127,7 +149,7 @@ def main() -> None:
     for path in (ROOT / name for name in PAGES):
         write_text(path, page(path.read_text(encoding="utf-8"), made))
     plot(read("fused_norms"), ROOT / PLOT)
-    print(made["norms"], made["steps"], made["convert"], sep="\n")
+    print(*(table for name, table in made.items() if name != "speed"), sep="\n")
 
 
 if __name__ == "__main__":

@@ -176,35 +176,41 @@ def _collected(
     check_number("samples", samples, 1)
     rows, length = ids.shape
     places = max(0, length - 2)  # of a row
-    drawn = torch.randperm(rows * places, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    drawn = torch.randperm(rows * places, generator=torch.Generator().manual_seed(seed))[: int(samples)].sort().values
+    row_of, place_of = drawn // max(1, places), drawn % max(1, places) + 1
     base: Any = model.base_model
-    norms, seen = chosen_norms(model, sites), dict[str, list[Tensor]]()
+    norms = chosen_norms(model, sites)
+    # Made once for all rows: small tensors between those of a forward pass would leave holes that memory grows by.
+    kept, filled = dict[str, Tensor](), dict.fromkeys(norms, 0)
     here = torch.empty(0, dtype=torch.int64)
 
     def keep(site: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
             row = output.squeeze(0)
-            if length in row.shape[:-1]:  # norms of queries and keys have heads beside the positions, or before them
-                row = row.movedim(row.shape.index(length), 0)
-                seen.setdefault(site, []).append(row[here.to(row.device)].flatten(1).float().cpu())
+            if length not in row.shape[:-1]:
+                return
+            # Norms of queries and keys have heads beside the positions, or before them.
+            row = row.movedim(row.shape.index(length), 0)[here.to(row.device)].flatten(1)
+            if site not in kept:
+                kept[site] = torch.empty(len(drawn), row.shape[1])
+            start = filled[site]
+            filled[site] += len(row)
+            if filled[site] <= len(drawn):
+                kept[site][start : filled[site]] = row.float()
 
         return hook
 
     handles = [norm.register_forward_hook(keep(site)) for site, norm in norms.items()]
-    x, y = [ids.new_empty(0)], [ids.new_empty(0)]
     try:
         with evaluating(model):
-            for i, row in enumerate(ids):
-                here = drawn[drawn // max(1, places) == i] % max(1, places) + 1
-                if len(here):
-                    x.append(row[here])
-                    y.append(row[here + 1])
-                    base(input_ids=row[None].to(base.device), use_cache=False)
+            for i in row_of.unique().tolist():
+                here = place_of[row_of == i]
+                base(input_ids=ids[i : i + 1].to(base.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    outputs: dict[str, np.ndarray | None] = {}
-    for site in norms:
-        rows_of = torch.cat(seen.get(site) or [torch.empty(0, 1)])
-        outputs[site] = rows_of.numpy() if len(rows_of) == sum(map(len, x)) else None
-    return torch.cat(x).cpu().numpy(), torch.cat(y).cpu().numpy(), outputs
+    whole = {site: filled[site] == len(drawn) for site in norms}
+    empty = torch.empty(0, 1)  # of a text so short that no position can be drawn
+    outputs = {site: kept.get(site, empty).numpy() if whole[site] else None for site in norms}
+    x, y = (ids[row_of, place_of + step].cpu().numpy() for step in (0, 1))
+    return x, y, outputs

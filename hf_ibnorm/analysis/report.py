@@ -82,7 +82,7 @@ def analyze(
         say: is told, in a line, what is looked at.
 
     Returns:
-        The content of `analysis.json`: `text`, `tokens`, `options`, `environment`, and for each of `models` what
+        The content of `analysis.json`: `text`, `options`, `environment`, and for each of `models` what
         `analyze_model` says, with the points of all checkpoints in `plane`, `step`, and `start`: normality at step 0,
         None where there is none.
 

@@ -192,11 +192,13 @@ class SiteStatistics:
                 rows = rows[:: max(1, -(-len(rows) // self.rows))]
             rows = finite_rows(rows if rows.dtype == torch.float64 else rows.float())
             before.update(rows)
-            after.update(finite_rows(without_affine(self.norm, rows)))
+            if isinstance(self.norm, LayerNormalNorm):  # whose λ̂ takes longest, and is wanted, too
+                z = self._update_normal(self.norm, rows)
+            else:
+                z = without_affine(self.norm, rows)
+            after.update(finite_rows(z))
             if isinstance(self.norm, IBNorm):
                 self._update_ibnorm(self.norm, rows)
-            if isinstance(self.norm, LayerNormalNorm):
-                self._update_normal(self.norm, rows)
 
     def _update_ibnorm(self, norm: IBNorm, rows: Tensor) -> None:
         assert self.ibnorm is not None
@@ -213,15 +215,18 @@ class SiteStatistics:
             slope=slopes.mean(-1),
         )
 
-    def _update_normal(self, norm: LayerNormalNorm, rows: Tensor) -> None:
+    def _update_normal(self, norm: LayerNormalNorm, rows: Tensor) -> Tensor:
+        """Returns what `without_affine` would."""
         assert self.normal is not None
         assert self.lam_hat is not None
         h = F.layer_norm(_deviation(rows), rows.shape[-1:], eps=norm.eps)
         lam = newton_lambda(h, alpha=norm.alpha, eps=norm.eps)
         outside = torch.where(lam.isnan(), torch.nan, ((lam < 0) | (lam > 2)).to(h.dtype))
-        spread = power_transform(h, lam).std(-1, correction=0)
+        p = power_transform(h, lam)
+        spread = p.std(-1, correction=0)
         self.normal.update(lam_hat=lam[:, 0], lam_hat_outside=outside[:, 0], p_std=spread)
         self.lam_hat.update(lam)
+        return p
 
     def merge(self, other: "SiteStatistics") -> None:
         """Take in all that `other`, of the same site, has seen: in another process, or on other text."""
