@@ -139,13 +139,18 @@ def require_extra(extra: str, *modules: str) -> None:
         raise UserError(f"{', '.join(missing)} not installed: pip install 'hf_ibnorm[{extra}]'")
 
 
-def stop_in_order() -> None:
-    """Let SIGTERM end this process as an exception does, so that what was half written is removed."""
+@contextmanager
+def stopping_in_order() -> Iterator[None]:
+    """While inside, SIGTERM ends this process as an exception does, so that what was half written is removed."""
 
     def stop(*_: object) -> NoReturn:
         raise SystemExit(128 + signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def quiet_libraries() -> None:
@@ -208,7 +213,8 @@ def _main() -> None:
     if options and not hasattr(arguments, "norm_kwargs"):
         raise UserError(f"--norm_kwargs.{next(iter(options))}: only convert takes options of a norm")
     arguments.norm_kwargs = options
-    arguments.run(arguments)
+    with stopping_in_order():
+        arguments.run(arguments)
 
 
 def main() -> NoReturn:

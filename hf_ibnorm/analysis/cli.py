@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..cli import UserError, bad_input, quiet_libraries, stop_in_order
+from ..cli import UserError, bad_input, quiet_libraries
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
@@ -14,7 +14,6 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from .report import analyze
 
     quiet_libraries()
-    stop_in_order()
     models: dict[str, str] = {}
     named = any(_is_named(word) for word in arguments.model)
     given = {name: value for name, value in vars(arguments).items() if value is not None}

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..cli import OneLineParser, UserError, bad_input, quiet_libraries, stop_in_order
+from ..cli import OneLineParser, UserError, bad_input, quiet_libraries
 from .checkpoint import DTYPES, INITS, Conversion, convert_checkpoint, lost_text
 from .report import DATA, NAME, SOURCE, TOKENS, convert_and_report, report_conversion, summary
 
@@ -13,7 +13,6 @@ from .report import DATA, NAME, SOURCE, TOKENS, convert_and_report, report_conve
 def _convert(arguments: argparse.Namespace) -> None:
     _check_flags(arguments)
     quiet_libraries()
-    stop_in_order()
     names = Conversion.__dataclass_fields__
     wanted = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     target, report = Path(arguments.target), None
@@ -50,7 +49,6 @@ def _measuring(arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
 
 def _report(arguments: argparse.Namespace) -> None:
     quiet_libraries()
-    stop_in_order()
     stages: dict[str, str] = {}
     for word in arguments.stages:
         name, equals, folder = word.partition("=")

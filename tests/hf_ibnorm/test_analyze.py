@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,6 +188,7 @@ def test_parts_can_be_left_out(folder, command, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("analysis.json", "report.html", "sites.csv", "models.csv", "profiles.png"),
     }
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # of the command only
     assert "left out" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
