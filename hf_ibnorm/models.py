@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,15 @@ def find_model(model: str) -> Path:
 
     with bad_input(Exception, about=f"model: {path} is no directory, and the Hub does not give it: "):
         return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+
+
+def checkpoints_of(run: Path) -> dict[int, Path]:
+    """Step → the model that a training run left there, in order; none where `run` is no run directory of train_lm."""
+    found = {}
+    for config in run.glob("checkpoints/step-*/model/config.json"):
+        with suppress(ValueError):  # another name
+            found[int(config.parts[-3].removeprefix("step-"))] = config.parent
+    return dict(sorted(found.items()))
 
 
 def load_tokenizer(path: Path) -> tuple[Any, Any]:
@@ -62,9 +71,9 @@ def load_whole(path: Path, config: Any, dtype: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    kind: Any = AutoModelForCausalLM  # whose annotations know of no loading info
+    auto_class: Any = AutoModelForCausalLM  # whose annotations know of no loading info
     with _loading(path):
-        model, report = kind.from_pretrained(
+        model, report = auto_class.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     # Transformers fills missing weights at random and says so nowhere but here.

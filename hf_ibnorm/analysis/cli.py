@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import UserError, bad_input, quiet_libraries
+from .model import Measuring
+from .page import summary
+from .report import analyze
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
-    from .model import Measuring
-    from .page import summary
-    from .report import analyze
-
     quiet_libraries()
     models: dict[str, str] = {}
     named = any(_is_named(word) for word in arguments.model)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..functional import check_number
+from ..models import checkpoints_of
 from ..report.tables import Table
 from .information import HALVES, KSG, RENYI, SHUFFLES, Draws, Estimate, draw, summary
 from .noise import chosen_norms, evaluating
@@ -126,7 +127,7 @@ def run_information_plane(
         ValueError: no checkpoint in `run`, or none of a step in `steps`.
         As `information_plane`.
     """
-    paths = {int(path.parent.name.removeprefix("step-")): path for path in run.glob("checkpoints/step-*/model")}
+    paths = checkpoints_of(run)
     if not paths:
         raise ValueError(f"run: got {str(run)!r}, which has no checkpoints/step-N/model")
     if missing := set(steps or ()) - set(paths):

@@ -3,7 +3,6 @@
 import gc
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ..cli import UserError, bad_input, require_extra
 from ..data.text import SEQUENCE, Text, draw_text
 from ..files import atomic_directory, check_new_directory, environment_record, sha256, write_json, write_text
 from ..functional import check_number
-from ..models import find_model, load_tokenizer, load_whole
+from ..models import checkpoints_of, find_model, load_tokenizer, load_whole
 from ..report.runs import Run
 from ..report.tables import csv_text
 from .model import PARTS, PLACES, Measuring, analyze_model, plane_options, spaced
@@ -141,11 +140,8 @@ def _names(models: Sequence[str | Path]) -> list[str]:
 
 def _subject(model: str, data: str, tokens: int) -> Subject:
     """Find a model, and read the text with its tokenizer."""
-    run, checkpoints, step = Path(model), dict[int, Path](), None
-    if not (run / "config.json").exists():
-        for path in run.glob("checkpoints/step-*/model/config.json"):
-            with suppress(ValueError):  # another name
-                checkpoints[int(path.parts[-3].removeprefix("step-"))] = path.parent
+    run, step = Path(model), None
+    checkpoints = {} if (run / "config.json").exists() else checkpoints_of(run)
     if checkpoints and not (run / "final").exists():  # it trains still, or was stopped
         step = max(checkpoints)
         folder = checkpoints[step]
@@ -166,7 +162,7 @@ def _subject(model: str, data: str, tokens: int) -> Subject:
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a").input_ids[0] == bos:  # then the model has never seen a row without it
         text.ids[:, 0] = bos
-    return Subject(folder, dict(sorted(checkpoints.items())), step, config, tokenizer, text)
+    return Subject(folder, checkpoints, step, config, tokenizer, text)
 
 
 def _chosen_sites(subjects: Mapping[str, Subject], measuring: Measuring) -> dict[str, tuple[str, ...]]:
