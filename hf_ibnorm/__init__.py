@@ -1,42 +1,50 @@
 """Information-bottleneck and normality normalization for Hugging Face Transformers.
 
-Importing this package registers the `ibnorm_llama` and `ibnorm_gpt2` models with the Auto classes.
+Importing this package makes the model types `ibnorm_llama` and `ibnorm_gpt2` known to the Auto classes. It imports
+neither torch nor Transformers: public names, and the modules that have them, are imported when they are first used.
 """
 
-from . import kernels as kernels  # registers torch.ops.hf_ibnorm
-from .configuration_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
-from .convert import convert_checkpoint
-from .data import load_corpus
+from typing import TYPE_CHECKING
+
+from .base.lazy import on_demand
 from .families import register
-from .modeling_ibnorm_gpt2 import IBNormGPT2ForSequenceClassification, IBNormGPT2LMHeadModel, IBNormGPT2Model
-from .modeling_ibnorm_llama import IBNormLlamaForCausalLM, IBNormLlamaForSequenceClassification, IBNormLlamaModel
-from .norms import NORMS, DynamicTanh, IBNorm, LayerNormalNorm, build_norm
-from .optim import no_decay_parameter_names, set_lam
-from .patching import apply_norm, norm_sites, restore_norm, swapped_norms
 from .version import __version__ as __version__
 
-register()
+if TYPE_CHECKING:
+    from .configuration_ibnorm import IBNormGPT2Config as IBNormGPT2Config
+    from .configuration_ibnorm import IBNormLlamaConfig as IBNormLlamaConfig
+    from .convert import convert_checkpoint as convert_checkpoint
+    from .data import load_corpus as load_corpus
+    from .modeling_ibnorm_gpt2 import IBNormGPT2ForSequenceClassification as IBNormGPT2ForSequenceClassification
+    from .modeling_ibnorm_gpt2 import IBNormGPT2LMHeadModel as IBNormGPT2LMHeadModel
+    from .modeling_ibnorm_gpt2 import IBNormGPT2Model as IBNormGPT2Model
+    from .modeling_ibnorm_llama import IBNormLlamaForCausalLM as IBNormLlamaForCausalLM
+    from .modeling_ibnorm_llama import IBNormLlamaForSequenceClassification as IBNormLlamaForSequenceClassification
+    from .modeling_ibnorm_llama import IBNormLlamaModel as IBNormLlamaModel
+    from .norms import NORMS as NORMS
+    from .norms import DynamicTanh as DynamicTanh
+    from .norms import IBNorm as IBNorm
+    from .norms import LayerNormalNorm as LayerNormalNorm
+    from .norms import build_norm as build_norm
+    from .optim import no_decay_parameter_names as no_decay_parameter_names
+    from .optim import set_lam as set_lam
+    from .patching import apply_norm as apply_norm
+    from .patching import norm_sites as norm_sites
+    from .patching import restore_norm as restore_norm
+    from .patching import swapped_norms as swapped_norms
 
-__all__ = [
-    "NORMS",
-    "DynamicTanh",
-    "IBNorm",
-    "IBNormGPT2Config",
-    "IBNormGPT2ForSequenceClassification",
-    "IBNormGPT2LMHeadModel",
-    "IBNormGPT2Model",
-    "IBNormLlamaConfig",
-    "IBNormLlamaForCausalLM",
-    "IBNormLlamaForSequenceClassification",
-    "IBNormLlamaModel",
-    "LayerNormalNorm",
-    "apply_norm",
-    "build_norm",
-    "convert_checkpoint",
-    "load_corpus",
-    "no_decay_parameter_names",
-    "norm_sites",
-    "restore_norm",
-    "set_lam",
-    "swapped_norms",
-]
+_HOMES = {
+    "configuration_ibnorm": ("IBNormGPT2Config", "IBNormLlamaConfig"),
+    "convert": ("convert_checkpoint",),
+    "data": ("load_corpus",),
+    "modeling_ibnorm_gpt2": ("IBNormGPT2ForSequenceClassification", "IBNormGPT2LMHeadModel", "IBNormGPT2Model"),
+    "modeling_ibnorm_llama": ("IBNormLlamaForCausalLM", "IBNormLlamaForSequenceClassification", "IBNormLlamaModel"),
+    "norms": ("NORMS", "DynamicTanh", "IBNorm", "LayerNormalNorm", "build_norm"),
+    "optim": ("no_decay_parameter_names", "set_lam"),
+    "patching": ("apply_norm", "norm_sites", "restore_norm", "swapped_norms"),
+}
+__all__ = sorted(name for names in _HOMES.values() for name in names)
+if not TYPE_CHECKING:  # a type checker would take every name for one of the package's
+    __getattr__, __dir__ = on_demand(__name__, _HOMES)
+
+register()

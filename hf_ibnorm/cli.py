@@ -15,10 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from filelock import FileLock, Timeout
-from huggingface_hub.errors import StrictDataclassError
-
-from .norms import nearest
+from .checks import nearest
 from .version import __version__
 
 BAD_INPUT = 2
@@ -46,11 +43,19 @@ def bad_input(*kinds: type[Exception], about: str = "") -> Iterator[None]:
         *kinds: the errors to turn; by default ValueError, TypeError, OSError and those of Transformers' strict configs.
         about: opens the message, for errors of libraries that do not know what they were asked for.
     """
-    caught = kinds or (ValueError, TypeError, OSError, StrictDataclassError)
     try:
         yield
-    except caught as error:
+    except Exception as error:
+        if not isinstance(error, kinds or _of_validation()):
+            raise
         raise UserError(about + str(error)) from error
+
+
+def _of_validation() -> tuple[type[Exception], ...]:
+    """What validation raises; the last kind is imported late, for most commands never need it."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return ValueError, TypeError, OSError, StrictDataclassError
 
 
 @contextmanager
@@ -65,6 +70,8 @@ def alone_in(folder: Path, complaint: str, timeout: float = 0.0) -> Iterator[Non
     Raises:
         UserError: another process is at work in it.
     """
+    from filelock import FileLock, Timeout
+
     held = FileLock(folder / ".lock", timeout=timeout)
     try:
         held.acquire()

@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 # Not used here: Transformers before 5.10 copies only those files of a checkpoint's code that this one imports itself.
+from .checks import check_number as check_number
 from .functional import ib_norm as ib_norm
 from .norms import NORMS, norm_name, resolve_norm_kwargs
 

@@ -1,4 +1,4 @@
-"""Files and what goes into them: atomic writes, hashes, the record of the environment."""
+"""Files and what goes into them: atomic writes, hashes, the record of the environment. Imports torch where it must."""
 
 import hashlib
 import json
@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Asking for the mask sets it for the whole process: once, before there are threads.
 _UMASK = os.umask(0)
@@ -93,8 +93,9 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def sha256_tensors(tensors: Iterable[tuple[str, "Tensor"]]) -> str:
     """Hex digest of named tensors: names, dtypes, shapes and bits."""
+    import torch
 
     def parts() -> Iterator[bytes | str]:
         for name, tensor in tensors:  # one at a time: together they may fill the memory
@@ -124,7 +125,9 @@ def git_revision(folder: Path) -> str | None:
 
 def _norm_backends() -> dict[str, str]:
     """What runs the norms on each kind of device there is: fused kernels and their build, or "reference" and why."""
-    from .kernels import describe  # not above: building kernels needs this module
+    import torch
+
+    from .kernels import describe
 
     return {kind: describe(kind) for kind in (("cuda", "cpu") if torch.cuda.is_available() else ("cpu",))}
 
@@ -144,6 +147,8 @@ def package_versions() -> dict[str, str | None]:
 
 def environment_record() -> dict[str, Any]:
     """What a result depends on besides its own settings: versions, device, threads, norm backends, git revision."""
+    import torch
+
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -163,6 +168,8 @@ def environment_record() -> dict[str, Any]:
 
 def numerics_record() -> dict[str, Any]:
     """What the bits of a computation depend on besides its input: software, kind of device, threads, norm backend."""
+    import torch
+
     versions = package_versions()
     if torch.cuda.is_available():
         device: dict[str, Any] = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}

@@ -6,11 +6,12 @@ where a naive `sign(c) * ...` would give slope 0.
 """
 
 import math
-import numbers
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .checks import check_choice, check_number
 
 VARIANTS = ("L", "S", "T", "shrink")
 UNITS = ("raw", "mean_abs")
@@ -27,28 +28,6 @@ _LOG1P_RADIUS, _LOG1P = 0.0625, tuple((-1.0) ** k / (k + 1) for k in range(13))
 _TANH_RADIUS = 0.25
 _TANH: tuple[float, ...] = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835)  # in u²
 _TANH += (-1382 / 155925, 21844 / 6081075, -929569 / 638512875, 6404582 / 10854718875, -443861162 / 1856156927625)
-
-
-def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError naming `field`, `value` and the allowed values unless `value` is one of them."""
-    if value not in allowed:
-        raise ValueError(f"{field}: got {value!r}, allowed are {', '.join(allowed)}")
-
-
-def check_number(field: str, value: object, low: float, high: float = math.inf, *, high_allowed: bool = True) -> None:
-    """Raise unless `value` is a finite real number in [low, high] (or [low, high) if not `high_allowed`).
-
-    Raises:
-        TypeError: `value` is no number (a string such as "nan" from YAML, a bool, None).
-        ValueError: `value` is NaN, infinite or outside the range.
-    """
-    if torch.compiler.is_compiling():  # numbers are symbols there; modules checked theirs when they were made
-        return
-    bound = f">= {low:g}" + ("" if high == math.inf else f" and {'<=' if high_allowed else '<'} {high:g}")
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers too
-        raise TypeError(f"{field}: got {value!r}, must be a finite number {bound}")
-    if not math.isfinite(value) or not low <= float(value) <= high or (value == high and not high_allowed):
-        raise ValueError(f"{field}: got {value!r}, must be a finite number {bound}")
 
 
 def check_lam(variant: str, lam: object) -> None:

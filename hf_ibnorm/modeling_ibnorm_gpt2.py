@@ -3,9 +3,9 @@
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 
-from .configuration_ibnorm import IBNormGPT2Config
-
 # Not used here: Transformers before 5.10 copies only those files of a checkpoint's code that this one imports itself.
+from .checks import check_number as check_number
+from .configuration_ibnorm import IBNormGPT2Config
 from .functional import ib_norm as ib_norm
 from .modeling_ibnorm import NormInitMixin, install_norms
 from .norms import NormBase as NormBase

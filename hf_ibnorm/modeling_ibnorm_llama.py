@@ -4,9 +4,9 @@ from torch import nn
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
-from .configuration_ibnorm import IBNormLlamaConfig
-
 # Not used here: Transformers before 5.10 copies only those files of a checkpoint's code that this one imports itself.
+from .checks import check_number as check_number
+from .configuration_ibnorm import IBNormLlamaConfig
 from .functional import ib_norm as ib_norm
 from .modeling_ibnorm import NormInitMixin, install_norms
 from .norms import NormBase as NormBase

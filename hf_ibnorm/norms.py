@@ -5,13 +5,13 @@ Transformers' loading respects, a description in `print(model)`. `NORMS` maps a 
 options, the controls (torch's LayerNorm and RMSNorm, Dynamic Tanh) included; `build_norm` builds one by name.
 """
 
-import difflib
 import inspect
 import math
 import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,16 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .checks import check_choice, check_number, nearest
 from .functional import (
     ORDERS,
     STANDARDIZE,
     UNITS,
     VARIANTS,
     affine,
-    check_choice,
     check_lam,
     check_noise,
-    check_number,
     ib_norm,
     normal_norm,
 )
@@ -52,16 +51,16 @@ def _check_bool(field: str, value: Any) -> None:
 def _fused(name: str, backend: Any) -> Callable[..., Tensor] | None:
     """The form of `functional.<name>` that runs kernels where it can; None where `backend` is "reference".
 
-    Looked up, not imported: this file travels with checkpoints, and without the package the formulas run.
+    By name, for this file travels with checkpoints: where nobody has imported the package the formulas run.
 
     Raises:
         ValueError: no such backend, or "fused" without the package.
     """
     check_choice("backend", backend, BACKENDS)
-    kernels = sys.modules.get("hf_ibnorm.kernels")
-    if kernels is None and backend == "fused":
+    package = sys.modules.get("hf_ibnorm")
+    if package is None and backend == "fused":
         raise ValueError("backend: got 'fused', which needs the package: import hf_ibnorm first, or use 'auto'")
-    return None if kernels is None or backend == "reference" else getattr(kernels, name)
+    return None if package is None or backend == "reference" else getattr(import_module("hf_ibnorm.kernels"), name)
 
 
 class NormBase(nn.Module):
@@ -401,12 +400,6 @@ NORMS: dict[str, NormEntry] = {
     "dyt": NormEntry(DynamicTanh, {}, _options(DynamicTanh)),
 }
 _NAMES = {name.replace("_", ""): name for name in NORMS}
-
-
-def nearest(value: str, allowed: list[str]) -> str:
-    """ " (did you mean 'x'?)" for the closest of `allowed`, or nothing where none is close."""
-    close = difflib.get_close_matches(value, allowed, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def norm_name(name: str, field: str = "norm_type") -> str:

@@ -9,9 +9,10 @@ from hf_ibnorm.cli import quiet_libraries, require_extra, run_command
 def _main() -> None:
     require_extra("train", "accelerate", "datasets", "filelock", "tensorboard", "tokenizers")
     from .config import read_command_line
-    from .train import train
 
     config = read_command_line(sys.argv[1:])
+    from .train import train  # only now: it imports torch, which takes longer than to refuse a wrong word
+
     quiet_libraries()
     train(config)
 

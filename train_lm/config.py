@@ -4,18 +4,17 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from hf_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
+from hf_ibnorm.checks import check_choice, check_number, nearest
 from hf_ibnorm.cli import UserError, bad_input
-from hf_ibnorm.functional import check_choice, check_number
-from hf_ibnorm.norms import nearest
 from hf_ibnorm.report.runs import HARMLESS, flat_settings
 
-from .push import check_repo
+if TYPE_CHECKING:
+    from hf_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "dvclive", "swanlab")
@@ -219,6 +218,8 @@ class TrainConfig:
             )
         self._validate_healing()
         if self.push_to_hub is not None:
+            from .push import check_repo
+
             check_repo("push_to_hub", self.push_to_hub)
         for name in self.log_with:
             check_choice("log_with", name, TRACKERS)
@@ -340,7 +341,7 @@ DROPOUTS = {"llama": ("attention_dropout",), "gpt2": ("resid_pdrop", "embd_pdrop
 
 def build_model_config(
     config: TrainConfig, vocab_size: int | None = None, eos_token_id: int = 0
-) -> IBNormLlamaConfig | IBNormGPT2Config:
+) -> "IBNormLlamaConfig | IBNormGPT2Config":
     """The Transformers config of the model to train, where it does not start from a checkpoint.
 
     Args:
@@ -351,6 +352,8 @@ def build_model_config(
     Raises:
         ValueError, TypeError: a norm or norm option is unknown or not allowed, or the tokenizer does not fit the model.
     """
+    from hf_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
+
     model = config.model
     rows = model.vocab_size or vocab_size or config.tokenizer_vocab_size
     check_vocabulary(rows, vocab_size)
@@ -382,7 +385,7 @@ def check_vocabulary(rows: int, vocab_size: int | None) -> None:
         raise ValueError(f"model.vocab_size: got {rows}, the tokenizer has {vocab_size} tokens")
 
 
-def resolved(config: TrainConfig, built: IBNormLlamaConfig | IBNormGPT2Config) -> TrainConfig:
+def resolved(config: TrainConfig, built: "IBNormLlamaConfig | IBNormGPT2Config") -> TrainConfig:
     """`config` with every field of the model that was left open, or that a checkpoint decided, set to what it is."""
     model_type: Any = built.model_type.removeprefix("ibnorm_")
     values = {name: getattr(built, attribute) for name, attribute in _NAMES[model_type].items()}

@@ -15,10 +15,10 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from hf_ibnorm.checks import nearest
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.data import CORPORA, load_corpus
 from hf_ibnorm.files import sha256, sha256_file
-from hf_ibnorm.norms import nearest
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from hf_ibnorm.checks import check_number, nearest
 from hf_ibnorm.cli import OneLineParser, bad_input, quiet_libraries, require_extra, run_command
-from hf_ibnorm.functional import check_number
-from hf_ibnorm.norms import nearest
 from hf_ibnorm.report.tables import Table
 
 from .config import RECIPES, TrainConfig, read_command_line
-from .memory import StepMemory, step_memory
 from .throughput import DEVICES, Device
-from .zero import BUCKET
+
+if TYPE_CHECKING:
+    from .memory import StepMemory
 
 ROOM = 0.9
 """Part of a device's memory to plan for; the rest is CUDA's context, NCCL's buffers and fragmentation."""
@@ -144,7 +144,7 @@ class Plan:
         ValueError: the cluster cannot share the batch equally.
     """
 
-    def __init__(self, config: TrainConfig, cluster: Cluster, counts: dict[Any, StepMemory] | None = None) -> None:
+    def __init__(self, config: TrainConfig, cluster: Cluster, counts: dict[Any, "StepMemory"] | None = None) -> None:
         self.cluster, self.config = cluster, config.spread_over(cluster.gpus)
         self._counts = {} if counts is None else counts
         ways = [ALONE] if cluster.gpus == 1 else [name for name in WAYS if name != ALONE]
@@ -154,13 +154,15 @@ class Plan:
             refused |= {"deepspeed_zero2", "deepspeed_zero3"}
         self.ways = [name for name in ways if name not in refused]
 
-    def count(self, config: TrainConfig, way: str) -> StepMemory:
+    def count(self, config: TrainConfig, way: str) -> "StepMemory":
         """The memory of a step, before anything is sharded."""
         stay = way != ALONE
         several = stay or config.gradient_accumulation_steps > 1
         sizes = (config.per_device_train_batch_size, config.per_device_eval_batch_size)
         key = (*sizes, several, config.gradient_checkpointing, stay)
         if key not in self._counts:
+            from .memory import step_memory
+
             self._counts[key] = step_memory(config, stay)
         return self._counts[key]
 
@@ -172,6 +174,8 @@ class Plan:
         if WAYS[way].parts[0]:
             buffers += 2 * 4 * (step.outside + 2 * step.block)
         if way.startswith("deepspeed"):
+            from .zero import BUCKET
+
             buffers += 2 * 4 * min(BUCKET, step.parameters)
         return Estimate(
             way,
@@ -184,7 +188,7 @@ class Plan:
             self.seconds(way, config, step),
         )
 
-    def seconds(self, way: str, config: TrainConfig, step: StepMemory) -> float:
+    def seconds(self, way: str, config: TrainConfig, step: "StepMemory") -> float:
         """Time of a step.
 
         A micro-batch takes as long as its arithmetic, or as writing its activations once and reading them twice; then
@@ -361,11 +365,11 @@ def _main() -> None:
     )
     arguments, fields = parser.parse_known_args()
     require_extra("train", "accelerate", "datasets", "filelock", "tensorboard", "tokenizers")
-    quiet_libraries()
     words = ["--config", arguments.recipe, *fields]
     if not any(re.match(r"--run_dir\b", word) for word in fields):
         words += ["--run_dir", f"runs/{Path(arguments.recipe).stem}"]
     config = read_command_line(words)
+    quiet_libraries()
     with bad_input():
         cluster = _cluster(arguments.device, arguments.gpus, arguments.gpus_per_node, arguments.mfu)
         plan = Plan(config, cluster)

@@ -4,10 +4,12 @@ import re
 import resource
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def peak_flops(device: str, mixed_precision: str) -> float | None:
     return None
 
 
-def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
+def flops_per_token(model: "PreTrainedModel", block_size: int) -> float:
     """Floating point operations that training on one token takes, forward and backward.
 
     6 for each weight of a matrix product, 4 where it is not trained, and 12·L·d·T for attention over T tokens in L
@@ -75,15 +77,17 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
     )
 
 
-def forward_flops_per_token(model: PreTrainedModel, block_size: int) -> float:
+def forward_flops_per_token(model: "PreTrainedModel", block_size: int) -> float:
     """Those of the forward pass: 2 for each weight of a matrix product, and 4·L·d·T."""
     config = model.config
     weights = sum(each.numel() for each in _matrices(model))
     return 2.0 * weights + 4.0 * config.num_hidden_layers * config.hidden_size * block_size
 
 
-def _matrices(model: PreTrainedModel) -> list[Tensor]:
+def _matrices(model: "PreTrainedModel") -> list["Tensor"]:
     """The weights of matrix products."""
+    from torch import nn
+
     output = model.get_output_embeddings()
     lookups = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     matrices = {id(p): p for p in model.parameters() if p.ndim == 2 and id(p) not in lookups}
@@ -91,9 +95,11 @@ def _matrices(model: PreTrainedModel) -> list[Tensor]:
     return list(matrices.values())
 
 
-def peak_memory_gb(device: torch.device) -> float:
+def peak_memory_gb(device: "torch.device") -> float:
     """Most memory used so far, in GB: of this process's GPU, or resident in main memory."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak / 1e6

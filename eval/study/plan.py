@@ -11,9 +11,8 @@ from typing import Any
 
 import yaml
 
+from hf_ibnorm.checks import check_number, nearest
 from hf_ibnorm.cli import UserError, bad_input
-from hf_ibnorm.functional import check_number
-from hf_ibnorm.norms import nearest, norm_name, resolve_norm_kwargs
 
 STUDIES = Path(__file__).parents[1] / "studies"
 VALIDATION = "eval_loss"
@@ -268,6 +267,8 @@ def parse_study(name: str, content: Any, source: str, folder: Path = Path()) -> 
 
 def _arms(field: str, entry: Any) -> list[Arm]:
     """The arms of one entry of `norms`: one, or one for each combination of a `sweep`."""
+    from hf_ibnorm.norms import norm_name
+
     given = {"norm": entry} if isinstance(entry, str) else _mapping(field, entry, _ARM)
     if "norm" not in given:
         raise ValueError(f"{field}.norm: is missing; must be the name of a norm")
@@ -298,6 +299,8 @@ def _arms(field: str, entry: Any) -> list[Arm]:
 
 
 def _search(field: str, entry: Any) -> Search:
+    from hf_ibnorm.norms import norm_name
+
     given = _mapping(field, entry, tuple(each.name for each in fields(Search)))
     for name in ("norm", "lam", "trials"):
         if name not in given:
@@ -317,6 +320,8 @@ def _search(field: str, entry: Any) -> Search:
 
 def _resolved(norm: str, kwargs: Mapping[str, Any], field: str) -> dict[str, Any]:
     """Every option with its value, so that a study means the same after a default has changed."""
+    from hf_ibnorm.norms import resolve_norm_kwargs
+
     found = resolve_norm_kwargs(norm, kwargs, field=field)
     return {key: value for key, value in found.items() if value is not None and (key != "eps" or key in kwargs)}
 

@@ -5,41 +5,49 @@ The streaming part and the noise need torch alone; the functions of `normality`,
 `analysis` when they are called.
 """
 
-from .information import Estimate, ksg_information, renyi_information
-from .model import Measuring, analyze_model
-from .moments import Covariance, Histogram, Moments, QuantileSketch, RowSample, RowStatistics
-from .noise import NoiseRobustness, noise_robustness, relative_change
-from .normality import lambda_against_likelihood, measure_normality, qq
-from .places import known_norms
-from .plane import PlanePoint, information_plane, run_information_plane
-from .report import analyze
-from .sites import ModelStatistics, SiteStatistics, ValueStatistics, watch
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Covariance",
-    "Estimate",
-    "Histogram",
-    "Measuring",
-    "ModelStatistics",
-    "Moments",
-    "NoiseRobustness",
-    "PlanePoint",
-    "QuantileSketch",
-    "RowSample",
-    "RowStatistics",
-    "SiteStatistics",
-    "ValueStatistics",
-    "analyze",
-    "analyze_model",
-    "information_plane",
-    "known_norms",
-    "ksg_information",
-    "lambda_against_likelihood",
-    "measure_normality",
-    "noise_robustness",
-    "qq",
-    "relative_change",
-    "renyi_information",
-    "run_information_plane",
-    "watch",
-]
+from ..base.lazy import on_demand
+
+if TYPE_CHECKING:
+    from .information import Estimate as Estimate
+    from .information import ksg_information as ksg_information
+    from .information import renyi_information as renyi_information
+    from .model import Measuring as Measuring
+    from .model import analyze_model as analyze_model
+    from .moments import Covariance as Covariance
+    from .moments import Histogram as Histogram
+    from .moments import Moments as Moments
+    from .moments import QuantileSketch as QuantileSketch
+    from .moments import RowSample as RowSample
+    from .moments import RowStatistics as RowStatistics
+    from .noise import NoiseRobustness as NoiseRobustness
+    from .noise import noise_robustness as noise_robustness
+    from .noise import relative_change as relative_change
+    from .normality import lambda_against_likelihood as lambda_against_likelihood
+    from .normality import measure_normality as measure_normality
+    from .normality import qq as qq
+    from .places import known_norms as known_norms
+    from .plane import PlanePoint as PlanePoint
+    from .plane import information_plane as information_plane
+    from .plane import run_information_plane as run_information_plane
+    from .report import analyze as analyze
+    from .sites import ModelStatistics as ModelStatistics
+    from .sites import SiteStatistics as SiteStatistics
+    from .sites import ValueStatistics as ValueStatistics
+    from .sites import watch as watch
+
+_HOMES = {
+    "information": ("Estimate", "ksg_information", "renyi_information"),
+    "model": ("Measuring", "analyze_model"),
+    "moments": ("Covariance", "Histogram", "Moments", "QuantileSketch", "RowSample", "RowStatistics"),
+    "noise": ("NoiseRobustness", "noise_robustness", "relative_change"),
+    "normality": ("lambda_against_likelihood", "measure_normality", "qq"),
+    "places": ("known_norms",),
+    "plane": ("PlanePoint", "information_plane", "run_information_plane"),
+    "report": ("analyze",),
+    "sites": ("ModelStatistics", "SiteStatistics", "ValueStatistics", "watch"),
+}
+__all__ = sorted(name for names in _HOMES.values() for name in names)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = on_demand(__name__, _HOMES)

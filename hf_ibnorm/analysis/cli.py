@@ -6,24 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import UserError, bad_input, quiet_libraries
-from .model import Measuring
-from .page import summary
-from .report import analyze
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
-    quiet_libraries()
     models: dict[str, str] = {}
     named = any(_is_named(word) for word in arguments.model)
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    wanted = {name: given[name] for name in Measuring.__dataclass_fields__ if name in given}
-    wanted |= {name: tuple(wanted[name]) for name in ("sites", "skip") if name in wanted}
-    options: dict[str, Any] = {name: given[name] for name in ("data", "tokens", "checkpoints") if name in given}
     for word in arguments.model if named else ():
         name, _, path = word.partition("=")
         if not _is_named(word) or not path or name in models:
             raise UserError(f"model: got {word!r}, must be NAME=DIR like the others, each name once")
         models[name] = path
+
+    from .model import Measuring
+    from .page import summary
+    from .report import analyze
+
+    quiet_libraries()
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    wanted = {name: given[name] for name in Measuring.__dataclass_fields__ if name in given}
+    wanted |= {name: tuple(wanted[name]) for name in ("sites", "skip") if name in wanted}
+    options: dict[str, Any] = {name: given[name] for name in ("data", "tokens", "checkpoints") if name in given}
     options |= {"measuring": Measuring(**wanted), "say": partial(print, flush=True)}
     with bad_input(OSError):
         record = analyze(models or arguments.model, arguments.output, **options)

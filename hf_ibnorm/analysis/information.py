@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import check_number
 from ..cli import require_extra
-from ..functional import check_number
 
 KSG_DIMENSIONS = 4
 NEIGHBOURS = 3

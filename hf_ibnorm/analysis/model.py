@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..checks import check_choice, check_number
 from ..cli import require_extra
-from ..functional import check_choice, check_number
 from ..norms import LayerNormalNorm
 from .noise import noise_robustness
 from .normality import lambda_against_likelihood, measure_normality, qq

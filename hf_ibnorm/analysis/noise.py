@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..functional import check_number
+from ..checks import check_number
 from ..report.tables import Table
 from .places import chosen_norms, evaluating
 

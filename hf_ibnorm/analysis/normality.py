@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checks import check_number
 from ..cli import require_extra
-from ..functional import check_number, newton_lambda
+from ..functional import newton_lambda
 
 LEAST_SAMPLE = 20
 """Values that a measure needs: the approximation behind D'Agostino's test is said to hold from here."""

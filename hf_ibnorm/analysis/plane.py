@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..functional import check_number
+from ..checks import check_number
 from ..models import checkpoints_of
 from ..report.tables import Table
 from .information import HALVES, KSG, RENYI, SHUFFLES, Draws, Estimate, draw, summary

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from ..checks import check_number
 from ..cli import UserError, bad_input, require_extra
 from ..data.text import SEQUENCE, Text, draw_text
 from ..files import atomic_directory, check_new_directory, environment_record, sha256, write_json, write_text
-from ..functional import check_number
 from ..models import checkpoints_of, find_model, load_tokenizer, load_whole
 from ..report.runs import Run
 from ..report.tables import csv_text

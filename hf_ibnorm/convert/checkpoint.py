@@ -19,27 +19,24 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..configuration_ibnorm import NORM_FIELDS
-from ..data.text import LEAST, draw_text
+from ..data.text import draw_text
 from ..families import FAMILIES, Family
 from ..files import (
     atomic_directory,
-    check_new_directory,
     environment_record,
     existing_folder,
     has_tokenizer,
     write_json,
     write_text,
 )
-from ..functional import check_choice, check_number
 from ..modeling_ibnorm import build_site
 from ..norms import IDENTITY_LAM, NORMS, norm_name, resolve_norm_kwargs
 from ..patching import apply_norm, norm_sites
 from ..remote_code import add_remote_code
 from .calibrate import Errors, fit_norms, stock_norm
+from .settings import Conversion
 from .weights import INDEX, STORED, Shard, read_shards, rewrite
 
-INITS = ("keep", "identity", "calibrate")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "conversion.json"
 # Weights in other formats, and what says what the source is: none of it would be true of the target.
 _LEFT = (
@@ -115,33 +112,6 @@ class Source:
         """
         prefix = f"{self.architecture.base_model_prefix}."
         return prefix if f"{prefix}{self.family.config.norm_site_table.final}.weight" in self.places else ""
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What is to be done, as `convert_checkpoint` documents it."""
-
-    norm: str
-    norm_kwargs: Mapping[str, Any] | None = None
-    sites: str | Collection[str] | None = None
-    init: str = "keep"
-    data: str = "sotu"
-    calibration_tokens: int = 16_384
-    dtype: str | None = None
-    remote_code: bool = False
-
-    def check(self, target: Path) -> None:
-        """Check what needs no look at the source.
-
-        Raises:
-            ValueError, TypeError: an argument, named.
-            OSError: the target is there.
-        """
-        check_choice("init", self.init, INITS)
-        if self.dtype is not None:
-            check_choice("dtype", self.dtype, tuple(DTYPES))
-        check_number("calibration_tokens", self.calibration_tokens, LEAST)
-        check_new_directory("target", target)
 
 
 @dataclass
@@ -236,7 +206,7 @@ def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str,
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(target) as folder:
         if wanted.dtype is not None:
-            config.dtype = DTYPES[wanted.dtype]
+            config.dtype = getattr(torch, wanted.dtype)
         config.save_pretrained(folder)
         _write_weights(found, change, folder, wanted.dtype)
         _copy_rest(found.folder, folder)
@@ -421,7 +391,7 @@ def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion) 
         key = f"{prefix}{name}"
         like = key if key in places else weight
         stored = STORED[places[like].tensors[like]["dtype"]]
-        change.added[key] = value.to(DTYPES[wanted.dtype] if wanted.dtype else stored)
+        change.added[key] = value.to(getattr(torch, wanted.dtype) if wanted.dtype else stored)
     return {"tokens": ids.numel(), "sites": errors}
 
 
@@ -437,7 +407,7 @@ def _check_room(target: Path, source: Source, dtype: str | None) -> None:
     needed = source.bytes
     if dtype is not None:
         sizes = [(entry["data_offsets"], entry["dtype"]) for shard in source.shards for entry in shard.tensors.values()]
-        width = DTYPES[dtype].itemsize
+        width = getattr(torch, dtype).itemsize
         needed = sum((end - begin) // STORED[kind].itemsize * width for (begin, end), kind in sizes if kind in STORED)
     free = shutil.disk_usage(existing_folder(target)).free
     if free < 1.01 * needed:
@@ -453,7 +423,9 @@ def _write_weights(source: Source, change: Change, folder: Path, dtype: str | No
         beside = {name for name in change.added.keys() - source.places.keys() if name.rpartition(".")[0] in norms}
         mine = (shard.tensors.keys() & change.added.keys()) | (beside - places.keys())
         added = {name: change.added[name] for name in sorted(mine)}
-        written += rewrite(shard, folder / shard.path.name, change.dropped, added, DTYPES[dtype] if dtype else None)
+        written += rewrite(
+            shard, folder / shard.path.name, change.dropped, added, getattr(torch, dtype) if dtype else None
+        )
         kept = (shard.tensors.keys() - change.dropped) | added.keys()
         places |= dict.fromkeys(sorted(kept), shard.path.name)
     if len(source.shards) > 1 or (source.folder / INDEX).is_file():

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import OneLineParser, UserError, bad_input, quiet_libraries
-from .checkpoint import DTYPES, INITS, Conversion, convert_checkpoint, lost_text
-from .report import DATA, NAME, SOURCE, TOKENS, convert_and_report, report_conversion, summary
+from .settings import DATA, DTYPES, INITS, NAME, SOURCE, TOKENS, Conversion
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     _check_flags(arguments)
+    from .checkpoint import convert_checkpoint, lost_text
+    from .report import convert_and_report
+
     quiet_libraries()
     names = Conversion.__dataclass_fields__
     wanted = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
@@ -48,19 +50,23 @@ def _measuring(arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    quiet_libraries()
     stages: dict[str, str] = {}
     for word in arguments.stages:
         name, equals, folder = word.partition("=")
         if not equals or not name or not folder or name in (*stages, SOURCE):
             raise UserError(f"stages: got {word!r}, must be NAME=DIR, each name once, none of them {SOURCE}")
         stages[name] = folder
+    from .report import report_conversion
+
+    quiet_libraries()
     with bad_input(), bad_input(RuntimeError):
         report = report_conversion(arguments.source, stages, arguments.output, **_measuring(arguments, ""))
     _print_report(report, Path(arguments.output))
 
 
 def _print_report(report: dict[str, Any], folder: Path) -> None:
+    from .report import summary
+
     summary(report).print()
     print(f"report: {folder / 'report.md'}")
 
@@ -115,7 +121,7 @@ def add_verbs(verbs: Any) -> None:
     convert.add_argument(
         "--calibration_tokens", type=int, help=f"how much of it, about (default: {Conversion.calibration_tokens})"
     )
-    convert.add_argument("--dtype", choices=tuple(DTYPES), help="of all weights (default: what they have)")
+    convert.add_argument("--dtype", choices=DTYPES, help="of all weights (default: what they have)")
     convert.add_argument("--remote_code", action="store_true", help="put the model's code beside it (default: not)")
     convert.add_argument(
         "--no_report", action="store_true", help="only convert: a report loads source and DST (default: report)"

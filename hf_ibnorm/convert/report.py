@@ -16,21 +16,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..checks import check_number
 from ..data.text import LEAST, Text, draw_text
 from ..files import atomic_directory, check_new_directory, environment_record, write_json, write_text
-from ..functional import check_number
 from ..report.tables import Table, csv_text, score_cell
-from .checkpoint import Conversion, Source, card_text, convert_source, read_source
+from .checkpoint import Source, card_text, convert_source, read_source
 from .measure import measure
+from .settings import DATA, NAME, SOURCE, TOKENS, Conversion
 
-DATA, TOKENS = "sotu", 8192
-"""What is measured on where nothing is said: a text, and how much of it."""
-NAME = "report"
-"""Folder of the report inside a converted checkpoint."""
 STAGES = {"keep": "swapped", "identity": "identity", "calibrate": "calibrated"}
 """What a model is called in its report, by how it was made."""
-SOURCE = "source"
-"""Name of the model that all others are compared with."""
 NOVEL = "austen_test"
 """Benchmark of the embedded suite that is left out: a whole novel."""
 TOLD = ("lam", "unit", "standardize", "noise", "alpha")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_ibnorm import IBNorm, LayerNormalNorm, functional, kernels
-from hf_ibnorm.kernels import ops
+from hf_ibnorm.kernels import fused, ops
 from hf_ibnorm.kernels.cpu.build import folder
 
 N = 24
@@ -39,13 +39,13 @@ def _built(request):
 @pytest.fixture
 def no_kernels(monkeypatch, tmp_path):
     """Kernels that were never built, and nobody told of it."""
-    kernels._say.cache_clear()
+    fused._say.cache_clear()
     with monkeypatch.context() as patch:
         patch.setenv("HF_IBNORM_KERNELS", str(tmp_path))
         kernels.forget()
         yield
     kernels.forget()
-    kernels._say.cache_clear()
+    fused._say.cache_clear()
 
 
 @pytest.fixture

@@ -1,0 +1,77 @@
+"""Imports put off: names of a package on demand, and what is to happen once a module of another library is imported."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+
+def on_demand(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` (PEP 562) of a package that imports its modules when one of their names is used.
+
+    The modules themselves are attributes of the package too, as if it had imported them.
+
+    Args:
+        package: its full name.
+        homes: module of the package → the public names that it has.
+    """
+    home = {name: module for module, names in homes.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        if name in home:
+            value = getattr(import_module(f"{package}.{home[name]}"), name)
+        elif not name.startswith("_") and find_spec(f"{package}.{name}"):
+            value = import_module(f"{package}.{name}")
+        else:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        setattr(sys.modules[package], name, value)  # so that Python does not ask again
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *home})
+
+    return __getattr__, __dir__
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds what the other finders find, and lets a function see each of some modules when it has been executed."""
+
+    def __init__(self, then: Mapping[str, Callable[[ModuleType], None]]) -> None:
+        self.then = then
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if fullname not in self.then:
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec: ModuleSpec | None = next(filter(None, others), None)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_tell(module: ModuleType) -> None:
+            execute(module)
+            self.then[fullname](module)
+
+        spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        return spec
+
+
+def after_import(package: str, then: Mapping[str, Callable[[ModuleType], None]]) -> None:
+    """Call functions with modules of `package`, now where they are imported already, or else as soon as they are.
+
+    No other thread sees such a module before its function has seen it, but for one that was imported before this call.
+
+    Args:
+        package: full name of the package the modules lie in; imported before them, it tells whether one may be there.
+        then: name of a module in it → what to call with it; may be called again with the same module.
+    """
+    named = {f"{package}.{name}": function for name, function in then.items()}
+    if package not in sys.modules:
+        sys.meta_path.insert(0, _AfterImport(named))
+    if package in sys.modules:  # or is by now, in another thread that the finder may have come too late for
+        for name, function in named.items():
+            function(import_module(name))  # waits for a thread that is importing it just now

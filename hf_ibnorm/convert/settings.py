@@ -1,0 +1,50 @@
+"""What can be said of a conversion and its report, for the command's help and for the code that carries it out.
+
+Imports no torch: the help needs all of this, and nothing else.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checks import check_choice, check_number
+from ..files import check_new_directory
+
+INITS = ("keep", "identity", "calibrate")
+DTYPES = ("float32", "bfloat16", "float16")
+DATA, TOKENS = "sotu", 8192
+"""What is measured on where nothing is said: a text, and how much of it."""
+NAME = "report"
+"""Folder of the report inside a converted checkpoint."""
+SOURCE = "source"
+"""Name of the model that all others are compared with."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is to be done, as `convert_checkpoint` documents it."""
+
+    norm: str
+    norm_kwargs: Mapping[str, Any] | None = None
+    sites: str | Collection[str] | None = None
+    init: str = "keep"
+    data: str = "sotu"
+    calibration_tokens: int = 16_384
+    dtype: str | None = None
+    remote_code: bool = False
+
+    def check(self, target: Path) -> None:
+        """Check what needs no look at the source.
+
+        Raises:
+            ValueError, TypeError: an argument, named.
+            OSError: the target is there.
+        """
+        from ..data.text import LEAST
+
+        check_choice("init", self.init, INITS)
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, DTYPES)
+        check_number("calibration_tokens", self.calibration_tokens, LEAST)
+        check_new_directory("target", target)
