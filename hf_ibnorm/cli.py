@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,6 +21,9 @@ from .version import __version__
 
 BAD_INPUT = 2
 STOPPED = 75  # EX_TEMPFAIL: the same command can go on later
+PATIENCE = 5.0
+"""Seconds that the other ranks of a launch wait with an error: the launcher ends all when one has ended, and rank 0 may
+not have spoken yet."""
 
 
 class UserError(Exception):
@@ -90,6 +94,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            time.sleep(PATIENCE)
         _leave(BAD_INPUT)
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
@@ -185,8 +191,6 @@ def _env(arguments: argparse.Namespace) -> None:
 
 
 def _build_kernels(arguments: argparse.Namespace) -> None:
-    import time
-
     from .kernels.cpu.build import BuildError, build, folder
 
     start = time.perf_counter()
