@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,13 +137,16 @@ def package_versions() -> dict[str, str | None]:
     """Versions of this package, Python and `PACKAGES`; None where one is not installed."""
     from .version import __version__
 
-    versions: dict[str, str | None] = {"hf_ibnorm": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+    installed = {package: _version(package) for package in PACKAGES}
+    return {"hf_ibnorm": __version__, "python": platform.python_version(), **installed}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def environment_record() -> dict[str, Any]:

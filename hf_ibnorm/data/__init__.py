@@ -2,6 +2,7 @@
 
 import json
 import lzma
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -37,6 +38,10 @@ def load_corpus(name: str, split: str) -> list[str]:
         raise ValueError(f"corpus: got {name!r}, allowed are {', '.join(CORPORA)}")
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, allowed are {', '.join(SPLITS)}")
+    return [row["text"] for row in _rows(name) if CORPORA[name](row) == split]
+
+
+@cache  # a few megabytes; to unpack them takes a tenth of a second, and each split is asked for
+def _rows(name: str) -> tuple[dict[str, Any], ...]:
     packed = resources.files(__package__).joinpath(f"{name}.jsonl.xz").read_bytes()
-    rows = [json.loads(line) for line in lzma.decompress(packed).decode("utf-8").split("\n") if line]
-    return [row["text"] for row in rows if CORPORA[name](row) == split]
+    return tuple(json.loads(line) for line in lzma.decompress(packed).decode("utf-8").split("\n") if line)
