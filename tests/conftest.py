@@ -1,32 +1,63 @@
 """Shared by all tests: few threads, no hub, small models."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+if gc.isenabled():  # up to pytest_collection_finish: what is imported and collected stays, and there is much of it
+    gc.disable()
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "HF_IBNORM_TESTS_WARM" not in os.environ:  # of all processes of a run the first
+    os.environ["HF_IBNORM_TESTS_WARM"] = tempfile.mkdtemp(prefix="hf_ibnorm_warm_")
+    atexit.register(shutil.rmtree, os.environ["HF_IBNORM_TESTS_WARM"], ignore_errors=True)
 # Tokens of the test corpora, for this run of the tests only.
 os.environ["HF_IBNORM_CACHE"] = tempfile.mkdtemp(prefix="hf_ibnorm_tests_")
 
-import torch
+import yaml
 
-if not torch.cuda.is_available():  # Triton reads it when it is first imported
-    os.environ["TRITON_INTERPRET"] = "1"
+if yaml.__with_libyaml__:  # before other libraries derive from it: cards of data sets are read hundreds of times
+    yaml.SafeLoader = yaml.CSafeLoader
 
 import pytest
-from helpers import FAMILY, shake, stock_config, stock_of
-from transformers.utils import logging
+import warm
+from hypothesis import settings
 
 atexit.register(shutil.rmtree, os.environ["HF_IBNORM_CACHE"], ignore_errors=True)
-torch.set_num_threads(1)  # faster for models this small, and deaf to what else runs
-logging.disable_progress_bar()
+# What a test's budget of examples is multiplied with, in percent: `make test-slow` asks for the second.
+settings.register_profile("quick", max_examples=25)
+settings.register_profile("thorough", max_examples=100)
+settings.load_profile("quick")
 
 SIZES = {
     "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
 }
+
+
+def pytest_configure(config):
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # of several processes the one that only deals out the tests
+    import torch
+
+    if not torch.cuda.is_available():  # Triton reads it when it is first imported
+        os.environ["TRITON_INTERPRET"] = "1"
+    from transformers.utils import logging
+
+    from hf_ibnorm.report import plots
+
+    torch.set_num_threads(1)  # faster for models this small, and deaf to what else runs
+    logging.disable_progress_bar()
+    plots._SETTINGS["figure.dpi"] = 40  # most of the time of a report would be its pictures'
+
+
+def pytest_collection_finish(session):
+    if len(session.items) > 100:
+        warm.folder()  # some of them will need it, and need not wait then
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
@@ -55,6 +86,8 @@ def fixtures() -> Path:
 def tiny_config():
     """Factory of configs for models of some 20,000 parameters: tiny_config("llama", norm_type=...)."""
 
+    from helpers import FAMILY
+
     def make(family: str, **fields):
         shared = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0}
         return FAMILY[family].config(**{**SIZES[family], **shared, **fields})
@@ -65,6 +98,9 @@ def tiny_config():
 @pytest.fixture
 def stock_model(tiny_config, tmp_path_factory):
     """Factory of tiny stock models as users have them, loaded from a directory: stock_model("gpt2")."""
+
+    import torch
+    from helpers import FAMILY, shake, stock_config, stock_of
 
     def make(family: str, cls=None, **fields):
         cls = cls or stock_of(FAMILY[family].causal_lm)

@@ -1,6 +1,7 @@
 """What several test files need besides fixtures."""
 
 import torch
+from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
@@ -13,6 +14,12 @@ FINAL = {name: table.final for name, table in TABLES.items()}
 FIRST_BLOCK = {name: f"{table.blocks}.0.*" for name, table in TABLES.items()}
 LAST_BLOCK = {name: f"{table.blocks}.1.*" for name, table in TABLES.items()}
 STOCK_NORM = {name: table.stock for name, table in TABLES.items()}
+
+
+def examples(budget):
+    """Settings for so many random examples, the same ones each time; for a part of them in the profile "quick"."""
+    part = settings().max_examples / 100
+    return settings(max_examples=max(5, round(part * budget)), deadline=None, derandomize=True, database=None)
 
 
 def stock_of(cls):

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from warm import python
 
 # Where `make test-slow` puts DeepSpeed, apart from the rest.
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
@@ -47,12 +48,12 @@ def free_port() -> int:
 
 def start(script, config: str, *flags: str, processes: int = 2, launcher=(), cwd=None) -> subprocess.Popen:
     """Begin to run `script`, a path or `MODULE`, in so many processes here, spread as a shipped config file says."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    apart = config.startswith("deepspeed") and find_spec("deepspeed") is None
+    begin = python(DEEPSPEED) if apart else python()
+    command = [begin, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
     command += ["--num_processes", str(processes), *(launcher or ["--main_process_port", str(free_port())])]
     # Two processes on one GPU would ask for a second.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    if config.startswith("deepspeed") and find_spec("deepspeed") is None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(DEEPSPEED), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [*command, *(script if script is MODULE else [str(script)]), *map(str, flags)],
         stdout=subprocess.PIPE,

@@ -61,6 +61,7 @@ def test_the_page_of_diagnostics_shows_the_results_in_the_tree():
     assert set(insight.facts()["models"]) == {"rmsnorm", "ibnorm_l", "ibnorm_t", "ibnorm_shrink", "layernormalnorm"}
 
 
+@pytest.mark.slow
 def test_an_analysis_is_timed_in_a_process_of_its_own(tmp_path):
     import analysis
 
@@ -71,6 +72,7 @@ def test_an_analysis_is_timed_in_a_process_of_its_own(tmp_path):
     assert 0 < found["peak"] < 1e9
 
 
+@pytest.mark.slow
 def test_a_conversion_is_measured_beside_copies():
     import convert
 

@@ -21,7 +21,8 @@ def test_make_demo_trains_scores_and_reports_and_clears_its_own_folder_only(tmp_
     (tree / "demo" / "left_over").touch()
     (tree / "mine").touch()
     environment = Path(sys.executable).parents[1]
-    flags = "--max_steps 4 --warmup_steps 1 --eval_every 2 --per_device_train_batch_size 4"
+    flags = "--max_steps 4 --warmup_steps 1 --eval_every 2 --per_device_train_batch_size 4 --model.num_hidden_layers 1"
+    flags += " --model.hidden_size 32 --model.intermediate_size 48 --model.num_attention_heads 2"  # a novel is scored
     command = ["make", "-o", "setup", "demo", f"VENV={environment}", f"DEMO_FLAGS={flags}"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -4,11 +4,11 @@ import itertools
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
+from warm import path, python
 
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
@@ -18,13 +18,12 @@ PAGES = sorted(DOCS.glob("*.md"))
 
 def run(page, folder):
     """Run a page: its blocks from top to bottom, those in Python that follow each other as one script."""
-    here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": here, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    environment = {**os.environ, "PATH": path(), "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules")}
     blocks = re.findall(r"```(\w+)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert "bash" in {language for language, _ in blocks} <= {"python", "bash"}
     for language, group in itertools.groupby(blocks, key=lambda block: block[0]):
         code = "\n".join(code for _, code in group)
-        start = {"python": [sys.executable, "-c"], "bash": ["bash", "-euo", "pipefail", "-c"]}[language]
+        start = {"python": [python(), "-c"], "bash": ["bash", "-euo", "pipefail", "-c"]}[language]
         done = subprocess.run([*start, code], cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{page.name}:\n{code}\n{done.stdout}\n{done.stderr}"
 

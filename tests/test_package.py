@@ -140,7 +140,9 @@ def test_a_wheel_installed_in_an_empty_environment_works_from_another_folder(whe
     for corpus in ("austen", "sotu"):
         run("python", "-c", f"import hf_ibnorm; assert hf_ibnorm.load_corpus({corpus!r}, 'test')")
     run("hf-ibnorm-train", "--config", "tiny", "--run_dir", "run")
-    run("hf-ibnorm-eval", "run", "--model", "run", "--suite", "embedded", "--output", "run/scores")
+    run(
+        "hf-ibnorm-eval", "run", "--model", "run", "--suite", "embedded", "--batch_size", "64", "--output", "run/scores"
+    )
     assert "austen_test" in (elsewhere / "run" / "scores" / "scores.md").read_text()
     assert "git_revision" in run("hf-ibnorm", "env", "--json")
     assert (next(environment.glob("lib/*/site-packages/hf_ibnorm")) / "py.typed").exists()

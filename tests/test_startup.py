@@ -17,6 +17,8 @@ import hf_ibnorm
 from hf_ibnorm.base import lazy
 from hf_ibnorm.families import FAMILIES as REGISTERED
 
+pytestmark = pytest.mark.oldest
+
 LAZY_PACKAGES = ("hf_ibnorm", "hf_ibnorm.analysis", "hf_ibnorm.convert", "hf_ibnorm.kernels")
 
 
@@ -123,8 +125,12 @@ LOADED = """
 AUTO = "AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification"
 ORDERS = {
     "the package first": f"""
-        import hf_ibnorm
+        import pickle
+        with open(folder + "/config.pkl", "rb") as file:
+            unpickled = pickle.load(file)  # which imports the package
         from transformers import {AUTO}
+        import hf_ibnorm
+        assert type(AutoModelForCausalLM.from_config(unpickled)) is hf_ibnorm.IBNormGPT2LMHeadModel
     """,
     "a part of Transformers first": f"""
         from transformers import AutoConfig
@@ -154,26 +160,17 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", [pytest.param(each, marks=[pytest.mark.slow] * (i > 1)) for i, each in enumerate(ORDERS)]
+)
 def test_auto_classes_know_the_models_in_whatever_order_they_are_imported(order, tiny_config, tmp_path, monkeypatch):
     from hf_ibnorm.remote_code import add_remote_code
 
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path)
     add_remote_code(tmp_path)
-    run("import sys; folder = sys.argv[1]\n" + textwrap.dedent(ORDERS[order]) + textwrap.dedent(LOADED), tmp_path)
-
-
-def test_what_was_pickled_elsewhere_is_known_to_the_auto_classes(tiny_config, tmp_path):
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(tiny_config("gpt2")))
-    code = """
-        import pickle, sys
-        with open(sys.argv[1], "rb") as file:
-            config = pickle.load(file)
-        from transformers import AutoModelForCausalLM
-        print(type(AutoModelForCausalLM.from_config(config)).__name__)
-    """
-    assert run(code, tmp_path / "config.pkl") == "IBNormGPT2LMHeadModel\n"
+    run("import sys; folder = sys.argv[1]\n" + textwrap.dedent(ORDERS[order]) + textwrap.dedent(LOADED), tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

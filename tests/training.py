@@ -4,11 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from warm import python
 
 from hf_ibnorm import data
 from hf_ibnorm.cli import Stopped
@@ -17,6 +18,7 @@ from train_lm.metrics import MEASURED, MetricsFile
 from train_lm.train import train
 
 
+@cache
 def pages(corpus, split):
     """The first pages of each split: the loop does not care, and a tokenizer trains in no time."""
     return [text[: 20_100 if split == "train" else 2_000] for text in data.load_corpus(corpus, split)[:2]]
@@ -75,7 +77,7 @@ def steps(run_dir):
 
 def killed(folder, *flags):
     """Run the program that kills and resumes trainings; returns its counts."""
-    program = [sys.executable, str(Path(__file__).with_name("killing.py")), "--folder", str(folder), *flags]
+    program = [python(), str(Path(__file__).with_name("killing.py")), "--folder", str(folder), *flags]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,8 +1,10 @@
 """What tests of the evaluation share: small models with their tokenizers, the fixture mirror, NLTK's data."""
 
 import os
+from functools import cache
 from pathlib import Path
 
+import lm_eval.utils
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,6 +16,7 @@ from hf_ibnorm import load_corpus
 from train_lm.config import build_model_config, read_command_line
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
+lm_eval.utils.env.from_string = cache(lm_eval.utils.env.from_string)  # it compiles each template for each item
 EMBEDDED = {each.name: each for each in SUITES["embedded"]}
 NOVEL = 3_000
 """Characters of the test novel that these tests read."""

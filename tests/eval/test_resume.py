@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM
+from warm import python
 
 from eval import runner
 from eval.__main__ import main
@@ -198,7 +198,7 @@ def test_answers_are_kept_as_json_and_not_as_code(checkpoint, tmp_path):
 
 def words(checkpoint, out, mirror):
     rest = ["--suite", "v1", "--mirror", str(mirror), "--output", str(out), "--skip", "hellaswag,truthfulqa_mc2"]
-    return [sys.executable, "-m", "eval", "run", "--model", str(checkpoint), *rest]
+    return [python(), "-m", "eval", "run", "--model", str(checkpoint), *rest]
 
 
 def test_a_signal_ends_a_run_in_one_line_and_it_goes_on(long_checkpoint, tmp_path, mirror):
@@ -225,7 +225,7 @@ def test_what_is_kept_of_a_model_does_not_depend_on_its_last_call(checkpoint):
 @pytest.mark.slow
 def test_two_processes_answer_as_one(long_checkpoint, tmp_path, mirror):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch = [python(), "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(words(long_checkpoint, alone, mirror), cwd=ROOT, check=True, env=environment)
     again = words(long_checkpoint, together, mirror)[1:]

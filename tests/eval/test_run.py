@@ -6,13 +6,13 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm import python
 
 from eval.__main__ import main
 from eval.model import load_model
@@ -45,6 +45,7 @@ def loglikelihood(model, context, answer):
     return sum(logits[len(context) + i - 1, token].item() for i, token in enumerate(answer))
 
 
+@pytest.mark.oldest
 def test_scores_agree_with_log_likelihoods_computed_independently(checkpoint, tmp_path):
     scores = run(str(checkpoint), "embedded", str(tmp_path / "out"), limit=40)
     model, tokenizer = (
@@ -262,7 +263,7 @@ def test_the_command_scores_from_any_folder(checkpoint, tmp_path):
     words = ["run", "--model", str(checkpoint), "--suite", "embedded", "--limit", "2", "--output", "out"]
     # From the tree's root, as in the README: the embedded tasks are found wherever the model and the output are.
     done = subprocess.run(
-        [sys.executable, "-m", "eval", *words[:-1], str(tmp_path / "out")], capture_output=True, text=True, cwd=ROOT
+        [python(), "-m", "eval", *words[:-1], str(tmp_path / "out")], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     assert "\n1/7 austen_test " in done.stdout

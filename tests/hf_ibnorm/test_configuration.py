@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 import torch
-from helpers import FAMILIES, FAMILY, FINAL, FIRST_BLOCK, STOCK_NORM, TABLES, build, shake, tokens
+from helpers import FAMILIES, FAMILY, FINAL, FIRST_BLOCK, STOCK_NORM, TABLES, build, examples, shake, tokens
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +19,8 @@ from hf_ibnorm import (
     IBNormLlamaForSequenceClassification,
     norm_sites,
 )
+
+pytestmark = pytest.mark.oldest
 
 
 @pytest.fixture
@@ -249,11 +251,12 @@ def fields(draw, family):
     }
 
 
+@pytest.mark.random
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_configs_build_save_load_and_agree_or_fail_with_one_clear_message(tiny_config, family):
     built, refused = [], []
 
-    @settings(max_examples=250, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
+    @settings(examples(250), suppress_health_check=[*HealthCheck])
     @given(fields(family))
     def check(drawn):
         try:
@@ -279,5 +282,5 @@ def test_random_configs_build_save_load_and_agree_or_fail_with_one_clear_message
         assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
     check()
-    assert min(len(built), len(refused)) > 60
+    assert min(len(built), len(refused)) > 60 / 250 * (len(built) + len(refused))
     assert all("norm_" in message and len(message) < 700 for message in refused)

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from helpers import FAMILIES, STOCK_NORM, stock_of, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm import python
 
 from hf_ibnorm import NORMS, apply_norm, convert_checkpoint
 from hf_ibnorm.cli import main
@@ -342,7 +342,7 @@ def slow(*arguments):
 module.rewrite = slow
 module.convert_checkpoint(sys.argv[1], sys.argv[2], "ibnorm_l")
 """
-    words = [sys.executable, "-c", code, str(folder), str(tmp_path / "new")]
+    words = [python(), "-c", code, str(folder), str(tmp_path / "new")]
     begun = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert begun.stdout.readline() == "part\n"
     os.kill(begun.pid, signal.SIGKILL)
@@ -370,7 +370,7 @@ before = peak()
 convert_checkpoint(sys.argv[1], sys.argv[2], "ibnorm_l", init="identity", dtype=sys.argv[3] or None)
 print((peak() - before) * 1024)
 """
-    words = [sys.executable, "-c", code, str(folder), str(tmp_path / "new"), dtype or ""]
+    words = [python(), "-c", code, str(folder), str(tmp_path / "new"), dtype or ""]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # A part is never in memory whole, whatever becomes of its numbers.

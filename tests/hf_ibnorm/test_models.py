@@ -19,6 +19,8 @@ from hf_ibnorm import NORMS, IBNormGPT2Config, IBNormLlamaConfig, IBNormLlamaMod
 from hf_ibnorm.modeling_ibnorm import is_norm
 from hf_ibnorm.norms import NormBase
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", NORMS)

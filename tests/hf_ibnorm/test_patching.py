@@ -23,6 +23,7 @@ from transformers import (
     BertConfig,
     BertModel,
 )
+from warm import python
 
 from hf_ibnorm import (
     NORMS,
@@ -35,6 +36,8 @@ from hf_ibnorm import (
     set_lam,
     swapped_norms,
 )
+
+pytestmark = pytest.mark.oldest
 
 
 @torch.no_grad()
@@ -383,7 +386,7 @@ def test_hidden_states_are_recorded_where_no_registered_model_was_ever_built():
         model = apply_norm(LlamaForCausalLM(config), "ibnorm_l")
         assert len(model(torch.arange(8)[None], output_hidden_states=True).hidden_states) == 3
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    subprocess.run([python(), "-c", textwrap.dedent(code)], check=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -615,7 +618,7 @@ def test_default_targets_of_peft_hold_for_a_patched_model_in_a_fresh_process(sto
         peft.get_peft_model(model, peft.LoraConfig())
     """
     folder = stock_model("llama").name_or_path
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), folder], check=True)
+    subprocess.run([python(), "-c", textwrap.dedent(code), folder], check=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

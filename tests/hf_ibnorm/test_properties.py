@@ -11,7 +11,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import yeojohnson, yeojohnson_llf
 from torch.autograd import gradcheck
@@ -29,7 +30,8 @@ from hf_ibnorm.functional import (
     power_transform,
 )
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+pytestmark = pytest.mark.random
+PROPERTY = examples(60)
 OURS = [name for name in NORMS if name not in ("layernorm", "rmsnorm")]
 HALF = (torch.bfloat16, torch.float16)
 # For two ways to the same number. Statistics of float32 rows lose up to two of seven digits to cancellation; half
@@ -370,7 +372,7 @@ def test_gradient_of_a_learned_lam_is_its_formula(x, options, seed, data, varian
     assert_near(gradient, expected.reshape(1), 1e-9)
 
 
-@settings(PROPERTY, max_examples=15)
+@examples(15)
 @given(rows(count=st.just(1), width=st.integers(2, 6)), ib_options(eps=[1e-3]), SEEDS)
 def test_gradients_of_ib_norm_agree_with_finite_differences(x, options, seed):
     weight, bias, _ = affine_and_upstream(seed, x)
@@ -549,7 +551,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@settings(PROPERTY, max_examples=25)
+@examples(25)
 @given(make=norms(), x=rows(DTYPES, st.just(4), st.integers(4, 40)), seed=SEEDS)
 def test_non_contiguous_inputs_give_what_contiguous_ones_give(layout, make, x, seed):
     upstream = LAYOUTS[layout](normal(seed, *x.shape, dtype=x.dtype))
@@ -751,7 +753,7 @@ def test_normal_norm_and_its_gradients_are_their_formulas(x, alpha, eps, noise, 
         assert_near(actual, by_hand, 1e-9)
 
 
-@settings(PROPERTY, max_examples=15)
+@examples(15)
 @given(rows(count=st.just(1), width=st.integers(2, 6)), ALPHAS, SEEDS)
 def test_gradients_of_normal_norm_agree_with_finite_differences(x, alpha, seed):
     weight, bias, _ = affine_and_upstream(seed, x)

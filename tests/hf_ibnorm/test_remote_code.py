@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_ibnorm.remote_code import add_remote_code
 
+pytestmark = pytest.mark.oldest
+
 WITHOUT_THE_PACKAGE = """
     import sys
     sys.modules["hf_ibnorm"] = None  # importing it fails from here on
@@ -21,58 +23,65 @@ WITHOUT_THE_PACKAGE = """
     from safetensors.torch import load_file
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoConfig
 
-    folder = sys.argv[1]
-    expected = load_file(folder + "/expected.safetensors")
-    x = expected["tokens"]
-
     def load(auto, path):
         return auto.from_pretrained(path, trust_remote_code=True).eval()
 
-    model = load(AutoModelForCausalLM, folder + "/lm")
-    assert type(model).__module__.startswith("transformers_modules.")
-    assert torch.equal(model(x).logits, expected["logits"])
-    assert torch.equal(load(AutoModel, folder + "/lm")(x)[0], expected["hidden"])
-    assert torch.equal(load(AutoModelForSequenceClassification, folder + "/classifier")(x)[0], expected["scores"])
+    models = []
+    for folder in sys.argv[1:]:
+        expected = load_file(folder + "/expected.safetensors")
+        x = expected["tokens"]
+        model = load(AutoModelForCausalLM, folder + "/lm")
+        models.append(model)
+        assert type(model).__module__.startswith("transformers_modules.")
+        assert torch.equal(model(x).logits, expected["logits"])
+        assert torch.equal(load(AutoModel, folder + "/lm")(x)[0], expected["hidden"])
+        assert torch.equal(load(AutoModelForSequenceClassification, folder + "/classifier")(x)[0], expected["scores"])
 
-    model.save_pretrained(folder + "/again")
-    assert torch.equal(load(AutoModelForCausalLM, folder + "/again")(x).logits, expected["logits"])
-    assert torch.equal(load(AutoModel, folder + "/again")(x)[0], expected["hidden"])
-    config = AutoConfig.from_pretrained(folder + "/again", trust_remote_code=True)
-    fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    fresh.train()(x, labels=x).loss.backward()
+        model.save_pretrained(folder + "/again")
+        assert torch.equal(load(AutoModelForCausalLM, folder + "/again")(x).logits, expected["logits"])
+        assert torch.equal(load(AutoModel, folder + "/again")(x)[0], expected["hidden"])
+        config = AutoConfig.from_pretrained(folder + "/again", trust_remote_code=True)
+        fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+        fresh.train()(x, labels=x).loss.backward()
     assert not any(name.startswith("hf_ibnorm.") for name in sys.modules)
 
     del sys.modules["hf_ibnorm"]
     import hf_ibnorm
-    for use in (lambda: hf_ibnorm.apply_norm(model, "dyt"), lambda: hf_ibnorm.set_lam(model, 1.0)):
-        try:
-            use()
-        except (TypeError, ValueError) as error:
-            assert "import hf_ibnorm before" in str(error), error
-        else:
-            raise AssertionError("classes of the checkpoint's own code are not the package's")
+    for model in models:
+        for use in (lambda: hf_ibnorm.apply_norm(model, "dyt"), lambda: hf_ibnorm.set_lam(model, 1.0)):
+            try:
+                use()
+            except (TypeError, ValueError) as error:
+                assert "import hf_ibnorm before" in str(error), error
+            else:
+                raise AssertionError("classes of the checkpoint's own code are not the package's")
 """
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_it_loads_and_saves_again_without_the_package_to_the_bit(tiny_config, family, tmp_path):
+def with_its_code(tiny_config, family, folder):
+    """Write a language model and a classifier that carry their code, and what they compute."""
     final = {"type": "layernormalnorm", "kwargs": {"backend": "reference"}}
     fields = {"norm_type": "ibnorm_t", "norm_overrides": {FINAL[family]: final}, "pad_token_id": 0}
     fields["norm_kwargs"] = {"lam": 0.3, "backend": "reference"}
     model = shake(build(tiny_config(family, **fields)))
     classifier = shake(build(tiny_config(family, **fields), cls=AutoModelForSequenceClassification))
     for name, each in (("lm", model), ("classifier", classifier)):
-        each.save_pretrained(tmp_path / name)
-        written = add_remote_code(tmp_path / name)
-        assert all(path.parent == tmp_path / name and path.is_file() for path in written)
+        each.save_pretrained(folder / name)
+        written = add_remote_code(folder / name)
+        assert all(path.parent == folder / name and path.is_file() for path in written)
     expected = {"tokens": tokens(), "logits": model(tokens()).logits, "hidden": model.base_model(tokens())[0]}
     expected["scores"] = classifier(tokens()).logits
-    save_file({key: value.contiguous() for key, value in expected.items()}, tmp_path / "expected.safetensors")
+    save_file({key: value.contiguous() for key, value in expected.items()}, folder / "expected.safetensors")
 
+
+def test_it_loads_and_saves_again_without_the_package_to_the_bit(tiny_config, tmp_path):
+    folders = [tmp_path / family for family in FAMILIES]
+    for family, folder in zip(FAMILIES, folders, strict=True):
+        with_its_code(tiny_config, family, folder)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     code = textwrap.dedent(WITHOUT_THE_PACKAGE)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", code, *map(str, folders)], env=environment, capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
 

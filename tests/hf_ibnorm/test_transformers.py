@@ -22,6 +22,8 @@ from transformers import (
 from hf_ibnorm import NORMS, IBNorm, apply_norm, build_norm, no_decay_parameter_names, norm_sites, set_lam
 from hf_ibnorm.norms import NormBase
 
+pytestmark = pytest.mark.oldest
+
 QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
 OURS = [name for name, entry in NORMS.items() if issubclass(entry.cls, NormBase)]
 

@@ -4,7 +4,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from training import config, metrics, run, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from warm import python
 
 import train_lm.train
 from hf_ibnorm.cli import Stopped, UserError
@@ -230,7 +230,7 @@ def test_an_error_on_one_process_reaches_the_user_from_all_of_them(tmp_path):
     # Of one document to stream, the second of two processes gets none.
     (tmp_path / "one.jsonl").write_text('{"text": "%s"}\n' % ("a word " * 400))
     (tmp_path / "other.jsonl").write_text('{"text": "%s"}\n' % ("a word " * 400))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [python(), "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     flags = ["--config", "tiny", "--run_dir", str(tmp_path / "run"), "--corpus", str(tmp_path / "one.jsonl")]
     flags += ["--streaming", "true", "--validation_corpus", str(tmp_path / "other.jsonl")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -306,7 +306,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_loses_no_checkpoint(t
         flags += ["--model.norm_kwargs.backend", "reference"]  # no warning where no kernels are built
         (tmp_path / "filler").write_bytes(bytes(200_000))
         done = subprocess.run(
-            [sys.executable, "-m", "train_lm", *flags, "--max_eval_blocks", "1"], capture_output=True, text=True
+            [python(), "-m", "train_lm", *flags, "--max_eval_blocks", "1"], capture_output=True, text=True
         )
         assert done.returncode == 2, done.stderr
         assert "No space left on device" in done.stderr

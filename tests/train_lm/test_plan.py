@@ -67,7 +67,10 @@ def peak_of_real_steps(wanted):
     return peak
 
 
-@pytest.mark.parametrize("flags", MEASURED.values(), ids=MEASURED)
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(MEASURED[each], marks=[pytest.mark.slow] * bool(i), id=each) for i, each in enumerate(MEASURED)],
+)
 def test_memory_of_a_step_is_what_was_measured(flags):
     wanted = config(*WIDE, *flags)
     counted, peak = step_memory(wanted), peak_of_real_steps(wanted)
@@ -179,8 +182,13 @@ def test_advice_is_the_first_that_fits_and_smaller_devices_ask_for_more(monkeypa
     assert advised == [("ddp", False), *ways, None]
 
 
-@pytest.mark.parametrize("gpus", [pytest.param(1, marks=pytest.mark.slow), 8, pytest.param(64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name != "heal"])  # which has no sizes
+PLANNED = [(name, gpus) for name in shipped_recipes() if name != "heal" for gpus in (1, 8, 64)]  # heal has no sizes
+QUICK = [("demo", 8), ("gpt2-small", 8)]  # one of each family; the others differ in size
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus"), [pytest.param(*each, marks=[] if each in QUICK else [pytest.mark.slow]) for each in PLANNED]
+)
 def test_every_recipe_is_planned_and_fits_80_gb_as_it_is(name, gpus, command):
     flags = ["--global_batch_size", "512"] if "gpt2" in name and gpus == 64 else []  # 480 is no multiple of 64
     code, out, err = command(plan, name, "--device", "h100", "--gpus", str(gpus), *flags)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from hub import hub_of
 from huggingface_hub import ModelCard, constants, snapshot_download
 from training import config, metrics, pages, run
 from transformers import AutoModelForCausalLM
+from warm import python
 
 from hf_ibnorm.cli import UserError
 from hf_ibnorm.files import sha256_tensors, write_json
@@ -131,7 +131,7 @@ def test_a_pushed_model_loads_by_its_name_in_a_fresh_process(finished, hub, comm
         f"model, tokenizer = (auto.from_pretrained('{REPO}') for auto in (AutoModelForCausalLM, AutoTokenizer))\n"
         "print(sha256_tensors(model.state_dict().items()), model.model.norm.noise, len(tokenizer))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=hub[1])
+    done = subprocess.run([python(), "-c", code], capture_output=True, text=True, cwd=ROOT, env=hub[1])
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(finished / "final")
     assert done.stdout.split() == [sha256_tensors(model.state_dict().items()), "0.1", "300"]
@@ -402,7 +402,7 @@ def test_a_training_that_cannot_push_is_finished_and_says_how_to_push_later(hub,
 
 @pytest.mark.slow
 def test_one_of_two_processes_pushes(hub, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = [python(), "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     words = ["--config", "tiny", "--run_dir", tmp_path / "run", "--push_to_hub", REPO, "--log_with", "[]"]
     done = subprocess.run(
         [*launch, "-m", "train_lm", *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=hub[1]

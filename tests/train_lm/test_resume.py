@@ -4,14 +4,14 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from launching import MODULE, launch, start
-from training import config, killed, metrics, result, run, run_stopped, small_corpus, steps, without_timing
+from training import config, killed, metrics, pages, result, run, run_stopped, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from warm import python
 
 from hf_ibnorm.cli import STOPPED, UserError
 from train_lm.config import changed_fields
@@ -44,6 +44,7 @@ RUNS = {
 }
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_stopped_by_sigterm_resumes_as_if_never_stopped(name, tmp_path, monkeypatch):
     flags = [str(stock_gpt2(tmp_path / "gpt2")) if flag == "GPT2" else flag for flag in RUNS[name]]
@@ -56,10 +57,20 @@ def test_a_run_stopped_by_sigterm_resumes_as_if_never_stopped(name, tmp_path, mo
     assert result(tmp_path / "stopped") == result(tmp_path / "straight")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run whose first and fifth checkpoints are kept, with noise; not to be changed."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("train_lm.corpus.load_corpus", pages)
+        run(run_dir, *NOISE)
+    return run_dir
+
+
 @pytest.fixture
-def straight(tmp_path):
-    """A finished run whose first and fifth checkpoints are kept, with noise."""
-    run(tmp_path / "run", *NOISE)
+def straight(trained, tmp_path):
+    """A copy of it."""
+    shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -233,7 +244,7 @@ def test_a_ramp_that_cannot_be_is_refused(tmp_path, message):
 
 
 def command(run_dir, *flags):
-    return [sys.executable, "-m", "train_lm", "--config", "tiny", "--run_dir", str(run_dir), *flags]
+    return [python(), "-m", "train_lm", "--config", "tiny", "--run_dir", str(run_dir), *flags]
 
 
 def wait_until(condition, process, seconds=60):

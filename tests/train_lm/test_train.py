@@ -3,9 +3,7 @@
 import json
 import re
 import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,39 +13,18 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from launching import launch, program
+from training import config, metrics, small_corpus, without_timing
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm import python
 
 from hf_ibnorm.cli import UserError
 from train_lm.__main__ import main
 from train_lm.config import RECIPES, ModelConfig, TrainConfig, build_model_config, read_command_line, shipped_recipes
 from train_lm.data import IGNORE, PackedTokens
-from train_lm.metrics import MEASURED
 from train_lm.tokenizer import encode, train_tokenizer, wrap_tokenizer
 from train_lm.train import build_optimizer, evaluate, learning_rate, train
 
-
-@pytest.fixture(autouse=True)
-def small_corpus(monkeypatch):
-    """The first pages of each split: the loop does not care, and a tokenizer trains in no time."""
-    from hf_ibnorm import data
-
-    def pages(corpus, split):
-        return [text[: 20_100 if split == "train" else 2_000] for text in data.load_corpus(corpus, split)[:2]]
-
-    monkeypatch.setattr("train_lm.corpus.load_corpus", pages)
-    AcceleratorState._reset_state(True)  # one process may not change its precision
-
-
-def config(run_dir, *flags):
-    return read_command_line(["--config", "tiny", "--run_dir", str(run_dir), *flags])
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_timing(rows):
-    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
+pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
 
 def test_run_directory_holds_what_the_design_says(tmp_path):
@@ -121,16 +98,18 @@ def few_blocks(*flags):
     return ["--block_size", "512", "--max_steps", "20", "--eval_every", "10", "--learning_rate", "3e-3", *flags]
 
 
-@pytest.mark.parametrize("flags", [("8", "1"), ("2", "4"), ("1", "8")])
-def test_accumulation_leaves_the_losses_as_they_are(tmp_path, flags):
+def test_accumulation_leaves_the_losses_as_they_are(tmp_path):
     losses = []
-    for name, (size, parts) in {"whole": ("8", "1"), "parts": flags}.items():
+    for size, parts in (("8", "1"), ("8", "1"), ("2", "4"), ("1", "8")):
         split = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", parts]
-        train(config(tmp_path / name, *few_blocks(*split)))
-        rows = metrics(tmp_path / name)
+        run_dir = tmp_path / f"run{len(losses)}"
+        AcceleratorState._reset_state(True)
+        train(config(run_dir, *few_blocks(*split)))
+        rows = metrics(run_dir)
         assert {row["tokens"] - before for before, row in pairwise_tokens(rows)} > {8 * 512}, "no padded block was met"
         losses.append([row["loss"] for row in rows])
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-5)
+    for each in losses[1:]:
+        torch.testing.assert_close(torch.tensor(each), torch.tensor(losses[0]), rtol=1e-5, atol=1e-5)
 
 
 def pairwise_tokens(rows):
@@ -300,7 +279,7 @@ def test_divergence_stops_the_run_with_a_reason_and_keeps_what_was_written(tmp_p
 
 
 def test_the_command_prints_one_line_and_exits_2_on_bad_input(tmp_path):
-    command = [sys.executable, "-m", "train_lm", "--config", "tiny", "--run_dir", str(tmp_path / "run")]
+    command = [python(), "-m", "train_lm", "--config", "tiny", "--run_dir", str(tmp_path / "run")]
     done = subprocess.run([*command, "--model.norm_kwargs.lam", "-3"], capture_output=True, text=True)
     assert done.returncode == 2
     assert (
