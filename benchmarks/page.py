@@ -97,6 +97,15 @@ def watching_table(rows: list[Row]) -> str:
     return table.markdown()
 
 
+def imports_table(rows: list[Row]) -> str:
+    """Commands and imports: seconds, and multiples of what they are measured beside."""
+    table = Table(["whole process", "s", "÷ `import torch`", "÷ Transformers' configs"])
+    for row in rows:
+        name = row["what"] if " import " in f" {row['what']}" else f"python -m {row['what']}"
+        table.rows.append([f"`{name}`", row["seconds"], row["times_torch"], row["times_configs"]])
+    return table.markdown()
+
+
 def speed_table(rows: list[Row]) -> str:
     """The README's few rows: forward and backward at the wider shape."""
     shown = {r["norm"]: r for r in rows if r["direction"] == "both" and (r["rows"], r["width"]) == SHAPES[0]}
@@ -115,13 +124,14 @@ def page(text: str, tables: dict[str, str]) -> str:
 def tables() -> dict[str, str]:
     """What the page shows of the results."""
     norms, steps, convert = read("fused_norms"), read("fused_steps"), read("convert")
-    analysis, watching = read("analysis"), read("watching")
+    analysis, watching, imports = read("analysis"), read("watching"), read("imports")
     return {
         "norms": f"{measured_on(norms)}:\n\n{norms_table(norms)}",
         "steps": f"{measured_on(steps)}:\n\n{steps_table(steps)}",
         "convert": f"{measured_on(convert)}:\n\n{convert_table(convert)}",
         "analysis": f"{machine(analysis)}:\n\n{analysis_table(analysis)}",
         "watching": f"{measured_on(watching)}:\n\n{watching_table(watching)}",
+        "imports": f"{measured_on(imports)}:\n\n{imports_table(imports)}",
         "speed": speed_table(norms),
     }
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from hf_ibnorm.cli import main
+from hf_ibnorm.cli import PATIENCE, main
 
 
 def test_env_prints_what_a_bug_report_needs():
@@ -39,3 +39,13 @@ def test_a_verb_s_error_is_one_line_when_run_as_a_module():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: stages: got 'healed', must be NAME=DIR")
     assert done.stderr.count("\n") == 1
+
+
+def test_of_several_processes_the_first_says_what_is_wrong_and_the_others_let_it(command, monkeypatch):
+    waited = []
+    monkeypatch.setattr("hf_ibnorm.cli.time.sleep", waited.append)
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        code, out, err = command(main, "enw")
+        assert (code, out, err.count("\n")) == (2, "", lines)
+    assert waited == [PATIENCE]
