@@ -107,7 +107,9 @@ def register() -> None:
 
 def _register_configs(auto: ModuleType) -> None:
     table = auto.CONFIG_MAPPING
+    titles = getattr(auto, "MODEL_NAMES_MAPPING", {})  # in older releases, for docstrings
     for family in FAMILIES:
+        titles[family.model_type] = family.config_name
         table._mapping[family.model_type] = family.config_name
         table._modules[auto.model_type_to_module_name(family.model_type)] = sys.modules[__package__]
         # The class of a checkpoint that carries its code, loaded before this package was: it would come first.

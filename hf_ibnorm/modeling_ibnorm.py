@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 
 from .norms import LayerNormalNorm, NormBase, build_norm
 
@@ -79,6 +80,11 @@ class NormInitMixin:
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, NormBase):
             module.reset_parameters()
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            # Some releases of Transformers take it that these have a gain and a bias.
+            for name, fill in (("weight", init.ones_), ("bias", init.zeros_)):
+                if getattr(module, name, None) is not None:
+                    fill(getattr(module, name))
         else:
             super()._init_weights(module)  # type: ignore[misc]
 

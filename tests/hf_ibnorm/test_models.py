@@ -212,3 +212,11 @@ def test_default_norm_is_ibnorm_l():
 def test_bad_config_fields_are_errors_that_name_them(tiny_config, family, fields, message):
     with pytest.raises(Exception, match=message):
         tiny_config(family, **fields)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{"elementwise_affine": False}, {"bias": False}], ids=str)
+def test_torch_s_norms_need_no_gain_and_no_bias(tiny_config, family, options, tmp_path):
+    model = shake(build(tiny_config(family, norm_type="layernorm", norm_kwargs=options)))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, model(tokens()).logits)
