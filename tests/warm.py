@@ -146,7 +146,7 @@ def become(request, handles):
         transformers.dynamic_module_utils.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")  # it is imported already, yes
-    words = [word for word in request["words"] if word != "-u"]
+    words = request["words"][request["words"][0] == "-u" :]
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, os.getcwd())
@@ -181,11 +181,11 @@ def folder(packages=""):
             (home / "socket").unlink(missing_ok=True)
             (home / "environment.json").write_text(json.dumps({**os.environ, "real": sys.executable}))
             (home / "python").write_text(SHIM.format(real=sys.executable, tests=str(Path(__file__).parent)))
-            for name in SCRIPTS:
-                _, _, rest = Path(sys.executable).with_name(name).read_text().partition("\n")
-                (home / name).write_text(f"#!{home / 'python'}\n{rest}")
-            for name in ("python", *SCRIPTS):
-                (home / name).chmod(0o755)
+            (home / "python").chmod(0o755)
+            for script in filter(Path.exists, map(Path(sys.executable).with_name, SCRIPTS)):
+                _, _, rest = script.read_text().partition("\n")
+                (home / script.name).write_text(f"#!{home / 'python'}\n{rest}")
+                (home / script.name).chmod(0o755)
             with (home / "log").open("w") as log:
                 words = [sys.executable, "-P", __file__, str(home)]  # this folder has packages of the same names
                 subprocess.Popen(
