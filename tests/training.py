@@ -41,6 +41,14 @@ def run(run_dir, *flags):
     return train(config(run_dir, *flags))
 
 
+def run_on_pages(run_dir, *flags):
+    """The same for a fixture of a whole file, which comes before `small_corpus`; returns the run directory."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("train_lm.corpus.load_corpus", pages)
+        run(run_dir, *flags)
+    return run_dir
+
+
 def metrics(run_dir):
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from training import result, run, small_corpus, steps
+from training import result, run, run_on_pages, small_corpus, steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ibnorm.cli import UserError
@@ -43,13 +43,8 @@ FILES = [
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run with the checkpoints 0, 4 and 8, and what it ended with."""
-    with pytest.MonkeyPatch.context() as patched:
-        from training import pages
-
-        patched.setattr("train_lm.corpus.load_corpus", pages)
-        run_dir = tmp_path_factory.mktemp("finished") / "run"
-        run(run_dir, "--checkpoint_every", "4", "--model.norm_type", "layernormalnorm")
-    return run_dir
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    return run_on_pages(run_dir, "--checkpoint_every", "4", "--model.norm_type", "layernormalnorm")
 
 
 @pytest.fixture

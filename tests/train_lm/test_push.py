@@ -10,7 +10,7 @@ import pytest
 import yaml
 from hub import hub_of
 from huggingface_hub import ModelCard, constants, snapshot_download
-from training import config, metrics, pages, run
+from training import config, metrics, pages, run, run_on_pages
 from transformers import AutoModelForCausalLM
 from warm import python
 
@@ -30,10 +30,7 @@ REPO = "alice/tiny"
 def trained(tmp_path_factory):
     """A finished run, not to be changed."""
     folder = tmp_path_factory.mktemp("trained") / "my_run"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("train_lm.corpus.load_corpus", pages)
-        run(folder, "--model.norm_overrides", OVERRIDES, "--log_with", "[]")
-    return folder
+    return run_on_pages(folder, "--model.norm_overrides", OVERRIDES, "--log_with", "[]")
 
 
 @pytest.fixture

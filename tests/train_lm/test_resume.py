@@ -9,7 +9,18 @@ import time
 import pytest
 import torch
 from launching import MODULE, launch, start
-from training import config, killed, metrics, pages, result, run, run_stopped, small_corpus, steps, without_timing
+from training import (
+    config,
+    killed,
+    metrics,
+    result,
+    run,
+    run_on_pages,
+    run_stopped,
+    small_corpus,
+    steps,
+    without_timing,
+)
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from warm import python
 
@@ -60,11 +71,7 @@ def test_a_run_stopped_by_sigterm_resumes_as_if_never_stopped(name, tmp_path, mo
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished run whose first and fifth checkpoints are kept, with noise; not to be changed."""
-    run_dir = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("train_lm.corpus.load_corpus", pages)
-        run(run_dir, *NOISE)
-    return run_dir
+    return run_on_pages(tmp_path_factory.mktemp("trained") / "run", *NOISE)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from launching import launch, needs_deepspeed, program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import pages, result, run, run_stopped, small_corpus
+from training import result, run, run_on_pages, run_stopped, small_corpus
 from transformers import AutoModelForCausalLM
 
 from hf_ibnorm.analysis import watch
@@ -121,10 +121,7 @@ WATCHED = (*NOISE, *QUICK, "--watch_norms", "3")
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run never stopped."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("train_lm.corpus.load_corpus", pages)
-        run(run_dir, *WATCHED)
+    run_dir = run_on_pages(tmp_path_factory.mktemp("straight") / "run", *WATCHED)
     assert steps(run_dir) == [1, 3, 6, 9, 10]
     return run_dir
 
