@@ -4,13 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import ib_norm, normal_norm
-from .norms import DynamicTanh, IBNorm, LayerNormalNorm
+from .norms import NormBase
 
 
 def is_known(norm: nn.Module) -> bool:
     """Whether `without_affine` takes this module."""
-    ours = isinstance(norm, IBNorm | LayerNormalNorm | DynamicTanh | nn.LayerNorm | nn.RMSNorm)
+    ours = isinstance(norm, NormBase | nn.LayerNorm | nn.RMSNorm)
     return ours or (type(norm).__name__.endswith("RMSNorm") and _eps(norm) is not None)
 
 
@@ -34,20 +33,8 @@ def without_affine(norm: nn.Module, x: Tensor) -> Tensor:
         TypeError: another norm.
     """
     x = x if x.dtype == torch.float64 else x.float()
-    if isinstance(norm, IBNorm):
-        return ib_norm(
-            x,
-            variant=norm.variant,
-            lam=norm.current_lam(),
-            unit=norm.unit,
-            standardize=norm.standardize,
-            order=norm.order,
-            eps=norm.eps,
-        )
-    if isinstance(norm, LayerNormalNorm):
-        return normal_norm(x, alpha=norm.alpha, eps=norm.eps)
-    if isinstance(norm, DynamicTanh):
-        return torch.tanh(norm.alpha.to(x.dtype) * x)
+    if isinstance(norm, NormBase):
+        return norm.normalized(x)
     if isinstance(norm, nn.LayerNorm):
         return F.layer_norm(x, x.shape[-1:], eps=norm.eps)
     if isinstance(norm, nn.RMSNorm):

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .norms import LayerNormalNorm, NormBase, build_norm
+from .norms import NormBase, build_norm
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -123,7 +123,7 @@ def check_checkpointing(model: nn.Module, norms: Iterable[nn.Module]) -> None:
     Raises:
         ValueError: one of `norms` draws noise and `model` checkpoints with `preserve_rng_state=False`.
     """
-    noisy = any(isinstance(norm, LayerNormalNorm) and norm.draws_noise for norm in norms)
+    noisy = any(isinstance(norm, NormBase) and norm.draws_noise for norm in norms)
     for module in model.modules() if noisy else ():
         function: Callable | None = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(module, "gradient_checkpointing", False) and (

@@ -5,6 +5,7 @@ Transformers' loading respects, a description in `print(model)`. `NORMS` maps a 
 options, the controls (torch's LayerNorm and RMSNorm, Dynamic Tanh) included; `build_norm` builds one by name.
 """
 
+import copy
 import inspect
 import math
 import numbers
@@ -102,6 +103,25 @@ class NormBase(nn.Module):
             init.ones_(self.weight)
         if self.bias is not None:
             init.zeros_(self.bias)
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether training mode draws random numbers."""
+        return False
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """`forward` before gain and bias, and as in eval mode.
+
+        Args:
+            x: shape (..., N), float32 or float64.
+
+        Returns:
+            z of the shape and dtype of `x`.
+        """
+        bare = copy.copy(self)
+        bare._parameters = {**self._parameters, "weight": None, "bias": None}
+        bare.training = False
+        return bare.forward(x)
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name.removesuffix('_shown')}={getattr(self, name)}" for name in self._described)
@@ -299,7 +319,6 @@ class LayerNormalNorm(NormBase):
 
     @property
     def draws_noise(self) -> bool:
-        """Whether training mode adds noise."""
         return self.noise > 0 or self.noise_mode == "dropout"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -357,6 +376,28 @@ class DynamicTanh(NormBase):
         return y.to(x.dtype)
 
 
+def initial_parameters(norm: nn.Module) -> dict[str, Tensor]:
+    """What the parameters of `norm` itself are before training, by name.
+
+    Args:
+        norm: one of ours, torch's LayerNorm or RMSNorm, or a Llama's RMSNorm; on any device, "meta" too.
+
+    Returns:
+        Tensors on the CPU, of each parameter's shape and dtype.
+    """
+    fresh = copy.copy(norm)
+    fresh._parameters = {
+        name: None if value is None else nn.Parameter(torch.ones_like(value, device="cpu"))
+        for name, value in norm._parameters.items()
+    }
+    fresh._buffers = {
+        name: None if value is None else torch.zeros_like(value, device="cpu") for name, value in norm._buffers.items()
+    }
+    if hasattr(fresh, "reset_parameters"):  # a Llama's RMSNorm has a gain only, and no such method
+        fresh.reset_parameters()
+    return {name: value.detach() for name, value in fresh.named_parameters(recurse=False)}
+
+
 @dataclass(frozen=True)
 class NormEntry:
     """One row of the registry: the class, what the name itself fixes, and every option with its default."""
@@ -399,7 +440,6 @@ NORMS: dict[str, NormEntry] = {
     "rmsnorm": NormEntry(nn.RMSNorm, {}, {"eps": 1e-6, "elementwise_affine": True}),
     "dyt": NormEntry(DynamicTanh, {}, _options(DynamicTanh)),
 }
-_NAMES = {name.replace("_", ""): name for name in NORMS}
 
 
 def norm_name(name: str, field: str = "norm_type") -> str:
@@ -410,11 +450,12 @@ def norm_name(name: str, field: str = "norm_type") -> str:
     """
     if not isinstance(name, str):
         raise ValueError(f"{field}: got a {type(name).__name__}, must be the name of a norm: {', '.join(NORMS)}")
+    names = {known.replace("_", ""): known for known in NORMS}
     key = name.lower().replace("-", "").replace("_", "")
-    if key not in _NAMES:
+    if key not in names:
         hint = nearest(name.lower().replace("-", "_"), list(NORMS))
         raise ValueError(f"{field}: unknown norm {name!r}{hint}; known are {', '.join(NORMS)}")
-    return _NAMES[key]
+    return names[key]
 
 
 def resolve_norm_kwargs(

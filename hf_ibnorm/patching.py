@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .configuration_ibnorm import NORM_FIELDS, SiteTable
 from .families import FAMILIES, Family
 from .modeling_ibnorm import build_site, check_checkpointing, check_sites, forget_origin, set_site
-from .norms import IBNorm, norm_name, resolve_norm_kwargs
+from .norms import IBNorm, initial_parameters, norm_name, resolve_norm_kwargs
 
 _OURS = {stock: ours for family in FAMILIES for stock, ours in family.stock_classes.items()}
 
@@ -383,12 +383,10 @@ def _warn_of_lost(swaps: list[tuple[str, nn.Module, nn.Module]]) -> None:
     """Warn of trained parameters of `old` that have no place in `new`, for each (site, old, new)."""
     lost = []
     for site, old, new in swaps:
-        initial = {"weight": 1.0, "bias": 0.0, "alpha": getattr(old, "init_alpha", 0.0)}
-        if isinstance(old, IBNorm) and old.theta is not None:
-            initial["theta"] = old.initial_theta()
+        initial = initial_parameters(old)
         for name, parameter in old.named_parameters(recurse=False):
             kept = name in _MOVED and getattr(new, name, None) is not None
-            if not (kept or parameter.is_meta or torch.equal(parameter, torch.full_like(parameter, initial[name]))):
+            if not (kept or parameter.is_meta or torch.equal(parameter, initial[name].to(parameter.device))):
                 lost.append(f"{site}.{name}")
     if lost:
         warnings.warn(

@@ -30,7 +30,7 @@ from ..files import (
     write_text,
 )
 from ..modeling_ibnorm import build_site
-from ..norms import IDENTITY_LAM, NORMS, norm_name, resolve_norm_kwargs
+from ..norms import IDENTITY_LAM, NORMS, initial_parameters, norm_name, resolve_norm_kwargs
 from ..patching import apply_norm, norm_sites
 from ..remote_code import add_remote_code
 from .calibrate import Errors, fit_norms, stock_norm
@@ -364,15 +364,14 @@ def _changes(source: Source, old_norms: Mapping[str, nn.Module], config: Any) ->
     shards, prefix = source.places, source.prefix
     change = Change()
     for site, old in old_norms.items():
-        new = dict(build_site(config, site).named_parameters())
+        new, initial = dict(build_site(config, site).named_parameters()), initial_parameters(old)
         had = [name for name, _ in old.named_parameters()]
         dtype = STORED[shards[f"{prefix}{site}.{had[0]}"].tensors[f"{prefix}{site}.{had[0]}"]["dtype"]] if had else None
         change.added |= {f"{prefix}{site}.{name}": new[name].detach().to(dtype) for name in new.keys() - set(had)}
         for name in sorted(set(had) - new.keys()):
             key = f"{prefix}{site}.{name}"
             change.dropped.add(key)
-            start = _start(old, name)
-            if moved := float((shards[key].tensor(key).float() - start).abs().max()):
+            if moved := float((shards[key].tensor(key).float() - initial[name]).abs().max()):
                 change.lost[key] = moved
     return change
 
@@ -393,13 +392,6 @@ def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion) 
         stored = STORED[places[like].tensors[like]["dtype"]]
         change.added[key] = value.to(getattr(torch, wanted.dtype) if wanted.dtype else stored)
     return {"tokens": ids.numel(), "sites": errors}
-
-
-def _start(norm: nn.Module, name: str) -> float:
-    """What every number of a norm's parameter is before training."""
-    if name == "theta":
-        return float(norm.initial_theta())  # type: ignore[operator]
-    return {"weight": 1.0, "bias": 0.0, "alpha": float(getattr(norm, "init_alpha", 0.0))}[name]
 
 
 def _check_room(target: Path, source: Source, dtype: str | None) -> None:
