@@ -80,7 +80,7 @@ def shape_table() -> str:
 def normality_table() -> str:
     """How normal channels are, at the start and at the end."""
     columns = ["model", "step", "Q-Q R², in → out", "D'Agostino rejects", "Henze-Zirkler rejects", "mean abs. r"]
-    table = Table([*columns, "AMI"])
+    table = Table([*columns, "of ranks", "AMI", "AMI, uniform bins"])
     rows = read("normality")
     for name, model in facts()["models"].items():
         for step in (0, model["step"]):
@@ -93,7 +93,9 @@ def normality_table() -> str:
                     ("dagostino_rejected", ".0%"),
                     ("henze_zirkler_rejected", ".0%"),
                     ("correlation_mean", ".3f"),
+                    ("rank_correlation_mean", ".3f"),
                     ("mutual_information_mean", ".3f"),
+                    ("mutual_information_uniform_mean", ".3f"),
                 )
             ]
             table.rows.append([name, str(step), *cells])

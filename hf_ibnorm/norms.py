@@ -393,8 +393,9 @@ def initial_parameters(norm: nn.Module) -> dict[str, Tensor]:
     fresh._buffers = {
         name: None if value is None else torch.zeros_like(value, device="cpu") for name, value in norm._buffers.items()
     }
-    if hasattr(fresh, "reset_parameters"):  # a Llama's RMSNorm has a gain only, and no such method
-        fresh.reset_parameters()
+    reset: Callable[[], None] | None = getattr(fresh, "reset_parameters", None)
+    if reset is not None:  # a Llama's RMSNorm has a gain only, and no such method
+        reset()
     return {name: value.detach() for name, value in fresh.named_parameters(recurse=False)}
 
 

@@ -68,7 +68,7 @@ def add_verb(verbs: Any) -> None:
         "--skip", nargs="+", metavar="PART", help="leave out normality, noise or information (default: none)"
     )
     parser.add_argument("--rows", type=int, help="rows that tests of normality see, at most (default: 1000)")
-    parser.add_argument("--delta", type=float, help="noise, in mean absolute deviations of a row (default: 1)")
+    parser.add_argument("--delta", type=float, help="noise, in mean absolute deviations of a unit (default: 0.5)")
     parser.add_argument("--draws", type=int, help="how often it is drawn (default: 6)")
     parser.add_argument("--noise_tokens", type=int, help="tokens it is measured on, about (default: 2048)")
     parser.add_argument(

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from ..checks import check_choice, check_number
 from ..cli import require_extra
 from ..norms import LayerNormalNorm
-from .noise import noise_robustness
+from .noise import DELTA, noise_robustness
 from .normality import lambda_against_likelihood, measure_normality, qq
-from .places import chosen_norms, evaluating
+from .places import batches, chosen_norms, evaluating
 from .plane import information_plane
 from .sites import ModelStatistics, watch
 
@@ -23,8 +23,6 @@ PARTS = ("normality", "noise", "information")
 """What can be left out; the statistics of the sites cannot."""
 PLACES = ("before", "after")
 """A norm: what goes in, what comes out."""
-AT_ONCE = 2048
-"""Tokens of a forward pass, about."""
 QQ_CHANNELS, QQ_POINTS = 4, 51
 """Channels of a site whose Q-Q data are kept, and points of each."""
 
@@ -37,7 +35,7 @@ class Measuring:
         sites: globs (fnmatch) over the names of norms relative to the base model; None for all.
         skip: parts to leave out, of "normality", "noise" and "information".
         rows: rows that the tests of normality see, at most; a sample of all.
-        delta: δ of the noise; 1 is the strength that LayerNormalNorm trains with.
+        delta: δ of the noise, in mean absolute deviations; LayerNormalNorm trains with 1.
         draws: T, how often the noise is drawn.
         noise_tokens: tokens that it is measured on, about; all if there are fewer.
         samples: positions that the information plane is estimated from, at most.
@@ -48,7 +46,7 @@ class Measuring:
     sites: tuple[str, ...] | None = None
     skip: tuple[str, ...] = ()
     rows: int = 1000
-    delta: float = 1.0
+    delta: float = DELTA
     draws: int = 6
     noise_tokens: int = 2048
     samples: int = 2000
@@ -72,13 +70,17 @@ class Measuring:
         check_number("seed", self.seed, 0, 2**31)
 
 
-def analyze_model(model: PreTrainedModel, ids: Tensor, measuring: Measuring | None = None) -> dict[str, Any]:
+def analyze_model(
+    model: PreTrainedModel, ids: Tensor, measuring: Measuring | None = None, scale_ids: Tensor | None = None
+) -> dict[str, Any]:
     """Look at every norm of a causal language model while it reads a text.
 
     Args:
         model: as `known_norms` takes it; put in eval mode meanwhile, so that no norm adds noise.
         ids: tokens, int64 of shape (rows, length).
         measuring: what is taken, and how; by default everything, at every norm.
+        scale_ids: tokens of the training set, as `ids`, for the scale of the noise; None for those of `ids` that the
+            noise is measured on.
 
     Returns:
         * `loss` in nats a token
@@ -106,7 +108,7 @@ def analyze_model(model: PreTrainedModel, ids: Tensor, measuring: Measuring | No
     nll = 0.0
     made = ModelStatistics(model.base_model, sample=sample, sites=measuring.sites)
     with evaluating(model), torch.no_grad(), watch(model.base_model, made) as statistics:
-        for rows in ids.split(max(1, AT_ONCE // ids.shape[1])):
+        for rows in batches(ids):
             rows = rows.to(model.device)
             logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
             nll += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
@@ -127,7 +129,7 @@ def analyze_model(model: PreTrainedModel, ids: Tensor, measuring: Measuring | No
         some = _spread_out(ids, measuring.noise_tokens)
         options: dict[str, Any] = {name: getattr(measuring, name) for name in ("sites", "delta", "draws", "seed")}
         try:
-            found["noise"] = asdict(noise_robustness(model, some, **options))
+            found["noise"] = asdict(noise_robustness(model, some, scale_ids=scale_ids, **options))
         except ValueError as error:  # one norm alone, or one that runs twice
             reasons["noise"] = str(error)
     if "information" not in measuring.skip:

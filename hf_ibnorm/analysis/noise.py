@@ -1,21 +1,25 @@
-"""Noise robustness ζ: how much of a disturbance at one norm's output is left at the output of a later one."""
+"""Noise robustness ζ: how much noise at one norm's values changes those of a later norm."""
 
-import functools
 import math
 import operator
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..bare import without_affine
 from ..checks import check_number
 from ..report.tables import Table
-from .places import chosen_norms, evaluating
+from .places import batches, chosen_norms, evaluating
+
+DELTA = 0.5
+"""δ of the paper's Table 3."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,10 @@ class NoiseRobustness:
         draws: T, how often it was drawn.
         sites: names, in order of execution.
         zeta: S × S for S sites, a row where the noise was added, a column where it was measured; a fraction. None
-            unless the column's site comes after the row's, and where the undisturbed output is 0 everywhere, or
-            one of the outputs is not finite.
+            unless the column's site comes after the row's, and where the undisturbed values are 0 everywhere, or one
+            of the values is not finite.
         spread: standard deviation of ζ over the draws; None where ζ is, and for a single draw.
+        scale_rows: rows that the scale of the noise is from.
     """
 
     delta: float
@@ -37,6 +42,7 @@ class NoiseRobustness:
     sites: tuple[str, ...]
     zeta: tuple[tuple[float | None, ...], ...]
     spread: tuple[tuple[float | None, ...], ...]
+    scale_rows: int
 
     def table(self) -> Table:
         """ζ as a table, a row for each site that noise was added at."""
@@ -51,25 +57,29 @@ def noise_robustness(
     model: PreTrainedModel,
     ids: Tensor,
     *,
-    delta: float,
+    delta: float = DELTA,
     draws: int = 6,
     sites: str | Collection[str] | None = None,
     seed: int = 0,
+    scale_ids: Tensor | None = None,
 ) -> NoiseRobustness:
-    """ζ between the norms of a language model, after Definition 5.1 of arXiv 2505.00685; formula in `relative_change`.
+    """ζ between the norms of a language model, Definition 5.1 of arXiv 2505.00685; the formula is in `relative_change`.
 
-    In a transformer a norm feeds a branch beside the residual stream: noise is added to what the branch reads, and
-    the stream carries the undisturbed values past it. Noise of a norm's own is off, because the model is in eval mode.
+    The definition's s_k is estimated over the whole training set: give tokens of it as `scale_ids`. In a transformer a
+    norm feeds a branch beside the residual stream: noise is added to what the branch reads, and the stream carries the
+    undisturbed values past it. Noise of a norm's own is off, because the model is in eval mode.
 
-    Takes draws·(S - 1) + 1 forward passes of all `ids`, and memory for the outputs of all S sites.
+    Takes draws·(S - 1) + 1 forward passes of all `ids`, two of all `scale_ids`, and memory for the values of all S
+    sites.
 
     Args:
         model: as `known_norms` takes it; put in eval mode meanwhile.
         ids: tokens, int64 of shape (rows, length).
-        delta: δ ≥ 0.
-        draws: T ≥ 1.
+        delta: δ ≥ 0; 0.5 in the paper's Table 3.
+        draws: T ≥ 1; 6 there.
         sites: globs (fnmatch) over names relative to the base model; None for all. At least two sites.
         seed: of the noise. Models of the same width and sites get the same noise on the same number of tokens.
+        scale_ids: tokens that the scale of the noise is estimated on, as `ids`; None for `ids` themselves.
 
     Raises:
         TypeError: an argument that is no number.
@@ -77,29 +87,89 @@ def noise_robustness(
             of range.
     """
     base: Any = model.base_model
-    chosen, run = chosen_norms(model, sites), functools.partial(base, input_ids=ids.to(base.device), use_cache=False)
+    chosen = chosen_norms(model, sites)
+
+    def run(rows: Tensor) -> None:
+        base(input_ids=rows.to(base.device), use_cache=False)
+
     with evaluating(model):
-        return relative_change(run, chosen, delta=delta, draws=draws, seed=seed)
+        parts = [] if scale_ids is None else [partial(run, rows) for rows in batches(scale_ids)]
+        scales = mean_deviations(parts, chosen) if parts else None
+        return relative_change(partial(run, ids), chosen, delta=delta, draws=draws, seed=seed, scales=scales)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How far a norm's values before gain and bias are from their mean.
+
+    Args:
+        deviation: mean |z - mean z| of each unit, float64 of shape (N,).
+        rows: that it is from.
+    """
+
+    deviation: Tensor
+    rows: int
+
+
+@torch.no_grad()
+def mean_deviations(runs: Sequence[Callable[[], Any]], sites: Mapping[str, nn.Module]) -> dict[str, Scale]:
+    """s_k of every unit of every site: its mean absolute deviation over all rows of all runs.
+
+    Args:
+        runs: forward passes; each is called twice, for the mean first.
+        sites: norms as `without_affine` takes them; one that does not run is left out.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def passes(measure: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+        sums.clear()
+        counts.clear()
+
+        def hook_of(site: str) -> Callable[..., None]:
+            def hook(norm: nn.Module, args: Any, _output: Tensor) -> None:
+                rows = measure(site, without_affine(norm, args[0]).flatten(0, -2).double())
+                sums[site] = sums.get(site, 0) + rows.sum(0)
+                counts[site] = counts.get(site, 0) + len(rows)
+
+            return hook
+
+        with _hooked({sites[site]: hook_of(site) for site in sites}):
+            for run in runs:
+                run()
+        return {site: total / counts[site] for site, total in sums.items()}
+
+    means = passes(lambda _, rows: rows)
+    deviations = passes(lambda site, rows: (rows - means[site]).abs())
+    return {site: Scale(deviation, counts[site]) for site, deviation in deviations.items()}
 
 
 @torch.no_grad()
 def relative_change(
-    run: Callable[[], Any], sites: Mapping[str, nn.Module], *, delta: float, draws: int, seed: int = 0
+    run: Callable[[], Any],
+    sites: Mapping[str, nn.Module],
+    *,
+    delta: float,
+    draws: int,
+    seed: int = 0,
+    scales: Mapping[str, Scale] | None = None,
 ) -> NoiseRobustness:
-    """How much noise at site k changes the output of each later site ℓ::
+    """How much noise at norm k changes what each later norm ℓ computes, Definition 5.1 of arXiv 2505.00685::
 
-        h'_k = h_k + δ·s·n,  s = mean|h_k - mean(h_k)| of each row (over the last dimension),  n ~ N(0, 1)
-        ζ(k→ℓ) = E‖h'_ℓ - h_ℓ‖₁ / E‖h_ℓ‖₁
+        z'_k = z_k + n·δ·s_k,  s_k = mean over rows of |z_k - mean(z_k)| for each unit,  n ~ N(0, 1)
+        ζ(k→ℓ) = mean over rows of ‖z'_ℓ - z_ℓ‖₁ / ‖z_ℓ‖₁,  norms over the units of ℓ
 
-    with both means over all rows, so that rows count by their size, and ζ itself averaged over the draws.
+    averaged over the draws. z is what a norm computes before gain and bias: a gain that moves into the weights behind
+    it changes no ζ. Noise is added at all units of k at once. Rows that are 0 everywhere at ℓ are left out.
 
     Args:
         run: a forward pass; must do the same each time.
-        sites: modules that `run` calls once each, in this order, and that return tensors of shape (..., N).
+        sites: norms as `without_affine` takes them, which `run` calls once each, in this order.
         delta: δ ≥ 0.
         draws: T ≥ 1.
-        seed: the normals n at a site are `torch.randn(h_k.shape)`, one after the other, of a CPU generator with this
+        seed: the normals n at a site are `torch.randn(z_k.shape)`, one after the other, of a CPU generator with this
             seed, in float32: those of a site do not depend on what other sites there are.
+        scales: s_k as `mean_deviations` gives it, of the training set in the paper; None: of this very run.
 
     Raises:
         TypeError, ValueError: fewer than two sites, one module at two of them or run more than once, or a value out of
@@ -114,41 +184,47 @@ def relative_change(
     clean: dict[str, Tensor] = {}
 
     def keep(site: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        def hook(norm: nn.Module, args: Any, _output: Tensor) -> None:
             if site in clean:
                 raise ValueError(f"sites: {site} runs more than once")
-            clean[site] = output.detach()
+            clean[site] = without_affine(norm, args[0])
 
         return hook
 
     with _hooked({sites[site]: keep(site) for site in names}):
         run()
-    sizes = {site: clean[site].double().abs().sum().item() for site in names}
+    if scales is None:
+        scales = mean_deviations([run], sites)
+    sizes = {site: z.abs().sum(-1, dtype=torch.float64) for site, z in clean.items()}
     zeta: list[tuple[float | None, ...]] = []
     spread: list[tuple[float | None, ...]] = []
     for i, noisy in enumerate(names):
-        later = [site for site in names[i + 1 :] if 0 < sizes[site] < math.inf]
+        later = [site for site in names[i + 1 :] if sizes[site].isfinite().all() and sizes[site].any()]
         changes: dict[str, list[float]] = {site: [] for site in later}
 
         def compare(site: str, changes: dict[str, list[float]] = changes) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-                changes[site].append((output.double() - clean[site].double()).abs().sum().item() / sizes[site])
+            def hook(norm: nn.Module, args: Any, _output: Tensor) -> None:
+                change = (without_affine(norm, args[0]) - clean[site]).abs().sum(-1, dtype=torch.float64)
+                changes[site].append((change / sizes[site])[sizes[site] > 0].mean().item())
 
             return hook
 
-        h = clean[noisy] if clean[noisy].dtype == torch.float64 else clean[noisy].float()
-        scale = delta * (h - h.mean(-1, keepdim=True)).abs().mean(-1, keepdim=True)
+        scale = delta * scales[noisy].deviation.to(clean[noisy])
         generator = torch.Generator().manual_seed(seed)
         for _ in range(draws if later else 0):
-            noise = scale * torch.randn(h.shape, generator=generator).to(h)
-            disturb = {sites[noisy]: lambda _module, _args, output, noise=noise: (output + noise).to(output.dtype)}
-            with _hooked(disturb | {sites[site]: compare(site) for site in later}):
+            noise = scale * torch.randn(clean[noisy].shape, generator=generator).to(scale)
+
+            def disturb(norm: Any, _args: Any, output: Tensor, noise: Tensor = noise) -> Tensor:
+                gained = noise if getattr(norm, "weight", None) is None else noise * norm.weight
+                return (output + gained).to(output.dtype)
+
+            with _hooked({sites[noisy]: disturb} | {sites[site]: compare(site) for site in later}):
                 run()
         finite = {site: each for site, each in changes.items() if all(map(math.isfinite, each))}
         found = [finite.get(site) for site in names]
         zeta.append(tuple(None if each is None else statistics.fmean(each) for each in found))
         spread.append(tuple(None if each is None or len(each) < 2 else statistics.stdev(each) for each in found))
-    return NoiseRobustness(float(delta), draws, names, tuple(zeta), tuple(spread))
+    return NoiseRobustness(float(delta), draws, names, tuple(zeta), tuple(spread), scales[names[0]].rows)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,10 @@ LEAST_SPREAD = 0.5
 """A standardized row of a smaller standard deviation is mostly eps: its most likely λ means nothing."""
 SINGULAR = 1e-9
 """Two channels are one when 1 - r² is below this."""
+
+OF_CHANNELS = ("r_squared", "dagostino", "anderson_darling")
+OF_PAIRS = ("henze_zirkler", "correlation", "rank_correlation", "mutual_information", "mutual_information_uniform")
+"""Measures of a channel, and of a pair of channels."""
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -120,13 +125,28 @@ def _r(pair: Array) -> float:
     return float(np.asarray(np.corrcoef(pair.T))[0, 1])
 
 
-def adjusted_mutual_information(pair: Array) -> float:
-    """Of rows of shape (M, 2), each channel cut into floor(√M) uniform bins (its Figure 14): about 0 if independent."""
+def _ranks(pair: Array) -> Array:
+    """Every channel's ranks, from just above 0 to 1; equal values share one, so that none tells the order of rows."""
+    from scipy.stats import rankdata
+
+    return np.asarray(rankdata(pair, axis=0) / len(pair))
+
+
+def adjusted_mutual_information(pair: Array, uniform: bool = False) -> float:
+    """Of rows of shape (M, 2), each channel cut into floor(√M) bins: about 0 if independent.
+
+    Args:
+        pair: two channels that vary.
+        uniform: bins of equal width from the least value to the largest, as the paper has them (its Figure 14): a
+            single value far away leaves all others in one bin, and channels that depend on each other look
+            independent. Otherwise bins of equally many rows.
+    """
     from sklearn.metrics import adjusted_mutual_info_score
 
     bins = math.isqrt(len(pair))
     low, high = pair.min(0), pair.max(0)
-    binned = np.minimum(((pair - low) / (high - low) * bins).astype(int), bins - 1)
+    share = (pair - low) / (high - low) if uniform else _ranks(pair) - 0.5 / len(pair)
+    binned = np.minimum((share * bins).astype(int), bins - 1)
     return float(adjusted_mutual_info_score(binned[:, 0], binned[:, 1]))
 
 
@@ -145,7 +165,9 @@ def measure_normality(sample: Any, *, channels: int = 64, pairs: int = 32, seed:
         * `dagostino`, `anderson_darling`, `henze_zirkler`: `statistic` (median), `rejected` (share at 5 %), `each`
           channel's or pair's statistic, None for a pair of multiples. The more rows, the smaller the departure that is
           rejected.
-        * `correlation`: `mean` of |r|, `each` pair's r; `mutual_information`: `mean`, `each` pair's
+        * `correlation`, `rank_correlation` (Spearman's): `mean` of |r|, `each` pair's r
+        * `mutual_information` (adjusted, bins of equally many rows), `mutual_information_uniform` (bins of equal width,
+          the paper's): `mean`, `each` pair's. One row far away decides r and the uniform bins, and not the other two.
         * `reasons`: why a measure is None
 
     Raises:
@@ -163,25 +185,20 @@ def measure_normality(sample: Any, *, channels: int = 64, pairs: int = 32, seed:
     drawn = [(varied[i], varied[j]) for i, j in zip(first[draw], second[draw], strict=True)]
     found: dict[str, Any] = {"rows": len(rows), "channels": varied, "constant": len(chosen) - len(varied)}
     found |= {"pairs": [list(pair) for pair in drawn]}
-    of_channels = ("r_squared", "dagostino", "anderson_darling")
-    of_pairs = ("henze_zirkler", "correlation", "mutual_information")
     reasons: dict[str, str] = {}
     if len(rows) < LEAST_SAMPLE:
-        reasons = dict.fromkeys((*of_channels, *of_pairs), f"{len(rows)} rows; needs {LEAST_SAMPLE}")
+        reasons = dict.fromkeys((*OF_CHANNELS, *OF_PAIRS), f"{len(rows)} rows; needs {LEAST_SAMPLE}")
     else:
         if not varied:
-            reasons |= dict.fromkeys(of_channels, "every channel is constant")
+            reasons |= dict.fromkeys(OF_CHANNELS, "every channel is constant")
         if not drawn:
-            reasons |= dict.fromkeys(of_pairs, "no two channels to pair")
-    for name in (*of_channels, *of_pairs):
-        found[name] = None if name in reasons else _MEASURES[name]([rows[:, which] for which in _of(name, found)])
+            reasons |= dict.fromkeys(OF_PAIRS, "no two channels to pair")
+    for name in (*OF_CHANNELS, *OF_PAIRS):
+        parts = found["channels" if name in OF_CHANNELS else "pairs"]
+        found[name] = None if name in reasons else _MEASURES[name]([rows[:, which] for which in parts])
     if found["henze_zirkler"] and found["henze_zirkler"]["statistic"] is None:
         found["henze_zirkler"], reasons["henze_zirkler"] = None, "every channel of a pair is a multiple of the other"
     return {**found, "reasons": reasons}
-
-
-def _of(name: str, found: dict[str, Any]) -> list[Any]:
-    return found["channels"] if name in ("r_squared", "dagostino", "anderson_darling") else found["pairs"]
 
 
 def _tested(test: Callable[[Array], tuple[float, bool]]) -> Callable[[list[Array]], dict[str, Any]]:
@@ -209,8 +226,12 @@ def _correlation(parts: list[Array]) -> dict[str, Any]:
     return {"mean": float(np.mean(np.abs(each))), "each": each}
 
 
-def _mutual_information(parts: list[Array]) -> dict[str, Any]:
-    each = [adjusted_mutual_information(part) for part in parts]
+def _rank_correlation(parts: list[Array]) -> dict[str, Any]:
+    return _correlation([_ranks(part) for part in parts])
+
+
+def _mutual_information(parts: list[Array], uniform: bool = False) -> dict[str, Any]:
+    each = [adjusted_mutual_information(part, uniform) for part in parts]
     return {"mean": float(np.mean(each)), "each": each}
 
 
@@ -220,7 +241,9 @@ _MEASURES: dict[str, Callable[[list[Array]], dict[str, Any]]] = {
     "anderson_darling": _tested(anderson_darling),
     "henze_zirkler": _tested(henze_zirkler),
     "correlation": _correlation,
+    "rank_correlation": _rank_correlation,
     "mutual_information": _mutual_information,
+    "mutual_information_uniform": partial(_mutual_information, uniform=True),
 }
 
 

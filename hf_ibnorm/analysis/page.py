@@ -119,7 +119,7 @@ def summary(record: Mapping[str, Any]) -> Table:
     of_sites("Hoyer sparsity", "after", "hoyer")
     of_sites("largest / median size", "before", "massive", ".1f")
     of_sites("effective rank", "after", "effective_rank", ".1f")
-    for title, measure in (("Q-Q R²", "r_squared"), ("|r|", "correlation"), ("AMI", "mutual_information")):
+    for title, measure in (("Q-Q R²", "r_squared"), *OF_PAIRS):
         found = ([each["after"][measure] for each in (model["normality"] or {}).values()] for model in models.values())
         row(f"{title}, after", (_median((each and each["mean"] for each in cells), ".4f") for cells in found))
     last = ([line[-1] for line in model["noise"]["zeta"]] if model["noise"] else [] for model in models.values())
@@ -148,19 +148,25 @@ def _sites_table(sites: Mapping[str, Any]) -> Table:
     return table
 
 
+OF_PAIRS = (
+    ("|r|", "correlation"),
+    ("|r| of ranks", "rank_correlation"),
+    ("AMI", "mutual_information"),
+    ("AMI, uniform bins", "mutual_information_uniform"),
+)
 TESTS = ("dagostino", "anderson_darling", "henze_zirkler")
 
 
 def _normality_table(stage: Mapping[str, Any]) -> Table:
     """Two rows for each norm: what goes in and what comes out."""
     names = ["Q-Q R², mean", "Q-Q R², least", "D'Agostino rejects", "Anderson-Darling rejects", "Henze-Zirkler rejects"]
-    table = Table(["site", "", "rows", *names, "mean |r|", "mean AMI"])
+    table = Table(["site", "", "rows", *names, *(f"mean {title}" for title, _ in OF_PAIRS)])
     for site, places in stage["normality"].items():
         for place in PLACES:
             found = places[place]
             row = [_cell(found["r_squared"], key, ".4f") for key in ("mean", "least")]
             row += [_cell(found[test], "rejected", ".0%") for test in TESTS]
-            row += [_cell(found[name], "mean", ".4f") for name in ("correlation", "mutual_information")]
+            row += [_cell(found[name], "mean", ".4f") for _, name in OF_PAIRS]
             table.rows.append([site, place, str(found["rows"]), *row])
     return table
 
@@ -236,8 +242,9 @@ def page(record: Mapping[str, Any], drawn: Mapping[str, str], folder: Path) -> s
         made.paragraph(
             f"A sample of {options['rows']:,} rows at most; up to 64 channels and 32 pairs of them. R² is that of the "
             "line through a channel's Q-Q plot. A test rejects at 5 %, and the more rows there are, the smaller the "
-            "departure that it rejects. |r| and the adjusted mutual information (AMI, in floor(√rows) uniform bins) "
-            "are of pairs of channels: 0 where they are independent."
+            "departure that it rejects. |r| and the adjusted mutual information (AMI, in floor(√rows) bins of equally "
+            "many rows, or of equal width as in arXiv 2505.00685) are of pairs of channels: 0 where they are "
+            "independent. One massive activation decides r and the uniform bins; ranks and equal counts do not mind."
         )
     if any(model["noise"] for model in models.values()):
         made.heading("How robust to noise")
@@ -246,9 +253,11 @@ def page(record: Mapping[str, Any], drawn: Mapping[str, str], folder: Path) -> s
             if model["noise"]:
                 made.table(noise_of(model).table(), f"ζ of {name}")
         made.paragraph(
-            f"Normal noise of {options['delta']:g} times the mean absolute deviation of a row is added to one norm's "
-            "output; ζ is how much the outputs of later norms change, as a fraction of their size (both in l1), mean "
-            f"of {options['draws']} draws. The residual stream carries undisturbed values past the norm."
+            f"Definition 5.1 of arXiv 2505.00685: normal noise of {options['delta']:g} times each unit's mean absolute "
+            f"deviation over tokens of {record['noise_scale'] or 'this text'} is added to what one norm computes "
+            "before gain and bias, at all its units at once. ζ is how much the same values of a later norm change, as "
+            f"a fraction of their size (both in l1 over its units), mean over tokens and {options['draws']} draws. The "
+            "residual stream carries undisturbed values past the norm."
         )
     if any(model["plane"] for model in models.values()):
         made.heading("The information plane")

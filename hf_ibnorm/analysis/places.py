@@ -5,11 +5,14 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..bare import is_known
 from ..modeling_ibnorm import is_norm
 from ..patching import norm_sites
+
+AT_ONCE = 2048
+"""Tokens of a forward pass, about."""
 
 
 def known_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -76,6 +79,11 @@ def unknown_norms(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if "Norm" in type(module).__name__ and not is_known(module) and not any(module.children())
     ]
+
+
+def batches(ids: Tensor) -> tuple[Tensor, ...]:
+    """Rows of tokens, as many at once as a forward pass takes; at least one."""
+    return ids.split(max(1, AT_ONCE // ids.shape[1]))
 
 
 @contextmanager

@@ -11,12 +11,14 @@ import torch
 
 from ..checks import check_number
 from ..cli import UserError, bad_input, require_extra
+from ..data import CORPORA
 from ..data.text import SEQUENCE, Text, draw_text
 from ..files import atomic_directory, check_new_directory, environment_record, sha256, write_json, write_text
 from ..models import checkpoints_of, find_model, load_tokenizer, load_whole
 from ..report.runs import Run
 from ..report.tables import csv_text
 from .model import PARTS, PLACES, Measuring, analyze_model, plane_options, spaced
+from .normality import OF_CHANNELS, OF_PAIRS
 from .page import UNKNOWN, draw, page
 from .places import known_norms, matching, unknown_norms
 from .plane import information_plane
@@ -43,6 +45,7 @@ class Subject:
         step: of the finished model; None likewise.
         config, tokenizer: its own.
         text: as its tokenizer reads it.
+        training_text: likewise the training split, for the scale of the noise; None where the text has none.
     """
 
     folder: Path
@@ -51,6 +54,7 @@ class Subject:
     config: Any
     tokenizer: Any
     text: Text
+    training_text: Text | None
 
 
 def analyze(
@@ -81,7 +85,8 @@ def analyze(
         say: is told, in a line, what is looked at.
 
     Returns:
-        The content of `analysis.json`: `text`, `options`, `environment`, and for each of `models` what
+        The content of `analysis.json`: `text`, `noise_scale` (the text behind the noise's scale, None for the text
+        itself), `options`, `environment`, and for each of `models` what
         `analyze_model` says, with the points of all checkpoints in `plane`, `step`, and `start`: normality at step 0,
         None where there is none.
 
@@ -111,6 +116,7 @@ def analyze(
     made = environment_record()
     record = {
         "text": next(iter(subjects.values())).text.name,
+        "noise_scale": training.name if (training := next(iter(subjects.values())).training_text) else None,
         "options": {"data": data, "tokens": tokens, "checkpoints": checkpoints, **asdict(measuring)},
         "models": found,
         "environment": {name: made[name] for name in ("date", "device", "cpu_count", "versions", "git_revision")},
@@ -155,14 +161,17 @@ def _subject(model: str, data: str, tokens: int) -> Subject:
     if tokens < block:
         raise ValueError(f"tokens: got {tokens}, must be at least a block of {model}: {block}")
     text = draw_text("data", data, "test", tokenizer, tokens, context)
+    training = draw_text("data", data, "train", tokenizer, tokens, context) if data in CORPORA else None
     if text.ids.shape[1] < block:
         raise ValueError(
             f"data: got {data!r}, which has {text.ids.numel()} tokens for {model}; must have a block of {block}"
         )
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a").input_ids[0] == bos:  # then the model has never seen a row without it
-        text.ids[:, 0] = bos
-    return Subject(folder, checkpoints, step, config, tokenizer, text)
+        for each in (text, training):
+            if each is not None:
+                each.ids[:, 0] = bos
+    return Subject(folder, checkpoints, step, config, tokenizer, text, training)
 
 
 def _chosen_sites(subjects: Mapping[str, Subject], measuring: Measuring) -> dict[str, tuple[str, ...]]:
@@ -195,14 +204,14 @@ def _looked_at(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """What `analyze_model` says of the finished model, with what its checkpoints add."""
-    ids = subject.text.ids
+    ids, training = subject.text.ids, None if subject.training_text is None else subject.training_text.ids
     model = load_whole(subject.folder, subject.config, torch.float32).to(device)
     say(f"{name}: {ids.numel():,} tokens of {subject.text.name}")
     found: dict[str, Any] = {"folder": str(subject.folder), "norm": _norm_of(model), "step": subject.step}
     found |= {"tokens": ids.numel(), "tokens_sha": sha256([str(ids.shape), ids.numpy().tobytes()])[:16]}
     found |= {"unknown": unknown_norms(model.base_model)}
     with bad_input(FloatingPointError, about=f"{name}: "):
-        found |= analyze_model(model, ids, measuring)
+        found |= analyze_model(model, ids, measuring, training)
     del model
     earlier = [step for step in subject.checkpoints if step != subject.step]
     if found["plane"] is not None:
@@ -303,12 +312,12 @@ def _joined(reasons: Mapping[str, str]) -> str:
 def _add_normality(files: dict[str, list[Row]], at: Row, found: Mapping[str, Any]) -> None:
     """Rows of one sample: as a whole, of its channels, of pairs of them, and its Q-Q data."""
     row = {**at, "rows": found["rows"], "constant": found["constant"]}
-    for name in ("r_squared", "dagostino", "anderson_darling", "henze_zirkler", "correlation", "mutual_information"):
+    for name in (*OF_CHANNELS, *OF_PAIRS):
         row |= {f"{name}_{key}": cell for key, cell in (found[name] or {}).items() if key != "each"}
     files["normality"].append({**row, "reasons": _joined(found["reasons"])})
     for file, keys, names in (
-        ("channels", [{"channel": channel} for channel in found["channels"]], _OF_CHANNELS),
-        ("pairs", [dict(zip(("first", "second"), pair, strict=True)) for pair in found["pairs"]], _OF_PAIRS),
+        ("channels", [{"channel": channel} for channel in found["channels"]], OF_CHANNELS),
+        ("pairs", [dict(zip(("first", "second"), pair, strict=True)) for pair in found["pairs"]], OF_PAIRS),
     ):
         columns = {name: found[name]["each"] for name in names if found[name] is not None}
         for i, key in enumerate(keys if columns else ()):
@@ -316,10 +325,6 @@ def _add_normality(files: dict[str, list[Row]], at: Row, found: Mapping[str, Any
     for each in found["qq"]:
         for theoretical, ordered in zip(each["theoretical"], each["ordered"], strict=True):
             files["qq"].append({**at, "channel": each["channel"], "theoretical": theoretical, "ordered": ordered})
-
-
-_OF_CHANNELS = ("r_squared", "dagostino", "anderson_darling")
-_OF_PAIRS = ("henze_zirkler", "correlation", "mutual_information")
 
 
 def _point(point: Mapping[str, Any]) -> Row:

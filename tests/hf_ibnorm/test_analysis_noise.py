@@ -8,46 +8,96 @@ from helpers import FAMILIES, FINAL, FIRST_BLOCK, tokens
 from torch import nn
 
 from hf_ibnorm import apply_norm, norm_sites
-from hf_ibnorm.analysis.noise import noise_robustness, relative_change
+from hf_ibnorm.analysis.noise import mean_deviations, noise_robustness, relative_change
+from hf_ibnorm.bare import without_affine
 
 
 def chain(*widths):
+    """Linear layers, each followed by an RMSNorm with a gain; and those norms by name."""
     torch.manual_seed(3)
-    layers = [nn.Linear(a, b, bias=False) for a, b in pairwise(widths)]
-    return nn.Sequential(*layers).double()
+    pairs = [(nn.Linear(a, b, bias=False), nn.RMSNorm(b, eps=1e-6)) for a, b in pairwise(widths)]
+    model = nn.Sequential(*(layer for pair in pairs for layer in pair)).double()
+    for _, norm in pairs:
+        nn.init.uniform_(norm.weight, -2, 2)
+    return model, {f"norm{i}": norm for i, (_, norm) in enumerate(pairs)}
 
 
-def test_zeta_of_a_linear_chain_is_that_of_the_noise_times_the_weights():
-    model, x = chain(5, 7, 4, 6), torch.randn(9, 5, generator=torch.Generator().manual_seed(1)).double()
-    found = relative_change(lambda: model(x), dict(model.named_children()), delta=0.3, draws=3, seed=4)
-    a, b, c = (layer.weight for layer in model)
-    h = [x @ a.T, x @ a.T @ b.T, x @ a.T @ b.T @ c.T]
-    for k, maps in enumerate([[b.T, b.T @ c.T], [c.T]]):
+def standardized(x):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def test_zeta_is_that_of_definition_5_1():
+    (model, norms), x = chain(5, 7, 4, 6), torch.randn(9, 5, generator=torch.Generator().manual_seed(1)).double()
+    found = relative_change(lambda: model(x), norms, delta=0.3, draws=3, seed=4)
+    a, g, b, h, c, _ = (module.weight for module in model)
+
+    def after(z, first):  # z of the norm before `first`
+        z = standardized((z * g) @ b.T) if first == 1 else z
+        return [z, standardized((z * h) @ c.T)]
+
+    z0 = standardized(x @ a.T)
+    clean = [z0, *after(z0, 1)]
+    for k in (0, 1):
         generator = torch.Generator().manual_seed(4)
-        n = torch.stack([torch.randn(h[k].shape, generator=generator) for _ in range(3)]).double()
-        deviation = (h[k] - h[k].mean(-1, keepdim=True)).abs().mean(-1, keepdim=True)
-        for later, weights in enumerate(maps, k + 1):
-            by_draw = (0.3 * deviation * n @ weights).abs().sum((1, 2)) / h[later].abs().sum()
-            assert found.zeta[k][later] == pytest.approx(by_draw.mean().item(), rel=1e-12)
-            assert found.spread[k][later] == pytest.approx(by_draw.std().item(), rel=1e-10)
+        n = torch.stack([torch.randn(clean[k].shape, generator=generator) for _ in range(3)]).double()
+        deviation = (clean[k] - clean[k].mean(0)).abs().mean(0)  # of each unit, over all rows
+        noisy = after(clean[k] + 0.3 * deviation * n, k + 1)
+        for site, z in list(enumerate(noisy, 1))[k:]:
+            by_draw = ((z - clean[site]).abs().sum(-1) / clean[site].abs().sum(-1)).mean(-1)
+            assert found.zeta[k][site] == pytest.approx(by_draw.mean().item(), rel=1e-9)
+            assert found.spread[k][site] == pytest.approx(by_draw.std().item(), rel=1e-9)
     assert [row.count(None) for row in found.zeta] == [1, 2, 3]
+    assert found.scale_rows == 9
 
 
-def test_zeta_of_scaled_identities_is_the_relative_size_of_the_noise():
-    model, x = nn.Sequential(*[nn.Linear(400, 400, bias=False) for _ in range(3)]), torch.randn(50, 400)
+def test_moving_a_gain_into_the_weights_behind_it_changes_no_zeta(stock_model):
+    model, twin = stock_model("llama"), stock_model("llama")
+    for block in twin.model.layers:
+        for norm, readers in (
+            (block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)),
+            (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj)),
+        ):
+            by = torch.linspace(0.2, 20, len(norm.weight))
+            norm.weight.data *= by
+            for reader in readers:
+                reader.weight.data /= by
+    torch.testing.assert_close(twin(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-5)
+    first, second = (noise_robustness(each, tokens(), draws=2).zeta for each in (model, twin))
+    for ours, theirs in zip(first, second, strict=True):
+        assert [each for each in ours if each] == pytest.approx([each for each in theirs if each], rel=1e-3)
+
+
+def test_the_scale_is_that_of_the_training_text(stock_model):
+    model = stock_model("gpt2")
+    own, train = noise_robustness(model, tokens(), draws=1), tokens(7)
+    other = noise_robustness(model, tokens(), draws=1, scale_ids=torch.cat([train, tokens(8), train]))
+    assert (own.scale_rows, other.scale_rows) == (32, 96)
+    assert other.zeta != own.zeta
+    site, norm = next(iter(norm_sites(model).items()))
+    seen = []
+    handle = norm.register_forward_hook(lambda _, args, __: seen.append(without_affine(norm, args[0]).flatten(0, 1)))
+    model(train)
+    handle.remove()
+    expected = (seen[0] - seen[0].mean(0)).abs().mean(0)
+    measured = mean_deviations([lambda: model(train[:1]), lambda: model(train[1:])], {site: norm})[site]
+    torch.testing.assert_close(measured.deviation, expected.double(), rtol=1e-5, atol=1e-7)
+
+
+def test_noise_of_half_a_deviation_has_the_size_that_follows():
+    model, norms = chain(400, 400, 400)
     for layer in model:
-        nn.init.eye_(layer.weight)
-    found = relative_change(lambda: model(x), dict(model.named_children()), delta=0.5, draws=4)
-    # E|s·n| = s·sqrt(2/π), and of Gaussian rows the mean absolute deviation is the mean absolute value.
-    assert found.zeta[0][2] == pytest.approx(0.5 * (2 / torch.pi) ** 0.5, rel=0.02)
-    assert found.zeta[0][1] == found.zeta[0][2] == found.zeta[1][2]
+        nn.init.eye_(layer.weight) if isinstance(layer, nn.Linear) else nn.init.ones_(layer.weight)
+    x = torch.randn(200, 400, generator=torch.Generator().manual_seed(2)).double()
+    found = relative_change(lambda: model(x), norms, delta=0.01, draws=4)
+    # E|s·n| = s·sqrt(2/π), and of Gaussian units the mean absolute deviation is the mean absolute value.
+    assert found.zeta[0][1] == pytest.approx(0.01 * (2 / torch.pi) ** 0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("weight", [0.0, float("nan"), float("inf")])
-def test_where_the_output_is_zero_or_not_finite_there_is_no_relative_change(weight):
-    model = chain(4, 4, 4)
-    nn.init.constant_(model[1].weight, weight)
-    found = relative_change(lambda: model(torch.randn(3, 4).double()), dict(model.named_children()), delta=1, draws=2)
+def test_where_the_values_are_zero_or_not_finite_there_is_no_relative_change(weight):
+    model, norms = chain(4, 4, 4)
+    nn.init.constant_(model[2].weight, weight)
+    found = relative_change(lambda: model(torch.randn(3, 4).double()), norms, delta=1, draws=2)
     assert found.zeta == ((None, None), (None, None))
 
 

@@ -12,11 +12,11 @@ import torch
 import hf_ibnorm.analysis
 from hf_ibnorm import LayerNormalNorm, cli
 from hf_ibnorm.analysis import SiteStatistics, lambda_against_likelihood, measure_normality, qq
-from hf_ibnorm.analysis.normality import adjusted_mutual_information, anderson_darling
+from hf_ibnorm.analysis.normality import OF_CHANNELS, OF_PAIRS, adjusted_mutual_information, anderson_darling
 from hf_ibnorm.analysis.sites import without_affine
 
 ROWS = 2000
-MEASURES = ("r_squared", "dagostino", "anderson_darling", "henze_zirkler", "correlation", "mutual_information")
+MEASURES = (*OF_CHANNELS, *OF_PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,33 @@ def test_independent_channels_share_nothing_and_copies_everything(measured):
     assert adjusted_mutual_information(np.hstack([x, x])) == pytest.approx(1)
     curve = measure_normality(np.hstack([x, x**2]))  # dependent, but not correlated
     assert curve["mutual_information"]["mean"] > 0.3
-    assert curve["correlation"]["mean"] < 0.1
+    assert curve["mutual_information_uniform"]["mean"] > 0.3
+    assert max(curve["correlation"]["mean"], curve["rank_correlation"]["mean"]) < 0.1
+
+
+def test_one_row_far_away_neither_hides_nor_feigns_dependence():
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(1000, 2))
+    x[:, 1] += x[:, 0]
+    independent = draw.normal(size=(1000, 2))
+    plain, alone = measure_normality(x), measure_normality(independent)
+    x[500, 0] = 1000
+    independent[500] = 1000
+    massive, feigned = measure_normality(x), measure_normality(independent)
+    uniform = [each["mutual_information_uniform"]["mean"] for each in (plain, massive, alone, feigned)]
+    assert uniform == pytest.approx([0.08, 0, 0, 1], abs=0.02)  # the paper's
+    for name in ("mutual_information", "rank_correlation"):
+        assert massive[name]["mean"] == pytest.approx(plain[name]["mean"], abs=0.01)
+        assert feigned[name]["mean"] == pytest.approx(alone[name]["mean"], abs=0.01)
+    assert feigned["correlation"]["mean"] > 0.9
+
+
+def test_values_that_are_alike_say_nothing_by_the_order_of_rows():
+    sparse = np.random.default_rng(0).normal(size=(1000, 2))
+    sparse[np.random.default_rng(1).uniform(size=(1000, 2)) < 0.5] = 0
+    found = measure_normality(sparse)
+    assert found["mutual_information"]["mean"] == pytest.approx(0, abs=0.02)
+    assert found["rank_correlation"]["each"][0] == pytest.approx(scipy.stats.spearmanr(sparse).statistic, abs=1e-12)
 
 
 def test_numbers_are_those_of_scipy(measured):

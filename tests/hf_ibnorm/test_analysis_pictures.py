@@ -146,11 +146,11 @@ def test_qq_draws_each_channel_in_units_of_its_line(figures, tmp_path):
 
 def robustness(size, scale=1.0):
     zeta = tuple(tuple(scale * (i + k) / 100 if k > i else None for k in range(size)) for i in range(size))
-    return NoiseRobustness(0.1, 2, tuple(f"h.{i // 2}.ln_{1 + i % 2}" for i in range(size)), zeta, zeta)
+    return NoiseRobustness(0.1, 2, tuple(f"h.{i // 2}.ln_{1 + i % 2}" for i in range(size)), zeta, zeta, 9)
 
 
 def test_heat_maps_share_one_scale(figures, tmp_path):
-    maps = {"small": robustness(4), "large": robustness(12, 2.0), "no value": NoiseRobustness(0.1, 1, (), (), ())}
+    maps = {"small": robustness(4), "large": robustness(12, 2.0), "no value": NoiseRobustness(0.1, 1, (), (), (), 9)}
     assert pictures.draw_zeta(maps, tmp_path / "zeta.png")
     assert is_png(tmp_path / "zeta.png")
     small, large, bar = figures[0].axes

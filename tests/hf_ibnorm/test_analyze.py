@@ -113,7 +113,8 @@ def test_the_numbers_are_those_of_the_library(report, normal):
     assert (row["model"], row["site"], row["place"]) == ("normal", "norm", "before")
     assert number(row["r_squared_mean"]) == pytest.approx(normality["r_squared"]["mean"])
     assert number(row["henze_zirkler_rejected"]) == pytest.approx(normality["henze_zirkler"]["rejected"])
-    noise = noise_robustness(model, text.ids[[0]], delta=1.0, draws=2)
+    train = draw_text("data", "sotu", "train", AutoTokenizer.from_pretrained(normal), 2200, 64).ids
+    noise = noise_robustness(model, text.ids[[0]], draws=2, scale_ids=train)
     found = {
         (row["noise_at"], row["measured_at"]): row for row in rows(report / "noise.csv") if row["model"] == "normal"
     }
@@ -132,7 +133,7 @@ def test_everything_is_there_and_the_page_needs_nothing_else(report):
     for text in ("stock", "normal", "layers.1.post_attention_layernorm", "34", "chance"):
         assert text in page
     record = json.loads((report / "analysis.json").read_text(encoding="utf-8"))
-    assert record["options"]["delta"] == 1.0
+    assert record["options"]["delta"] == 0.5
     assert set(record["models"]) == {"stock", "normal"}
     assert record["models"]["stock"]["tokens_sha"] == record["models"]["normal"]["tokens_sha"]
 
