@@ -26,7 +26,7 @@ PATIENCE = 5.0
 not have spoken yet."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend: its message is one line that names the field, the value and what is allowed."""
 
 
@@ -50,7 +50,7 @@ def bad_input(*kinds: type[Exception], about: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, kinds or _of_validation()):
+        if isinstance(error, UserError) or not isinstance(error, kinds or _of_validation()):
             raise
         raise UserError(about + str(error)) from error
 

@@ -13,6 +13,8 @@ from hf_ibnorm.checks import check_choice, check_number, nearest
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.report.runs import HARMLESS, flat_settings
 
+from .idle import refuse_idle
+
 if TYPE_CHECKING:
     from hf_ibnorm import IBNormGPT2Config, IBNormLlamaConfig
 
@@ -208,6 +210,11 @@ class TrainConfig:
             check_number(name, getattr(self, name), 0)
             if getattr(self, name) > self.max_steps:
                 raise ValueError(f"{name}: got {getattr(self, name)}, must be <= max_steps = {self.max_steps}")
+        if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                f"keep_every: got {self.keep_every}, must be a multiple of checkpoint_every = {self.checkpoint_every}, "
+                "or there are no checkpoints at its steps to keep"
+            )
         if (self.lam_schedule == "linear") != bool(self.lam_warmup_steps):
             allowed = "be >= 1 with lam_schedule linear and 0 with constant"
             raise ValueError(f"lam_warmup_steps: got {self.lam_warmup_steps}, must {allowed}")
@@ -497,6 +504,7 @@ def read_command_line(argv: list[str]) -> TrainConfig:
         config.validate()
         if only_check and config.model.init_from is None:
             build_model_config(config)
+    refuse_idle(config, {word[2:].partition("=")[0] for word in argv if word.startswith("--")})
     if only_check:
         print(yaml.safe_dump(config.as_recipe(), sort_keys=False), end="")
         raise SystemExit(0)

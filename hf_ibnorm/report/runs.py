@@ -3,13 +3,11 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..reading import check_form, read_json, read_text, read_yaml, reading
 from .tables import Table, score_cell
 
 HARMLESS = frozenset(
@@ -53,27 +51,23 @@ class Run:
             finished: whether it must be; of one that still runs, a line that is being written is left out.
 
         Raises:
-            ValueError: `path` is no run directory, or no finished one, or a file in it is damaged; the message names
-                it.
+            UserError, ValueError: `path` is no run directory, or no finished one, or a file in it is damaged; the
+                message names it.
         """
         for name in ("config.yaml", "environment.json", "metrics.jsonl", *(["final"] if finished else [])):
             if not (path / name).exists():
                 kind = "a finished run directory" if finished else "a run directory"
                 raise ValueError(f"run: {path} is not {kind} (it has no {name})")
         scores = path / "scores"
-        config = _read(path / "config.yaml", yaml.safe_load, "seed", "model")
-        if not {"norm_type", "norm_kwargs"} <= set(config["model"] or {}):
-            raise ValueError(f"run: {path / 'config.yaml'} has no model.norm_type and model.norm_kwargs")
-        kept = ("init_sha", "parameters", "device", "cpu_count", "versions", "date")
-        metrics = _read(path / "metrics.jsonl", lambda text: _rows(text, finished))
+        metrics = _rows(path / "metrics.jsonl", finished)
         if not metrics and not finished:
             raise ValueError(f"run: {path / 'metrics.jsonl'} has no step yet")
         if finished and (not metrics or "eval_loss" not in metrics[-1]):
             raise ValueError(f"run: {path / 'metrics.jsonl'} does not end with a validated step")
         return cls(
             name=path.name,
-            config=config,
-            environment=_read(path / "environment.json", json.loads, *kept),
+            config=read_yaml("run", path / "config.yaml", _CONFIG),
+            environment=read_json("run", path / "environment.json", _ENVIRONMENT),
             metrics=metrics,
             scores=read_scores(scores) if (scores / "scores.json").exists() else None,
         )
@@ -103,32 +97,48 @@ def read_scores(folder: Path) -> dict[str, Any]:
     """The content of `scores.json` in the folder that `python -m eval run --output` wrote.
 
     Raises:
-        ValueError: there is none, or it is damaged; the message names it.
+        UserError, ValueError: there is none, or it is damaged; the message names it.
     """
     path = folder / "scores.json"
     if not path.is_file():
         raise ValueError(f"scores: {folder} has no scores.json")
-    scores: dict[str, Any] = _read(path, json.loads, "benchmarks", "smoke")
+    scores: dict[str, Any] = read_json("scores", path, _SCORES)
     return scores
 
 
-def _rows(text: str, finished: bool) -> list[dict[str, Any]]:
-    lines = text.splitlines(keepends=True)
+_NUMBER = (float, type(None))
+_CONFIG = {"seed": int, "corpus?": str, "model": {"norm_type": str, "norm_kwargs": dict, "model_type?": str}}
+_ENVIRONMENT = {
+    **{"init_sha": str, "parameters": int, "device": str, "cpu_count": int, "date": str},
+    "versions": {"torch": str, "*": (str, type(None))},
+    **{"num_processes?": (int, type(None)), "flops_per_token?": float, "on_hub?": [str]},
+}
+_STEP = {
+    **{"step": int, "tokens": int, "tokens_per_second": float, "loss": _NUMBER, "batch_sha": str},
+    "eval_loss?": _NUMBER,
+}
+_SCORES = {
+    "smoke": bool,
+    "benchmarks": {
+        "*": {
+            **{"raw": _NUMBER, "normalized": _NUMBER, "n": (int, type(None))},
+            "details": {"metric": str, "tasks?": {"*": dict}},
+        }
+    },
+}
+"""Forms of what a run directory holds, as far as anything here reads it."""
+
+
+def _rows(path: Path, finished: bool) -> list[dict[str, Any]]:
+    lines = read_text("run", path).splitlines(keepends=True)
     if not finished and lines and not lines[-1].endswith("\n"):
         lines.pop()
-    return [json.loads(line) for line in lines]
-
-
-def _read(path: Path, parse: Callable[[str], Any], *fields: str) -> Any:
-    """The content of one file of a run, which must have `fields`."""
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-        missing = [field for field in fields if field not in content]
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"run: {path} is damaged: {error}") from error
-    if missing:
-        raise ValueError(f"run: {path} has no {', '.join(missing)}")
-    return content
+    rows = []
+    for number, line in enumerate(lines, 1):
+        with reading("run", f"{path}, line {number},"):
+            rows.append(json.loads(line))
+        check_form(f"run: {path}, line {number}", rows[-1], _STEP)
+    return rows
 
 
 def _strength(options: dict[str, Any]) -> str:

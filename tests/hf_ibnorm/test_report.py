@@ -32,14 +32,17 @@ def write_run(path, norm="rmsnorm", lam=None, init="a" * 64, batches=("x", "y"),
         for i, sha in enumerate(batches, 1)
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    empty = {"stderr": None, "chance": None, "normalized": None, "n": None}
     scores = {
         "austen_test": {
+            **empty,
             "raw": bits,
-            "stderr": None,
-            "chance": None,
             "details": {"metric": "bits_per_byte", "at_chance": False},
         },
-        "sva_simple": {"raw": 0.5, "stderr": 0.02, "chance": 0.5, "details": {"metric": "acc", "at_chance": True}},
+        "sva_simple": {
+            **empty,
+            **{"raw": 0.5, "stderr": 0.02, "chance": 0.5, "details": {"metric": "acc", "at_chance": True}},
+        },
     }
     (path / "scores").mkdir()
     (path / "scores" / "scores.json").write_text(json.dumps({"smoke": smoke, "benchmarks": scores}))
@@ -95,11 +98,19 @@ def test_scores_that_are_partial_or_missing_are_warned_of(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", '{"step": 1', "metrics.jsonl is damaged"),
+        ("metrics.jsonl", '{"step": 1', "metrics.jsonl, line 1, cannot be read: Expecting"),
         ("metrics.jsonl", "", "metrics.jsonl does not end with a validated step"),
         ("environment.json", "{}", "environment.json has no init_sha"),
+        ("metrics.jsonl", '{"step": "1"}', "metrics.jsonl, line 1: step: got '1', must be a whole number"),
+        ("environment.json", "[1]", r"environment.json: got \[1\], must be a mapping"),
         ("config.yaml", "seed: 0", "config.yaml has no model"),
-        ("config.yaml", "{seed: 0, model: null}", "config.yaml has no model.norm_type"),
+        ("config.yaml", "seed: 0\nseed: 1", "seed stands there twice, the second time in line 2"),
+        (
+            "scores/scores.json",
+            '{"smoke": false, "benchmarks": {"boolq": {"raw": "0.5"}}}',
+            "boolq: raw: got '0.5', must be",
+        ),
+        ("config.yaml", "{seed: 0, model: null}", "config.yaml: model: got None, must be a mapping"),
     ],
 )
 def test_a_damaged_run_is_an_error_that_names_the_file(tmp_path, name, content, message):
