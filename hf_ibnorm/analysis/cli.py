@@ -8,6 +8,13 @@ from typing import Any
 from ..cli import UserError, bad_input, quiet_libraries
 
 
+_OF_A_PART = {
+    "normality": ("rows",),
+    "noise": ("delta", "draws", "noise_tokens"),
+    "information": ("samples", "beta", "checkpoints"),
+}
+
+
 def _analyze(arguments: argparse.Namespace) -> None:
     models: dict[str, str] = {}
     named = any(_is_named(word) for word in arguments.model)
@@ -23,6 +30,10 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
     quiet_libraries()
     given = {name: value for name, value in vars(arguments).items() if value is not None}
+    for part in given.get("skip", ()):
+        for name in _OF_A_PART.get(part, ()):
+            if name in given:
+                raise UserError(f"{name}: got {given[name]!r}, which nothing would use: {part} is skipped; leave it out")
     wanted = {name: given[name] for name in Measuring.__dataclass_fields__ if name in given}
     wanted |= {name: tuple(wanted[name]) for name in ("sites", "skip") if name in wanted}
     options: dict[str, Any] = {name: given[name] for name in ("data", "tokens", "checkpoints") if name in given}
