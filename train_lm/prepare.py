@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_ibnorm import IBNorm
+from hf_ibnorm.base.manifest import write_manifest
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
 from hf_ibnorm.families import FAMILIES, Family
@@ -464,8 +465,10 @@ def _processes_of(run_dir: Path, unknown: int) -> int:
     """How many processes a run has begun with."""
     try:
         return int(json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["num_processes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return unknown
+    except OSError as error:
+        raise UserError(f"run_dir: {run_dir} cannot be read: {error}") from error
 
 
 def norm_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -525,7 +528,7 @@ def note_resume(run_dir: Path, step: int, accelerator: Accelerator) -> None:
     now = environment_record() | {"num_processes": accelerator.num_processes}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         record = now  # lost, but nothing depends on it
     noted = {"step": step, **{name: now[name] for name in ("date", "device", "versions", "num_processes", "command")}}
     write_json(path, {**record, "resumed": [*record.get("resumed", []), noted]})
@@ -536,3 +539,4 @@ def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     with atomic_directory(path) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        write_manifest(directory)

@@ -26,6 +26,7 @@ from warm import python
 
 from hf_ibnorm.cli import STOPPED, UserError
 from train_lm.config import changed_fields
+from train_lm.push import push
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
@@ -209,6 +210,54 @@ def test_a_finished_run_is_not_trained_again_for_want_of_its_checkpoints(straigh
     run(straight, *NOISE, "--resume", "auto")
     assert "already finished" in capsys.readouterr().out
     assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def emptied(final):
+    shutil.rmtree(final)
+    final.mkdir()
+
+
+def a_file(final):
+    shutil.rmtree(final)
+    final.write_text("mine")
+
+
+def a_flipped_bit(final):
+    raw = bytearray((final / "model.safetensors").read_bytes())
+    raw[-5] ^= 1
+    (final / "model.safetensors").write_bytes(raw)
+
+
+def a_cut_file_and_no_manifest(final):
+    (final / "manifest.json").unlink()
+    (final / "model.safetensors").write_bytes((final / "model.safetensors").read_bytes()[:-5])
+
+
+FINALS = {
+    emptied: "final has no weights, must have safetensors",
+    a_file: "final is no folder",
+    a_flipped_bit: "final is not as it was saved: model.safetensors is damaged; if it was changed on purpose",
+    a_cut_file_and_no_manifest: "final has a damaged model.safetensors",
+}
+
+
+@pytest.mark.parametrize("harm", FINALS, ids=lambda harm: harm.__name__)
+def test_a_final_that_is_not_what_was_saved_is_neither_finished_nor_pushed(straight, harm):
+    harm(straight / "final")
+    with pytest.raises(UserError, match=rf"^run_dir: .*{FINALS[harm]}.*to have it made anew"):
+        run(straight, *NOISE, "--resume", "auto")
+    with pytest.raises(UserError, match=rf"^run: .*{FINALS[harm]}"):
+        push(straight)
+    if harm is a_flipped_bit:
+        shutil.rmtree(straight / "final")
+        run(straight, *NOISE, "--resume", "auto")
+        push(straight)
+
+
+def test_a_final_without_a_manifest_as_older_releases_left_it_is_finished(straight, capsys):
+    (straight / "final" / "manifest.json").unlink()
+    run(straight, *NOISE, "--resume", "auto")
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_a_second_command_does_not_disturb_the_run_at_work(straight):
