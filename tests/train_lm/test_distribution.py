@@ -138,7 +138,7 @@ def test_two_processes_train_as_one_with_twice_the_batch_does(tmp_path, kind):
     probe = f"""import train_lm.train
 original = train_lm.train.settle_buckets
 def noting(model, config, accelerator):
-    held = sum(train_lm.train.mine(each).numel() for each in accelerator.unwrap_model(model).parameters())
+    held = sum(train_lm.distribution.mine(each).numel() for each in accelerator.unwrap_model(model).parameters())
     with open({str(tmp_path / "held-")!r} + str(accelerator.process_index), "w") as file:
         print(held, file=file)
     original(model, config, accelerator)
