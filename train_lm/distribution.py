@@ -7,7 +7,7 @@ that a checkpoint is the same files however the run that wrote it was spread, an
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -206,13 +206,6 @@ class Spread:
             for kind, value in optimizer.state.get(parameter, {}).items()
         }
         return {name: value for name, value in copies.items() if value is not None}
-
-    def replicas(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-        """What every process holds whole, by name: weights and buffers, AdamW's moments; nothing that is sharded."""
-        if not self.sharded:
-            yield from (*model.named_parameters(), *model.named_buffers())
-            for name, parameter in model.named_parameters() if not self.deepspeed else ():
-                yield from ((f"{kind}/{name}", value) for kind, value in optimizer.state.get(parameter, {}).items())
 
     def restore_optimizer(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]

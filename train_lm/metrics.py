@@ -85,8 +85,12 @@ def start_trackers(accelerator: Accelerator, run_dir: Path, config: TrainConfig,
     with bad_input(Exception, about="log_with: a tracker cannot start: "):
         if "wandb" in others and accelerator.is_main_process:
             # What it was told after `step` it keeps, and takes no step twice; a resumed run would say the same again.
-            options["wandb"] = {"id": wandb_id(run_dir), "resume": "allow", "name": run_dir.resolve().name}
-        accelerator.init_trackers(config.tracker_project, init_kwargs=options)
+            options["wandb"] = {"id": wandb_id(run_dir), "resume": "allow"}
+        try:
+            accelerator.init_trackers(config.tracker_project, init_kwargs=options)
+        except Exception:
+            accelerator.trackers.clear()  # what has not begun cannot be ended
+            raise
         for tracker in accelerator.trackers:
             # TensorBoard's own form of settings is a second run beside the first; they are in config.yaml anyway.
             if tracker.name != "tensorboard":

@@ -256,7 +256,7 @@ def load_start(family: Family, where: str, model_config: Any) -> tuple[PreTraine
     """The model of a checkpoint with the norms of `model_config`, and a line about what is lost; empty for nothing.
 
     Raises:
-        ValueError: weights are missing besides those that only the new norms have, are not finite, or a file is damaged.
+        ValueError: weights that not only the new norms have are missing or not finite, or a file is damaged.
     """
     model, missing, dropped = load_weights("model.init_from", family.causal_lm, where, config=model_config)
     old, norms = norm_parameters(family, where), norm_prefixes(model)
@@ -278,9 +278,7 @@ def load_weights(field: str, cls: Any, where: str, **options: Any) -> tuple[PreT
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{field}: got {where!r}, which cannot be read: {_one_line(error)}") from error
     if bad := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
-        raise ValueError(
-            f"{field}: got {where!r}, whose {bad[0]} has NaN or infinity; of such tensors it has {len(bad)}"
-        )
+        raise ValueError(f"{field}: got {where!r}, whose {bad[0]} has NaN or infinity: {len(bad)} tensors in all")
     missing = {*found["missing_keys"], *map(str, found["mismatched_keys"])}
     return model, sorted(missing), sorted(found["unexpected_keys"])
 

@@ -117,20 +117,24 @@ class State:
         files = [each.so_far() for each in (self.metrics, self.norms) if each]
         return Snapshot(self.step, model, self.run.tokenizer, tensors | start, processes, state, *files)
 
-    def check_replicas(self) -> None:
-        """Compare what every process holds whole: weights and moments that differ would drift apart without a word.
+    def check_replicas(self, tensors: dict[str, Tensor]) -> None:
+        """Compare what every process has of a checkpoint: replicas that differ drift apart without a word.
+
+        Args:
+            tensors: what was read besides the weights; of those, what is not sharded is compared as the model has it.
 
         Raises:
-            UserError: they differ.
+            UserError: it differs.
         """
         if self.accelerator.num_processes == 1:
             return
-        own = sha256_tensors(self.spread.replicas(self.run.model, self.optimizer.optimizer))
-        shas: list[str] = gather_object([own])
+        model = self.run.model
+        weights = () if self.spread.sharded else (*model.named_parameters(), *model.named_buffers())
+        shas: list[str] = gather_object([sha256_tensors([*tensors.items(), *weights])])
         if others := [str(i) for i, sha in enumerate(shas) if sha != shas[0]]:
             raise UserError(
                 f"resume: process {', '.join(others)} holds other weights or optimizer states than process 0, though "
-                "their checkpoints are whole: suspect the memory of that machine"
+                "each machine's checkpoint is whole; one of these machines may have bad memory"
             )
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
@@ -153,7 +157,7 @@ class State:
         self.set_start_gains({name: tensors[f"start/{name}"].to(device) for name in self.start_gains})
         if self.accelerator.scaler and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.check_replicas()
+        self.check_replicas(tensors)
         then = saved["num_processes"]
         own = checkpoint.process(process if process < then else 0)
         self.run.train.load_state(own["data"])
