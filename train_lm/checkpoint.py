@@ -276,12 +276,16 @@ class Checkpointer:
         except BaseException as error:
             self.error = error
 
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of this step stays for good."""
+        return step == 0 or (bool(self.keep_every) and step % self.keep_every == 0)
+
     def _prune(self, step: int) -> None:
         """Remove what is not to be kept. Later steps than this one stay: a run that went back may need none of them,
         but they must not make it lose the checkpoint it went back to."""
         past = [each for each in steps_in(self.folder) if each <= step and each not in self.damaged]
         for each in past[: -self.keep_last]:
-            if each and not (self.keep_every and each % self.keep_every == 0):
+            if not self.keeps(each):
                 # Renamed first: a kill in the middle of the removal must not leave half a checkpoint.
                 remove(set_aside(self.folder / checkpoint_name(each)))
 

@@ -73,7 +73,7 @@ class TrainConfig:
 
     Args:
         run_dir: directory of the run, new or empty unless resume says otherwise.
-        resume: no; auto (go on from the newest whole checkpoint in run_dir, to the bit; from step 0 where there is
+        resume: no; auto (go on from the newest whole checkpoint in run_dir, to the bit; from step 0 where there are
             none); or inexact (the same even where the machine or the software computes other bits by now).
         seed: of the initial weights, the data order and the noise.
         corpus: embedded corpus (austen, sotu); file, glob or folder of .txt, .jsonl or .parquet, also as .gz, .xz or

@@ -171,7 +171,10 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             finite = finite and not optimizer.step_was_skipped
         optimizer.zero_grad()
         if finite and waiting:
-            checkpointer.write(waiting.pop())
+            proven = waiting.pop()
+            # Before a kill there may be time to write one of this size, and the newer one comes below.
+            if not any(stops) or (proven and checkpointer.keeps(proven.step)):
+                checkpointer.write(proven)
         state.count(batch.tokens, "" if finite else "grad_norm" if math.isfinite(loss) else "loss")
         sites = read(statistics, accelerator) if statistics else {}
 

@@ -129,6 +129,12 @@ def test_a_signal_is_not_kept_waiting_by_a_validation_which_the_resumed_run_make
     assert result(tmp_path / "run") == result(tmp_path / "straight")
 
 
+@pytest.mark.parametrize(("flags", "older"), [((), []), (("--keep_every", "5"), ["step-5"])])
+def test_before_it_stops_a_run_writes_one_checkpoint_and_not_the_one_before(tmp_path, monkeypatch, flags, older):
+    run_stopped(monkeypatch, 5, tmp_path / "run", *flags)  # where step-5 waits to be shown good by a step more
+    assert steps(tmp_path / "run") == ["latest", "step-0", *older, "step-6"]
+
+
 def test_a_signal_in_a_step_that_is_to_be_validated_leaves_that_to_the_resumed_run(tmp_path, monkeypatch):
     run(tmp_path / "straight", *NOISE)
     with monkeypatch.context() as patched:
