@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
@@ -15,30 +15,26 @@ from hf_ibnorm.families import Family
 from hf_ibnorm.modeling_ibnorm import build_site
 
 
-def norm_parameters(family: Family, where: str) -> dict[str, Tensor]:
-    """The parameters of the norms that the checkpoint `where` has, by name within the base model, before training."""
+def norms_of(family: Family, where: str) -> dict[str, nn.Module]:
+    """The norms that the checkpoint `where` has, by site, as they are before training."""
     config: Any = AutoConfig.from_pretrained(where)
     if not isinstance(config, family.config):
         config = family.config.from_pretrained(where, norm_type=family.config.norm_site_table.stock)
-    sites = config.norm_site_table.names(config)
-    return {
-        f"{site}.{name}": value.detach()
-        for site in sites
-        for name, value in build_site(config, site).named_parameters()
-    }
+    return {site: build_site(config, site) for site in config.norm_site_table.names(config)}
 
 
-def lost_message(where: str, names: Collection[str], initial: dict[str, Tensor]) -> str:
+def lost_message(where: str, names: Collection[str], norms: dict[str, nn.Module]) -> str:
     """What is lost with the tensors `names` of the checkpoint `where`, in the words of a conversion.
 
     Args:
         where: directory or name of the checkpoint.
         names: what the model has no place for.
-        initial: `norm_parameters`; a norm's parameter that is still as it began is no loss.
+        norms: what `norms_of` gives; a tensor of theirs that is still as it began is no loss.
 
     Returns:
         A line; nothing where nothing is lost.
     """
+    initial = {f"{site}.{name}": value for site, norm in norms.items() for name, value in norm.state_dict().items()}
     places = _stored(where) if names else {}
     lost = {}
     for name in names:

@@ -43,7 +43,7 @@ from .config import DROPOUTS, TrainConfig, build_model_config, changed_fields, c
 from .corpus import CorpusOptions, Documents, HeldOut, open_corpus
 from .data import Layout, PackedData, PackedTokens, StreamedData
 from .distillation import Teacher
-from .lost import lost_message, norm_parameters
+from .lost import lost_message, norms_of
 from .push import is_repo
 from .start import Start, together
 from .throughput import flops_per_token, forward_flops_per_token
@@ -259,8 +259,8 @@ def load_start(family: Family, where: str, model_config: Any) -> tuple[PreTraine
         ValueError: weights that not only the new norms have are missing or not finite, or a file is damaged.
     """
     model, missing, dropped = load_weights("model.init_from", family.causal_lm, where, config=model_config)
-    old, norms = norm_parameters(family, where), norm_prefixes(model)
-    had = tuple(f".{name}" for name in old)
+    old, norms = norms_of(family, where), norm_prefixes(model)
+    had = tuple(f".{site}.{name}" for site, norm in old.items() for name, _ in norm.named_parameters())
     refuse_lost(
         "model.init_from", where, [name for name in missing if not name.startswith(norms) or f".{name}".endswith(had)]
     )

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any, TypeVar, cast
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
 from hf_ibnorm.base.manifest import MANIFEST, damage
 from hf_ibnorm.cli import UserError, alone_in, bad_input
-from hf_ibnorm.files import atomic_directory, check_new_directory
+from hf_ibnorm.files import atomic_directory, check_new_directory, sha256_tensors
 
 from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_checkpoint, steps_in
 from .config import TrainConfig
@@ -140,6 +141,24 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
         problem = str(error)
     raise_together(problem, accelerator)
     return cast(T, result)
+
+
+def agree(tensors: Iterable[tuple[str, Tensor]], what: str, accelerator: Accelerator) -> None:
+    """Compare what every process should have alike: where it differs, replicas drift apart without a word.
+
+    Args:
+        tensors: by name, as this process has them.
+        what: what they are; opens the message.
+        accelerator: the run's.
+
+    Raises:
+        UserError: they differ, on every process.
+    """
+    if accelerator.num_processes == 1:
+        return
+    shas: list[str] = gather_object([sha256_tensors(tensors)])
+    if others := [str(i) for i, sha in enumerate(shas) if sha != shas[0]]:
+        raise UserError(f"{what} on process {', '.join(others)} are not those of process 0; they must be the same")
 
 
 def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator, stack: ExitStack) -> Start:

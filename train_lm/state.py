@@ -8,19 +8,18 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_ibnorm.cli import UserError
-from hf_ibnorm.files import numerics_record, sha256_tensors
+from hf_ibnorm.files import numerics_record
 from hf_ibnorm.modeling_ibnorm import is_norm
 
 from .checkpoint import Checkpoint, Checkpointer, Snapshot, copy_model, process_state, restore_random_states
 from .distribution import Spread, mine, my_part, on_host, whole
 from .metrics import MetricsFile, finite_or_none
 from .prepare import Run
-from .start import together
+from .start import agree, together
 from .trainable import apart, merged
 
 
@@ -117,26 +116,6 @@ class State:
         files = [each.so_far() for each in (self.metrics, self.norms) if each]
         return Snapshot(self.step, model, self.run.tokenizer, tensors | start, processes, state, *files)
 
-    def check_replicas(self, tensors: dict[str, Tensor]) -> None:
-        """Compare what every process has of a checkpoint: replicas that differ drift apart without a word.
-
-        Args:
-            tensors: what was read besides the weights; of those, what is not sharded is compared as the model has it.
-
-        Raises:
-            UserError: it differs.
-        """
-        if self.accelerator.num_processes == 1:
-            return
-        model = self.run.model
-        weights = () if self.spread.sharded else (*model.named_parameters(), *model.named_buffers())
-        shas: list[str] = gather_object([sha256_tensors([*tensors.items(), *weights])])
-        if others := [str(i) for i, sha in enumerate(shas) if sha != shas[0]]:
-            raise UserError(
-                f"resume: process {', '.join(others)} holds other weights or optimizer states than process 0, though "
-                "each machine's checkpoint is whole; one of these machines may have bad memory"
-            )
-
     def restore(self, checkpoint: Checkpoint) -> list[str]:
         """Go on where `checkpoint` was taken; the model has its weights already. Returns what the user should know.
 
@@ -157,7 +136,9 @@ class State:
         self.set_start_gains({name: tensors[f"start/{name}"].to(device) for name in self.start_gains})
         if self.accelerator.scaler and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.check_replicas(tensors)
+        model = self.run.model
+        weights = () if self.spread.sharded else (*model.named_parameters(), *model.named_buffers())
+        agree([*tensors.items(), *weights], "resume: weights and optimizer states", self.accelerator)
         then = saved["num_processes"]
         own = checkpoint.process(process if process < then else 0)
         self.run.train.load_state(own["data"])

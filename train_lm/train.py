@@ -39,7 +39,7 @@ from .prepare import (
 from .progress import Progress
 from .push import push
 from .signals import StopSignals
-from .start import Start, agree_on_start, alone_in_run, raise_together, together
+from .start import Start, agree, agree_on_start, alone_in_run, raise_together, together
 from .state import State
 from .throughput import peak_flops, peak_memory_gb
 from .watching import curves, read, watched
@@ -100,6 +100,9 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     progress.say(*start.messages)
     stack.callback(run.train.close)
     config, checkpoint = run.config, start.checkpoint()
+    if config.model.init_from is not None or checkpoint is not None:
+        what = "model: " if checkpoint is None else "resume: "
+        agree(run.model.named_parameters(), f"{what}weights before the first step", accelerator)
     speed_up(run.model, config)
     model, optimizer = accelerator.prepare(run.model, build_optimizer(run.model, config))
     spread = Spread(model, accelerator)
@@ -263,8 +266,8 @@ def begin_writing(run_dir: Path, state: State, start: Start, config: TrainConfig
         UserError: another run writes there, or there is no room.
     """
     checkpoint = start.checkpoint()
-    check_room(run_dir, state.run.skeleton, config, resumed=checkpoint is not None)
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
+        check_room(run_dir, state.run.skeleton, config, resumed=checkpoint is not None)
         if checkpoint is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not start.locked:

@@ -48,6 +48,19 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether `folder` holds a manifest of ours; others have files of that name, too."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    except OSError as error:
+        if not is_absent(error):
+            raise
+        return False
+    return isinstance(content, dict) and content.keys() == {"files", "sha256"}
+
+
 def is_absent(error: OSError) -> bool:
     """Whether an error of opening a file means that there is none; a path may also end in a folder or in a ring."""
     return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)

@@ -15,7 +15,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from launching import CONFIGS, free_port, launch, needs_deepspeed, program, start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import config, killed, metrics, result, run, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM
 
@@ -315,7 +315,7 @@ norms.LayerNormalNorm.forward = noting"""
         assert again[-20:] == first[i][-20:]
 
 
-def machines(script, port, folders, *flags):
+def machines(script, port, folders, *flags, codes=(0, 0)):
     """A run on two machines with a process each and no file system in common: here, in two folders of this one."""
     started = []
     for rank, folder in enumerate(folders):
@@ -323,7 +323,7 @@ def machines(script, port, folders, *flags):
         launcher = ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
         started.append(start(script, "multi_node", *flags, launcher=launcher, cwd=folder))
     said = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    assert [process.returncode for process in started] == [*codes], said
     return said
 
 
@@ -369,6 +369,21 @@ def test_each_machine_verifies_its_own_copy_of_a_checkpoint_and_gets_a_damaged_o
 
 
 @pytest.mark.slow
+def test_machines_that_begin_with_different_copies_of_a_checkpoint_are_stopped(tmp_path, script):
+    # In a norm, which the hash of the initial weights that all norms share leaves out.
+    run(tmp_path / "a" / "begin", "--max_steps", "2")
+    shutil.copytree(tmp_path / "a" / "begin" / "final", tmp_path / "b" / "begin" / "final")
+    file = tmp_path / "b" / "begin" / "final" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, file, {"format": "pt"})
+    flags = ["--config", "tiny", "--run_dir", "run", "--model.init_from", "begin/final", "--model.norm_type", "null"]
+    said = machines(script, free_port(), [tmp_path / "a", tmp_path / "b"], *flags, codes=[1, 1])
+    assert "error: model: weights before the first step on process 1 are not those of process 0" in said[0][1]
+    assert not (tmp_path / "a" / "run").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_that_go_on_with_different_values_are_stopped(tmp_path, kind):
     # As memory that flips a bit would have it, after the files were verified.
@@ -385,7 +400,7 @@ train_lm.checkpoint.load_file = flipping"""
         shutil.rmtree(tmp_path / "run" / name)
     done = launch(program(tmp_path, probe), kind, *flags, "--run_dir", tmp_path / "run")
     assert done.returncode != 0
-    assert done.stderr.count("error: resume: process 1 holds other weights or optimizer states than process 0") == 1
+    assert done.stderr.count("error: resume: weights and optimizer states on process 1 are not those of process 0") == 1
     assert not (tmp_path / "run" / "final").exists()
 
 

@@ -286,7 +286,7 @@ BAD = {
     "a vocabulary of 301, the model has 300": ("--teacher", "VOCABULARY"),
     "whose tokenizer is not the run's": ("--teacher", "TOKENIZER"),
     "which lacks model.layers.1.": ("--teacher", "LACKS"),
-    "whose model.layers.1.mlp.up_proj.weight has NaN or infinity; of such tensors it has 1": ("--teacher", "NAN"),
+    "whose model.layers.1.mlp.up_proj.weight has NaN or infinity: 1 tensors in all": ("--teacher", "NAN"),
     "which lacks model.layers.0.input_layernorm.weight: 1 in all": ("--model.init_from", "NORMLESS"),
     "lam is to end at 0, where it starts; name another with --model.norm_kwargs.lam": ("IDENTITY", *RAMP),
     "model.norm_type: got null, must be a norm's name where model.norm_overrides": (
