@@ -220,19 +220,37 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
             elif file.is_dir():
                 sync_folder(file)
         sync_folder(temporary)
-        if path.is_dir() and any(path.iterdir()):
+        aside = None
+        if os.path.lexists(path) and not _is_empty_folder(path):
             if not replace:
                 raise FileExistsError(f"{path} is not empty")
-            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            os.rename(path, aside)
-            os.rename(temporary, path)
-            shutil.rmtree(aside)
-        else:
-            os.rename(temporary, path)
+            aside = set_aside(path)
+        os.rename(temporary, path)
+        if aside is not None:
+            remove(aside)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename `path`, whatever it is, at once to a new hidden name beside it, which is returned."""
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")) / path.name
+    os.rename(path, aside)
+    return aside.parent
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link, and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def has_tokenizer(folder: Path) -> bool:

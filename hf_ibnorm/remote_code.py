@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .base.manifest import damage, has_manifest, write_manifest
 from .families import FAMILIES
 from .files import write_json, write_text
 
@@ -19,18 +20,23 @@ def add_remote_code(checkpoint: str | Path) -> list[Path]:
     used, and what they save does not carry the code: call this again.
 
     Args:
-        checkpoint: a directory that `save_pretrained` wrote. Its `config.json` is rewritten, with an `auto_map`.
+        checkpoint: a directory that `save_pretrained` wrote. Its `config.json` is rewritten, with an `auto_map`, and so
+            is the `manifest.json` that a training left there.
 
     Returns:
         The files written.
 
     Raises:
         FileNotFoundError: there is no `config.json` in it.
-        ValueError: `config.json` is of another model type; the message names those that are known.
+        ValueError: `config.json` is of another model type; the message names those that are known. Or a file is not
+            what the manifest that a training left there says.
     """
     checkpoint = Path(checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise FileNotFoundError(f"checkpoint: {checkpoint} has no config.json; must be a directory with a saved model")
+    noted = has_manifest(checkpoint)
+    if noted and (problem := damage(checkpoint)):
+        raise ValueError(f"checkpoint: {checkpoint} is not as it was saved: {problem}")
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     known = {family.config.model_type: family for family in FAMILIES}
     if config.get("model_type") not in known:
@@ -45,4 +51,6 @@ def add_remote_code(checkpoint: str | Path) -> list[Path]:
     classes |= {auto.__name__: cls for auto, cls in family.auto_classes.items()}
     config["auto_map"] = {auto: f"{Path(inspect.getfile(cls)).stem}.{cls.__name__}" for auto, cls in classes.items()}
     write_json(checkpoint / "config.json", config)  # last: before it, the checkpoint is what it was
+    if noted:
+        write_manifest(checkpoint)
     return [checkpoint / file.name for file in files] + [checkpoint / "config.json"]

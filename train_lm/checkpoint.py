@@ -8,7 +8,7 @@
         metrics.jsonl.gz        the run's metrics so far
         norms.jsonl.gz          what the run has seen of its norms so far, where it looked (`watch_norms`)
         state.json              step, settings, hashes, what the bits depend on
-        manifest.json           size and SHA-256 of every other file
+        manifest.json           size and SHA-256 of every other file (`hf_ibnorm.base.manifest`)
 
 A checkpoint is copied in memory while training waits, and written by a thread while training goes on: into a temporary
 directory, flushed, renamed, and only then named in `latest`; older ones are pruned last. No file here is a pickle.
@@ -21,7 +21,6 @@ import json
 import os
 import random
 import re
-import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,11 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_ibnorm.files import atomic_directory, sha256, sha256_file, write_json, write_text
+from hf_ibnorm.base.manifest import damage, write_manifest
+from hf_ibnorm.cli import bad_input
+from hf_ibnorm.files import atomic_directory, remove, set_aside, write_json, write_text
 
 FORMAT = 1
 METRICS, NORMS = "metrics.jsonl.gz", "norms.jsonl.gz"
@@ -137,9 +139,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
             if content or name == METRICS:
                 (directory / name).write_bytes(gzip.compress(content, compresslevel=1, mtime=0))
         write_json(directory / "state.json", {"format": FORMAT, "step": snapshot.step, **snapshot.state})
-        names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
-        files = {name: [(directory / name).stat().st_size, sha256_file(directory / name)] for name in names}
-        write_text(directory / "manifest.json", _manifest(files))
+        write_manifest(directory)
     write_text(folder / "latest", f"{path.name}\n")
 
 
@@ -159,34 +159,6 @@ def _write_process(path: Path, state: dict[str, Any]) -> None:
             file.write(json.dumps(text) + "\n")
 
 
-def _manifest(files: dict[str, Any]) -> str:
-    """Contents of `manifest.json`, which ends in its own hash."""
-    return json.dumps({"files": files, "sha256": sha256([json.dumps(files)])}, indent=2) + "\n"
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint in `path`; None where every file is as it was written."""
-    manifest = path / "manifest.json"
-    try:
-        text = manifest.read_text(encoding="utf-8")
-        files = json.loads(text)["files"]
-        if text != _manifest(files):
-            return "manifest.json is damaged"
-        for name, (size, digest) in files.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes, not {size}"
-            if sha256_file(file) != digest:
-                return f"{name} is damaged"
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json is damaged ({error})"
-    return None
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint on disk."""
@@ -201,8 +173,13 @@ class Checkpoint:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Contents of `training.safetensors`."""
-        return load_file(self.path / "training.safetensors")
+        """Contents of `training.safetensors`.
+
+        Raises:
+            UserError: it cannot be read, though it was whole a moment ago.
+        """
+        with bad_input(OSError, SafetensorError, about=f"resume: {self.path}/training.safetensors cannot be read: "):
+            return load_file(self.path / "training.safetensors")
 
     def process(self, process: int) -> dict[str, Any]:
         """What `process_state` gave on one process."""
@@ -224,8 +201,11 @@ class Checkpoint:
 
 def steps_in(folder: Path) -> list[int]:
     """Steps of the checkpoints in `folder`, whole or not, ascending."""
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(match[1]) for match in found if match)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -233,6 +213,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         ValueError: a file in it is missing or damaged, or it was written by a later release; the message says which.
+        OSError: a file in it cannot be read.
     """
     if problem := damage(path):
         raise ValueError(problem)
@@ -295,16 +276,18 @@ class Checkpointer:
         except BaseException as error:
             self.error = error
 
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of this step stays for good."""
+        return step == 0 or (bool(self.keep_every) and step % self.keep_every == 0)
+
     def _prune(self, step: int) -> None:
         """Remove what is not to be kept. Later steps than this one stay: a run that went back may need none of them,
         but they must not make it lose the checkpoint it went back to."""
         past = [each for each in steps_in(self.folder) if each <= step and each not in self.damaged]
         for each in past[: -self.keep_last]:
-            if each and not (self.keep_every and each % self.keep_every == 0):
-                path = self.folder / checkpoint_name(each)
-                aside = self.folder / f".{path.name}.pruned"
-                os.rename(path, aside)  # at once: a kill in the middle of the removal must not leave half a checkpoint
-                shutil.rmtree(aside)
+            if not self.keeps(each):
+                # Renamed first: a kill in the middle of the removal must not leave half a checkpoint.
+                remove(set_aside(self.folder / checkpoint_name(each)))
 
 
 def clear_leftovers(run_dir: Path) -> None:
@@ -313,7 +296,4 @@ def clear_leftovers(run_dir: Path) -> None:
     leftovers = [path for name in names for path in run_dir.glob(f".{name}.*")]
     leftovers += [path for name in ("step-*", "latest") for path in (run_dir / "checkpoints").glob(f".{name}.*")]
     for path in leftovers:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)

@@ -75,7 +75,7 @@ class TrainConfig:
 
     Args:
         run_dir: directory of the run, new or empty unless resume says otherwise.
-        resume: no; auto (go on from the newest whole checkpoint in run_dir, to the bit; from step 0 where there is
+        resume: no; auto (go on from the newest whole checkpoint in run_dir, to the bit; from step 0 where there are
             none); or inexact (the same even where the machine or the software computes other bits by now).
         seed: of the initial weights, the data order and the noise.
         corpus: embedded corpus (austen, sotu); file, glob or folder of .txt, .jsonl or .parquet, also as .gz, .xz or
@@ -129,12 +129,17 @@ class TrainConfig:
         checkpoint_every: steps between two checkpoints (0: only where a signal stops the run).
         keep_last: checkpoints kept, the newest ones; step 0 is always kept.
         keep_every: checkpoints at multiples of this step are kept too (0: none).
-        max_skipped_steps: steps in a row without a finite loss and gradient that end the run; each is skipped.
+        max_skipped_steps: steps in a row without a finite loss and gradient that end the run; each is skipped, and a
+            run that has skipped a quarter of all its steps is a failure, too.
         watch_norms: every so many steps, and at the first and the last one, write what goes into and out of every norm
             in that step to norms.jsonl, and a little of it to the trackers (0: never; not with compile).
         push_to_hub: repository on the Hub, NAMESPACE/NAME, that the finished model is pushed to, privately, with a card
             (null: none).
         log_with: trackers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, aim, comet_ml, dvclive, swanlab.
+        tracker_project: project, or experiment, that the run has at these trackers, TensorBoard apart.
+        progress_seconds: seconds between two lines of progress where the output is no terminal (0: only validations).
+        ddp_timeout: seconds that a process waits for the others, however the run is spread: one machine may tokenize,
+            or read a checkpoint, for longer than another.
         model: the model.
     """
 
@@ -191,6 +196,9 @@ class TrainConfig:
     watch_norms: int = 0
     push_to_hub: str | None = None
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])
+    tracker_project: str = "hf_ibnorm"
+    progress_seconds: float = 60.0
+    ddp_timeout: int = 7200
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def validate(self) -> None:
@@ -230,6 +238,9 @@ class TrainConfig:
             check_repo("push_to_hub", self.push_to_hub)
         for name in self.log_with:
             check_choice("log_with", name, TRACKERS)
+        if not self.tracker_project.strip():
+            raise ValueError(f"tracker_project: got {self.tracker_project!r}, must be a name")
+        check_number("ddp_timeout", self.ddp_timeout, 1, 10**8)  # of which a timedelta can still count nanoseconds
         self._validate_model()
 
     def _validate_healing(self) -> None:
@@ -324,7 +335,7 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("checkpoint_every", "keep_every", "watch_norms"), 0),
     **dict.fromkeys(("block_size", "validation_every"), 2),
     "tokenizer_vocab_size": 257,
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), 0.0),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "progress_seconds"), 0.0),
 }
 """The least value of each number; an integer where only integers are allowed."""
 

@@ -47,9 +47,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if plugin is not None and config.trainable == "lora":
         raise UserError("trainable: got lora, allowed with FSDP: all, norms")
     deepspeed = zero.plugin(config) if zero.launched() else None
-    cpu = not torch.cuda.is_available()
+    cpu, timeout = not torch.cuda.is_available(), timedelta(seconds=config.ddp_timeout)
     if deepspeed is not None and cpu:
-        zero.meet_on_cpu()
+        zero.meet_on_cpu(timeout)
     if config.deterministic and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -66,7 +66,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             # Gradients live in the buckets that are reduced, not beside them.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             # One machine may tokenize, or read a checkpoint, for longer than another before they meet.
-            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+            InitProcessGroupKwargs(timeout=timeout),
         ],
         log_with=config.log_with or None,
         project_dir=config.run_dir,

@@ -4,16 +4,20 @@ import errno
 import json
 import math
 import os
+import re
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import TensorBoardTracker, get_available_trackers
 
-from hf_ibnorm.cli import UserError
-from hf_ibnorm.files import write_bytes
+from hf_ibnorm.cli import UserError, bad_input
+from hf_ibnorm.files import write_bytes, write_text
 from hf_ibnorm.report.runs import flat_settings
+
+from .config import TrainConfig
 
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")
 """Fields that differ between two runs of the same settings: time and memory."""
@@ -35,8 +39,7 @@ class MetricsFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line; a number that is not finite becomes null, JSON has no infinity."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        line = (json.dumps(clean, allow_nan=False) + "\n").encode()
+        line = (json.dumps(finite_or_none(row), allow_nan=False) + "\n").encode()
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._bytes += len(line)
@@ -51,6 +54,11 @@ class MetricsFile:
         self._file.close()
 
 
+def finite_or_none(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with None for numbers that are not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
 def check_trackers(names: list[str]) -> None:
     """Raise UserError for a tracker that is not installed: Accelerate would leave it out without a word."""
     available = {str(each) for each in get_available_trackers()}
@@ -59,16 +67,49 @@ def check_trackers(names: list[str]) -> None:
             raise UserError(f"log_with: got {name!r}, which is not installed: pip install {name.replace('_', '-')}")
 
 
-def start_trackers(accelerator: Accelerator, config: dict[str, Any], step: int) -> None:
-    """Begin to log; what TensorBoard was told after `step` before a resume is hidden."""
+def start_trackers(accelerator: Accelerator, run_dir: Path, config: TrainConfig, step: int) -> None:
+    """Begin to log; what TensorBoard was told after `step` before a resume is hidden, W&B's run is gone on with.
+
+    Raises:
+        UserError: a tracker cannot start.
+    """
     if not accelerator.log_with:
         return
-    others = [each for each in accelerator.log_with if str(each) != "tensorboard"]
-    settings = flat_settings(config).items()
+    others = [str(each) for each in accelerator.log_with if str(each) != "tensorboard"]
+    settings = flat_settings(config.as_recipe()).items()
     plain = {name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in settings}
-    # TensorBoard's own form of settings is a second run beside the first; they are in config.yaml anyway.
-    accelerator.init_trackers(
-        "tensorboard" if not others else "hf_ibnorm",
-        config=plain if others else None,
-        init_kwargs={"tensorboard": {"purge_step": step + 1}},
-    )
+    options: dict[str, dict[str, Any]] = {}
+    # Made here: Accelerate would name its folder after the project.
+    board = TensorBoardTracker("tensorboard", str(run_dir), purge_step=step + 1)
+    accelerator.log_with = [board if str(each) == "tensorboard" else each for each in accelerator.log_with]
+    with bad_input(Exception, about="log_with: a tracker cannot start: "):
+        if "wandb" in others and accelerator.is_main_process:
+            # What it was told after `step` it keeps, and takes no step twice; a resumed run would say the same again.
+            options["wandb"] = {"id": wandb_id(run_dir), "resume": "allow"}
+        try:
+            accelerator.init_trackers(config.tracker_project, init_kwargs=options)
+        except Exception:
+            accelerator.trackers.clear()  # what has not begun cannot be ended
+            raise
+        for tracker in accelerator.trackers:
+            # TensorBoard's own form of settings is a second run beside the first; they are in config.yaml anyway.
+            if tracker.name != "tensorboard":
+                tracker.store_init_configuration(plain)
+
+
+def wandb_id(run_dir: Path) -> str:
+    """The id that this run has at W&B, made when it is first asked for.
+
+    Raises:
+        ValueError: the file that holds it is damaged.
+        OSError: it cannot be read or written.
+    """
+    path = run_dir / "wandb_id"
+    try:
+        found = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        found = secrets.token_hex(8)
+        write_text(path, found + "\n")
+    if not re.fullmatch(r"[\w-]{1,64}", found, re.ASCII):
+        raise ValueError(f"{path} holds no id of a run: {found[:80]!r}; remove it to begin another one")
+    return found

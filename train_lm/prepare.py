@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_ibnorm import IBNorm
+from hf_ibnorm.base.manifest import write_manifest
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
 from hf_ibnorm.families import FAMILIES, Family
@@ -42,6 +43,7 @@ from .config import DROPOUTS, TrainConfig, build_model_config, changed_fields, c
 from .corpus import CorpusOptions, Documents, HeldOut, open_corpus
 from .data import Layout, PackedData, PackedTokens, StreamedData
 from .distillation import Teacher
+from .lost import lost_message, norms_of
 from .push import is_repo
 from .start import Start, together
 from .throughput import flops_per_token, forward_flops_per_token
@@ -240,7 +242,8 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
             for name in NORM_FIELDS:  # the checkpoint's own say where a ramped λ stood then
                 setattr(model.config, name, getattr(model_config, name))
         elif config.model.init_from is not None:
-            model = load_start(family, config.model.init_from, model_config)
+            model, lost = load_start(family, config.model.init_from, model_config)
+            start.messages.extend([lost] * bool(lost))
         else:
             model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -249,29 +252,35 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
     return model, model_config
 
 
-def load_start(family: Family, where: str, model_config: Any) -> PreTrainedModel:
-    """The model of a checkpoint with the norms of `model_config`.
+def load_start(family: Family, where: str, model_config: Any) -> tuple[PreTrainedModel, str]:
+    """The model of a checkpoint with the norms of `model_config`, and a line about what is lost; empty for nothing.
 
     Raises:
-        ValueError: weights besides those of norms are missing, or a file is damaged.
+        ValueError: weights that not only the new norms have are missing or not finite, or a file is damaged.
     """
-    model, lost = load_weights("model.init_from", family.causal_lm, where, config=model_config)
-    norms = norm_prefixes(model)
-    refuse_lost("model.init_from", where, [name for name in lost if not name.startswith(norms)])
-    return model
+    model, missing, dropped = load_weights("model.init_from", family.causal_lm, where, config=model_config)
+    old, norms = norms_of(family, where), norm_prefixes(model)
+    had = tuple(f".{site}.{name}" for site, norm in old.items() for name, _ in norm.named_parameters())
+    refuse_lost(
+        "model.init_from", where, [name for name in missing if not name.startswith(norms) or f".{name}".endswith(had)]
+    )
+    return model, lost_message(where, dropped, old)
 
 
-def load_weights(field: str, cls: Any, where: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """A model of class `cls` in float32, and the names of those of its weights that `where` has not.
+def load_weights(field: str, cls: Any, where: str, **options: Any) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """A model of class `cls` in float32; which of its weights `where` has not, and which of `where` it has not.
 
     Raises:
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or weights are not finite: every step would be skipped.
     """
     try:
         model, found = cls.from_pretrained(where, dtype=torch.float32, output_loading_info=True, **options)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{field}: got {where!r}, which cannot be read: {_one_line(error)}") from error
-    return model, sorted({*found["missing_keys"], *map(str, found["mismatched_keys"])})
+    if bad := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
+        raise ValueError(f"{field}: got {where!r}, whose {bad[0]} has NaN or infinity: {len(bad)} tensors in all")
+    missing = {*found["missing_keys"], *map(str, found["mismatched_keys"])}
+    return model, sorted(missing), sorted(found["unexpected_keys"])
 
 
 def _one_line(error: Exception) -> str:
@@ -305,8 +314,8 @@ def load_teacher(config: TrainConfig, where: str, tokenizer: PreTrainedTokenizer
         theirs = saved_and_loaded(load_tokenizer("teacher", where))
         if theirs.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
             raise ValueError(f"teacher: got {where!r}, whose tokenizer is not the run's; ids would mean other tokens")
-    model, lost = load_weights("teacher", AutoModelForCausalLM, where)
-    refuse_lost("teacher", where, lost)
+    model, missing, _ = load_weights("teacher", AutoModelForCausalLM, where)
+    refuse_lost("teacher", where, missing)
     return model.eval().requires_grad_(False)
 
 
@@ -464,8 +473,10 @@ def _processes_of(run_dir: Path, unknown: int) -> int:
     """How many processes a run has begun with."""
     try:
         return int(json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["num_processes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return unknown
+    except OSError as error:
+        raise UserError(f"run_dir: {run_dir} cannot be read: {error}") from error
 
 
 def norm_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -525,7 +536,7 @@ def note_resume(run_dir: Path, step: int, accelerator: Accelerator) -> None:
     now = environment_record() | {"num_processes": accelerator.num_processes}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         record = now  # lost, but nothing depends on it
     noted = {"step": step, **{name: now[name] for name in ("date", "device", "versions", "num_processes", "command")}}
     write_json(path, {**record, "resumed": [*record.get("resumed", []), noted]})
@@ -536,3 +547,4 @@ def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     with atomic_directory(path) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        write_manifest(directory)

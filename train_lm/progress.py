@@ -1,5 +1,10 @@
-"""What one sees while a run trains: a live bar on a terminal, a line a validation elsewhere."""
+"""What one sees while a run trains: a live bar on a terminal; elsewhere a line now and then, and one a validation."""
 
+import os
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -7,12 +12,41 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 
-class Progress:
-    """Step, loss, tokens per second and time left of one run; silent unless `enabled`."""
+class _Console(Console):
+    """A console that goes silent when nobody reads it any more: `| head`, a terminal that was closed, a full disk."""
 
-    def __init__(self, steps: int, enabled: bool) -> None:
-        self.enabled = enabled
-        self.console = Console()
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            self.go_silent()
+
+    def on_broken_pipe(self) -> None:
+        self.go_silent()
+
+    def go_silent(self) -> None:
+        """Write no more; Python's own buffer, flushed at the end, must not fail either."""
+        self.quiet = True
+        with suppress(OSError, ValueError):  # a standard output that is no file
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
+class Progress:
+    """Step, loss, tokens per second and time left of one run.
+
+    Args:
+        steps: of the whole run.
+        enabled: whether anything is said at all.
+        seconds: between two lines where the output is no terminal; 0 for none but those of validations.
+    """
+
+    def __init__(self, steps: int, enabled: bool, seconds: float = 0.0) -> None:
+        self.steps, self.enabled, self.seconds = steps, enabled, seconds
+        self.console = _Console()
+        self._first: tuple[int, float] | None = None
+        self._said = time.monotonic()
         self.bar = Bar(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -42,5 +76,18 @@ class Progress:
         """Show the metrics of a finished step."""
         loss, speed = f"{row['loss']:.4f}", f"{row['tokens_per_second']:,.0f}"
         self.bar.update(self.task, completed=row["step"], loss=loss, speed=speed)
-        if "eval_loss" in row:
-            self.say(f"step {row['step']:>6}  loss {loss}  validation {row['eval_loss']:.4f}  {speed} tokens/s")
+        now = time.monotonic()
+        self._first = self._first or (row["step"], now)
+        due = self.seconds and now - self._said >= self.seconds and not self.console.is_terminal
+        if "eval_loss" in row or due:
+            self._said = now
+            validation = f"  validation {row['eval_loss']:.4f}" if "eval_loss" in row else ""
+            self.say(f"step {row['step']:>6}  loss {loss}{validation}  {speed} tokens/s{self._left(row['step'], now)}")
+
+    def _left(self, step: int, now: float) -> str:
+        """How long the rest takes, if it goes on as since the first step seen here."""
+        assert self._first is not None
+        first, then = self._first
+        if step in (first, self.steps):
+            return ""
+        return f"  left {timedelta(seconds=round((now - then) / (step - first) * (self.steps - step)))}"

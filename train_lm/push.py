@@ -4,7 +4,6 @@ The card, `README.md` and `loss.png`, is written into `RUN/final`. What is uploa
 safetensors, config, tokenizer, card and the model's code; never a pickle.
 """
 
-import fnmatch
 import json
 import shlex
 from collections.abc import Callable
@@ -16,20 +15,21 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from hf_ibnorm.base.manifest import MANIFEST
 from hf_ibnorm.cli import OneLineParser, UserError, bad_input, quiet_libraries, require_extra, run_command
 from hf_ibnorm.files import write_text
 from hf_ibnorm.report.card import model_card
 from hf_ibnorm.report.plots import plot_losses
 from hf_ibnorm.report.runs import Run, read_scores
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+from .final import WEIGHTS, among, flaw
+
 UPLOADED = (
     *WEIGHTS,
     *("config.json", "generation_config.json", "README.md", "loss.png", "*.py"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 HINTS = {
     401: "log in with `hf auth login`, or set HF_TOKEN",
     403: "this login may not write there",
@@ -71,8 +71,8 @@ def push(
         say: told what is done.
 
     Raises:
-        UserError: the run is not finished or has no safetensors, before anything is written; or the Hub cannot be
-            reached or refuses, with the card written.
+        UserError: the run is not finished, or its model is not whole or not as it was saved, before anything is
+            written; or the Hub cannot be reached or refuses, with the card written.
     """
     final = run_dir / "final"
     with bad_input():
@@ -81,7 +81,8 @@ def push(
         run = Run.read(run_dir.absolute())
         if scores is not None:
             run = replace(run, scores=read_scores(scores))
-        check_weights(final)
+        if found := flaw(final):
+            raise ValueError(f"run: {final} {found}")
     with bad_input(OSError, about=f"run: {final} cannot be written: "):
         plot_losses([run], final / "loss.png")
         write_text(final / "README.md", model_card(run, repo, remote_code=_has_code(final)))
@@ -107,30 +108,6 @@ def push(
     say(f"pushed: {url}")
 
 
-def check_weights(final: Path) -> None:
-    """Refuse a model that cannot be loaded from what is uploaded.
-
-    Raises:
-        ValueError: there are no whole weights as safetensors, or no config.
-    """
-    names = {path.name for path in final.iterdir()}
-    if pickles := sorted(name for name in names if _among(name, PICKLES)):
-        found = f"the pickle{'s' * (len(pickles) > 1)} {', '.join(pickles)}"
-    else:
-        found = "no weights"
-    if not any(_among(name, WEIGHTS[:1]) for name in names):
-        raise ValueError(f"run: {final} has {found}, only safetensors are pushed: save it with save_pretrained")
-    needed = {"config.json"}
-    for index in final.glob(WEIGHTS[1]):
-        needed |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    if missing := sorted(needed - names):
-        raise ValueError(f"run: {final} has no {', '.join(missing)}")
-
-
-def _among(name: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-
-
 def _has_code(final: Path) -> bool:
     return "auto_map" in json.loads((final / "config.json").read_text(encoding="utf-8"))
 
@@ -144,7 +121,8 @@ def _upload(final: Path, repo: str, public: bool, say: Callable[[str], None]) ->
         UserError: the repository is public, and that was not asked for.
     """
     files = {path.name: path for path in sorted(final.iterdir()) if path.is_file() and path.name[0] != "."}
-    kept = {name: path for name, path in files.items() if _among(name, UPLOADED)}
+    files.pop(MANIFEST, None)  # of this folder; the Hub has hashes of its own
+    kept = {name: path for name, path in files.items() if among(name, UPLOADED)}
     if left := sorted(files.keys() - kept.keys()):
         say(f"not pushed: {', '.join(left)} (not among what a model needs)")
     disable_progress_bars()
@@ -156,7 +134,7 @@ def _upload(final: Path, repo: str, public: bool, say: Callable[[str], None]) ->
     if there.private and public:
         say(f"{repo} was private and stays so; its settings on the Hub can change that")
     names = {each.rfilename for each in there.siblings or []}
-    stale = [CommitOperationDelete(name) for name in sorted(names - kept.keys()) if _among(name, WEIGHTS)]
+    stale = [CommitOperationDelete(name) for name in sorted(names - kept.keys()) if among(name, WEIGHTS)]
     added = [CommitOperationAdd(name, path) for name, path in kept.items()]
     # Not upload_folder, which makes several commits of a large folder: half a model could be loaded in between.
     api.create_commit(repo, [*stale, *added], commit_message="Push model with hf_ibnorm")

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first asks for an orderly end, the second ends at once."""
+"""Signals that end a run in order: SIGTERM and SIGINT; SIGHUP of a terminal that closes, SIGUSR1 of a scheduler."""
 
 import os
 import signal
@@ -9,28 +9,32 @@ from typing import Any
 
 from hf_ibnorm.cli import Stopped
 
+_ORDERS = (signal.SIGTERM, signal.SIGINT)
+_WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
+"""What says that the end is near: it may come again and again, and an order after it."""
 _ECHO = 2.0
 """Seconds in which a launcher may pass on a signal that the whole process group had got already."""
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT end the program in order.
+    """While entered, these signals end the program in order, but for warnings that it was started to ignore (`nohup`).
 
     Before `finish_steps` is set they raise `Stopped`, since there is nothing to save yet. Afterwards the first one sets
-    `name`, for the loop to see at the end of its step, and the second one ends the process at once, with 128 + its
-    number as exit code.
+    `name`, for the loop to see at the end of its step. A second SIGTERM or SIGINT ends the process at once, with 128 +
+    its number as exit code; other signals than these two are not insisted on by coming again.
     """
 
     def __init__(self) -> None:
         self.finish_steps = False
         self.name = ""
-        self._when = 0.0
+        self._ordered: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if current_thread() is main_thread():  # elsewhere Python allows no handlers
-            for each in (signal.SIGTERM, signal.SIGINT):
-                self._before[each] = signal.signal(each, self._handle)
+            for each in (*_ORDERS, *_WARNINGS):
+                if each in _ORDERS or signal.getsignal(each) is not signal.SIG_IGN:
+                    self._before[each] = signal.signal(each, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -38,11 +42,14 @@ class StopSignals:
             signal.signal(each, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.name:
+        if number in _ORDERS:
+            if self._ordered is None:
+                self._ordered = time.monotonic()
             # torchrun answers a Ctrl-C, which every process has got from the terminal, by signalling them again.
-            if "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._when > _ECHO:
+            elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._ordered > _ECHO:
                 os._exit(128 + number)
+        if self.name:
             return
-        self.name, self._when = signal.Signals(number).name, time.monotonic()
+        self.name = signal.Signals(number).name
         if not self.finish_steps:
             raise Stopped(f"{self.name} before the first step")

@@ -1,7 +1,8 @@
 """Where a run begins: at step 0, or after the newest whole checkpoint; agreed on by every process of it."""
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any, TypeVar, cast
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
+from hf_ibnorm.base.manifest import MANIFEST, damage
 from hf_ibnorm.cli import UserError, alone_in, bad_input
-from hf_ibnorm.files import atomic_directory, check_new_directory
+from hf_ibnorm.files import atomic_directory, check_new_directory, sha256_tensors
 
 from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_checkpoint, steps_in
 from .config import TrainConfig
+from .final import flaw
 
 T = TypeVar("T")
 CHUNK = 1 << 26
@@ -62,9 +66,14 @@ def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
     """Where the run in `run_dir` begins: at step 0, or after the newest whole checkpoint. Locks a run that is there.
 
     Raises:
-        UserError: the directory is not new and not to be resumed, holds something else, cannot be written, or another
-            run is at work in it.
+        UserError: the directory is not new and not to be resumed, holds something else, cannot be read or written, or
+            another run is at work in it; what is in `final`, or every checkpoint after step 0, is damaged.
     """
+    with bad_input(OSError, about=f"run_dir: {run_dir} cannot be read: "):
+        return _find_start(config, run_dir, stack)
+
+
+def _find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
     there = run_dir.is_dir() and any(each.name[0] != "." for each in run_dir.iterdir())
     if config.resume == "no" or not there:
         hint = "; or go on with it: --resume auto" if (run_dir / "config.yaml").exists() else ""
@@ -80,24 +89,36 @@ def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
         saved = None
     if not (isinstance(saved, dict) and "model" in saved):
         saved = None  # damaged
-    if (run_dir / "final").exists():
+    if os.path.lexists(run_dir / "final"):
+        if found := flaw(run_dir / "final"):
+            raise UserError(
+                f"run_dir: {run_dir / 'final'} {found}; to have it made anew from the last checkpoint, remove all of "
+                "it, and then --resume auto"
+            )
         return Start(None, saved, finished=True, messages=[f"already finished: {run_dir / 'final'}"])
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
         stack.enter_context(alone_in_run(run_dir))
         clear_leftovers(run_dir)
-    messages, damaged = [], []
+    problems: dict[int, str] = {}
     for step in reversed(steps_in(run_dir / "checkpoints")):
         path = run_dir / "checkpoints" / checkpoint_name(step)
         try:
             found = read_checkpoint(path)
         except ValueError as error:
-            messages.append(f"resume: skipped {path.name}: {error}")
-            damaged.append(step)
+            problems[step] = f"{path.name}: {error}"
             continue
+        if step == 0 and problems:
+            break  # it is kept to look back at, not to train for days again without a word
+        messages = [f"resume: skipped {problem}" for problem in problems.values()]
         messages.append(f"resume: going on after {path.name}")
-        return Start(path, found.state["config"], False, messages, damaged, locked=True)
-    messages.append("resume: no whole checkpoint, starting at step 0")
-    return Start(None, saved, False, messages, damaged, locked=True)
+        return Start(path, found.state["config"], False, messages, list(problems), locked=True)
+    if problems:
+        some = [*list(problems.values())[:3], *["..."] * (len(problems) > 3)]
+        raise UserError(
+            f"resume: in {run_dir / 'checkpoints'} none after step 0 is whole ({'; '.join(some)}); put a whole one "
+            "there, or remove the damaged ones to start over"
+        )
+    return Start(None, saved, False, ["resume: no whole checkpoint, starting at step 0"], locked=True)
 
 
 def raise_together(problem: str, accelerator: Accelerator) -> None:
@@ -122,6 +143,24 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def agree(tensors: Iterable[tuple[str, Tensor]], what: str, accelerator: Accelerator) -> None:
+    """Compare what every process should have alike: where it differs, replicas drift apart without a word.
+
+    Args:
+        tensors: by name, as this process has them.
+        what: what they are; opens the message.
+        accelerator: the run's.
+
+    Raises:
+        UserError: they differ, on every process.
+    """
+    if accelerator.num_processes == 1:
+        return
+    shas: list[str] = gather_object([sha256_tensors(tensors)])
+    if others := [str(i) for i, sha in enumerate(shas) if sha != shas[0]]:
+        raise UserError(f"{what} on process {', '.join(others)} are not those of process 0; they must be the same")
+
+
 def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator, stack: ExitStack) -> Start:
     """`find_start` on the first process; every other one learns what it found, and gets the checkpoint if it has none.
 
@@ -137,24 +176,37 @@ def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator,
 
 
 def send_checkpoint(path: Path, accelerator: Accelerator) -> None:
-    """Bring the first machine's checkpoint to those that share no file system with it; with one, nothing is sent.
+    """Bring the first machine's checkpoint to those that have it not, or not whole; where all have it, nothing is sent.
+
+    Each machine verifies its own copy: what `find_start` has verified is the first one's.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: a copy cannot be read, or not be written.
     """
-    manifest = path / "manifest.json"
-    content = broadcast_object_list([manifest.read_bytes() if accelerator.is_main_process else b""])[0]
-    has_it = manifest.is_file() and manifest.read_bytes() == content
+    manifest = path / MANIFEST
+
+    def content_here() -> bytes:
+        with bad_input(OSError, about=f"run_dir: {path} cannot be read: "):
+            return manifest.read_bytes() if accelerator.is_main_process else b""
+
+    content = broadcast_object_list([together(accelerator, content_here)])[0]
+
+    def is_here() -> bool:
+        if accelerator.is_main_process or not accelerator.is_local_main_process:
+            return True
+        with bad_input(OSError, about=f"run_dir: {path} cannot be read: "):
+            return damage(path) is None and manifest.read_bytes() == content
+
+    has_it = together(accelerator, is_here)
     if all(gather_object([has_it])):
         return
     names = [*json.loads(content)["files"], manifest.name]
-    receives = accelerator.is_local_main_process and not has_it
 
     def receive() -> None:
         problem = None
         with ExitStack() as stack, bad_input(OSError, about=f"run_dir: {path} cannot be brought to every machine: "):
             folder = path
-            if receives:
+            if not has_it:
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     clear_leftovers(path.parents[1])
@@ -162,7 +214,7 @@ def send_checkpoint(path: Path, accelerator: Accelerator) -> None:
                 except OSError as error:
                     problem = error
             for name, chunk in _sent(path, names, accelerator.is_main_process):
-                if receives and problem is None:  # who cannot write still takes part, or the others would wait
+                if not has_it and problem is None:  # who cannot write still takes part, or the others would wait
                     try:
                         (folder / name).parent.mkdir(exist_ok=True)
                         with (folder / name).open("ab") as file:
@@ -171,6 +223,8 @@ def send_checkpoint(path: Path, accelerator: Accelerator) -> None:
                         problem = error
             if problem is not None:
                 raise problem
+            if not has_it and (harm := damage(folder)):
+                raise OSError(f"of what was sent {harm}")
 
     together(accelerator, receive)
 

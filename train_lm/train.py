@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,19 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ibnorm.cli import Stopped, UserError, bad_input, require_extra
-from hf_ibnorm.files import cpu_name, numerics_record, sha256
-from hf_ibnorm.modeling_ibnorm import is_norm
+from hf_ibnorm.files import cpu_name, sha256
 from hf_ibnorm.optim import no_decay_parameter_names
 
-from .checkpoint import (
-    Checkpoint,
-    Checkpointer,
-    Snapshot,
-    copy_model,
-    process_state,
-    restore_random_states,
-)
+from .checkpoint import Checkpointer, Snapshot
 from .config import TrainConfig, build_model_config
 from .data import IGNORE, Batch, PackedData, PackedTokens
-from .distribution import Spread, make_accelerator, mine, my_part, on_host, reshard, whole
+from .distribution import Spread, make_accelerator, reshard
 from .metrics import MetricsFile, check_trackers, start_trackers
 from .prepare import (
     Run,
@@ -47,10 +39,13 @@ from .prepare import (
 from .progress import Progress
 from .push import push
 from .signals import StopSignals
-from .start import Start, agree_on_start, alone_in_run, raise_together, together
+from .start import Start, agree, agree_on_start, alone_in_run, raise_together, together
+from .state import State
 from .throughput import peak_flops, peak_memory_gb
-from .trainable import apart, merged
 from .watching import curves, read, watched
+
+SKIPPED_SHARE = 0.25
+"""Of the steps of a run: with so many skipped it has failed."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -67,9 +62,9 @@ def train(config: TrainConfig) -> Path:
         `run_dir/final`.
 
     Raises:
-        UserError: bad input, before anything is written; a disk that is full; training diverged, with what was learnt
-            kept on disk; or the Hub does not take the model, which is finished and on disk.
-        Stopped: SIGTERM or SIGINT came; a checkpoint of the last step is on disk.
+        UserError: bad input, before anything is written; a disk that is full; training diverged, or skipped many
+            steps, with what was learnt kept on disk; or the Hub does not take the model, which is finished and on disk.
+        Stopped: SIGTERM, SIGINT, SIGHUP or SIGUSR1 came; a checkpoint of the last step is on disk.
     """
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
@@ -93,7 +88,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     with bad_input():
         config = config.spread_over(accelerator.num_processes)
     start = agree_on_start(config, run_dir, accelerator, stack)
-    progress = Progress(config.max_steps, enabled=accelerator.is_main_process)
+    progress = Progress(config.max_steps, accelerator.is_main_process, config.progress_seconds)
     if start.finished:
         check_finished(config, run_dir, start, accelerator)
         progress.say(*start.messages)
@@ -105,6 +100,9 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     progress.say(*start.messages)
     stack.callback(run.train.close)
     config, checkpoint = run.config, start.checkpoint()
+    if config.model.init_from is not None or checkpoint is not None:
+        what = "model: " if checkpoint is None else "resume: "
+        agree(run.model.named_parameters(), f"{what}weights before the first step", accelerator)
     speed_up(run.model, config)
     model, optimizer = accelerator.prepare(run.model, build_optimizer(run.model, config))
     spread = Spread(model, accelerator)
@@ -121,11 +119,14 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         checkpointer.write(state.snapshot(checkpointer))
         checkpointer.wait()
     raise_together(checkpointer.problem, accelerator)
-    start_trackers(accelerator, config.as_recipe(), state.step)
+    together(accelerator, lambda: start_trackers(accelerator, run_dir, config, state.step))
     progress.say(describe(run, config, accelerator))
 
     stack.enter_context(progress)
     signals.finish_steps = True
+    evaluated = model if spread.deepspeed else run.model  # not through DDP, which would send buffers round
+    if state.row is not None and not conclude(state, evaluated, config, progress, checkpointer, signals):
+        raise Stopped(f"before the validation of step {state.step}; go on with --resume auto")
     waiting: list[Snapshot | None] = []  # written when a finite step has shown that its weights are good
     peak = peak_flops(device_name(accelerator), config.mixed_precision)
     for step in range(state.step + 1, config.max_steps + 1):
@@ -173,8 +174,11 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             finite = finite and not optimizer.step_was_skipped
         optimizer.zero_grad()
         if finite and waiting:
-            checkpointer.write(waiting.pop())
-        state.count(batch.tokens, finite)
+            proven = waiting.pop()
+            # Before a kill there may be time to write one of this size, and the newer one comes below.
+            if not any(stops) or (proven and checkpointer.keeps(proven.step)):
+                checkpointer.write(proven)
+        state.count(batch.tokens, "" if finite else "grad_norm" if math.isfinite(loss) else "loss")
         sites = read(statistics, accelerator) if statistics else {}
 
         seconds = time.perf_counter() - started
@@ -197,23 +201,11 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             row["lam_fraction"] = lam_fraction(step, config)
         if not finite:
             row["skipped"] = state.skipped
-        if step % config.eval_every == 0 or step == config.max_steps:
-            # Not through DDP, which would send buffers round; DeepSpeed's engine has the precision.
-            evaluated = model if spread.deepspeed else run.model
-            row["eval_loss"] = evaluate(evaluated, run.validation, config, accelerator)
-        if accelerator.is_main_process:
-            with bad_input(OSError, about="run_dir: metrics.jsonl cannot be written: "):
-                state.metrics.append(row)
-            if state.norms and sites:
-                with bad_input(OSError, about="run_dir: norms.jsonl cannot be written: "):
-                    state.norms.append({"step": step, "sites": sites})
-            progress.update(row)
-        with bad_input(OSError, about="log_with: a tracker cannot write: "):
-            logged = {key: value for key, value in row.items() if isinstance(value, int | float)}
-            accelerator.log(logged | curves(sites), step=step)
-        check_health(row, state, config, checkpointer)
-
-        stopping = any(stops) and step < config.max_steps
+        if sites:
+            note_norms(sites, state)
+        state.row = row
+        stopping = not conclude(state, evaluated, config, progress, checkpointer, signals, stop=any(stops))
+        stopping |= any(stops) and step < config.max_steps
         if stopping or (config.checkpoint_every and step % config.checkpoint_every == 0 and finite):
             waiting = [state.snapshot(checkpointer)]
         if stopping or step == config.max_steps:
@@ -225,130 +217,16 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         if stopping:
             raise Stopped(f"after step {step}, with a checkpoint; go on with --resume auto")
 
+    check_trained(state, config, checkpointer)
     finished = state.model_on_host()
     if finished is not None:
         with bad_input(OSError, SafetensorError, about=f"run_dir: {final} cannot be written: "):
             save_model(final, finished, run.tokenizer)
-        progress.say(f"finished: {final}")
+        progress.say(f"finished: {final}{skipped_text(state, config)}")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and config.push_to_hub is not None:  # an upload may outlast the others' patience
         push(run_dir, config.push_to_hub, say=progress.say)
     return final
-
-
-class State:
-    """What changes from step to step, besides the model: counts, optimizer, generators, position in the data.
-
-    Args:
-        run: model and data.
-        spread: the model as Accelerate has prepared it.
-        optimizer: the same.
-        accelerator: the run's.
-    """
-
-    metrics: MetricsFile
-    norms: MetricsFile | None = None
-    """None where no norm was watched."""
-
-    def __init__(self, run: Run, spread: Spread, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> None:
-        self.run, self.spread, self.optimizer, self.accelerator = run, spread, optimizer, accelerator
-        self.step = self.tokens = self.skipped = 0
-        self.numerics = numerics_record()
-        self.flops_per_token = run.flops_per_token
-        norms = [name for name, module in run.model.named_modules() if is_norm(module)]
-        self.gains = {f"{name}.weight": getattr(run.model.get_submodule(name), "weight", None) for name in norms}
-        self.gains = {name: gain for name, gain in self.gains.items() if gain is not None}
-        self.set_start_gains({name: whole(gain).clone() for name, gain in self.gains.items()})
-
-    def set_start_gains(self, gains: dict[str, Tensor]) -> None:
-        """Note the norms' gains as they were before the first step, whole, and which part of them is held here."""
-        self.start_gains = gains
-        self.start_parts = {name: my_part(gain, self.gains[name]).flatten() for name, gain in gains.items()}
-
-    def count(self, tokens: int, finite: bool) -> None:
-        """Count a finished step."""
-        self.step += 1
-        self.tokens += tokens
-        self.skipped = 0 if finite else self.skipped + 1
-
-    def gains_moved(self) -> Tensor:
-        """Sum of the squares of how far the norms' gains are from where they started, over those that are held here."""
-        if not self.gains:
-            return torch.zeros((), device=self.accelerator.device)
-        moved = [mine(gain).flatten() - self.start_parts[name] for name, gain in self.gains.items()]
-        return torch.cat(moved).square().sum()
-
-    def gain_movement(self, moved: list[float]) -> float:
-        """Root mean square of how far the gains are from where they started, from `gains_moved` of every process."""
-        total = math.fsum(moved) if self.spread.sharded else moved[0]
-        return math.sqrt(total / max(1, sum(gain.numel() for gain in self.start_gains.values())))
-
-    def model_on_host(self) -> PreTrainedModel | None:
-        """A copy of the model in main memory on the first process. Every process must call this."""
-        first, skeleton = self.accelerator.is_main_process, self.run.skeleton
-        copies = {name: on_host(tensor, keep=first) for name, tensor in merged(self.run.model)}
-        if not first:
-            return None
-        names = {id(each): name for name, each in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
-        return copy_model(skeleton, lambda each: copies[names[id(each)]])
-
-    def snapshot(self, checkpointer: Checkpointer) -> Snapshot | None:
-        """A copy of all that a checkpoint holds, on the first process; the others send it their part.
-
-        Every process must call this, and training may go on as soon as it returns.
-        """
-        checkpointer.wait()  # first, or there would be two copies in memory
-        own, scaler = process_state(self.run.train.state()), self.accelerator.scaler
-        processes: list[Any] = [own]
-        if self.accelerator.num_processes > 1:
-            processes = [None] * self.accelerator.num_processes
-            torch.distributed.gather_object(own, processes if self.accelerator.is_main_process else None)
-        model, first = self.model_on_host(), self.accelerator.is_main_process
-        tensors = self.spread.optimizer_tensors(self.run.model, self.optimizer.optimizer, first)
-        start = {f"start/{name}": gain.to("cpu", copy=True) for name, gain in self.start_gains.items()}
-        if model is None:
-            return None
-        tensors |= {f"apart/{name}": each.detach().to("cpu", copy=True) for name, each in apart(self.run.model).items()}
-        state = {
-            "tokens": self.tokens,
-            "skipped": self.skipped,
-            "num_processes": self.accelerator.num_processes,
-            "distribution": self.spread.kind,
-            "config": self.run.config.as_recipe(),
-            "hashes": self.run.hashes,
-            "numerics": self.numerics,
-            "scaler": scaler.state_dict() if scaler else None,
-        }
-        files = [each.so_far() for each in (self.metrics, self.norms) if each]
-        return Snapshot(self.step, model, self.run.tokenizer, tensors | start, processes, state, *files)
-
-    def restore(self, checkpoint: Checkpoint) -> list[str]:
-        """Go on where `checkpoint` was taken; the model has its weights already. Returns what the user should know."""
-        saved, process, messages = checkpoint.state, self.accelerator.process_index, []
-        self.step, self.tokens, self.skipped = checkpoint.step, saved["tokens"], saved["skipped"]
-        tensors = checkpoint.tensors
-        for name, parameter in apart(self.run.model).items():
-            parameter.data.copy_(tensors[f"apart/{name}"])
-        self.spread.restore_optimizer(self.run.model, self.optimizer.optimizer, tensors)
-        device = self.accelerator.device
-        self.set_start_gains({name: tensors[f"start/{name}"].to(device) for name in self.start_gains})
-        if self.accelerator.scaler and saved["scaler"]:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        then = saved["num_processes"]
-        own = checkpoint.process(process if process < then else 0)
-        self.run.train.load_state(own["data"])
-        if then == self.accelerator.num_processes:
-            restore_random_states(own)  # last: nothing may draw between here and the next step
-        else:
-            set_seed(self.run.config.seed + self.step, device_specific=True)
-            messages.append(
-                f"resume: {then} processes have become {self.accelerator.num_processes}: the batches go on in the same "
-                "order, sums are rounded and noise is drawn in another way"
-            )
-        kind = saved.get("distribution", "ddp" if then > 1 else "one")  # the release before had no others
-        if kind != self.spread.kind and then == self.accelerator.num_processes:
-            messages.append(f"resume: {kind} has become {self.spread.kind}: sums are rounded in another way")
-        return messages
 
 
 def speed_up(model: PreTrainedModel, config: TrainConfig) -> None:
@@ -388,8 +266,8 @@ def begin_writing(run_dir: Path, state: State, start: Start, config: TrainConfig
         UserError: another run writes there, or there is no room.
     """
     checkpoint = start.checkpoint()
-    check_room(run_dir, state.run.skeleton, config, resumed=checkpoint is not None)
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
+        check_room(run_dir, state.run.skeleton, config, resumed=checkpoint is not None)
         if checkpoint is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not start.locked:
@@ -415,6 +293,87 @@ def end_tracking(accelerator: Accelerator) -> None:
         accelerator.end_training()
 
 
+def note_norms(sites: dict[str, Any], state: State) -> None:
+    """Write down what was seen of the norms in the step just done."""
+    if state.norms:  # on the first process
+        with bad_input(OSError, about="run_dir: norms.jsonl cannot be written: "):
+            state.norms.append({"step": state.step, "sites": sites})
+    log(curves(sites), state)
+
+
+def log(values: dict[str, Any], state: State) -> None:
+    """Tell the trackers."""
+    with bad_input(OSError, about="log_with: a tracker cannot write: "):
+        state.accelerator.log(values, step=state.step)
+
+
+def conclude(
+    state: State,
+    model: nn.Module,
+    config: TrainConfig,
+    progress: Progress,
+    checkpointer: Checkpointer,
+    signals: StopSignals,
+    stop: bool = False,
+) -> bool:
+    """Validate where that is due, and write down the row of the step just done.
+
+    Args:
+        state: with the row.
+        model: what is validated.
+        config, progress, checkpointer, signals: the run's.
+        stop: whether a process is to stop already, as all of them know.
+
+    Returns:
+        False where validation was broken off because a process is to stop: the row stays in `state`, for a checkpoint
+        that the time of a validation must not be lost before.
+
+    Raises:
+        UserError: as `check_health`; or the disk is full.
+    """
+    assert state.row is not None
+    row, accelerator = state.row, state.accelerator
+    if state.step % config.eval_every == 0 or state.step == config.max_steps:
+        loss = None if stop else evaluate(model, state.run.validation, config, accelerator, lambda: bool(signals.name))
+        if loss is None:
+            return False
+        row["eval_loss"] = loss
+    if accelerator.is_main_process:
+        with bad_input(OSError, about="run_dir: metrics.jsonl cannot be written: "):
+            state.metrics.append(row)
+        progress.update(row)
+    log({key: value for key, value in row.items() if isinstance(value, int | float)}, state)
+    state.row = None
+    check_health(row, state, config, checkpointer)
+    return True
+
+
+def check_trained(state: State, config: TrainConfig, checkpointer: Checkpointer) -> None:
+    """Refuse to call finished what was hardly trained.
+
+    Raises:
+        UserError: a large share of the steps were skipped.
+    """
+    if sum(state.lost.values()) >= SKIPPED_SHARE * config.max_steps:
+        checkpointer.wait()
+        raise UserError(
+            f"{' and '.join(state.lost)}: not finite{skipped_text(state, config)}: too many to call this run trained; "
+            f"{reasons(config)}; the last checkpoint is step-{checkpointer.newest}"
+        )
+
+
+def skipped_text(state: State, config: TrainConfig) -> str:
+    """How many steps were skipped in all; nothing where none was."""
+    skipped = sum(state.lost.values())
+    return f", {skipped} of {config.max_steps} steps skipped" if skipped else ""
+
+
+def reasons(config: TrainConfig) -> str:
+    """What a loss or gradient may be lost of."""
+    teacher = ", or the logits of the teacher are not finite" * (config.teacher is not None)
+    return f"a learning_rate of {config.learning_rate:g} may be too high{teacher}"
+
+
 def check_health(row: dict[str, Any], state: State, config: TrainConfig, checkpointer: Checkpointer) -> None:
     """Stop a run whose numbers are lost; checkpoints of better days stay.
 
@@ -426,8 +385,7 @@ def check_health(row: dict[str, Any], state: State, config: TrainConfig, checkpo
         checkpointer.wait()
         raise UserError(
             f"{name}: got {row[name]} at step {row['step']}, {state.skipped} steps in a row skipped; "
-            f"training diverged: a learning_rate of {config.learning_rate:g} may be too high; "
-            f"the last checkpoint is step-{checkpointer.newest}"
+            f"training diverged: {reasons(config)}; the last checkpoint is step-{checkpointer.newest}"
         )
 
 
@@ -486,10 +444,17 @@ def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: PackedTokens, config: TrainConfig, accelerator: Accelerator) -> float:
+def evaluate(
+    model: nn.Module,
+    data: PackedTokens,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Mean loss in nats over every token of a whole split, in eval mode: dropout and noise norms are quiet.
 
     Every process takes equally many batches, some of padding: where the model is sharded, all must run it together.
+    None where a process was asked to stop meanwhile.
 
     Raises:
         RuntimeError: a part of the model stays in training mode.
@@ -502,6 +467,8 @@ def evaluate(model: nn.Module, data: PackedTokens, config: TrainConfig, accelera
     processes = accelerator.num_processes
     share = np.arange(accelerator.process_index, -(-data.blocks // processes) * processes, processes)
     for start in range(0, len(share), size):
+        if accelerator.gather(torch.tensor([asked_to_stop()], device=accelerator.device)).any():
+            return None
         batch = data.batch(share[start : start + size])
         inputs, targets = (tensor.to(accelerator.device) for tensor in batch)
         total += token_loss(model, inputs, targets).double().cpu()

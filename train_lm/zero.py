@@ -7,6 +7,7 @@ and under ZeRO-3 leaves parameters empty between uses. Names that it does not do
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -72,13 +73,13 @@ def plugin(config: TrainConfig) -> DeepSpeedPlugin:
     return made
 
 
-def meet_on_cpu() -> None:
+def meet_on_cpu(timeout: timedelta) -> None:
     """Let processes without a GPU find each other; told of a CPU, Accelerate would leave DeepSpeed out."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for inference, and compiled when first looked for
-    PartialState(cpu=True)
+    PartialState(cpu=True, timeout=timeout)
 
 
 def stage(engine: Any) -> int:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from ..base.manifest import MANIFEST
 from ..configuration_ibnorm import NORM_FIELDS
 from ..data.text import draw_text
 from ..families import FAMILIES, Family
@@ -41,7 +42,7 @@ RECORD = "conversion.json"
 # Weights in other formats, and what says what the source is: none of it would be true of the target.
 _LEFT = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
-    *("*.tflite", "*.ot", "adapter_*", "*.py", "config.json", "README.md", RECORD, ".*"),
+    *("*.tflite", "*.ot", "adapter_*", "*.py", "config.json", "README.md", RECORD, MANIFEST, ".*"),
 )
 TEMPLATES = "additional_chat_templates"
 """Folder in which Transformers puts named chat templates."""

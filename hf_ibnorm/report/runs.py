@@ -21,6 +21,9 @@ HARMLESS = frozenset(
         "tokenizer_threads",
         "max_skipped_steps",
         "watch_norms",
+        "tracker_project",
+        "progress_seconds",
+        "ddp_timeout",
     }
 )
 """Settings of train_lm that change nothing in what is computed."""

@@ -111,12 +111,53 @@ def test_resume_says_what_it_skipped_and_falls_back(cut, finished, name, harm, c
     assert damage(cut / "checkpoints" / "step-8") is None, "written again"
 
 
-def test_with_every_checkpoint_damaged_training_starts_over(cut, finished, capsys):
-    for name in ("step-0", "step-4", "step-8"):
+def resumed(cut):
+    return run(cut, "--checkpoint_every", "4", "--model.norm_type", "layernormalnorm", "--resume", "auto")
+
+
+def bytes_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damaged", [("step-0", "step-4", "step-8"), ("step-4", "step-8")])
+def test_starting_over_must_be_asked_for_where_the_checkpoints_are_damaged(cut, finished, damaged):
+    for name in damaged:
         flip(cut / "checkpoints" / name / "state.json")
-    run(cut, "--checkpoint_every", "4", "--model.norm_type", "layernormalnorm", "--resume", "auto")
-    assert capsys.readouterr().out.count("skipped step-") == 3
+    before = bytes_in(cut)
+    with pytest.raises(UserError, match=r"none after step 0 is whole \(step-8: state.json is damaged; .* over$"):
+        resumed(cut)
+    assert bytes_in(cut) == before
+    for name in damaged:
+        shutil.rmtree(cut / "checkpoints" / name)
+    resumed(cut)
     assert result(cut) == result(finished)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives an I/O error")
+@pytest.mark.parametrize("name", ["checkpoints/step-8/manifest.json", "config.yaml"])
+def test_a_file_that_cannot_be_read_is_an_error_and_no_damage(cut, name):
+    shutil.move(cut / name, cut / "kept")
+    (cut / name).symlink_to("/proc/self/mem")
+    before = steps(cut)
+    with pytest.raises(UserError, match=r"run_dir: .* cannot be read: \[Errno 5\] Input/output error"):
+        resumed(cut)
+    assert steps(cut) == before
+    assert not (cut / "final").exists()
+
+
+@pytest.mark.parametrize("kind", ["a link to another disk", "a link to nothing", "a link to itself", "a file"])
+def test_a_checkpoint_that_is_no_folder_bricks_no_run(cut, finished, tmp_path, kind):
+    path, elsewhere = cut / "checkpoints" / "step-8", tmp_path / "elsewhere"
+    shutil.move(path, elsewhere)
+    if kind == "a file":
+        path.write_text("mine")
+    else:
+        path.symlink_to({"another disk": elsewhere, "nothing": "gone", "itself": path}[kind.removeprefix("a link to ")])
+    flags = ["--checkpoint_every", "1", "--keep_last", "1", "--model.norm_type", "layernormalnorm"]
+    run(cut, *flags, "--resume", "auto")
+    assert result(cut) == result(finished)
+    assert steps(cut) == ["latest", "step-0", "step-10"]
+    assert damage(elsewhere) is None, "what a link leads to was removed"
 
 
 @pytest.mark.parametrize("harm", [empty, truncate, flip, os.unlink], ids=lambda harm: harm.__name__)

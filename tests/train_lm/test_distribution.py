@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from datetime import timedelta
 from itertools import pairwise
 
 import pytest
@@ -11,15 +12,17 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from launching import CONFIGS, free_port, launch, needs_deepspeed, program, start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import config, killed, metrics, result, run, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM
 
+from hf_ibnorm.base.manifest import damage
 from hf_ibnorm.cli import UserError
 from hf_ibnorm.optim import no_decay_parameter_names
-from train_lm.distribution import sharding
+from train_lm.distribution import make_accelerator, sharding
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
@@ -125,6 +128,15 @@ def test_one_process_takes_the_global_batch_and_says_how(tmp_path):
         run(tmp_path / "c", "--global_batch_size", "0")
 
 
+def test_the_patience_of_processes_with_each_other_is_set():
+    AcceleratorState._reset_state(True)
+    made = make_accelerator(config("unused", "--ddp_timeout", "90"))
+    assert made.init_handler.timeout == timedelta(seconds=90)
+    for value in ("0", "1e20"):
+        with pytest.raises(UserError, match="ddp_timeout: got "):
+            config("unused", "--ddp_timeout", value)
+
+
 def few_blocks(*flags):
     """Flags of a run of 20 steps whose last block is mostly padding, so that micro-batches have unequal tokens, and
     whose 3 blocks of validation are an unequal share for two processes."""
@@ -138,7 +150,7 @@ def test_two_processes_train_as_one_with_twice_the_batch_does(tmp_path, kind):
     probe = f"""import train_lm.train
 original = train_lm.train.settle_buckets
 def noting(model, config, accelerator):
-    held = sum(train_lm.train.mine(each).numel() for each in accelerator.unwrap_model(model).parameters())
+    held = sum(train_lm.distribution.mine(each).numel() for each in accelerator.unwrap_model(model).parameters())
     with open({str(tmp_path / "held-")!r} + str(accelerator.process_index), "w") as file:
         print(held, file=file)
     original(model, config, accelerator)
@@ -303,7 +315,7 @@ norms.LayerNormalNorm.forward = noting"""
         assert again[-20:] == first[i][-20:]
 
 
-def machines(script, port, folders, *flags):
+def machines(script, port, folders, *flags, codes=(0, 0)):
     """A run on two machines with a process each and no file system in common: here, in two folders of this one."""
     started = []
     for rank, folder in enumerate(folders):
@@ -311,7 +323,7 @@ def machines(script, port, folders, *flags):
         launcher = ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
         started.append(start(script, "multi_node", *flags, launcher=launcher, cwd=folder))
     said = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    assert [process.returncode for process in started] == [*codes], said
     return said
 
 
@@ -329,6 +341,67 @@ def test_two_machines_train_and_resume_without_a_shared_file_system(tmp_path, sc
     assert "going on after step-5" in said[0][0]
     assert result(tmp_path / "a" / "run") == expected
     assert [path.name for path in (tmp_path / "b" / "run" / "checkpoints").iterdir()] == ["step-5"]
+
+
+def flipped(path):
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize("harm", [flipped, pytest.param(cut, marks=pytest.mark.slow)])
+def test_each_machine_verifies_its_own_copy_of_a_checkpoint_and_gets_a_damaged_one_anew(tmp_path, script, harm):
+    flags = ["--global_batch_size", "8", "--max_eval_blocks", "2"]
+    run(tmp_path / "a" / "run", *flags)
+    for name in ("final", "checkpoints/step-10"):
+        shutil.rmtree(tmp_path / "a" / "run" / name)
+    copy = tmp_path / "b" / "run" / "checkpoints" / "step-5"
+    shutil.copytree(tmp_path / "a" / "run" / "checkpoints" / "step-5", copy)
+    harm(copy / "training.safetensors")
+    flags = ["--config", "tiny", "--run_dir", "run", *flags, "--resume", "auto"]
+    said = machines(script, free_port(), [tmp_path / "a", tmp_path / "b"], *flags)
+    assert "going on after step-5" in said[0][0]
+    assert damage(copy) is None
+
+
+@pytest.mark.slow
+def test_machines_that_begin_with_different_copies_of_a_checkpoint_are_stopped(tmp_path, script):
+    # In a norm, which the hash of the initial weights that all norms share leaves out.
+    run(tmp_path / "a" / "begin", "--max_steps", "2")
+    shutil.copytree(tmp_path / "a" / "begin" / "final", tmp_path / "b" / "begin" / "final")
+    file = tmp_path / "b" / "begin" / "final" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, file, {"format": "pt"})
+    flags = ["--config", "tiny", "--run_dir", "run", "--model.init_from", "begin/final", "--model.norm_type", "null"]
+    said = machines(script, free_port(), [tmp_path / "a", tmp_path / "b"], *flags, codes=[1, 1])
+    assert "error: model: weights before the first step on process 1 are not those of process 0" in said[0][1]
+    assert not (tmp_path / "a" / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_that_go_on_with_different_values_are_stopped(tmp_path, kind):
+    # As memory that flips a bit would have it, after the files were verified.
+    probe = """import os, train_lm.checkpoint
+original = train_lm.checkpoint.load_file
+def flipping(path):
+    tensors = original(path)
+    next(iter(tensors.values())).view(-1)[0] += int(os.environ["RANK"])
+    return tensors
+train_lm.checkpoint.load_file = flipping"""
+    flags = ["--config", "tiny", "--global_batch_size", "8", "--max_eval_blocks", "2", "--resume", "auto"]
+    run(tmp_path / "run", *flags[2:])
+    for name in ("final", "checkpoints/step-10"):
+        shutil.rmtree(tmp_path / "run" / name)
+    done = launch(program(tmp_path, probe), kind, *flags, "--run_dir", tmp_path / "run")
+    assert done.returncode != 0
+    assert done.stderr.count("error: resume: weights and optimizer states on process 1 are not those of process 0") == 1
+    assert not (tmp_path / "run" / "final").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Healing a converted checkpoint: λ ramped from the identity, norms or adapters trained alone, a teacher's logits."""
 
 import json
+import math
 import shutil
 from itertools import pairwise
 
@@ -234,6 +235,34 @@ def test_a_step_is_the_same_however_it_is_accumulated(sources, tmp_path):
     torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor(rows[1]), rtol=1e-5, atol=1e-5)
 
 
+def lost_in(said):
+    return [line for line in said.splitlines() if line.startswith("lost: ")]
+
+
+def test_trained_weights_that_the_run_has_no_place_for_are_named(sources, tmp_path, capsys):
+    few = ("--max_steps", "2", "--max_eval_blocks", "1", "--log_with", "[]")
+    run(tmp_path / "biases", "--model.init_from", str(sources / "gpt2"), "--model.norm_type", "rmsnorm", *few)
+    assert [line.partition(", values")[0] for line in lost_in(capsys.readouterr().out)] == [
+        "lost: 5 trained tensors (bias)"
+    ]
+    shutil.copytree(sources / "llama", tmp_path / "cut")
+    settings = json.loads((tmp_path / "cut" / "config.json").read_text())
+    (tmp_path / "cut" / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 1}))
+    run(tmp_path / "layer", "--model.init_from", str(tmp_path / "cut"), "--model.norm_type", "dyt", *few)
+    (line,) = lost_in(capsys.readouterr().out)
+    assert line.startswith("lost: 9 trained tensors (weight), values up to ")
+    assert "for which the model has no place: model.layers.1.input_layernorm.weight, " in line
+    GPT2LMHeadModel.from_pretrained(sources / "gpt2").save_pretrained(tmp_path / "untrained")
+    tensors = load_file(tmp_path / "untrained" / "model.safetensors")
+    for name in tensors:
+        if is_norms(name) and name.endswith("bias"):
+            tensors[name].zero_()
+    save_file(tensors, tmp_path / "untrained" / "model.safetensors", {"format": "pt"})
+    untrained = ("--model.init_from", str(tmp_path / "untrained"), "--tokenizer", str(sources / "gpt2"))
+    run(tmp_path / "nothing", *untrained, "--model.norm_type", "rmsnorm", *few)
+    assert lost_in(capsys.readouterr().out) == []
+
+
 BAD = {
     "model.init_from: got null, must be the directory or name of a checkpoint where trainable is norms": (
         *("--trainable", "norms", "--model.init_from", "null"),
@@ -257,6 +286,8 @@ BAD = {
     "a vocabulary of 301, the model has 300": ("--teacher", "VOCABULARY"),
     "whose tokenizer is not the run's": ("--teacher", "TOKENIZER"),
     "which lacks model.layers.1.": ("--teacher", "LACKS"),
+    "whose model.layers.1.mlp.up_proj.weight has NaN or infinity: 1 tensors in all": ("--teacher", "NAN"),
+    "which lacks model.layers.0.input_layernorm.weight: 1 in all": ("--model.init_from", "NORMLESS"),
     "lam is to end at 0, where it starts; name another with --model.norm_kwargs.lam": ("IDENTITY", *RAMP),
     "model.norm_type: got null, must be a norm's name where model.norm_overrides": (
         *("--model.norm_overrides", "[[norm, dyt]]"),
@@ -278,8 +309,8 @@ def test_bad_input_is_one_named_error_and_nothing_is_written(sources, tmp_path, 
 
 
 def bad_teacher(flag, sources, folder):
-    """The directory of a model that cannot teach, for the words that ask for one."""
-    if flag not in ("VOCABULARY", "TOKENIZER", "LACKS"):
+    """The directory of a model that cannot teach, or be begun with, for the words that ask for one."""
+    if flag not in ("VOCABULARY", "TOKENIZER", "LACKS", "NORMLESS", "NAN"):
         return flag
     shutil.copytree(sources / "llama", folder)
     settings = json.loads((folder / "config.json").read_text())
@@ -291,7 +322,10 @@ def bad_teacher(flag, sources, folder):
         )
     else:
         weights = load_file(folder / "model.safetensors")
-        kept = {name: value for name, value in weights.items() if ".layers.1." not in name}
+        gone = {"LACKS": ".layers.1.", "NORMLESS": "layers.0.input_layernorm", "NAN": "nothing"}[flag]
+        kept = {name: value for name, value in weights.items() if gone not in name}
+        if flag == "NAN":
+            kept["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
 

@@ -83,6 +83,25 @@ def test_skipped_steps_are_counted_across_a_resume(tmp_path, monkeypatch):
         run(tmp_path / "run", *flags, "--resume", "auto")
 
 
+def test_a_run_that_has_skipped_many_of_its_steps_is_a_failure_that_says_why(tmp_path, monkeypatch):
+    # Never many in a row, and the last step of all is one of them.
+    poisoned(monkeypatch, {3, 6, 10})
+    said = "loss: not finite, 3 of 10 steps skipped: too many to call this run trained; a learning_rate of .* step-5"
+    with pytest.raises(UserError, match=said):
+        run(tmp_path / "run")
+    assert len(metrics(tmp_path / "run")) == 10
+    assert not (tmp_path / "run" / "final").exists()
+    poisoned(monkeypatch, {1, 5})  # as a resume after step 5 meets them
+    with pytest.raises(UserError, match="3 of 10 steps skipped"):
+        run(tmp_path / "run", "--resume", "auto")
+
+
+def test_a_few_skipped_steps_are_told_at_the_end(tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, {3, 6})
+    run(tmp_path / "run")
+    assert f"finished: {tmp_path / 'run' / 'final'}, 2 of 10 steps skipped\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("norm", ["ibnorm_l", "rmsnorm", "dyt"])
 def test_gain_movement_is_what_the_weights_say(tmp_path, norm):
     run(tmp_path / "run", "--model.norm_type", norm, "--checkpoint_every", "5")

@@ -16,6 +16,7 @@ from warm import python
 
 from hf_ibnorm.cli import UserError
 from hf_ibnorm.files import sha256_tensors, write_json
+from hf_ibnorm.remote_code import add_remote_code
 from hf_ibnorm.report.card import model_card
 from hf_ibnorm.report.runs import Run
 from train_lm.prepare import names_on_hub
@@ -60,7 +61,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != "manifest.json"}
 
 
 def downloaded(folder):
@@ -140,7 +141,8 @@ def test_a_second_push_updates_and_leaves_no_weights_of_the_first(finished, hub,
     first = downloaded(tmp_path / "cache")
     (tmp_path / "hub" / REPO / "LICENSE").write_text("of its owner")
     AutoModelForCausalLM.from_pretrained(finished / "final").save_pretrained(tmp_path / "parts", max_shard_size="40KB")
-    (finished / "final" / "model.safetensors").unlink()
+    for name in ("model.safetensors", "manifest.json"):
+        (finished / "final" / name).unlink()
     for path in (tmp_path / "parts").glob("*.safetensors*"):
         shutil.copy(path, finished / "final")
     write_json(finished / "scores.json", scores())
@@ -355,8 +357,8 @@ def test_pickles_are_never_pushed(finished, hub, tmp_path, command):
     code, _, err = command(push, str(finished), "--repo", REPO)
     assert code == 2
     assert err == (
-        f"error: run: {final} has the pickles pytorch_model.bin, training_args.bin, only safetensors are pushed: save "
-        "it with save_pretrained\n"
+        f"error: run: {final} has the pickles pytorch_model.bin, training_args.bin, must have safetensors: save it "
+        "with save_pretrained\n"
     )
     assert not (final / "README.md").exists()
 
@@ -366,6 +368,12 @@ def test_weights_that_lack_a_part_are_refused(finished, command):
     write_json(final / "model.safetensors.index.json", {"weight_map": {"a": "model-00001-of-00002.safetensors"}})
     code, _, err = command(push, str(finished))
     assert (code, err) == (2, f"error: run: {final} has no model-00001-of-00002.safetensors\n")
+
+
+def test_a_model_that_was_given_its_code_is_still_what_was_saved(finished, command):
+    add_remote_code(finished / "final")
+    assert command(push, str(finished))[0] == 0
+    assert "trust_remote_code=True" in card_of(finished)[1]
 
 
 @pytest.fixture

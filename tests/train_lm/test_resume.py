@@ -1,6 +1,7 @@
 """A run that was stopped goes on as if it never had been: to the bit, or not at all."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -24,8 +25,11 @@ from training import (
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from warm import python
 
-from hf_ibnorm.cli import STOPPED, UserError
+import train_lm.train
+from hf_ibnorm.cli import STOPPED, Stopped, UserError
 from train_lm.config import changed_fields
+from train_lm.metrics import MetricsFile
+from train_lm.push import push
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
@@ -66,6 +70,78 @@ def test_a_run_stopped_by_sigterm_resumes_as_if_never_stopped(name, tmp_path, mo
     torch.manual_seed(123)
     run(tmp_path / "stopped", *flags, "--resume", "auto")
     assert result(tmp_path / "stopped") == result(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_warning_that_the_end_is_near_ends_a_run_in_order_however_often_it_comes(tmp_path, monkeypatch, number):
+    append = MetricsFile.append
+
+    def and_signals(self, row):
+        append(self, row)
+        if row["step"] == 3:  # as a scheduler does: a warning or more, and then the order
+            for each in (number, number, signal.SIGTERM):
+                os.kill(os.getpid(), each)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricsFile, "append", and_signals)
+        with pytest.raises(Stopped, match="after step 4, with a checkpoint"):
+            run(tmp_path / "run")
+    assert "step-4" in steps(tmp_path / "run")
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_warning_that_a_run_was_started_to_ignore_is_ignored(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with pytest.raises(pytest.fail.Exception):
+            run_stopped(monkeypatch, 3, tmp_path / "run", number=signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(metrics(tmp_path / "run")) == 10
+
+
+def stopped_in_validation(monkeypatch, step, run_dir, *flags):
+    """Run until a signal that comes in the first batch of the validation after `step`."""
+    original, at = train_lm.train.token_loss, []
+
+    def and_signal(model, inputs, targets):
+        if not model.training and len(metrics(run_dir)) == step - 1:
+            at.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, inputs, targets)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_lm.train, "token_loss", and_signal)
+        with pytest.raises(Stopped, match=f"after step {step}, with a checkpoint"):
+            run(run_dir, *flags)
+    assert len(at) == 1, "validation went on"
+
+
+def test_a_signal_is_not_kept_waiting_by_a_validation_which_the_resumed_run_makes(tmp_path, monkeypatch):
+    flags = [*NOISE, "--per_device_eval_batch_size", "4"]
+    run(tmp_path / "straight", *flags)
+    stopped_in_validation(monkeypatch, 5, tmp_path / "run", *flags)
+    assert len(metrics(tmp_path / "run")) == 4
+    stopped_in_validation(monkeypatch, 10, tmp_path / "run", *flags, "--resume", "auto")
+    assert len(metrics(tmp_path / "run")) == 9
+    assert steps(tmp_path / "run") == ["latest", "step-0", "step-10", "step-5"]
+    run(tmp_path / "run", *flags, "--resume", "auto")
+    assert result(tmp_path / "run") == result(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("flags", "older"), [((), []), (("--keep_every", "5"), ["step-5"])])
+def test_before_it_stops_a_run_writes_one_checkpoint_and_not_the_one_before(tmp_path, monkeypatch, flags, older):
+    run_stopped(monkeypatch, 5, tmp_path / "run", *flags)  # where step-5 waits to be shown good by a step more
+    assert steps(tmp_path / "run") == ["latest", "step-0", *older, "step-6"]
+
+
+def test_a_signal_in_a_step_that_is_to_be_validated_leaves_that_to_the_resumed_run(tmp_path, monkeypatch):
+    run(tmp_path / "straight", *NOISE)
+    with monkeypatch.context() as patched:
+        patched.setattr(train_lm.train, "evaluate", None)  # not called
+        run_stopped(patched, 4, tmp_path / "run", *NOISE)
+    run(tmp_path / "run", *NOISE, "--resume", "auto")
+    assert result(tmp_path / "run") == result(tmp_path / "straight")
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +287,54 @@ def test_a_finished_run_is_not_trained_again_for_want_of_its_checkpoints(straigh
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
+def emptied(final):
+    shutil.rmtree(final)
+    final.mkdir()
+
+
+def a_file(final):
+    shutil.rmtree(final)
+    final.write_text("mine")
+
+
+def a_flipped_bit(final):
+    raw = bytearray((final / "model.safetensors").read_bytes())
+    raw[-5] ^= 1
+    (final / "model.safetensors").write_bytes(raw)
+
+
+def a_cut_file_and_no_manifest(final):
+    (final / "manifest.json").unlink()
+    (final / "model.safetensors").write_bytes((final / "model.safetensors").read_bytes()[:-5])
+
+
+FINALS = {
+    emptied: "final has no weights, must have safetensors",
+    a_file: "final is no folder",
+    a_flipped_bit: "final is not as it was saved: model.safetensors is damaged; if it was changed on purpose",
+    a_cut_file_and_no_manifest: "final has a damaged model.safetensors",
+}
+
+
+@pytest.mark.parametrize("harm", FINALS, ids=lambda harm: harm.__name__)
+def test_a_final_that_is_not_what_was_saved_is_neither_finished_nor_pushed(straight, harm):
+    harm(straight / "final")
+    with pytest.raises(UserError, match=rf"^run_dir: .*{FINALS[harm]}.*to have it made anew"):
+        run(straight, *NOISE, "--resume", "auto")
+    with pytest.raises(UserError, match=rf"^run: .*{FINALS[harm]}"):
+        push(straight)
+    if harm is a_flipped_bit:
+        shutil.rmtree(straight / "final")
+        run(straight, *NOISE, "--resume", "auto")
+        push(straight)
+
+
+def test_a_final_without_a_manifest_as_older_releases_left_it_is_finished(straight, capsys):
+    (straight / "final" / "manifest.json").unlink()
+    run(straight, *NOISE, "--resume", "auto")
+    assert "already finished" in capsys.readouterr().out
+
+
 def test_a_second_command_does_not_disturb_the_run_at_work(straight):
     from filelock import FileLock
 
@@ -260,6 +384,19 @@ def wait_until(condition, process, seconds=60):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a terminal"])
+def test_an_output_that_nobody_reads_any_more_ends_no_run(tmp_path, kind):
+    end, output = os.pipe() if kind == "a pipe" else os.openpty()
+    flags = ["--eval_every", "1", "--max_eval_blocks", "1", "--log_with", "[]"]
+    started = subprocess.Popen(command(tmp_path / "run", *flags), stdout=output, stderr=subprocess.PIPE, text=True)
+    os.close(output)
+    os.read(end, 1)
+    os.close(end)
+    assert (started.wait(60), "Traceback" in started.stderr.read()) == (0, False)
+    assert len(metrics(tmp_path / "run")) == 10
+    assert (tmp_path / "run" / "final").is_dir()
 
 
 def test_the_command_ends_with_75_and_a_second_signal_ends_it_at_once(tmp_path):

@@ -1,10 +1,14 @@
 """What can be watched while a run goes: trackers, pictures, and figures of speed that mean what they say."""
 
 import json
+import re
 import shutil
+import sys
+import types
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from training import config, metrics, run, run_stopped, small_corpus
@@ -35,6 +39,19 @@ def test_tensorboard_has_every_step_once_across_a_resume(tmp_path, monkeypatch):
     assert "mfu" not in logged
 
 
+def test_off_a_terminal_there_is_a_line_every_so_many_seconds(tmp_path, capsys):
+    run(tmp_path / "often", "--progress_seconds", "1e-6")
+    often = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(often) == 10
+    assert re.fullmatch(r"step      1  loss \d\.\d{4}  [\d,]+ tokens/s", often[0])
+    assert re.fullmatch(r"step      4  loss \d\.\d{4}  [\d,]+ tokens/s  left 0:00:0\d", often[3])
+    assert re.fullmatch(r"step      5  loss \d\.\d{4}  validation \d\.\d{4}  [\d,]+ tokens/s  left 0:00:0\d", often[4])
+    for name, seconds in (("seldom", "3600"), ("never", "0")):
+        run(tmp_path / name, "--progress_seconds", seconds)
+        seldom = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+        assert [line.split()[1] for line in seldom] == ["5", "10"]
+
+
 def test_no_tracker_may_be_wanted(tmp_path):
     run(tmp_path / "run", "--log_with", "[]")
     assert not (tmp_path / "run" / "tensorboard").exists()
@@ -49,6 +66,48 @@ def test_a_tracker_that_cannot_be_had_is_an_error_before_training(tmp_path, name
         run(tmp_path / "run", "--log_with", f"[{name}]")
     assert message in str(caught.value) or "allowed are tensorboard" in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for W&B's module, which is not installed here: what `init` was given, and the steps it was told."""
+    module = types.ModuleType("wandb")
+    module.given, module.steps, module.config = [], [], {}
+
+    def init(**given):
+        module.given.append(given)
+        finish = lambda: None  # noqa: E731
+        return types.SimpleNamespace(log=lambda values, step: module.steps.append(step), finish=finish)
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD, LoggerType.WANDB])
+    return module
+
+
+def test_a_resumed_run_is_the_same_one_at_wandb(tmp_path, monkeypatch, wandb):
+    flags = ["--log_with", "[tensorboard, wandb]", "--tracker_project", "mine"]
+    run_stopped(monkeypatch, 3, tmp_path / "run", *flags)
+    run(tmp_path / "run", *flags, "--resume", "auto")
+    run(tmp_path / "other", *flags, "--max_steps", "2")
+    first, second, other = wandb.given
+    assert first == second == {"project": "mine", "id": first["id"], "resume": "allow"}
+    assert other["id"] != first["id"]
+    assert sorted({*wandb.steps}) == list(range(1, 11))
+    assert wandb.config["max_steps"] == 2
+    assert scalars(tmp_path / "run")["loss"], "TensorBoard's folder is not named after the project"
+    (tmp_path / "run" / "wandb_id").write_text("two\nlines of something else")
+    shutil.rmtree(tmp_path / "run" / "final")
+    with pytest.raises(UserError, match=r"log_with: a tracker cannot start: .*wandb_id holds no id of a run"):
+        run(tmp_path / "run", *flags, "--resume", "auto")
+
+
+def test_a_tracker_that_does_not_start_is_an_error_in_one_line(tmp_path):
+    run(tmp_path / "run", "--max_steps", "2", "--log_with", "[]")
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / "tensorboard").write_text("mine")
+    with pytest.raises(UserError, match=r"log_with: a tracker cannot start: .*tensorboard"):
+        run(tmp_path / "run", "--max_steps", "2", "--resume", "auto")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -1,0 +1,66 @@
+"""`manifest.json`: size and SHA-256 of every file of a folder, so that damage to any of them is found and named."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+from ..files import sha256, sha256_file, write_text
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Note what is in `folder`, in a file of its own; an older one is replaced."""
+    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = {name: [(folder / name).stat().st_size, sha256_file(folder / name)] for name in paths if name != MANIFEST}
+    write_text(folder / MANIFEST, _text(files))
+
+
+def _text(files: dict[str, Any]) -> str:
+    """Contents of a manifest, which ends in its own hash."""
+    return json.dumps({"files": files, "sha256": sha256([json.dumps(files)])}, indent=2) + "\n"
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files in `folder`; None where every one of the manifest is as it was noted.
+
+    Raises:
+        OSError: a file is there and cannot be read. That says nothing about its content: another try may read it.
+    """
+    name = MANIFEST
+    try:
+        text = (folder / name).read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        if text != _text(files):
+            return f"{name} is damaged"
+        for name, (size, digest) in files.items():
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found} bytes, not {size}"
+            if sha256_file(folder / name) != digest:
+                return f"{name} is damaged"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{name} is damaged ({error})"
+    except OSError as error:
+        if not is_absent(error):
+            raise
+        return f"{name} is missing"
+    return None
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether `folder` holds a manifest of ours; others have files of that name, too."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    except OSError as error:
+        if not is_absent(error):
+            raise
+        return False
+    return isinstance(content, dict) and content.keys() == {"files", "sha256"}
+
+
+def is_absent(error: OSError) -> bool:
+    """Whether an error of opening a file means that there is none; a path may also end in a folder or in a ring."""
+    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
