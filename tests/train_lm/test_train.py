@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from warm import python
 
 from hf_ibnorm.cli import UserError
+from hf_ibnorm.data.tokens import Encoder
 from train_lm.__main__ import main
 from train_lm.config import RECIPES, ModelConfig, TrainConfig, build_model_config, read_command_line, shipped_recipes
 from train_lm.data import IGNORE, PackedTokens
-from train_lm.tokenizer import encode, train_tokenizer, wrap_tokenizer
+from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 from train_lm.train import build_optimizer, evaluate, learning_rate, train
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
@@ -137,7 +138,7 @@ def test_validation_is_the_token_mean_over_the_whole_split_in_eval_mode():
     run.per_device_eval_batch_size = 4
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(build_model_config(run, len(tokenizer), 0)).train()
-    data = PackedTokens(encode(tokenizer, texts), tokenizer.eos_token_id, 16)
+    data = PackedTokens(Encoder(tokenizer).documents(texts), tokenizer.eos_token_id, 16)
     assert data.padding > 0
     assert data.blocks % run.per_device_eval_batch_size != 0
     measured = evaluate(model, data, run, Accelerator(cpu=True))
