@@ -58,7 +58,7 @@ def add_verb(verbs: Any) -> None:
     parser.add_argument(
         "--data",
         metavar="FILE|CORPUS",
-        help="text to measure on: austen, sotu (their test splits) or a text file (default: sotu)",
+        help="text to measure on: austen, sotu (their test splits) or a .txt, .jsonl or .parquet (default: sotu)",
     )
     parser.add_argument("--tokens", type=int, help="how much of it, about (default: 16384)")
     parser.add_argument(

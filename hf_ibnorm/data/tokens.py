@@ -91,13 +91,13 @@ class Encoder:
         The backend is called directly: a novel in one call would only draw a warning about the context length. It does
         not hold the interpreter's lock, so that threads encode side by side.
         """
-        ids: list[list[int]] = [[] for _ in texts]
+        begin, end = ([] if each is None else [np.array([each], dtype=np.uint32)] for each in (self.bos, self.eos))
+        found: list[list[np.ndarray]] = [[*begin] for _ in texts]
         for calls in self._calls(texts):
             encoded = self.backend.encode_batch_fast([part for _, part in calls], add_special_tokens=False)
             for (i, _), each in zip(calls, encoded, strict=True):
-                ids[i] += each.ids
-        begin, end = ([] if each is None else [each] for each in (self.bos, self.eos))
-        return np.concatenate([np.array([*begin, *each, *end], dtype=np.uint32) for each in ids])
+                found[i].append(np.array(each.ids, dtype=np.uint32))
+        return np.concatenate([array for each in found for array in (*each, *end)])
 
     def _calls(self, texts: list[str]) -> Iterator[list[tuple[int, str]]]:
         """Parts of `texts`, each with the number of its text, as many together as are encoded in one call."""
