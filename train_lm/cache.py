@@ -33,6 +33,8 @@ CHUNK = 1 << 18
 """Characters that are tokenized at a time, more only where one document has more."""
 VERIFIED = 1 << 30
 """Bytes of tokens up to which every start checks their hash; of more, it checks their number."""
+LARGE = 1 << 33
+"""Bytes of a file whose hash takes so long that one is told of it."""
 SETTLED = 3 * 10**9
 """Nanoseconds after which a change of a file has another time than the one before: some systems count in 2 s."""
 WAITED = 1.0, 60.0
@@ -108,6 +110,8 @@ class Cache:
         """
 
         def read() -> Iterator[str]:
+            if stat.st_size >= LARGE:
+                self.say(f"hashing {path}: {stat.st_size / 1e9:,.0f} GB")
             with reading(path):
                 yield sha256_file(path)
 

@@ -21,6 +21,7 @@ from hf_ibnorm.data.files import (
     kind_of,
     may_pass,
     read_file,
+    reading,
     retried,
     short,
     split_of,
@@ -151,8 +152,7 @@ class Files(Documents):
 
     def __post_init__(self) -> None:
         kinds = [kind_of(path) for path in self.paths]
-        with bad_input(OSError, about="corpus: "):
-            self._identities = [identity(path) for path in self.paths]
+        self._identities = list(map(_identity, self.paths))
         self.shas = [self.hash_file(path) for path in self.paths]
         self.fingerprint = sha256([self.field, READING, *kinds, *self.shas])
         self.bad = no_bad()
@@ -162,16 +162,20 @@ class Files(Documents):
             yield from read_file(path, self.field)
 
     def confirm(self) -> None:
-        with bad_input(OSError, about="corpus: "):
-            for path, then in zip(self.paths, self._identities, strict=True):
-                if identity(path) != then:
-                    raise UserError(f"corpus: {path} has changed while it was read; start again when it no longer does")
+        for path, then in zip(self.paths, self._identities, strict=True):
+            if _identity(path) != then:
+                raise UserError(f"corpus: {path} has changed while it was read; start again when it no longer does")
 
     def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
         import numpy as np
 
         shuffled = [str(self.paths[i]) for i in np.random.default_rng(seed).permutation(len(self.paths))]
         return _split(_generated(_rows_of_files, shuffled, self.field), process, processes)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    with reading(path):
+        return identity(path)
 
 
 @dataclass
