@@ -131,6 +131,7 @@ bench-convert: setup
 
 bench-training: setup
 	$(PY) benchmarks/imports.py --output benchmarks/results/imports.csv
+	$(PY) benchmarks/long_text.py --output benchmarks/results/long_text.csv
 	$(PY) benchmarks/page.py
 	for what in trainer loop start checkpoint; do \
 	  $(PY) benchmarks/training.py $$what --output benchmarks/results/training_$$what.csv || exit 1; \

@@ -106,6 +106,16 @@ def imports_table(rows: list[Row]) -> str:
     return table.markdown()
 
 
+def long_text_table(rows: list[Row]) -> str:
+    """Texts of one line: memory by size."""
+    table = Table(["one line of", "MB", "tokens", "peak memory, MB", "bytes a byte"])
+    table.rows = [
+        [f"`.{row['kind']}`", row["megabytes"], f"{int(row['tokens']):,}", row["peak_mb"], row["bytes_a_byte"]]
+        for row in rows
+    ]
+    return table.markdown()
+
+
 def speed_table(rows: list[Row]) -> str:
     """The README's few rows: forward and backward at the wider shape."""
     shown = {r["norm"]: r for r in rows if r["direction"] == "both" and (r["rows"], r["width"]) == SHAPES[0]}
@@ -125,6 +135,7 @@ def tables() -> dict[str, str]:
     """What the page shows of the results."""
     norms, steps, convert = read("fused_norms"), read("fused_steps"), read("convert")
     analysis, watching, imports = read("analysis"), read("watching"), read("imports")
+    long_text = read("long_text")
     return {
         "norms": f"{measured_on(norms)}:\n\n{norms_table(norms)}",
         "steps": f"{measured_on(steps)}:\n\n{steps_table(steps)}",
@@ -132,6 +143,7 @@ def tables() -> dict[str, str]:
         "analysis": f"{machine(analysis)}:\n\n{analysis_table(analysis)}",
         "watching": f"{measured_on(watching)}:\n\n{watching_table(watching)}",
         "imports": f"{measured_on(imports)}:\n\n{imports_table(imports)}",
+        "long_text": f"{machine(long_text)}:\n\n{long_text_table(long_text)}",
         "speed": speed_table(norms),
     }
 

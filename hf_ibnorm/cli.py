@@ -1,7 +1,7 @@
 """What every command shares: one-line errors, exit codes, quiet libraries; and the `hf-ibnorm` command itself.
 
 Exit codes: 0 done, 2 bad input (one line on stderr, no traceback), 1 a fault of ours (with its traceback), 75
-stopped by a signal and resumable.
+stopped by a signal, or by what may pass by itself, and resumable.
 """
 
 import argparse
@@ -28,6 +28,14 @@ not have spoken yet."""
 
 class UserError(ValueError):
     """Something the user can mend: its message is one line that names the field, the value and what is allowed."""
+
+    exit_code = BAD_INPUT
+
+
+class TryAgain(UserError):
+    """Something that may pass by itself, such as a network that is down: the same command may succeed later."""
+
+    exit_code = STOPPED
 
 
 class Stopped(BaseException):
@@ -96,7 +104,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         else:
             time.sleep(PATIENCE)
-        _leave(BAD_INPUT)
+        _leave(error.exit_code)
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {stop}", file=sys.stderr)

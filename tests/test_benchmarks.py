@@ -16,7 +16,7 @@ def benchmarks(monkeypatch):
     """Modules of benchmarks/ can be imported."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield
-    for name in ("published", "page", "convert", "watching", "analysis", "insight"):
+    for name in ("published", "page", "convert", "watching", "analysis", "insight", "long_text"):
         sys.modules.pop(name, None)
 
 
@@ -70,6 +70,17 @@ def test_an_analysis_is_timed_in_a_process_of_its_own(tmp_path):
     assert found["tokens"] == 256
     assert found["seconds"] > 0
     assert 0 < found["peak"] < 1e9
+
+
+@pytest.mark.slow
+def test_a_text_of_one_line_takes_no_more_memory_for_being_longer():
+    import long_text
+
+    rows = {(row["kind"], row["megabytes"]): row for row in long_text.readings([2, 8], threads=2)}
+    short, long = (float(rows["txt", size]["peak_mb"]) for size in ("2", "8"))
+    assert long < short + 30, "184 bytes a byte would be 1,100 MB more"
+    assert float(rows["jsonl", "8"]["peak_mb"]) < float(rows["jsonl", "2"]["peak_mb"]) + 6 * long_text.BYTES_A_BYTE
+    assert rows["jsonl", "8"]["tokens"] == pytest.approx(rows["txt", "8"]["tokens"], abs=20)
 
 
 @pytest.mark.slow

@@ -9,27 +9,36 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
-from transformers import PreTrainedTokenizerFast
+from filelock import FileLock, Timeout
 
 from hf_ibnorm.cli import UserError, bad_input
+from hf_ibnorm.data.files import BadDocument, reading, retried
+from hf_ibnorm.data.tokens import Encoder
 from hf_ibnorm.files import atomic_directory, sha256, sha256_file, write_text
 
-from .tokenizer import encode
+from .progress import Told, silent
 
 CHUNK = 1 << 18
 """Characters that are tokenized at a time, more only where one document has more."""
 VERIFIED = 1 << 30
 """Bytes of tokens up to which every start checks their hash; of more, it checks their number."""
-
-
+LARGE = 1 << 33
+"""Bytes of a file whose hash takes so long that one is told of it."""
+SETTLED = 3 * 10**9
+"""Nanoseconds after which a change of a file has another time than the one before: some systems count in 2 s."""
+WAITED = 1.0, 60.0
+"""Seconds after which one hears for whom a lock is waited for, and between then and hearing it again."""
 DTYPES = ("<u2", "<u4")
 
 
@@ -38,12 +47,14 @@ class Cache:
 
     Args:
         folder: made if it is not there; None for $HF_IBNORM_CACHE, else hf_ibnorm in $XDG_CACHE_HOME or ~/.cache.
+        say: is told, in a line, what takes long.
 
     Raises:
         UserError: the folder cannot be made or written.
     """
 
-    def __init__(self, folder: str | None) -> None:
+    def __init__(self, folder: str | None, say: Callable[[str], None] = silent) -> None:
+        self.say = say
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.folder = Path(folder or os.environ.get("HF_IBNORM_CACHE") or f"{home}/hf_ibnorm").expanduser()
         with self._errors():
@@ -54,95 +65,147 @@ class Cache:
     def _errors(self) -> Any:
         return bad_input(OSError, about=f"cache_dir: {self.folder} cannot be used: ")
 
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """Keep other processes from making the entry `path`; who waits hears for whom."""
+        lock, owner = FileLock(f"{path}.lock"), path.with_name(f".{path.name}.owner")
+        for wait in chain(WAITED, repeat(WAITED[-1])):
+            try:
+                lock.acquire(timeout=wait)
+                break
+            except Timeout:
+                try:
+                    who = owner.read_text(encoding="utf-8")
+                except (OSError, ValueError):
+                    who = "another process"
+                self.say(f"cache_dir: waiting for {who}, which makes {path}")
+        try:
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}", encoding="utf-8")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
     def text(self, kind: str, key: Iterable[str], make: Callable[[], str]) -> str:
         """The text kept under `key`, made now if it is not there or damaged."""
         path = self.folder / f"{kind}-{sha256(key)}.json"
-        with self._errors(), FileLock(f"{path}.lock"):
+        with self._errors(), self._locked(path):
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))
                 if sha256([kept["text"]]) == kept["sha256"]:
                     return str(kept["text"])
             except (OSError, ValueError, KeyError, TypeError):
                 pass
-            with bad_input(OSError, about="corpus: it cannot be read: "):
+            with reading("it"):
                 text = make()
             write_text(path, json.dumps({"text": text, "sha256": sha256([text])}))
             return text
 
     def file_sha(self, path: Path) -> str:
-        """Hash of a file's content, read again only where its size or time of change is another."""
-        with bad_input(OSError, about="corpus: "):
-            stat = path.stat()
-        key = [str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), str(stat.st_ino)]
-        return self.text("file", key, lambda: sha256_file(path))
+        """Hash of a file's content, read again only where the file has been touched in any way since.
 
-    def tokens(
-        self, fingerprint: str, tokenizer: PreTrainedTokenizerFast, documents: Iterable[str], threads: int
-    ) -> np.ndarray:
+        A program can put the time of a change back, not the time of the last change to the file's entry. A file that
+        has changed just now may change again within the same tick of the clock: its hash is not kept.
+        """
+
+        def read() -> Iterator[str]:
+            if stat.st_size >= LARGE:
+                self.say(f"hashing {path}: {stat.st_size / 1e9:,.0f} GB")
+            with reading(path):
+                yield sha256_file(path)
+
+        with reading(path):
+            stat, key = path.stat(), [str(path.resolve()), *map(str, identity(path))]
+        if any(abs(time.time_ns() - then) < SETTLED for then in (stat.st_mtime_ns, stat.st_ctime_ns)):
+            return next(retried(read))
+        return self.text("file", key, lambda: next(retried(read)))
+
+    def tokens(self, fingerprint: str, encoder: Encoder, documents: Iterable[str], threads: int) -> np.ndarray:
         """`documents` as one memory-mapped array of token ids, each document followed by the end-of-text token.
 
         Args:
             fingerprint: hash of `documents`, which are read only where there is no such entry yet.
-            tokenizer: a fast tokenizer with an end-of-text token.
-            documents: texts.
+            encoder: with an end-of-text token.
+            documents: texts. Of `Documents`, those that cannot be read are left out, as many as it allows; how many
+                they are is in its `bad` then, read now or not.
             threads: that tokenize side by side.
 
         Raises:
-            UserError: there is no text, or no room for its tokens.
+            UserError: there is no text, too much of it cannot be read or has changed meanwhile, or there is no room for
+                its tokens.
         """
-        key = [fingerprint, tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)]
-        path = self.folder / f"tokens-{sha256(key)}"
-        if (tokens := _open_tokens(path)) is not None:  # whole or not there: that needs no lock
-            return tokens
-        with self._errors(), FileLock(f"{path}.lock"):
-            if (tokens := _open_tokens(path)) is None:
-                # What a killed run left, or what is damaged; a run that has that open keeps its own.
-                for old in (path, *self.folder.glob(f".{path.name}.*")):
-                    shutil.rmtree(old, ignore_errors=True)
-                with atomic_directory(path) as folder:
-                    _write_tokens(folder, tokenizer, documents, threads)
-                tokens = _open_tokens(path)
-        assert tokens is not None
+        path = self.folder / f"tokens-{sha256([fingerprint, *encoder.key])}"
+        found = _open_tokens(path)  # whole or not there: that needs no lock
+        if found is None:
+            with self._errors(), self._locked(path):
+                found = _open_tokens(path)
+                if found is None:
+                    # What a killed run left, or what is damaged; a run that has that open keeps its own.
+                    for old in (path, *self.folder.glob(f".{path.name}.*")):
+                        shutil.rmtree(old, ignore_errors=True)
+                    with atomic_directory(path) as folder:
+                        self._write_tokens(folder, encoder, documents, threads)
+                    found = _open_tokens(path)
+        assert found is not None
+        tokens, bad = found
+        if bad["count"] > getattr(documents, "allowed", 0):
+            raise BadDocument(f"{bad['first']}; {bad['count']} such documents are more than max_bad_documents")
+        if hasattr(documents, "bad"):
+            documents.bad = bad
         return tokens
 
+    def _write_tokens(self, folder: Path, encoder: Encoder, documents: Iterable[str], threads: int) -> None:
+        dtype = np.dtype(DTYPES[max(encoder.tokenizer.get_vocab().values()) >= 1 << 16])
+        digest, count = hashlib.sha256(), 0
+        told = Told(self.say, "tokenizing")
+        with (folder / "tokens.bin").open("wb") as file:
+            for ids in encode_all(encoder, told.each(_readable(documents)), threads):
+                raw = ids.astype(dtype).tobytes()
+                file.write(raw)
+                digest.update(raw)
+                count += len(ids)
+        if not count:
+            raise UserError(
+                "corpus: its training or its validation split has no document (of very few, all may be held out: name "
+                "a validation_corpus)"
+            )
+        if confirm := getattr(documents, "confirm", None):
+            confirm()
+        bad = getattr(documents, "bad", {"count": 0, "first": ""})
+        meta = {"dtype": dtype.str, "tokens": count, "sha256": digest.hexdigest(), "bad": bad}
+        write_text(folder / "meta.json", json.dumps({**meta, "self": _sha_of(meta)}))
 
-def _write_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: Iterable[str], threads: int) -> None:
-    dtype = np.dtype(DTYPES[max(tokenizer.get_vocab().values()) >= 1 << 16])
-    digest, count = hashlib.sha256(), 0
-    with (folder / "tokens.bin").open("wb") as file:
-        for ids in encode_all(tokenizer, _readable(documents), threads):
-            raw = ids.astype(dtype).tobytes()
-            file.write(raw)
-            digest.update(raw)
-            count += len(ids)
-    if not count:
-        raise UserError(
-            "corpus: its training or its validation split has no document (of very few, all may be held out: name a "
-            "validation_corpus)"
-        )
-    meta = {"dtype": dtype.str, "tokens": count, "sha256": digest.hexdigest()}
-    write_text(folder / "meta.json", json.dumps(meta))
+
+def identity(path: Path) -> tuple[int, ...]:
+    """What changes whenever a file does, or another takes its place: device, inode, size and both times of change."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _readable(documents: Iterable[str]) -> Iterator[str]:
     """`documents`, whose errors are theirs and not the cache's."""
-    with bad_input(OSError, about="corpus: it cannot be read: "):
+    with reading("it"):
         yield from documents
 
 
-def _open_tokens(path: Path) -> np.ndarray | None:
-    """The tokens in an entry; None where it is missing or damaged."""
+def _open_tokens(path: Path) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """The tokens in an entry, and what was left out of it; None where it is missing or damaged."""
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        if meta["dtype"] not in DTYPES:
+        if meta.pop("self") != _sha_of(meta):
             return None
         file, dtype = path / "tokens.bin", np.dtype(meta["dtype"])
         size = file.stat().st_size
         if size != meta["tokens"] * dtype.itemsize or (size <= VERIFIED and sha256_file(file) != meta["sha256"]):
             return None
-        return np.memmap(file, dtype=dtype, mode="r")
-    except (OSError, ValueError, KeyError, TypeError):
+        return np.memmap(file, dtype=dtype, mode="r"), meta["bad"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _sha_of(meta: dict[str, Any]) -> str:
+    return sha256([json.dumps(meta)])[:8]
 
 
 def take_chunk(texts: Iterator[str]) -> list[str]:
@@ -155,14 +218,14 @@ def take_chunk(texts: Iterator[str]) -> list[str]:
     return chunk
 
 
-def encode_all(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str], threads: int) -> Iterator[np.ndarray]:
+def encode_all(encoder: Encoder, documents: Iterable[str], threads: int) -> Iterator[np.ndarray]:
     """Token ids of `documents`, in their order, some at a time; `threads` tokenize ahead of what is read."""
     texts = iter(documents)
     ahead: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         while True:
             while len(ahead) < 2 * threads and (chunk := take_chunk(texts)):
-                ahead.append(pool.submit(encode, tokenizer, chunk))
+                ahead.append(pool.submit(encoder.documents, chunk))
             if not ahead:
                 return
             yield ahead.popleft().result()

@@ -92,6 +92,10 @@ class TrainConfig:
         tokenizer_vocab_size: tokens of the tokenizer that is trained (at least 257).
         tokenizer_documents: documents it is trained on (null: all; streaming: the first 10000).
         tokenizer_threads: threads that tokenize.
+        add_bos: whether documents begin with the tokenizer's BOS token: true, false, or auto (where the tokenizer
+            begins texts with one, as eval does then, that is not its EOS token as well).
+        max_bad_documents: documents of a pass that cannot be read and are left out, in a stream by each process; one
+            more ends the run.
         cache_dir: where tokens are kept between runs (null: $HF_IBNORM_CACHE, or else ~/.cache/hf_ibnorm).
         block_size: tokens a sequence, at most the model's context.
         max_steps: optimizer steps.
@@ -159,6 +163,8 @@ class TrainConfig:
     tokenizer_vocab_size: int = 2048
     tokenizer_documents: int | None = None
     tokenizer_threads: int = 2
+    add_bos: bool | Literal["auto"] = "auto"
+    max_bad_documents: int = 0
     cache_dir: str | None = None
     block_size: int = 256
     max_steps: int = 400
@@ -332,7 +338,7 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("global_batch_size", "per_device_eval_batch_size", "eval_every"), 1),
     **dict.fromkeys(("max_eval_blocks", "keep_last", "lora_rank"), 1),
     **dict.fromkeys(("shuffle_buffer", "tokenizer_documents", "tokenizer_threads", "max_skipped_steps"), 1),
-    **dict.fromkeys(("checkpoint_every", "keep_every", "watch_norms"), 0),
+    **dict.fromkeys(("checkpoint_every", "keep_every", "watch_norms", "max_bad_documents"), 0),
     **dict.fromkeys(("block_size", "validation_every"), 2),
     "tokenizer_vocab_size": 257,
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "progress_seconds"), 0.0),

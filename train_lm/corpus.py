@@ -4,32 +4,51 @@ All of them are `Documents`: read from the beginning again and again, or streame
 process.
 """
 
-import gzip
-import json
-import lzma
-import re
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from io import TextIOWrapper
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from hf_ibnorm.checks import nearest
-from hf_ibnorm.cli import UserError, bad_input
+from hf_ibnorm.cli import TryAgain, UserError, bad_input
 from hf_ibnorm.data import CORPORA, load_corpus
+from hf_ibnorm.data.files import (
+    KINDS,
+    PACKINGS,
+    READING,
+    BadDocument,
+    find_files,
+    kind_of,
+    may_pass,
+    read_file,
+    reading,
+    retried,
+    short,
+    split_of,
+    text_of,
+)
 from hf_ibnorm.files import sha256, sha256_file
+
+from .cache import identity
+from .progress import silent
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-KINDS = (".txt", ".jsonl", ".parquet")
-PACKINGS = ("", ".gz", ".xz", ".zst")
-PIECE = 1 << 16
-"""Characters after which a text file is cut at the next empty line, so that long ones need not fit into memory."""
+_BAD = "\0bad"
+"""Key of a row of a stream under which it says why there is no text in it."""
 
-# As the `datasets` library tells splits apart by the names of files and folders.
-_OTHER_SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing", "eval", "evaluation")}
+
+def no_bad() -> dict[str, Any]:
+    """What `Documents.bad` is where every document can be read."""
+    return {"count": 0, "first": ""}
+
+
+def too_many(document: BadDocument | str, allowed: int) -> BadDocument:
+    """The error about a document that cannot be read, after `allowed` others."""
+    return BadDocument(
+        f"{document}; max_bad_documents, which says how many such documents may be left out, is {allowed}"
+    )
 
 
 class Documents:
@@ -37,13 +56,46 @@ class Documents:
 
     Attributes:
         fingerprint: hash of the text and its order; None where only reading everything would tell.
+        field: where a row has its text.
+        allowed: how many documents of a pass may be such that they cannot be read; they are left out.
+        bad: how many those of the last pass were, and what was wrong with the first one.
     """
 
     fingerprint: str | None = None
     field = "text"
+    allowed = 0
+    bad: dict[str, Any]
+
+    def read(self) -> Iterator[str | BadDocument]:
+        """Every document from the beginning.
+
+        Raises:
+            UserError: they cannot be read.
+            TryAgain: for a reason that may pass.
+        """
+        raise NotImplementedError
 
     def __iter__(self) -> Iterator[str]:
-        raise NotImplementedError
+        """The texts from the beginning; what cannot be read for a reason that may pass is tried again.
+
+        Raises:
+            UserError: they cannot be read, or more than `allowed` of them are bad.
+        """
+        self.bad = no_bad()
+        for document in retried(self.read):
+            if not isinstance(document, BadDocument):
+                yield document
+            elif self.bad["count"] >= self.allowed:
+                raise too_many(document, self.allowed)
+            else:
+                self.bad = {"count": self.bad["count"] + 1, "first": self.bad["first"] or str(document)}
+
+    def confirm(self) -> None:
+        """Check that what was read is what `fingerprint` stands for.
+
+        Raises:
+            UserError: it has changed meanwhile.
+        """
 
     def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
         """This process's part, with the position in it as `state_dict()`; `seed` draws the order of files."""
@@ -54,12 +106,13 @@ class Documents:
 
         Raises:
             UserError: they cannot be read.
+            TryAgain: for a reason that may pass.
         """
         return iter(dataset)
 
-    def text(self, row: dict[str, Any]) -> str:
+    def text(self, row: dict[str, Any]) -> str | BadDocument:
         """The text of a row of `stream`."""
-        return _text(row, self.field, "corpus")
+        return BadDocument(row[_BAD]) if _BAD in row else text_of(row, self.field, "the dataset")
 
 
 @dataclass
@@ -70,8 +123,9 @@ class Texts(Documents):
 
     def __post_init__(self) -> None:
         self.fingerprint = sha256(self.texts)
+        self.bad = no_bad()
 
-    def __iter__(self) -> Iterator[str]:
+    def read(self) -> Iterator[str | BadDocument]:
         return iter(self.texts)
 
     def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
@@ -83,23 +137,34 @@ class Files(Documents):
     """Documents in local files, in the order of `paths`.
 
     Args:
-        paths: .txt (a document, cut into pieces of some 64 KiB at empty lines), .jsonl (one document a line) or
-            .parquet (one a row); the first two also packed as .gz, .xz or .zst.
+        paths: files that `read_file` takes.
         field: where a line or row has its text.
         hash_file: content hash of a file, possibly remembered from an earlier run.
+        allowed: as `Documents` has it.
     """
 
     paths: list[Path]
     field: str
     hash_file: Callable[[Path], str] = sha256_file
+    allowed: int = 0
+    shas: list[str] = field(init=False, repr=False)
+    """Hashes of the files' contents."""
 
     def __post_init__(self) -> None:
-        kinds = [_kind(path) for path in self.paths]
-        self.fingerprint = sha256([self.field, str(PIECE), *kinds, *(self.hash_file(path) for path in self.paths)])
+        kinds = [kind_of(path) for path in self.paths]
+        self._identities = list(map(_identity, self.paths))
+        self.shas = [self.hash_file(path) for path in self.paths]
+        self.fingerprint = sha256([self.field, READING, *kinds, *self.shas])
+        self.bad = no_bad()
 
-    def __iter__(self) -> Iterator[str]:
+    def read(self) -> Iterator[str | BadDocument]:
         for path in self.paths:
             yield from read_file(path, self.field)
+
+    def confirm(self) -> None:
+        for path, then in zip(self.paths, self._identities, strict=True):
+            if _identity(path) != then:
+                raise UserError(f"corpus: {path} has changed while it was read; start again when it no longer does")
 
     def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
         import numpy as np
@@ -108,28 +173,44 @@ class Files(Documents):
         return _split(_generated(_rows_of_files, shuffled, self.field), process, processes)
 
 
+def _identity(path: Path) -> tuple[int, ...]:
+    with reading(path):
+        return identity(path)
+
+
 @dataclass
 class Named(Documents):
-    """A split of a dataset of the `datasets` library, loaded or streamed."""
+    """A split of a dataset of the `datasets` library, loaded or streamed.
+
+    Args:
+        dataset: it.
+        field: the column with its text.
+        allowed: as `Documents` has it.
+        content: hash of the content of its files, where it is known; else what `datasets` knows it by is taken.
+    """
 
     dataset: Any
     field: str
+    allowed: int = 0
+    content: str | None = None
 
     def __post_init__(self) -> None:
         columns = self.dataset.column_names
         if columns is not None and self.field not in columns:
             raise UserError(f"text_field: got {self.field!r}, the dataset has {', '.join(columns)}")
         fingerprint = getattr(self.dataset, "_fingerprint", None)  # only a loaded dataset has one
-        self.fingerprint = fingerprint and sha256([self.field, fingerprint])
+        self.fingerprint = fingerprint and sha256([self.field, self.content or fingerprint])
+        self.bad = no_bad()
 
-    def __iter__(self) -> Iterator[str]:
+    def read(self) -> Iterator[str | BadDocument]:
         return (self.text(row) for row in self.rows(self.dataset))
 
     def rows(self, dataset: "IterableDataset") -> Iterator[dict[str, Any]]:
         try:
             yield from dataset
         except Exception as error:  # of many kinds: a file that is gone or damaged, a network that is down
-            raise UserError(f"corpus: the dataset cannot be read: {_short(error)}") from error
+            kind = TryAgain if may_pass(error) else UserError
+            raise kind(f"corpus: the dataset cannot be read: {short(error)}") from error
 
     def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
         return _split(self.dataset, process, processes)
@@ -146,9 +227,14 @@ class HeldOut(Documents):
     def __post_init__(self) -> None:
         inner = self.documents.fingerprint
         self.fingerprint = inner and sha256([inner, str(self.every), str(self.rest)])
+        self.allowed, self.bad = self.documents.allowed, no_bad()
 
     def __iter__(self) -> Iterator[str]:
-        return (text for i, text in enumerate(self.documents) if bool(i % self.every) == self.rest)
+        yield from (text for i, text in enumerate(self.documents) if bool(i % self.every) == self.rest)
+        self.bad = self.documents.bad
+
+    def confirm(self) -> None:
+        self.documents.confirm()
 
 
 def _generated(rows: Callable[..., Iterator[dict[str, str]]], items: list[str], field: str | None) -> "IterableDataset":
@@ -165,7 +251,7 @@ def _rows_of_texts(items: list[str], field: None) -> Iterator[dict[str, str]]:
 def _rows_of_files(items: list[str], field: str) -> Iterator[dict[str, str]]:
     for path in items:
         for text in read_file(Path(path), field):
-            yield {field: text}
+            yield {_BAD: str(text)} if isinstance(text, BadDocument) else {field: text}
 
 
 def _split(dataset: "IterableDataset", process: int, processes: int) -> "IterableDataset":
@@ -173,107 +259,6 @@ def _split(dataset: "IterableDataset", process: int, processes: int) -> "Iterabl
     from datasets.distributed import split_dataset_by_node
 
     return split_dataset_by_node(dataset, process, processes)
-
-
-def _kind(path: Path) -> str:
-    """.txt, .jsonl or .parquet.
-
-    Raises:
-        UserError: another kind of file.
-    """
-    name = path.name.lower()
-    for kind in KINDS:
-        if any(name.endswith(kind + packing) for packing in (PACKINGS if kind != ".parquet" else ("",))):
-            return kind
-    raise UserError(
-        f"corpus: got {path}, allowed are {', '.join(KINDS)}, alone or followed by {', '.join(PACKINGS[1:])}"
-    )
-
-
-def _open(path: Path) -> IO[str]:
-    options: Any = {"mode": "rt", "encoding": "utf-8", "newline": "\n"}
-    match path.suffix.lower():
-        case ".gz":
-            return gzip.open(path, **options)
-        case ".xz":
-            return lzma.open(path, **options)
-        case ".zst":
-            import pyarrow as pa
-
-            # Python's own binding takes a file that was cut off for one that has ended.
-            return TextIOWrapper(pa.input_stream(str(path), compression="zstd"), encoding="utf-8", newline="\n")
-    return path.open(**options)
-
-
-def read_file(path: Path, field: str) -> Iterator[str]:
-    """The documents of one file.
-
-    Raises:
-        UserError: the file cannot be read, is damaged, or has no text where `field` says; the message names the place.
-    """
-    import pyarrow as pa
-
-    kind = _kind(path)
-    try:
-        if kind == ".parquet":
-            yield from _parquet(path, field)
-            return
-        with _open(path) as file:
-            yield from _pieces(file) if kind == ".txt" else _lines(file, path, field)
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:  # EOFError: cut off
-        raise UserError(f"corpus: {path} cannot be read: {_short(error)}") from error
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _pieces(file: IO[str]) -> Iterator[str]:
-    piece: list[str] = []
-    size = 0
-    for line in file:
-        piece.append(line)
-        size += len(line)
-        if size >= PIECE and not line.strip():
-            yield "".join(piece)
-            piece, size = [], 0
-    if text := "".join(piece):
-        yield text
-
-
-def _lines(file: IO[str], path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"corpus: {where} is no JSON: {_short(error)}") from error
-            yield _text(row, field, where)
-
-
-def _parquet(path: Path, field: str) -> Iterator[str]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        if field not in (columns := file.schema_arrow.names):
-            raise UserError(f"text_field: got {field!r}, {path} has {', '.join(columns)}")
-        for batch in file.iter_batches(batch_size=1024, columns=[field]):
-            for row in batch.to_pylist():
-                yield _text(row, field, str(path))
-
-
-def _text(row: Any, field: str, where: str) -> str:
-    text = row.get(field) if isinstance(row, dict) else None
-    if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape
-            raise UserError(f"corpus: {where} is no text: {error}") from None
-    else:
-        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"text_field: got {field!r}, {where} has no string there (it has {has})")
-    return text
 
 
 @dataclass(frozen=True)
@@ -285,12 +270,16 @@ class CorpusOptions:
         field: where a row has its text.
         streaming: read a dataset as it is needed, do not load it first.
         hash_file: content hash of a file.
+        allowed: how many documents of a pass may be such that they cannot be read.
+        say: is told, in a line, which files are left out.
     """
 
     subset: str | None
     field: str
     streaming: bool
     hash_file: Callable[[Path], str]
+    allowed: int = 0
+    say: Callable[[str], None] = silent
 
 
 def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Documents | None:
@@ -316,45 +305,49 @@ def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Doc
         path.exists()
     if (path / "dataset_dict.json").is_file() or all((path / f).is_file() for f in ("state.json", "dataset_info.json")):
         return _saved(path, role, split, options)
+    if files := find_files(name):
+        paths = _of_split(name, files, role, options.say)
+        return Files(paths, options.field, options.hash_file, options.allowed) if paths else None
     if path.is_dir():
-        paths = _of_split(path, role)
-    else:
-        paths = [path] if path.is_file() else _glob(path)
-        if paths and role != "train":
-            return None
-    if paths:
-        return Files(paths, options.field, options.hash_file)
-    if path.is_dir():
-        return None
+        raise UserError(f"corpus: got {name!r}, it has no {', '.join(KINDS)} to train on")
     endings = tuple(kind + packing for kind in KINDS for packing in PACKINGS)
     if name.startswith(("/", "./", "../", "~")) or name.endswith(endings):
         raise UserError(f"corpus: got {name!r}, no such file")
     return _hub(name, role, split, options)
 
 
-def _glob(path: Path) -> list[Path]:
-    if not re.search(r"[*?\[]", str(path)):
-        return []
-    root = Path(path.anchor) if path.anchor else Path()
-    return sorted(found for found in root.glob(str(path.relative_to(path.anchor))) if found.is_file())
+def _of_split(name: str, files: dict[str, list[Path]], role: str, say: Callable[[str], None]) -> list[Path]:
+    """The files for `role`, with a word about those that do not train.
+
+    Raises:
+        UserError: there is none to train on.
+    """
+    others = {split: files[split] for split in ("validation", "test") if files.get(split)}
+    named = "; ".join(f"{split}: {_listed(paths)}" for split, paths in others.items())
+    if not files.get("train") and not files.get(role):
+        raise UserError(
+            f"corpus: got {name!r}, it has no {', '.join(KINDS)} to train on, by their names they are for {named}; "
+            "name a single file to train on it all the same"
+        )
+    if role == "train" and named:
+        say(f"corpus: by their names these files of {name} are not trained on: {named}")
+    if role == "train" and files["train"] == [Path(name).expanduser()] and (split := split_of(Path(name).name)) != role:
+        say(f"WARNING: corpus: {name} is trained on, while its name says {split}")
+    return files.get(role, [])
 
 
-def _of_split(folder: Path, split: str) -> list[Path]:
-    """The text files of a folder that belong to `split`, told apart by words in their names as `datasets` does."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            try:
-                _kind(path)
-            except UserError:
-                continue
-            words = set(re.split(r"[^a-z]+", str(relative).lower()))
-            other = next((name for name, marks in _OTHER_SPLITS.items() if words & set(marks)), "train")
-            found.setdefault(other, []).append(path)
-    if not found.get("train"):
-        raise UserError(f"corpus: got {str(folder)!r}, it has no {', '.join(KINDS)} to train on")
-    return found.get(split, [])
+def _listed(paths: list[Path]) -> str:
+    shown = ", ".join(str(path) for path in paths[:5])
+    return shown if len(paths) <= 5 else f"{shown} and {len(paths) - 5} more"
+
+
+def overlap(train: Documents, validation: Documents) -> str:
+    """What of the validation text is training text too, for a warning; empty where nothing is known to be."""
+    if train.fingerprint is not None and train.fingerprint == validation.fingerprint:
+        return "all of it"
+    if isinstance(train, Files) and isinstance(validation, Files):
+        return _listed([path for path, sha in zip(validation.paths, validation.shas, strict=True) if sha in train.shas])
+    return ""
 
 
 def _saved(path: Path, role: str, split: str, options: CorpusOptions) -> Documents | None:
@@ -363,14 +356,18 @@ def _saved(path: Path, role: str, split: str, options: CorpusOptions) -> Documen
     try:
         dataset = load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"corpus: {path} cannot be read: {_short(error)}") from error
+        raise UserError(f"corpus: {path} cannot be read: {short(error)}") from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             return _missing(role, split, list(dataset))
         dataset = dataset[split]
     elif role != "train":
         return None
-    return Named(dataset.to_iterable_dataset() if options.streaming else dataset, options.field)
+    # What `datasets` knows it by is a note beside the files, which stays when they are replaced.
+    content = dataset.cache_files and sha256(options.hash_file(Path(file["filename"])) for file in dataset.cache_files)
+    if options.streaming:
+        dataset = dataset.to_iterable_dataset()
+    return Named(dataset, options.field, options.allowed, content)
 
 
 def _hub(name: str, role: str, split: str, options: CorpusOptions) -> Documents | None:
@@ -386,9 +383,9 @@ def _hub(name: str, role: str, split: str, options: CorpusOptions) -> Documents 
     except Exception as error:  # of many kinds: not found, offline, gated, a configuration that is not there
         raise UserError(
             f"corpus: got {name!r}, no embedded corpus ({', '.join(CORPORA)}), no file or folder, and no dataset that "
-            f"could be loaded{nearest(name, [*CORPORA])}: {_short(error)}"
+            f"could be loaded{nearest(name, [*CORPORA])}: {short(error)}"
         ) from error
-    return Named(dataset, options.field)
+    return Named(dataset, options.field, options.allowed)
 
 
 def _missing(role: str, split: str, splits: list[str]) -> None:

@@ -6,22 +6,23 @@ flight between the reader and the last batch.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.cli import TryAgain, UserError
+from hf_ibnorm.data.files import WAITS, BadDocument, wait_or_raise
+from hf_ibnorm.data.tokens import Encoder
 from hf_ibnorm.files import sha256
 
 from .cache import take_chunk
-from .corpus import Documents
-from .tokenizer import encode
+from .corpus import Documents, too_many
 
 IGNORE = -100
 """Target of a position that counts in no loss, as in torch's cross entropy."""
@@ -59,17 +60,13 @@ class Batch:
         parts: inputs and targets, int64 of shape (per_device, block_size), for each micro-batch.
         tokens: targets that count, over all processes.
         sha: hash of the data, of all processes or of this one (`shared_sha` of the data set says which).
+        bad: documents that this process has left out so far, because they cannot be read.
     """
 
     parts: list[tuple[Tensor, Tensor]]
     tokens: int
     sha: str
-
-    @classmethod
-    def of_nothing(cls, layout: Layout) -> "Batch":
-        """For a process that cannot go on, while the others need it to take its part in the step."""
-        inputs = torch.zeros((layout.per_device, 1), dtype=torch.int64)
-        return cls([(inputs, torch.full_like(inputs, IGNORE))] * layout.micro_batches, 1, "0")
+    bad: int = 0
 
 
 class PackedTokens:
@@ -153,12 +150,19 @@ class PackedData:
     """A finite corpus, read in an order that depends on the seed alone.
 
     While a step computes, a thread makes the batch of the next one: reads it from disk, cuts and hashes it.
+
+    Args:
+        packed: its tokens.
+        seed: of the order.
+        layout: what this process takes of a step.
+        bad: documents that were left out of it, because they cannot be read.
     """
 
     shared_sha = True
 
-    def __init__(self, packed: PackedTokens, seed: int, layout: Layout) -> None:
+    def __init__(self, packed: PackedTokens, seed: int, layout: Layout, bad: int = 0) -> None:
         self.packed, self.layout = packed, layout
+        self._bad = 0 if layout.process else bad  # each process has left out the same
         self._order = BlockOrder(packed.blocks, seed)
         self._place = 0
         self._thread = ThreadPoolExecutor(1)
@@ -177,7 +181,11 @@ class PackedData:
         inputs, targets = self.packed.batch(indices)
         mine = split_batch(np.arange(len(indices)), self.layout)
         parts = [(_pinned(inputs[rows]), _pinned(targets[rows])) for rows in mine]
-        return Batch(parts, int((targets != IGNORE).sum()), _sha(inputs, targets))
+        return Batch(parts, int((targets != IGNORE).sum()), _sha(inputs, targets), self._bad)
+
+    def trouble(self, stop: Callable[[], bool] = lambda: False) -> UserError | None:
+        """Why there will be no next batch: here there always is one."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """Where the next batch begins: equal on every process, and for every number of them."""
@@ -196,12 +204,14 @@ class StreamedData:
     """An endless stream of documents: each process reads its part, shuffles it in a buffer, tokenizes and packs it.
 
     A pass over the part gives every document once: the buffer is emptied before the next pass begins. Reading and
-    tokenizing happen in threads ahead of training. The `datasets` library can say where its reader stands but forgets
-    what was shuffled; so the state holds the buffer too, taken as of the last document that training has met.
+    tokenizing happen in threads ahead of training, and so is the next batch made, so that what keeps it from being made
+    is known in time: `trouble` says it while the state is still one to go on from. The `datasets` library can say where
+    its reader stands but forgets what was shuffled; so the state holds the buffer too, taken as of the last document
+    that training has met.
 
     Args:
         documents: the source.
-        tokenizer: a fast tokenizer with an end-of-text token.
+        encoder: with an end-of-text token.
         block_size: tokens a sequence.
         seed: of the shuffling.
         buffer: documents among which the next one is drawn; 1 for the order of the source.
@@ -214,49 +224,79 @@ class StreamedData:
     def __init__(
         self,
         documents: Documents,
-        tokenizer: PreTrainedTokenizerFast,
+        encoder: Encoder,
         block_size: int,
         seed: int,
         buffer: int,
         threads: int,
         layout: Layout,
     ) -> None:
-        self.documents, self.tokenizer, self.layout = documents, tokenizer, layout
+        self.documents, self.encoder, self.layout = documents, encoder, layout
         self.block_size, self.seed, self.buffer_size = block_size, seed, buffer
+        self._bad = 0
         self._start(epoch=0)
         self._rng = np.random.default_rng((seed, layout.process))
         self._buffer: list[str] = []
         self._characters = 0
-        self._tokens = np.array([tokenizer.eos_token_id], dtype=np.uint32)  # the first token needs an input as well
+        self._tokens = np.array([encoder.eos], dtype=np.uint32)  # the first token needs an input as well
         self._position = self._snapshot()
-        # One thread reads, so that the order of documents is that of the source; several tokenize.
-        self._reader, self._encoders = ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
+        # One thread reads, so that the order of documents is that of the source; several tokenize; one makes batches.
+        self._reader, self._encoders, self._maker = (ThreadPoolExecutor(count) for count in (1, threads, 1))
         self._ahead: deque[Future[tuple[Future[np.ndarray], dict[str, Any]]]] = deque()
         self._depth = 2 * threads
+        self._coming: Future[tuple[Batch, np.ndarray, dict[str, Any]]] | None = None
+        self._closed = Event()
 
     def next(self) -> Batch:
         """The next step's batch.
 
         Raises:
-            UserError: this process's part has no documents, or one of them cannot be read.
+            UserError: there is none, as `trouble` says; the state stays as it was.
         """
+        batch, self._tokens, self._position = self._begun().result()
+        self._coming = None
+        self._begun()
+        return batch
+
+    def trouble(self, stop: Callable[[], bool] = lambda: False) -> UserError | None:
+        """Why there will be no next batch; waits until that is known, or `stop` says that none is needed.
+
+        A part without documents, a document that cannot be read, or (TryAgain) a network or a disk that fails.
+        """
+        while not stop():
+            try:
+                error = self._begun().exception(timeout=0.1)
+            except TimeoutError:
+                continue
+            if error is None or isinstance(error, UserError):
+                return error
+            raise error
+        return None
+
+    def _begun(self) -> "Future[tuple[Batch, np.ndarray, dict[str, Any]]]":
+        """The next batch, which is being made; what is left of the tokens after it; and where the reader stands."""
+        if self._coming is None:
+            self._coming = self._maker.submit(self._make, self._tokens, self._position)
+        return self._coming
+
+    def _make(self, tokens: np.ndarray, position: dict[str, Any]) -> tuple[Batch, np.ndarray, dict[str, Any]]:
         layout, size = self.layout, self.block_size
         sequences = layout.per_device * layout.micro_batches
         needed = sequences * size + 1
-        chunks, have = [self._tokens], len(self._tokens)
+        chunks, have = [tokens], len(tokens)
         while have < needed:
             while len(self._ahead) < self._depth:
                 self._ahead.append(self._reader.submit(self._read))
-            encoding, self._position = self._ahead.popleft().result()
+            encoding, position = self._ahead.popleft().result()
             chunks.append(encoding.result())
             have += len(chunks[-1])
         tokens = np.concatenate(chunks)
-        self._tokens = tokens[needed - 1 :]  # the last target is the next input
         block = torch.from_numpy(tokens[:needed].astype(np.int64))
         inputs, targets = block[:-1].view(sequences, size), block[1:].view(sequences, size)
         split = (_pinned(each).split(layout.per_device) for each in (inputs, targets))
         parts = list(zip(*split, strict=True))
-        return Batch(parts, layout.sequences * size, _sha(inputs, targets))
+        batch = Batch(parts, layout.sequences * size, _sha(inputs, targets), position["bad"][1])
+        return batch, tokens[needed - 1 :], position  # the last target is the next input
 
     def state(self) -> dict[str, Any]:
         """Where this process's next batch begins, as JSON can hold it."""
@@ -264,9 +304,9 @@ class StreamedData:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Only before the first batch."""
-        self._start(state["epoch"])
-        self._dataset.load_state_dict(state["reader"])
-        self._iterator = self.documents.rows(self._dataset)
+        state = {"bad": [0, 0], **state}  # an earlier release left none out
+        self._start(state["epoch"], state["reader"])
+        self._bad_now, self._bad = state["bad"]
         self._ended, self._met = state["ended"], state["met"]
         self._rng.bit_generator.state = state["rng"]
         self._buffer = list(state["buffer"])
@@ -277,25 +317,56 @@ class StreamedData:
 
     def close(self) -> None:
         """End the threads."""
-        for pool in (self._reader, self._encoders):
+        self._closed.set()
+        for pool in (self._reader, self._encoders, self._maker):
             pool.shutdown(cancel_futures=True)
 
-    def _start(self, epoch: int) -> None:
-        """Begin a pass over the source."""
-        self._epoch, self._ended, self._met = epoch, False, False
+    def _start(self, epoch: int, reader: dict[str, Any] | None = None) -> None:
+        """Begin a pass over the source, or go on with it where its `reader` stood."""
+        self._epoch, self._ended, self._met, self._bad_now = epoch, False, False, 0
         self._dataset = self.documents.stream(self.layout.process, self.layout.processes, (self.seed, epoch))
+        if reader is not None:
+            self._dataset.load_state_dict(reader)
+        self._from, self._moved = reader, False
         self._iterator = self.documents.rows(self._dataset)
+
+    def _reader_state(self) -> dict[str, Any] | None:
+        """Where the reader stands, which it says only once it has read something; None before the first row."""
+        return self._dataset.state_dict() if self._moved else self._from
 
     def _read(self) -> tuple[Future[np.ndarray], dict[str, Any]]:
         texts = take_chunk(iter(self._draw, None))
-        return self._encoders.submit(encode, self.tokenizer, texts), self._snapshot()
+        return self._encoders.submit(self.encoder.documents, texts), self._snapshot()
+
+    def _row(self) -> dict[str, Any] | None:
+        """The next row of the source, None at its end; tried again where it cannot be read for a reason that may pass.
+
+        Raises:
+            TryAgain: after the last try.
+        """
+        waits = iter(WAITS)
+        while True:
+            try:
+                row = next(self._iterator, None)
+            except TryAgain as error:
+                reader = self._reader_state()  # what has failed cannot go on, but one that begins where it stood can
+                wait_or_raise(error, waits, self._closed.wait)
+                if self._closed.is_set():
+                    raise
+                kept = self._met, self._bad_now
+                self._start(self._epoch, reader)
+                self._met, self._bad_now = kept
+            else:
+                self._moved = True
+                return row
 
     def _snapshot(self) -> dict[str, Any]:
         return {
             "epoch": self._epoch,
-            "reader": self._dataset.state_dict(),
+            "reader": self._reader_state(),
             "ended": self._ended,
             "met": self._met,
+            "bad": [self._bad_now, self._bad],
             "rng": self._rng.bit_generator.state,
             "buffer": list(self._buffer),
         }
@@ -304,13 +375,19 @@ class StreamedData:
         """The next document: a random one of the buffer, which is filled up first."""
         while True:
             while not self._ended and len(self._buffer) < self.buffer_size and self._characters < BUFFER_CHARACTERS:
-                row = next(self._iterator, None)
+                row = self._row()
                 if row is None:
                     self._ended = True
-                else:
-                    self._met = True
-                    self._buffer.append(self.documents.text(row))
-                    self._characters += len(self._buffer[-1])
+                    continue
+                text = self.documents.text(row)
+                if isinstance(text, BadDocument):
+                    if self._bad_now >= self.documents.allowed:
+                        raise too_many(text, self.documents.allowed)
+                    self._bad_now, self._bad = self._bad_now + 1, self._bad + 1
+                    continue
+                self._met = True
+                self._buffer.append(text)
+                self._characters += len(text)
             if self._buffer:
                 i = int(self._rng.integers(len(self._buffer)))
                 self._buffer[i], self._buffer[-1] = self._buffer[-1], self._buffer[i]

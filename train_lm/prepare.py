@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from hf_ibnorm import IBNorm
 from hf_ibnorm.base.manifest import write_manifest
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
+from hf_ibnorm.data.tokens import Encoder
 from hf_ibnorm.families import FAMILIES, Family
 from hf_ibnorm.files import (
     atomic_directory,
@@ -40,10 +42,11 @@ from hf_ibnorm.norms import IDENTITY_LAM, norm_name
 from .cache import Cache, encode_all
 from .checkpoint import Checkpoint, skeleton_of
 from .config import DROPOUTS, TrainConfig, build_model_config, changed_fields, check_vocabulary, resolved
-from .corpus import CorpusOptions, Documents, HeldOut, open_corpus
+from .corpus import CorpusOptions, Documents, HeldOut, open_corpus, overlap
 from .data import Layout, PackedData, PackedTokens, StreamedData
 from .distillation import Teacher
 from .lost import lost_message, norms_of
+from .progress import Told, silent
 from .push import is_repo
 from .start import Start, together
 from .throughput import flops_per_token, forward_flops_per_token
@@ -71,6 +74,8 @@ class Run:
     lams: dict[str, tuple[float, float]]
     """Site → λ at the start and at the end of its schedule."""
     teacher: Teacher | None = None
+    bos: int | None = None
+    """What documents begin with; None for nothing."""
 
     @property
     def flops_per_token(self) -> float:
@@ -87,19 +92,23 @@ class Run:
                 model.base_model.get_submodule(site).set_lam((1 - fraction) * start + fraction * end)
 
 
-def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
+def prepare(config: TrainConfig, accelerator: Accelerator, start: Start, say: Callable[[str], None] = silent) -> Run:
     """Text, tokenizer and model: the same on every process and, norms apart, for every norm.
+
+    Args:
+        config, accelerator, start: the run's.
+        say: is told, in a line, what takes long and what of the text is left out.
 
     Raises:
         UserError: something of it cannot be had, or is not what the run to be resumed began with.
     """
-    run = together(accelerator, lambda: _prepare(config, accelerator, start))
+    run = together(accelerator, lambda: _prepare(config, accelerator, start, say))
     if len({json.dumps(each, sort_keys=True) for each in gather_object([run.hashes])}) > 1:
         raise UserError("corpus: the processes have different text, tokenizers, initial weights or teachers")
     return run
 
 
-def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
+def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start, say: Callable[[str], None]) -> Run:
     checkpoint = start.checkpoint()
     if config.model.init_from is not None and checkpoint is None:
         with bad_input():
@@ -107,7 +116,7 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run
     if config.teacher is not None:
         with bad_input():
             read_config("teacher", config.teacher)
-    cache = Cache(config.cache_dir)
+    cache = Cache(config.cache_dir, say)
     texts = open_texts(config, cache)
     tokenizer = make_tokenizer(config, cache, texts["train"], checkpoint)
     model, model_config = make_model(config, tokenizer, start)
@@ -124,6 +133,8 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run
     check_settings(config, start, checkpoint, accelerator, hashes)
 
     size, eos, threads = config.block_size, tokenizer.eos_token_id, config.tokenizer_threads
+    with bad_input():
+        encoder = Encoder(tokenizer, config.add_bos)
     layout = Layout(
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
@@ -132,25 +143,32 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run
     )
     train: PackedData | StreamedData
     if config.streaming:
-        train = StreamedData(texts["train"], tokenizer, size, config.seed, config.shuffle_buffer, threads, layout)
+        train = StreamedData(texts["train"], encoder, size, config.seed, config.shuffle_buffer, threads, layout)
     else:
         fingerprint = texts["train"].fingerprint
         assert fingerprint is not None, "only streams have none"
-        packed = PackedTokens(cache.tokens(fingerprint, tokenizer, texts["train"], threads), eos, size)
-        train = PackedData(packed, config.seed, layout)
-    stream = validation_tokens(cache, texts["validation"], tokenizer, config)
+        packed = PackedTokens(cache.tokens(fingerprint, encoder, texts["train"], threads), eos, size)
+        train = PackedData(packed, config.seed, layout, texts["train"].bad["count"])
+    stream = validation_tokens(cache, texts["validation"], encoder, config)
+    for split, documents in texts.items():
+        if count := documents.bad["count"]:
+            first = documents.bad["first"]
+            say(f"WARNING: corpus, {split}: {count} documents that cannot be read are left out; the first: {first}")
     validation = PackedTokens(stream, eos, size, config.max_eval_blocks)
     with bad_input():
         lams = scheduled_lams(config, model, model_config)
         skeleton = skeleton_of(model)
         add_adapters(model, config)
     taught = None if teacher is None else Teacher(teacher.to(accelerator.device), config)
-    return Run(config, model, skeleton, tokenizer, train, validation, hashes, lams, taught)
+    return Run(config, model, skeleton, tokenizer, train, validation, hashes, lams, taught, encoder.bos)
 
 
 def open_texts(config: TrainConfig, cache: Cache) -> dict[str, Documents]:
     """The documents of the training and the validation split."""
-    options = CorpusOptions(config.corpus_config, config.text_field, config.streaming, cache.file_sha)
+    options = CorpusOptions(
+        *(config.corpus_config, config.text_field, config.streaming, cache.file_sha),
+        *(config.max_bad_documents, cache.say),
+    )
     train = open_corpus(config.corpus, "train", config.train_split, options)
     assert train is not None
     if (name := config.validation_corpus) is not None:
@@ -159,8 +177,10 @@ def open_texts(config: TrainConfig, cache: Cache) -> dict[str, Documents]:
                 name, "train", config.train_split, options
             )
         except UserError as error:
-            raise UserError(re.sub("^(?=corpus: )", "validation_", str(error))) from error
+            raise type(error)(re.sub("^(?=corpus: )", "validation_", str(error))) from error
         assert validation is not None
+        if both := overlap(train, validation):
+            cache.say(f"WARNING: validation_corpus: {both} is training text, too; the loss on it is no validation loss")
         return {"train": train, "validation": validation}
     if validation := open_corpus(config.corpus, "validation", config.validation_split, options):
         return {"train": train, "validation": validation}
@@ -198,7 +218,10 @@ def _new_tokenizer(config: TrainConfig, cache: Cache, documents: Documents) -> P
     limit = config.tokenizer_documents or (STREAMED_TOKENIZER_DOCUMENTS if config.streaming else None)
 
     def trained() -> str:
-        return train_tokenizer(islice(documents, limit), config.tokenizer_vocab_size)
+        told = Told(cache.say, "training a tokenizer")
+        text = train_tokenizer(told.each(islice(documents, limit)), config.tokenizer_vocab_size)
+        documents.confirm()
+        return text
 
     if documents.fingerprint is None:
         text = trained()
@@ -207,15 +230,13 @@ def _new_tokenizer(config: TrainConfig, cache: Cache, documents: Documents) -> P
     return wrap_tokenizer(text, config.model.max_position_embeddings or config.block_size)
 
 
-def validation_tokens(
-    cache: Cache, documents: Documents, tokenizer: PreTrainedTokenizerFast, config: TrainConfig
-) -> np.ndarray:
+def validation_tokens(cache: Cache, documents: Documents, encoder: Encoder, config: TrainConfig) -> np.ndarray:
     """The validation split as tokens, from the cache where its text has a hash."""
     if documents.fingerprint is not None:
-        return cache.tokens(documents.fingerprint, tokenizer, documents, config.tokenizer_threads)
+        return cache.tokens(documents.fingerprint, encoder, documents, config.tokenizer_threads)
     wanted = None if config.max_eval_blocks is None else config.max_eval_blocks * config.block_size + 1
     chunks, have = [], 0
-    for ids in encode_all(tokenizer, documents, config.tokenizer_threads):
+    for ids in encode_all(encoder, documents, config.tokenizer_threads):
         chunks.append(ids)
         have += len(ids)
         if wanted is not None and have >= wanted:
@@ -517,6 +538,7 @@ def write_run_files(run_dir: Path, run: Run, accelerator: Accelerator) -> None:
         "num_processes": accelerator.num_processes,
         "mixed_precision": run.config.mixed_precision,
         "on_hub": names_on_hub(run.config),
+        "bos_token_id": run.bos,
     }
     if isinstance(run.train, PackedData):
         packed = run.train.packed

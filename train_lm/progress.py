@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -91,3 +92,35 @@ class Progress:
         if step in (first, self.steps):
             return ""
         return f"  left {timedelta(seconds=round((now - then) / (step - first) * (self.steps - step)))}"
+
+
+def silent(text: str) -> None:
+    """Say nothing."""
+
+
+class Told:
+    """Says now and then how far something is that reads text.
+
+    Args:
+        say: is told, in a line.
+        what: what is being done.
+        first: seconds until there is a word.
+        every: seconds from then to the next.
+    """
+
+    def __init__(self, say: Callable[[str], None], what: str, first: float = 10.0, every: float = 60.0) -> None:
+        self.say, self.what, self.every = say, what, every
+        self._start = time.monotonic()
+        self._next = self._start + first
+
+    def each(self, documents: Iterable[str]) -> Iterator[str]:
+        """`documents`, counted as they are taken."""
+        characters = 0
+        for count, text in enumerate(documents, 1):
+            yield text
+            characters += len(text)
+            now = time.monotonic()
+            if now >= self._next:
+                self._next = now + self.every
+                size, speed = characters / 1e6, characters / 1e6 / (now - self._start)
+                self.say(f"{self.what}: {count:,} documents, {size:,.0f} MB of text, {speed:.1f} MB/s")

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from hf_ibnorm.base.manifest import MANIFEST, damage
-from hf_ibnorm.cli import UserError, alone_in, bad_input
+from hf_ibnorm.cli import TryAgain, UserError, alone_in, bad_input
 from hf_ibnorm.files import atomic_directory, check_new_directory, sha256_tensors
 
 from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_checkpoint, steps_in
@@ -121,11 +121,12 @@ def _find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
     return Start(None, saved, False, ["resume: no whole checkpoint, starting at step 0"], locked=True)
 
 
-def raise_together(problem: str, accelerator: Accelerator) -> None:
+def raise_together(problem: str | UserError | None, accelerator: Accelerator) -> None:
     """Raise UserError on every process if any of them has a `problem`, or the others would wait for it for ever."""
-    problems: list[str] = gather_object([problem])
-    if found := next(filter(None, problems), ""):
-        raise UserError(found)
+    kind: type[UserError] = TryAgain if isinstance(problem, TryAgain) else UserError
+    problems: list[tuple[type[UserError], str]] = gather_object([(kind, str(problem or ""))])
+    if found := next((each for each in problems if each[1]), None):
+        raise found[0](found[1])
 
 
 def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
@@ -134,11 +135,11 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     Raises:
         UserError: it raised one on any process; then all raise it.
     """
-    problem, result = "", None
+    problem, result = None, None
     try:
         result = work()
     except UserError as error:
-        problem = str(error)
+        problem = error
     raise_together(problem, accelerator)
     return cast(T, result)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -123,12 +122,3 @@ def _without(processor: dict[str, Any], token: str | None) -> dict[str, Any]:
         for name in ("single", "pair")
     }
     return {**processor, **templates}
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
-    """`texts` as one array of token ids, each text followed by the end-of-text token."""
-    eos = tokenizer.eos_token_id
-    # The backend directly: a whole novel in one call would only draw a warning about the context length. It does not
-    # hold the interpreter's lock, so that threads encode side by side.
-    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return np.concatenate([np.array([*each.ids, eos], dtype=np.uint32) for each in encoded])

@@ -24,7 +24,7 @@ from hf_ibnorm.optim import no_decay_parameter_names
 
 from .checkpoint import Checkpointer, Snapshot
 from .config import TrainConfig, build_model_config
-from .data import IGNORE, Batch, PackedData, PackedTokens
+from .data import IGNORE, PackedData, PackedTokens
 from .distribution import Spread, make_accelerator, reshard
 from .metrics import MetricsFile, check_trackers, start_trackers
 from .prepare import (
@@ -96,7 +96,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             progress.say(f"to push it again: python -m train_lm.push {run_dir} --repo {config.push_to_hub}")
         return final
 
-    run = prepare(config, accelerator, start)
+    run = prepare(config, accelerator, start, progress.say)
     progress.say(*start.messages)
     stack.callback(run.train.close)
     config, checkpoint = run.config, start.checkpoint()
@@ -123,6 +123,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     progress.say(describe(run, config, accelerator))
 
     stack.enter_context(progress)
+    raise_together(run.train.trouble(), accelerator)
     signals.finish_steps = True
     evaluated = model if spread.deepspeed else run.model  # not through DDP, which would send buffers round
     if state.row is not None and not conclude(state, evaluated, config, progress, checkpointer, signals):
@@ -136,11 +137,7 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = lr
         run.set_lam(lam_fraction(step, config))
-        problem = ""
-        try:
-            batch = run.train.next()
-        except UserError as error:  # on this process; the others are waiting for it
-            problem, batch = str(error), Batch.of_nothing(run.train.layout)
+        batch = run.train.next()
         moved = state.gains_moved()
 
         loss_sum, kl_sum = torch.zeros(2, device=accelerator.device)
@@ -161,10 +158,11 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
 
         # The one place where processes tell each other something, and where the host waits for the device.
         numbers = torch.stack([loss_sum, kl_sum, norm, moved]).double()
-        problem = problem or checkpointer.problem
-        asked = [bool(signals.name), bool(problem), int(batch.sha[:12], 16)]
+        problem = checkpointer.problem
+        trouble = run.train.trouble(lambda: bool(signals.name)) if step < config.max_steps else None  # with the next
+        asked = [bool(signals.name or trouble), bool(problem), int(batch.sha[:12], 16), batch.bad]
         told = accelerator.gather(torch.cat([numbers, numbers.new_tensor(asked)])[None]).T.tolist()
-        losses, divergences, (grad_norm, *_), moves, stops, failures, parts = told
+        losses, divergences, (grad_norm, *_), moves, stops, failures, parts, bad = told
         loss = math.fsum(losses) / batch.tokens if all(map(math.isfinite, losses)) else math.nan
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if any(failures):
@@ -197,6 +195,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
         }
         if run.teacher is not None:
             row["kl"] = math.fsum(divergences) / batch.tokens if finite else math.nan
+        if config.max_bad_documents:
+            row["bad_documents"] = int(sum(bad))
         if run.lams:
             row["lam_fraction"] = lam_fraction(step, config)
         if not finite:
@@ -215,7 +215,9 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
             # This waits for every process as well: a launcher kills the others as soon as one has ended.
             raise_together(checkpointer.problem, accelerator)
         if stopping:
-            raise Stopped(f"after step {step}, with a checkpoint; go on with --resume auto")
+            saved = f"after step {step}, with a checkpoint; go on with --resume auto"
+            raise_together(trouble and type(trouble)(f"{trouble}; stopped {saved}"), accelerator)
+            raise Stopped(saved)
 
     check_trained(state, config, checkpointer)
     finished = state.model_on_host()

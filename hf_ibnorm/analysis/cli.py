@@ -33,7 +33,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
     for part in given.get("skip", ()):
         for name in _OF_A_PART.get(part, ()):
             if name in given:
-                raise UserError(f"{name}: got {given[name]!r}, which nothing would use: {part} is skipped; leave it out")
+                raise UserError(f"{name}: got {given[name]!r}, which nothing would use as {part} is skipped; leave it out")
     wanted = {name: given[name] for name in Measuring.__dataclass_fields__ if name in given}
     wanted |= {name: tuple(wanted[name]) for name in ("sites", "skip") if name in wanted}
     options: dict[str, Any] = {name: given[name] for name in ("data", "tokens", "checkpoints") if name in given}
@@ -69,7 +69,7 @@ def add_verb(verbs: Any) -> None:
     parser.add_argument(
         "--data",
         metavar="FILE|CORPUS",
-        help="text to measure on: austen, sotu (their test splits) or a text file (default: sotu)",
+        help="text to measure on: austen, sotu (their test splits) or a .txt, .jsonl or .parquet (default: sotu)",
     )
     parser.add_argument("--tokens", type=int, help="how much of it, about (default: 16384)")
     parser.add_argument(

@@ -77,8 +77,9 @@ def analyze(
             named after their directories. Of a run the information plane is estimated at some checkpoints, too, and
             normality at step 0; of one that is not finished, the newest checkpoint is looked at.
         output: a new directory.
-        data: text to measure on: an embedded corpus, of which the test split is used, or a text file. Where the
-            tokenizer begins texts with a BOS token, every row of tokens does, too.
+        data: text to measure on: an embedded corpus, of which the test split is used, or a file as training takes it:
+            .txt, .jsonl with a field "text", .parquet. Where the tokenizer begins texts with a BOS token, every row
+            of tokens does, too.
         tokens: how much of it, about; at least a block, which is the model's context or 512.
         checkpoints: of a run, how many at most, evenly spaced, the finished model among them.
         measuring: what is taken, and how. A glob of its `sites` has to match in one of the models.
@@ -166,11 +167,6 @@ def _subject(model: str, data: str, tokens: int) -> Subject:
         raise ValueError(
             f"data: got {data!r}, which has {text.ids.numel()} tokens for {model}; must have a block of {block}"
         )
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a").input_ids[0] == bos:  # then the model has never seen a row without it
-        for each in (text, training):
-            if each is not None:
-                each.ids[:, 0] = bos
     return Subject(folder, checkpoints, step, config, tokenizer, text, training)
 
 

@@ -155,7 +155,8 @@ def convert_checkpoint(
             (`layernormalnorm`, GPT-2 only: alpha 0), for λ to be ramped up in training. `calibrate`: gains and biases
             fitted, norm by norm, so that each gives what the old one gave on some text, in the sense of least squares;
             this loads the model, in float32.
-        data: text to calibrate on: an embedded corpus, of which the training split is used, or a text file.
+        data: text to calibrate on: an embedded corpus, of which the training split is used, or a file (.txt,
+            .jsonl, .parquet).
         calibration_tokens: how much of it, about.
         dtype: float32, bfloat16 or float16 for all weights; None for what they have.
         remote_code: put the model's code into the target (`hf_ibnorm.remote_code`).

@@ -116,7 +116,8 @@ def add_verbs(verbs: Any) -> None:
     convert.add_argument(
         "--data",
         metavar="FILE|CORPUS",
-        help=f"text to calibrate on: austen, sotu (their training splits) or a text file (default: {Conversion.data})",
+        help="text to calibrate on: austen, sotu (their training splits) or a .txt, .jsonl or .parquet "
+        f"(default: {Conversion.data})",
     )
     convert.add_argument(
         "--calibration_tokens", type=int, help=f"how much of it, about (default: {Conversion.calibration_tokens})"
@@ -148,7 +149,7 @@ def _add_measuring(parser: OneLineParser, prefix: str) -> None:
     parser.add_argument(
         f"--{prefix}data",
         metavar="FILE|CORPUS",
-        help=f"text to measure on: austen, sotu (their test splits) or a text file (default: {DATA})",
+        help=f"text to measure on: austen, sotu (their test splits) or a .txt, .jsonl or .parquet (default: {DATA})",
     )
     parser.add_argument(f"--{prefix}tokens", type=int, help=f"how much of it, about (default: {TOKENS})")
     parser.add_argument(

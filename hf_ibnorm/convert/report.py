@@ -50,7 +50,8 @@ def report_conversion(
         source: the model before its conversion, as `convert_checkpoint` takes it.
         stages: name → directory of a model made of it, in the order of the report.
         output: a new directory.
-        data: text to measure on: an embedded corpus, of which the test split is used, or a text file.
+        data: text to measure on: an embedded corpus, of which the test split is used, or a file (.txt,
+            .jsonl, .parquet).
         tokens: how much of it, about.
         scores: items of each embedded task (the novel is left out); 0 for no scores; None for 50 where
             `hf_ibnorm[eval]` is installed, and none elsewhere.

@@ -20,6 +20,7 @@ HARMLESS = frozenset(
         "cache_dir",
         "tokenizer_threads",
         "max_skipped_steps",
+        "max_bad_documents",
         "watch_norms",
         "tracker_project",
         "progress_seconds",

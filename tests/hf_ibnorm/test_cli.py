@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from hf_ibnorm.cli import PATIENCE, main
+from hf_ibnorm.cli import PATIENCE, STOPPED, TryAgain, main, run_command
 
 
 def test_env_prints_what_a_bug_report_needs():
@@ -39,6 +39,15 @@ def test_a_verb_s_error_is_one_line_when_run_as_a_module():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: stages: got 'healed', must be NAME=DIR")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_may_pass_by_itself_is_one_line_and_exit_75(capsys):
+    def failing():
+        raise TryAgain("corpus: the network is down")
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(failing)
+    assert (caught.value.code, capsys.readouterr().err) == (STOPPED, "error: corpus: the network is down\n")
 
 
 def test_of_several_processes_the_first_says_what_is_wrong_and_the_others_let_it(command, monkeypatch):

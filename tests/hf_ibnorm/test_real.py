@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_ibnorm import NORMS, convert_checkpoint, load_corpus, norm_sites
+from hf_ibnorm.data.tokens import Encoder, begins_texts
 
 pytestmark = [
     pytest.mark.real,
@@ -96,6 +97,16 @@ def prompts(tokenizer):
 def said(sources, prompts):
     """What the sources say, by family."""
     return {family: greedy(load(folder), prompts) for family, folder in sources.items()}
+
+
+def test_its_tokenizer_begins_texts_with_nothing_and_its_text_is_the_same_text_with_special_tokens_quoted(tokenizer):
+    """So that `add_bos: auto`, and text being text, change none of its figures."""
+    assert not begins_texts(tokenizer)
+    for text in load_corpus("sotu", "test")[:2]:
+        assert Encoder(tokenizer).documents([text])[:-1].tolist() == tokenizer(text).input_ids
+    quoted = Encoder(tokenizer).documents(["<|im_start|> and <|endoftext|>"])[:-1]
+    assert not set(quoted.tolist()) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(quoted) == "<|im_start|> and <|endoftext|>"
 
 
 def load(folder):

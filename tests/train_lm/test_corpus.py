@@ -1,5 +1,6 @@
 """Corpora: the same documents from every kind of file, and one line that names the place where one is damaged."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -12,10 +13,11 @@ import pytest
 import zstandard
 from datasets import Dataset, DatasetDict
 
-from hf_ibnorm.cli import UserError
-from hf_ibnorm.data import load_corpus
+from hf_ibnorm.cli import TryAgain, UserError
+from hf_ibnorm.data import files, load_corpus
+from hf_ibnorm.data.files import PIECE, read_file
 from hf_ibnorm.files import sha256_file
-from train_lm.corpus import PIECE, CorpusOptions, Files, HeldOut, Texts, open_corpus, read_file
+from train_lm.corpus import CorpusOptions, Files, HeldOut, Texts, open_corpus, overlap
 
 ODD = [
     "one",
@@ -143,7 +145,7 @@ def test_pieces_of_a_long_text_joined_are_the_text(tmp_path, seed):
     pieces = list(opened(path))
     assert "".join(pieces) == text
     assert len(pieces) > 3
-    assert all(PIECE <= len(piece) < PIECE + 1000 for piece in pieces[:-1])
+    assert all(PIECE <= len(piece.encode()) < PIECE + 1000 for piece in pieces[:-1])
     assert all(not piece.removesuffix("\n").rpartition("\n")[2].strip() for piece in pieces[:-1]), "at empty lines"
 
 
@@ -169,6 +171,55 @@ def test_a_glob_is_its_files_in_the_order_of_their_names(tmp_path, monkeypatch):
     assert list(opened("sub/d.jsonl")) == ["sub/d"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert list(opened("~/a.jsonl")) == ["a"]
+
+
+def named_splits(folder):
+    for name in ("train", "validation", "test"):
+        write_jsonl(folder / f"{name}.jsonl", [f"of {name}"])
+
+
+def listened(name, role="train"):
+    """The texts of a corpus, and what is said about it."""
+    said = []
+    documents = open_corpus(str(name), role, role, CorpusOptions(None, "text", False, sha256_file, say=said.append))
+    return documents and list(documents), said
+
+
+def test_a_glob_does_not_train_on_what_is_named_validation_or_test_and_says_so(tmp_path):
+    named_splits(tmp_path)
+    for name in (tmp_path / "*.jsonl", tmp_path):
+        texts, (line,) = listened(name)
+        assert texts == ["of train"]
+        for split in ("validation", "test"):
+            assert f"{split}: {tmp_path / split}.jsonl" in line
+        assert listened(name, "validation") == (["of validation"], [])
+
+
+def test_a_glob_with_held_out_files_alone_is_refused_and_names_them(tmp_path):
+    named_splits(tmp_path)
+    message = error_of(lambda: opened(tmp_path / "*t*st*.jsonl"))
+    assert all(word in message for word in ("to train on", f"test: {tmp_path / 'test.jsonl'}"))
+    assert list(opened(tmp_path / "vali*.jsonl", "validation")) == ["of validation"]
+    assert "to train on" in error_of(lambda: opened(tmp_path / "vali*.jsonl"))
+
+
+def test_a_file_that_is_named_itself_is_trained_on_with_a_warning_where_its_name_says_otherwise(tmp_path):
+    named_splits(tmp_path)
+    assert listened(tmp_path / "train.jsonl") == (["of train"], [])
+    texts, (line,) = listened(tmp_path / "test.jsonl")
+    assert texts == ["of test"]
+    assert line.startswith(f"WARNING: corpus: {tmp_path / 'test.jsonl'} is trained on")
+
+
+def test_validation_text_that_is_trained_on_is_known_by_its_content(tmp_path):
+    named_splits(tmp_path)
+    (tmp_path / "deep").mkdir()
+    shutil.copyfile(tmp_path / "validation.jsonl", tmp_path / "deep" / "copy.jsonl")
+    train, validation = opened(tmp_path), opened(tmp_path, "validation")
+    assert overlap(train, validation) == str(tmp_path / "validation.jsonl")
+    assert overlap(train, opened(tmp_path / "test.jsonl")) == ""
+    assert overlap(train, opened(tmp_path)) == overlap(Texts(["a"]), Texts(["a"])) == "all of it"
+    assert overlap(Texts(["a"]), Texts(["b"])) == overlap(train, Texts(["a"])) == ""
 
 
 def test_a_file_whose_name_has_brackets_is_that_file(tmp_path):
@@ -284,6 +335,36 @@ def test_fingerprint_of_a_saved_dataset_follows_content_order_and_field_but_not_
         fingerprint("a", ["a", "b"], "other"),
     }
     assert len(others - {first}) == 4
+
+
+def test_fingerprint_of_a_saved_dataset_follows_its_content_and_not_the_note_beside_it(tmp_path):
+    for name, texts in (("a", ["first"]), ("b", ["other"])):
+        Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / name)
+    before = opened(tmp_path / "a").fingerprint
+    data = "data-00000-of-00001.arrow"
+    shutil.copyfile(tmp_path / "b" / data, tmp_path / "a" / data)
+    documents = opened(tmp_path / "a")
+    assert list(documents) == ["other"]
+    assert documents.fingerprint != before
+
+
+def test_what_cannot_be_read_for_a_while_is_read_again(tmp_path, monkeypatch, capsys):
+    path, opens = write_jsonl(tmp_path / "a.jsonl", ODD), []
+
+    def failing(path, *words):
+        opens.append(path)
+        if len(opens) < 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return path.open("rb")
+
+    monkeypatch.setattr(files, "_open", failing)
+    monkeypatch.setattr(files, "WAITS", (0.0, 0.0))
+    assert list(opened(path)) == ODD
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    opens.clear()
+    monkeypatch.setattr(files, "WAITS", (0.0,))
+    with pytest.raises(TryAgain, match=r"a\.jsonl cannot be read: .*Input/output error"):
+        list(opened(path))
 
 
 def test_fingerprint_of_held_out_documents_says_which_they_are(tmp_path):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from hf_ibnorm.data.tokens import Encoder
 from train_lm.data import IGNORE, BlockOrder, Layout, PackedData, PackedTokens, split_batch
-from train_lm.tokenizer import END_OF_TEXT, encode, train_tokenizer, wrap_tokenizer
+from train_lm.tokenizer import END_OF_TEXT, train_tokenizer, wrap_tokenizer
 
 TEXTS = ["It was a truth — universally acknowledged. " * 20, "Émile 日本 \x00\t ok", "A third, short one."]
 
@@ -20,7 +21,7 @@ def tokenizer():
 
 
 def packed_texts(tokenizer, block_size):
-    return PackedTokens(encode(tokenizer, TEXTS), tokenizer.eos_token_id, block_size)
+    return PackedTokens(Encoder(tokenizer).documents(TEXTS), tokenizer.eos_token_id, block_size)
 
 
 def test_any_text_survives_the_tokenizer(tokenizer):

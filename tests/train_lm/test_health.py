@@ -1,5 +1,8 @@
 """A run that is not well says so, and loses nothing of what it had learnt."""
 
+import errno
+import io
+import json
 import os
 import resource
 import signal
@@ -10,16 +13,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from training import config, metrics, run, small_corpus, steps, without_timing
+from training import config, metrics, pages, result, run, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from warm import python
 
 import train_lm.train
-from hf_ibnorm.cli import Stopped, UserError
+from hf_ibnorm.cli import BAD_INPUT, STOPPED, Stopped, TryAgain, UserError
+from hf_ibnorm.data import files
 from train_lm.checkpoint import damage
 from train_lm.config import build_model_config
 from train_lm.data import PackedTokens
 from train_lm.prepare import check_room
+from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
@@ -336,3 +341,73 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_loses_no_checkpoint(t
         (tmp_path / "filler").unlink()
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.fixture
+def stream(tmp_path, monkeypatch):
+    """Flags of a run on a stream, of which one line in the middle is no JSON; read in small parts, in its own order."""
+    monkeypatch.setattr("train_lm.cache.CHUNK", 500)
+    lines = [
+        json.dumps({"text": f"{i}: {page[i * 300 : i * 300 + 300]}"})
+        for page in pages("austen", "train")
+        for i in range(60)
+    ]
+    lines.insert(6, '{"text": "cut off')
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": pages("austen", "validation")[0]}))
+    flags = ["--corpus", str(tmp_path / "train.jsonl"), "--validation_corpus", str(tmp_path / "held.jsonl")]
+    wrap_tokenizer(train_tokenizer(pages("austen", "train"), 300), 32).save_pretrained(tmp_path / "tokenizer")
+    flags += ["--tokenizer", str(tmp_path / "tokenizer")]
+    return [*flags, "--streaming", "true", "--shuffle_buffer", "2", "--checkpoint_every", "0"]
+
+
+def test_a_bad_document_of_a_stream_ends_the_run_after_a_checkpoint_and_may_be_left_out_then(tmp_path, stream):
+    run(tmp_path / "straight", *stream, "--max_bad_documents", "1")
+    rows = metrics(tmp_path / "straight")
+    assert [row["bad_documents"] for row in rows] == sorted(row["bad_documents"] for row in rows)
+    assert (rows[0]["bad_documents"], rows[-1]["bad_documents"]) == (0, 1)
+    with pytest.raises(
+        UserError, match=r"train\.jsonl, line 7, is no JSON.*max_bad_documents.*; stopped after step \d"
+    ) as caught:
+        run(tmp_path / "run", *stream)
+    assert caught.value.exit_code == BAD_INPUT
+    step = len(metrics(tmp_path / "run"))
+    assert 1 < step < 10
+    assert steps(tmp_path / "run") == ["latest", "step-0", f"step-{step}"]
+    run(tmp_path / "run", *stream, "--resume", "auto", "--max_bad_documents", "1")
+    told = [{**row, "bad_documents": 0} for row in metrics(tmp_path / "run")]
+    assert without_timing(told) == [{**row, "bad_documents": 0} for row in without_timing(rows)]
+    weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "straight")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_disk_that_fails_ends_a_stream_after_a_checkpoint_to_be_gone_on_from(tmp_path, stream, monkeypatch, capfd):
+    flags = [*stream, "--max_bad_documents", "1"]
+    run(tmp_path / "straight", *flags)
+    opened, rows = files._open, []
+
+    class Failing(io.BufferedReader):
+        """A file of whose lines those from the ninth on cannot be read."""
+
+        def __next__(self):
+            rows.append(self)
+            if len(rows) > 8:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().__next__()
+
+    monkeypatch.setattr("train_lm.data.WAITS", (0.01, 0.02))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            files,
+            "_open",
+            lambda path: Failing(path.open("rb").detach()) if path.name == "train.jsonl" else opened(path),
+        )
+        with pytest.raises(
+            TryAgain, match=r"train\.jsonl cannot be read: .*Input/output error; stopped after step"
+        ) as caught:
+            run(tmp_path / "run", *flags)
+    assert caught.value.exit_code == STOPPED
+    assert "trying again in 0.02 s" in capfd.readouterr().err
+    assert 1 < len(metrics(tmp_path / "run")) < 10
+    run(tmp_path / "run", *flags, "--resume", "auto")
+    assert result(tmp_path / "run") == result(tmp_path / "straight")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from itertools import chain, islice
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.cli import TryAgain, UserError
+from hf_ibnorm.data.tokens import Encoder
 from hf_ibnorm.files import sha256_file
 from train_lm.corpus import CorpusOptions, Files, Named, Texts, open_corpus
 from train_lm.data import Layout, StreamedData
@@ -83,7 +85,7 @@ def stream(tokenizer):
 
     def make(documents, layout=None, state=None, seed=0, buffer=7, threads=2, block_size=BLOCK):
         layout = layout or Layout(2, 2)
-        opened.append(StreamedData(documents, tokenizer, block_size, seed, buffer, threads, layout))
+        opened.append(StreamedData(documents, Encoder(tokenizer), block_size, seed, buffer, threads, layout))
         if state is not None:
             opened[-1].load_state(json.loads(state))
         return opened[-1]
@@ -100,11 +102,11 @@ def tokens_of(batch):
 
 def documents_of(data, number):
     """The first `number` documents of a stream, from its tokens."""
-    eos, met, ids = data.tokenizer.eos_token_id, [], []
+    eos, met, ids = data.encoder.tokenizer.eos_token_id, [], []
     while len(met) < number:
         for token in tokens_of(data.next())[1].tolist():
             if token == eos:
-                met.append(data.tokenizer.decode(ids))
+                met.append(data.encoder.tokenizer.decode(ids))
                 ids = []
             else:
                 ids.append(token)
@@ -311,7 +313,7 @@ def test_every_token_is_predicted_once_and_batches_join(stream, layout, block_si
             assert tensor.dtype == torch.int64
         assert batch.tokens == layout.sequences * block_size
     inputs, targets = (torch.cat(each) for each in zip(*map(tokens_of, batches), strict=True))
-    assert inputs[0] == data.tokenizer.eos_token_id, "as if a document had ended before the first"
+    assert inputs[0] == data.encoder.tokenizer.eos_token_id, "as if a document had ended before the first"
     assert torch.equal(inputs[1:], targets[:-1])
 
 
@@ -415,3 +417,122 @@ def test_rows_of_a_dataset_without_text_are_one_line(tmp_path, stream, source):
     with pytest.raises(UserError, match="^text_field: ") as caught:
         documents_of(stream(documents, buffer=1), 3)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def bad_lines(path, rows):
+    """A file of one text a line; where that is None, a line that is no JSON."""
+    path.write_text("\n".join('{"text": "cut off' if row is None else json.dumps({"text": row}) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("buffer", [1, 7])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_documents_that_cannot_be_read_are_left_out_and_counted_in_each_pass_anew(tmp_path, stream, buffer, processes):
+    rows = [None, *(f"text {i}" for i in range(7)), None, *(f"text {i}" for i in range(7, 20)), None]
+    path = bad_lines(tmp_path / "a.jsonl", rows)
+
+    def make(state=None, allowed=3):
+        documents = Files([path], "text", allowed=allowed)
+        return [stream(documents, Layout(1, 1, processes, i), state, buffer=buffer) for i in range(processes)]
+
+    shares = [[row for row in rows[i::processes] if row is not None] for i in range(processes)]
+    for share, each in zip(shares, make(), strict=True):
+        assert sorted(documents_of(each, 3 * len(share))) == sorted(3 * share)
+    first = make()[0]
+    states, batches = states_and_batches(first, 23)
+    met = [first.next().bad for _ in range(40)]
+    assert sorted(met) == met
+    assert met[-1] > 3, "several passes"
+    for k in (0, 5, 12):
+        (resumed, *_) = make(states[k])
+        assert following(resumed, 8) == batches[k : k + 8]
+        assert [resumed.next().bad for _ in range(23 - k - 8 + 40)][-40:] == met
+    if processes == 1:
+        with pytest.raises(UserError, match=r"a\.jsonl, line \d+, is no JSON.*max_bad_documents, .* is 2"):
+            documents_of(make(allowed=2)[0], 60)
+
+
+@pytest.mark.parametrize("damage", [broken_line, half_of_a_pair])
+def test_the_state_before_a_bad_document_is_one_to_go_on_from(tmp_path, stream, damage):
+    """The run can be resumed as soon as the document may be left out; it is the run that left it out from the start."""
+    for name, texts in FILES.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+    damage(tmp_path / "c.jsonl", (tmp_path / "c.jsonl").read_bytes())
+
+    def make(allowed, state=None):
+        return stream(Files(sorted(tmp_path.iterdir()), "text", allowed=allowed), Layout(1, 1), state, buffer=2)
+
+    expected, failing = following(make(1), 60), make(0)
+    met = []
+    while (trouble := failing.trouble()) is None:
+        met.append(facts(failing.next()))
+    assert "c.jsonl, line 17" in str(trouble)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"c\.jsonl, line 17"):
+            failing.next()
+    assert 0 < len(met) < 60
+    assert met + following(make(1, json.dumps(failing.state())), 60 - len(met)) == expected
+
+
+def make_flaky(monkeypatch, kind, every, fails):
+    """Make every so many reads of a row fail, `fails` times in a row."""
+    rows = kind.rows
+
+    def flaky(documents, dataset):
+        iterator = rows(documents, dataset)
+        count, failed = getattr(documents, "flaky", (0, 0))
+        while True:
+            if count % every == every - 1 and failed < fails:
+                documents.flaky = count, failed + 1
+                raise TryAgain("corpus: the network is down")
+            count, failed = count + 1, 0
+            documents.flaky = count, failed
+            row = next(iterator, None)
+            if row is None:
+                return
+            yield row
+
+    monkeypatch.setattr(kind, "rows", flaky)
+    monkeypatch.setattr("train_lm.data.WAITS", (0.0, 0.001, 0.002))
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "every"),
+    [("jsonl", Files, 1), ("jsonl", Files, 7), ("hub", Named, 5), ("saved", Named, 9), ("embedded", Texts, 9)],
+)
+def test_a_source_that_fails_for_a_while_gives_what_it_would_have_given(
+    folder, stream, monkeypatch, capfd, source, kind, every
+):
+    expected_states, expected = states_and_batches(stream(SOURCES[source](folder)), 17)
+    make_flaky(monkeypatch, kind, every, 3)
+    states, batches = states_and_batches(stream(SOURCES[source](folder)), 17)
+    assert batches == expected
+    assert "the network is down; trying again in 0.002 s" in capfd.readouterr().err
+    for k in (0, 4, 11):
+        assert following(stream(SOURCES[source](folder), state=states[k]), 6) == expected[k : k + 6]
+        assert following(stream(SOURCES[source](folder), state=expected_states[k]), 6) == expected[k : k + 6]
+
+
+def test_a_source_that_goes_on_failing_ends_the_stream_so_that_it_may_be_tried_again(folder, stream, monkeypatch):
+    expected = following(stream(SOURCES["jsonl"](folder)), 30)
+    with monkeypatch.context() as patch:
+        make_flaky(patch, Files, 20, 9)
+        data, met = stream(SOURCES["jsonl"](folder)), []
+        while (trouble := data.trouble()) is None:
+            met.append(facts(data.next()))
+    assert isinstance(trouble, TryAgain)
+    resumed = stream(SOURCES["jsonl"](folder), state=json.dumps(data.state()))
+    assert met + following(resumed, 30 - len(met)) == expected
+
+
+def test_a_signal_does_not_wait_for_a_source_that_fails(folder, stream, monkeypatch):
+    make_flaky(monkeypatch, Files, 20, 9)
+    monkeypatch.setattr("train_lm.data.WAITS", (600.0,))
+    data = stream(SOURCES["jsonl"](folder))
+    started, met = time.monotonic(), 0
+    while data.trouble(lambda: time.monotonic() - started > 0.5) is None and time.monotonic() - started < 0.5:
+        data.next()
+        met += 1
+    data.close()
+    assert time.monotonic() - started < 60
+    json.dumps(data.state())

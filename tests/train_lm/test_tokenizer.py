@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_ibnorm.cli import UserError
-from train_lm.tokenizer import encode, load_tokenizer, train_tokenizer, wrap_tokenizer
+from hf_ibnorm.data.tokens import Encoder
+from train_lm.tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
 
 TEXTS = ["It is a truth universally acknowledged", "that a single man in possession of a good fortune " * 5]
 
@@ -43,7 +44,7 @@ def test_t5s_sentinels_and_the_end_after_every_text_are_dropped_and_ids_stay(tmp
         assert original(text).input_ids[-1] == original.eos_token_id
         assert loaded(text).input_ids == original(text).input_ids[:-1]
         assert loaded.decode(loaded(text).input_ids) == text
-        assert encode(loaded, [text]).tolist() == original(text).input_ids
+        assert Encoder(loaded).documents([text]).tolist() == original(text).input_ids
     assert (loaded.eos_token, loaded.unk_token, loaded.pad_token) == ("</s>", "<unk>", "<pad>")
     assert max(loaded.get_vocab().values()) == len(loaded) - 1
 

@@ -13,15 +13,17 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from launching import launch, program
+from tokenizers.processors import TemplateProcessing
 from training import config, metrics, small_corpus, without_timing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warm import python
 
 from hf_ibnorm.cli import UserError
+from hf_ibnorm.data.tokens import Encoder
 from train_lm.__main__ import main
 from train_lm.config import RECIPES, ModelConfig, TrainConfig, build_model_config, read_command_line, shipped_recipes
 from train_lm.data import IGNORE, PackedTokens
-from train_lm.tokenizer import encode, train_tokenizer, wrap_tokenizer
+from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 from train_lm.train import build_optimizer, evaluate, learning_rate, train
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
@@ -137,7 +139,7 @@ def test_validation_is_the_token_mean_over_the_whole_split_in_eval_mode():
     run.per_device_eval_batch_size = 4
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(build_model_config(run, len(tokenizer), 0)).train()
-    data = PackedTokens(encode(tokenizer, texts), tokenizer.eos_token_id, 16)
+    data = PackedTokens(Encoder(tokenizer).documents(texts), tokenizer.eos_token_id, 16)
     assert data.padding > 0
     assert data.blocks % run.per_device_eval_batch_size != 0
     measured = evaluate(model, data, run, Accelerator(cpu=True))
@@ -348,3 +350,31 @@ def test_check_prints_the_recipe_and_trains_nothing(command, tmp_path):
     code, said, complained = command(main, *flags, "--check", "--model.norm_kwargs.lamb", "3")
     assert (code, said) == (2, "")
     assert complained.startswith("error: norm_kwargs.lamb: ibnorm_l has no such option")
+
+
+def test_documents_begin_with_bos_as_the_settings_and_the_tokenizer_say(tmp_path, capsys):
+    tokenizer = wrap_tokenizer(train_tokenizer(["a word or two"], 280), 64)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": f"{name} <s> text"}) + "\n") * 20)
+    flags = ["--corpus", str(tmp_path / "*.jsonl"), "--tokenizer", str(tmp_path / "tokenizer"), "--max_steps", "1"]
+    flags += ["--warmup_steps", "1"]
+    found = {}
+    for add_bos in ("auto", "true", "false"):
+        AcceleratorState._reset_state(True)
+        train(config(tmp_path / add_bos, *flags, "--add_bos", add_bos))
+        environment = json.loads((tmp_path / add_bos / "environment.json").read_text())
+        found[add_bos] = environment["bos_token_id"], environment["train_tokens"]
+    assert found["auto"] == found["true"] == (bos, found["false"][1] + 20)
+    assert found["false"][0] is None
+    assert f"not trained on: validation: {tmp_path / 'valid.jsonl'}" in capsys.readouterr().out
+
+
+def test_validating_on_training_text_is_said(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "some text to train on"}) + "\n") * 20)
+    flags = ["--corpus", str(tmp_path / "a.jsonl"), "--validation_corpus", str(tmp_path / "a.jsonl")]
+    train(config(tmp_path / "run", *flags, "--max_steps", "1", "--warmup_steps", "1"))
+    assert "WARNING: validation_corpus: all of it is training text, too" in capsys.readouterr().out

@@ -1,0 +1,135 @@
+"""Text as tokens, everywhere the same: what looks like a special token in a text is text, whatever its length."""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+PART = 1 << 16
+"""Characters of a document that are encoded at a time, about: one token takes a hundred bytes and more until it is a
+number."""
+AT_ONCE = 1 << 18
+"""Characters that are encoded in one call, of several documents."""
+_UNREACHABLE = "\U0010ffff\U0010fffe"
+"""Two noncharacters of Unicode, which no text interchanges."""
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+
+
+class Encoder:
+    """Turns texts into ids that mean text alone.
+
+    A tokenizer takes the characters of a special token, such as `</s>`, for that token: a document that quotes it would
+    end there. `encode_special_tokens` of the `tokenizers` library does not undo this where the model's own vocabulary
+    has the token as well, as T5's and every model of whole words do, and the next call through Transformers takes it
+    back. So this encodes with a copy of the tokenizer in which special tokens have names that no text can have.
+
+    Args:
+        tokenizer: a fast tokenizer of Transformers.
+        add_bos: whether texts begin with its beginning-of-text token; "auto": where it begins them with one itself,
+            which is not also the end-of-text token that stands before them anyway.
+
+    Attributes:
+        tokenizer: the same.
+        bos: id of the token that texts begin with; None for none.
+        eos: id of its end-of-text token; None where it has none.
+
+    Raises:
+        ValueError: it is no fast tokenizer, or has no such token to add.
+    """
+
+    def __init__(self, tokenizer: Any, add_bos: bool | str = "auto") -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"tokenizer: got a {type(tokenizer).__name__}, must be a fast one")
+        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
+        if add_bos is True and tokenizer.bos_token_id is None:
+            raise ValueError("add_bos: got true, the tokenizer has no bos_token; must be auto or false")
+        wanted = begins_texts(tokenizer) and tokenizer.bos_token_id != self.eos if add_bos == "auto" else add_bos
+        self.bos: int | None = tokenizer.bos_token_id if wanted else None
+
+    @cached_property
+    def backend(self) -> Tokenizer:
+        """The copy that encodes: without truncation and padding, and with special tokens that no text holds."""
+        content = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        named = {str(token) for token in self.tokenizer.all_special_tokens}
+        special = named | {token["content"] for token in content["added_tokens"] if token["special"]}
+        # A single character may be all that spells itself: a padding token "!" stays the word that it is.
+        hidden = {token: _UNREACHABLE + token for token in special if len(token) > 1}
+        for token in content["added_tokens"]:
+            token["content"] = hidden.get(token["content"], token["content"])
+        model = content["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {hidden.get(token, token): index for token, index in model["vocab"].items()}
+        else:  # Unigram's pieces with their scores
+            model["vocab"] = [[hidden.get(token, token), score] for token, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+        if "merges" in model:
+            model["merges"] = [pair for pair in model["merges"] if not hidden.keys() & _involved(pair)]
+        content["truncation"] = content["padding"] = None
+        copy = Tokenizer.from_str(json.dumps(content))
+        copy.encode_special_tokens = True
+        return copy
+
+    @cached_property
+    def drops_space(self) -> bool:
+        """Whether a space between words is part of neither side: then "a b" is "a" and "b", set side by side."""
+        whole, *sides = (self.backend.encode(text, add_special_tokens=False).ids for text in ("a b", "a", "b"))
+        return bool(whole == sides[0] + sides[1])
+
+    @property
+    def key(self) -> list[str]:
+        """What its ids depend on."""
+        return [self.tokenizer.backend_tokenizer.to_str(), f"bos {self.bos} eos {self.eos} text 2"]
+
+    def documents(self, texts: list[str]) -> np.ndarray:
+        """`texts` as one array of ids, uint32 of shape (n,), each text between `bos`, if any, and `eos`.
+
+        The backend is called directly: a novel in one call would only draw a warning about the context length. It does
+        not hold the interpreter's lock, so that threads encode side by side.
+        """
+        begin, end = ([] if each is None else [np.array([each], dtype=np.uint32)] for each in (self.bos, self.eos))
+        found: list[list[np.ndarray]] = [[*begin] for _ in texts]
+        for calls in self._calls(texts):
+            encoded = self.backend.encode_batch_fast([part for _, part in calls], add_special_tokens=False)
+            for (i, _), each in zip(calls, encoded, strict=True):
+                found[i].append(np.array(each.ids, dtype=np.uint32))
+        return np.concatenate([array for each in found for array in (*each, *end)])
+
+    def _calls(self, texts: list[str]) -> Iterator[list[tuple[int, str]]]:
+        """Parts of `texts`, each with the number of its text, as many together as are encoded in one call."""
+        calls, size = list[tuple[int, str]](), 0
+        for i, text in enumerate(texts):
+            for part in self._parts(text):
+                calls.append((i, part))
+                size += len(part)
+                if size >= AT_ONCE:
+                    yield calls
+                    calls, size = [], 0
+        if calls:
+            yield calls
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """A long text cut between two words, where the tokens of the parts are those of the whole."""
+        start = 0
+        while len(text) - start > PART + PART // 8:
+            between = _BETWEEN_WORDS.search(text, start + PART, start + PART + PART // 8)
+            end = start + PART if between is None else between.start()
+            yield text[start:end]
+            start = end + (between is not None and self.drops_space)
+        yield text[start:] if start else text
+
+
+def _involved(merge: str | list[str]) -> set[str]:
+    """The two sides of a merge, which older files have in one string, and what it makes."""
+    sides = merge.split(" ") if isinstance(merge, str) else merge
+    return {*sides, "".join(sides)}
+
+
+def begins_texts(tokenizer: Any) -> bool:
+    """Whether a tokenizer begins every text with its beginning-of-text token, as `eval` then does, too."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
