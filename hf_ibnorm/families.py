@@ -123,6 +123,7 @@ def register() -> None:
             "tokenization_auto": _register_tokenizers,
         },
     )
+    after_import("peft.tuners.adaption_prompt", {"config": _register_prompts})
     after_import("accelerate.utils", {"dataclasses": _refuse_megatron})
 
 
@@ -157,6 +158,12 @@ def _enter(table: Any, family: Family, name: str | None) -> None:
         table._model_mapping[family.model_type] = name
         table._reverse_config_mapping[family.config_name] = family.model_type
         table._modules[model_type_to_module_name(family.model_type)] = sys.modules[__package__]
+
+
+def _register_prompts(config: ModuleType) -> None:
+    """PEFT's other tables are filled by the configs, which a checkpoint's own code has, too."""
+    table = config.TRANSFORMERS_MODEL_CONFIG
+    table["ibnorm_llama"] = table["llama"]  # GPT-2's attention is told from others by "gpt2" itself
 
 
 def _refuse_megatron(dataclasses: ModuleType) -> None:
