@@ -75,6 +75,13 @@ class Family:
         return found
 
     @property
+    def tokenizer_name(self) -> str | None:
+        """The tokenizer's class that Transformers has for the stock model type; None for the general one."""
+        from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+        return TOKENIZER_MAPPING_NAMES.get(self.stock_model_type)
+
+    @property
     def stock_classes(self) -> dict[type["PreTrainedModel"], type["PreTrainedModel"]]:
         """Stock class → ours; each of ours derives from (NormInitMixin, stock class)."""
         return {cls.__bases__[1]: cls for cls in self.classes}
@@ -147,7 +154,7 @@ def _register_models(auto: ModuleType) -> None:
 
 def _register_tokenizers(auto: ModuleType) -> None:
     for family in FAMILIES:
-        _enter(auto.TOKENIZER_MAPPING, family, auto.TOKENIZER_MAPPING_NAMES.get(family.stock_model_type))
+        _enter(auto.TOKENIZER_MAPPING, family, family.tokenizer_name)
 
 
 def _enter(table: Any, family: Family, name: str | None) -> None:
