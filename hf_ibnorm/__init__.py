@@ -6,8 +6,8 @@ neither torch nor Transformers: public names, and the modules that have them, ar
 
 from typing import TYPE_CHECKING
 
+from . import families, neighbours
 from .base.lazy import on_demand
-from .families import register
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -65,4 +65,5 @@ __all__ = sorted(name for names in _HOMES.values() for name in names)
 if not TYPE_CHECKING:  # a type checker would take every name for one of the package's
     __getattr__, __dir__ = on_demand(__name__, _HOMES)
 
-register()
+families.register()
+neighbours.register()

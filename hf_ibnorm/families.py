@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .configuration_ibnorm import NormConfigMixin
 
-_PREFIX = "ibnorm_"
+MODEL_TYPE_PREFIX = "ibnorm_"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Family:
     @property
     def model_type(self) -> str:
         """The `model_type` in its configs."""
-        return f"{_PREFIX}{self.stock_model_type}"
+        return f"{MODEL_TYPE_PREFIX}{self.stock_model_type}"
 
     @property
     def names(self) -> dict[str, str]:
@@ -115,12 +115,11 @@ FAMILIES = (
 
 
 def register() -> None:
-    """Make the families known wherever a library goes by model type or class name, as soon as it is imported.
+    """Make the families known wherever Transformers goes by model type or class name, as soon as it is imported.
 
-    Transformers' tables hold names of classes, and for each model type a module that is asked for a class when it is
-    needed. For our types that module is this package, whose names are on demand. `AutoModel.register` wants the classes
-    themselves, and reaches only some of what reads those names. `tests/hf_ibnorm/test_ecosystem.py` has all that is
-    known to do so.
+    Its tables hold names of classes, and for each model type a module that is asked for a class when it is needed. For
+    our types that module is this package, whose names are on demand. `AutoModel.register` wants the classes themselves,
+    and reaches only some of what reads those names.
     """
     after_import(
         "transformers.models.auto",
@@ -130,8 +129,6 @@ def register() -> None:
             "tokenization_auto": _register_tokenizers,
         },
     )
-    after_import("peft.tuners.adaption_prompt", {"config": _register_prompts})
-    after_import("accelerate.utils", {"dataclasses": _refuse_megatron})
 
 
 def _register_configs(auto: ModuleType) -> None:
@@ -165,24 +162,3 @@ def _enter(table: Any, family: Family, name: str | None) -> None:
         table._model_mapping[family.model_type] = name
         table._reverse_config_mapping[family.config_name] = family.model_type
         table._modules[model_type_to_module_name(family.model_type)] = sys.modules[__package__]
-
-
-def _register_prompts(config: ModuleType) -> None:
-    """PEFT's other tables are filled by the configs, which a checkpoint's own code has, too."""
-    table = config.TRANSFORMERS_MODEL_CONFIG
-    table["ibnorm_llama"] = table["llama"]  # GPT-2's attention is told from others by "gpt2" itself
-
-
-def _refuse_megatron(dataclasses: ModuleType) -> None:
-    """Accelerate takes `ibnorm_llama` for a Llama because it contains that name, and lets Megatron-LM build one."""
-
-    def refuse(plugin: Any, model: "PreTrainedModel", batch_data: Any) -> None:
-        raise ValueError(
-            f"distributed_type: got MEGATRON_LM for a {type(model).__name__}; Megatron-LM builds layers of its own, "
-            "with the stock norms; use FSDP or DeepSpeed"
-        )
-
-    parsers = dataclasses.MODEL_CONFIGS_TO_MEGATRON_PARSERS
-    others = {name: parser for name, parser in parsers.items() if name != _PREFIX}
-    parsers.clear()
-    parsers.update({_PREFIX: refuse, **others})  # the first that matches is taken
