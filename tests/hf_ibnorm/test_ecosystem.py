@@ -140,6 +140,18 @@ def test_smoothed_labels_are_shifted_as_for_the_stock_model(stock_model, family,
     assert loss == pytest.approx(smoothed_loss(stock, tokens()).item(), rel=1e-4)
 
 
+def test_trainer_gives_a_stock_gpt2_s_losses_for_one_token_too_many_and_ours_right(stock_model, tmp_path):
+    counts = {}  # how many tokens Trainer divides by, for 2 rows of 16
+    for model in (stock_model("gpt2"), apply_norm(stock_model("gpt2"), STOCK_NORM["gpt2"])):
+        args = TrainingArguments(tmp_path, report_to=[], use_cpu=True, disable_tqdm=True)
+        rows = [{"input_ids": row, "labels": row} for row in tokens()]
+        trainer = Trainer(model, args, eval_dataset=rows)
+        per_token = model(tokens(), labels=tokens()).loss.item()
+        counts[type(model).__name__] = 2 * 15 * per_token / trainer.evaluate()["eval_loss"]
+    right = 30 if hasattr(trainer, "_loss_shifts_labels") else 32  # older releases count so for every model
+    assert counts == pytest.approx({"GPT2LMHeadModel": 32, "IBNormGPT2LMHeadModel": right}, rel=1e-3)
+
+
 def test_prompts_in_attention_are_those_of_the_stock_llama_and_refused_for_gpt2(stock_model):
     config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
     logits = []
