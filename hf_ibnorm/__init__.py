@@ -6,8 +6,8 @@ neither torch nor Transformers: public names, and the modules that have them, ar
 
 from typing import TYPE_CHECKING
 
+from . import families, neighbours
 from .base.lazy import on_demand
-from .families import register
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from .configuration_ibnorm import IBNormLlamaConfig as IBNormLlamaConfig
     from .convert import convert_checkpoint as convert_checkpoint
     from .data import load_corpus as load_corpus
+    from .modeling_ibnorm_gpt2 import IBNormGPT2DoubleHeadsModel as IBNormGPT2DoubleHeadsModel
+    from .modeling_ibnorm_gpt2 import IBNormGPT2ForQuestionAnswering as IBNormGPT2ForQuestionAnswering
     from .modeling_ibnorm_gpt2 import IBNormGPT2ForSequenceClassification as IBNormGPT2ForSequenceClassification
+    from .modeling_ibnorm_gpt2 import IBNormGPT2ForTokenClassification as IBNormGPT2ForTokenClassification
     from .modeling_ibnorm_gpt2 import IBNormGPT2LMHeadModel as IBNormGPT2LMHeadModel
     from .modeling_ibnorm_gpt2 import IBNormGPT2Model as IBNormGPT2Model
     from .modeling_ibnorm_llama import IBNormLlamaForCausalLM as IBNormLlamaForCausalLM
+    from .modeling_ibnorm_llama import IBNormLlamaForQuestionAnswering as IBNormLlamaForQuestionAnswering
     from .modeling_ibnorm_llama import IBNormLlamaForSequenceClassification as IBNormLlamaForSequenceClassification
+    from .modeling_ibnorm_llama import IBNormLlamaForTokenClassification as IBNormLlamaForTokenClassification
     from .modeling_ibnorm_llama import IBNormLlamaModel as IBNormLlamaModel
     from .norms import NORMS as NORMS
     from .norms import DynamicTanh as DynamicTanh
@@ -37,8 +42,21 @@ _HOMES = {
     "configuration_ibnorm": ("IBNormGPT2Config", "IBNormLlamaConfig"),
     "convert": ("convert_checkpoint",),
     "data": ("load_corpus",),
-    "modeling_ibnorm_gpt2": ("IBNormGPT2ForSequenceClassification", "IBNormGPT2LMHeadModel", "IBNormGPT2Model"),
-    "modeling_ibnorm_llama": ("IBNormLlamaForCausalLM", "IBNormLlamaForSequenceClassification", "IBNormLlamaModel"),
+    "modeling_ibnorm_gpt2": (
+        "IBNormGPT2DoubleHeadsModel",
+        "IBNormGPT2ForQuestionAnswering",
+        "IBNormGPT2ForSequenceClassification",
+        "IBNormGPT2ForTokenClassification",
+        "IBNormGPT2LMHeadModel",
+        "IBNormGPT2Model",
+    ),
+    "modeling_ibnorm_llama": (
+        "IBNormLlamaForCausalLM",
+        "IBNormLlamaForQuestionAnswering",
+        "IBNormLlamaForSequenceClassification",
+        "IBNormLlamaForTokenClassification",
+        "IBNormLlamaModel",
+    ),
     "norms": ("NORMS", "DynamicTanh", "IBNorm", "LayerNormalNorm", "build_norm"),
     "optim": ("no_decay_parameter_names", "set_lam"),
     "patching": ("apply_norm", "norm_sites", "restore_norm", "swapped_norms"),
@@ -47,4 +65,5 @@ __all__ = sorted(name for names in _HOMES.values() for name in names)
 if not TYPE_CHECKING:  # a type checker would take every name for one of the package's
     __getattr__, __dir__ = on_demand(__name__, _HOMES)
 
-register()
+families.register()
+neighbours.register()

@@ -17,24 +17,32 @@ if TYPE_CHECKING:
 
     from .configuration_ibnorm import NormConfigMixin
 
+MODEL_TYPE_PREFIX = "ibnorm_"
+
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: the stock model type, and the names of its config, base model, language model and classifier.
+    """One architecture: its config is in `configuration_ibnorm`, its models are in `modeling_ibnorm_STOCK_MODEL_TYPE`.
 
-    The config is in `configuration_ibnorm`, the models are in `modeling_ibnorm_` and the stock model type.
+    Args:
+        stock_model_type: the stock model type.
+        config_name: its config's class.
+        stock_names: the stock classes that one of ours stands in for: base model, language model, other heads.
     """
 
     stock_model_type: str
     config_name: str
-    model_name: str
-    causal_lm_name: str
-    classifier_name: str
+    stock_names: tuple[str, ...]
 
     @property
     def model_type(self) -> str:
         """The `model_type` in its configs."""
-        return f"ibnorm_{self.stock_model_type}"
+        return f"{MODEL_TYPE_PREFIX}{self.stock_model_type}"
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Name of a stock class → name of ours."""
+        return {name: f"IBNorm{name}" for name in self.stock_names}
 
     @property
     def config(self) -> type["NormConfigMixin"]:
@@ -42,67 +50,85 @@ class Family:
         return getattr(import_module(".configuration_ibnorm", __package__), self.config_name)
 
     @property
-    def model(self) -> type["PreTrainedModel"]:
-        """Its base model's class."""
-        return self._modeling(self.model_name)
+    def classes(self) -> tuple[type["PreTrainedModel"], ...]:
+        """Its models' classes, the base model's first, the language model's second."""
+        modeling = import_module(f".modeling_ibnorm_{self.stock_model_type}", __package__)
+        return tuple(getattr(modeling, name) for name in self.names.values())
 
     @property
     def causal_lm(self) -> type["PreTrainedModel"]:
         """Its language model's class."""
-        return self._modeling(self.causal_lm_name)
+        return self.classes[1]
 
     @property
-    def classifier(self) -> type["PreTrainedModel"]:
-        """Its sequence classifier's class."""
-        return self._modeling(self.classifier_name)
+    def auto_classes(self) -> dict[str, type["PreTrainedModel"]]:
+        """Name of each of Transformers' Auto classes that knows the stock model → our class."""
+        from transformers.models.auto import modeling_auto
 
-    def _modeling(self, name: str) -> Any:
-        return getattr(import_module(f".modeling_ibnorm_{self.stock_model_type}", __package__), name)
+        ours = dict(zip(self.stock_names, self.classes, strict=True))
+        found = {}
+        for name, auto in vars(modeling_auto).items():
+            table = getattr(auto, "_model_mapping", None) if name.startswith("Auto") else None
+            stock = None if table is None else table._model_mapping.get(self.stock_model_type)
+            if stock in ours:
+                found[name] = ours[stock]
+        return found
 
     @property
-    def auto_classes(self) -> dict[Any, type["PreTrainedModel"]]:
-        """The class for each of Transformers' Auto classes."""
-        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    def tokenizer_name(self) -> str | None:
+        """The tokenizer's class that Transformers has for the stock model type; None for the general one."""
+        from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-        return {
-            AutoModel: self.model,
-            AutoModelForCausalLM: self.causal_lm,
-            AutoModelForSequenceClassification: self.classifier,
-        }
+        return TOKENIZER_MAPPING_NAMES.get(self.stock_model_type)
 
     @property
     def stock_classes(self) -> dict[type["PreTrainedModel"], type["PreTrainedModel"]]:
         """Stock class → ours; each of ours derives from (NormInitMixin, stock class)."""
-        return {cls.__bases__[1]: cls for cls in self.auto_classes.values()}
+        return {cls.__bases__[1]: cls for cls in self.classes}
 
 
 FAMILIES = (
     Family(
         "llama",
         "IBNormLlamaConfig",
-        "IBNormLlamaModel",
-        "IBNormLlamaForCausalLM",
-        "IBNormLlamaForSequenceClassification",
+        (
+            "LlamaModel",
+            "LlamaForCausalLM",
+            "LlamaForSequenceClassification",
+            "LlamaForTokenClassification",
+            "LlamaForQuestionAnswering",
+        ),
     ),
     Family(
         "gpt2",
         "IBNormGPT2Config",
-        "IBNormGPT2Model",
-        "IBNormGPT2LMHeadModel",
-        "IBNormGPT2ForSequenceClassification",
+        (
+            "GPT2Model",
+            "GPT2LMHeadModel",
+            "GPT2DoubleHeadsModel",
+            "GPT2ForSequenceClassification",
+            "GPT2ForTokenClassification",
+            "GPT2ForQuestionAnswering",
+        ),
     ),
 )
 
 
 def register() -> None:
-    """Make the families known to the Auto classes, as soon as those are imported, as Transformers' own models are.
+    """Make the families known wherever Transformers goes by model type or class name, as soon as it is imported.
 
-    Transformers' tables hold names of classes, and for each model type a module that is asked for a class when it is
-    needed. For our types that module is this package, whose names are on demand. `AutoModel.register` wants the classes
-    themselves.
+    Its tables hold names of classes, and for each model type a module that is asked for a class when it is needed. For
+    our types that module is this package, whose names are on demand. `AutoModel.register` wants the classes themselves,
+    and reaches only some of what reads those names.
     """
-    tables = {"configuration_auto": _register_configs, "modeling_auto": _register_models}
-    after_import("transformers.models.auto", tables)
+    after_import(
+        "transformers.models.auto",
+        {
+            "configuration_auto": _register_configs,
+            "modeling_auto": _register_models,
+            "tokenization_auto": _register_tokenizers,
+        },
+    )
 
 
 def _register_configs(auto: ModuleType) -> None:
@@ -117,15 +143,22 @@ def _register_configs(auto: ModuleType) -> None:
 
 
 def _register_models(auto: ModuleType) -> None:
+    for table in vars(auto).values():
+        if isinstance(table, auto._LazyAutoMapping):
+            for family in FAMILIES:
+                _enter(table, family, family.names.get(table._model_mapping.get(family.stock_model_type)))
+
+
+def _register_tokenizers(auto: ModuleType) -> None:
+    for family in FAMILIES:
+        _enter(auto.TOKENIZER_MAPPING, family, family.tokenizer_name)
+
+
+def _enter(table: Any, family: Family, name: str | None) -> None:
+    """Let one of Transformers' tables hold the class `name` for a family; with None, the stock model has none there."""
     from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-    for family in FAMILIES:
-        names = {
-            "MODEL_MAPPING": family.model_name,
-            "MODEL_FOR_CAUSAL_LM_MAPPING": family.causal_lm_name,
-            "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": family.classifier_name,
-        }
-        for table, name in ((getattr(auto, each), name) for each, name in names.items()):
-            table._model_mapping[family.model_type] = name
-            table._reverse_config_mapping[family.config_name] = family.model_type
-            table._modules[model_type_to_module_name(family.model_type)] = sys.modules[__package__]
+    if name is not None:
+        table._model_mapping[family.model_type] = name
+        table._reverse_config_mapping[family.config_name] = family.model_type
+        table._modules[model_type_to_module_name(family.model_type)] = sys.modules[__package__]

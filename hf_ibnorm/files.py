@@ -258,6 +258,28 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
+def name_tokenizer(folder: Path, name: str | None) -> None:
+    """Let the tokenizer in a model directory name its class, where neither it nor the model's config does.
+
+    Transformers would choose by the model type: the stock one's files may rest on that, as the Hub's gpt2 does.
+
+    Args:
+        folder: with a `config.json`; one without a tokenizer is left alone.
+        name: the class Transformers has for the stock model type; None for the general one, which needs no name.
+
+    Raises:
+        ValueError: tokenizer_config.json or config.json is no JSON object.
+    """
+    fields = {}
+    for file in ("config.json", "tokenizer_config.json"):  # in this order: what is written is the last
+        content = (folder / file).read_text(encoding="utf-8") if (folder / file).is_file() else "{}"
+        if not isinstance(found := json.loads(content), dict):
+            raise ValueError(f"{file}: {folder / file} must hold a JSON object")
+        fields[file] = found
+    if name and has_tokenizer(folder) and not any(each.get("tokenizer_class") for each in fields.values()):
+        write_json(folder / "tokenizer_config.json", {**fields["tokenizer_config.json"], "tokenizer_class": name})
+
+
 def existing_folder(path: Path) -> Path:
     """`path`, or the nearest above it that exists."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto import modeling_auto
 
 from .norms import NormBase, build_norm
 
@@ -63,11 +64,29 @@ def record_lam(model: PreTrainedModel) -> None:
             config.norm_overrides = [*config.norm_overrides, [site, {"type": name, "kwargs": {**options, "lam": lam}}]]
 
 
+def token_dropout(config: Any) -> float:
+    """The share that a stock token classifier drops of what goes into its head."""
+    given = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+    return next((share for share in given if share is not None), 0.1)
+
+
 def forget_origin(model: PreTrainedModel) -> None:
     """Clear `name_or_path`: PEFT would note that checkpoint, which has other norms, as the base of an adapter."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.name_or_path = module.config.name_or_path = ""
+
+
+def _name_beside_stock(cls: Any) -> None:
+    """Enter a class of ours in Transformers' tables of names that hold the stock class it stands in for.
+
+    Transformers and others choose by them: a language model that is not in them is trained on labels that are not
+    shifted, where they are smoothed. `families` has entered the names; for a checkpoint's own code nobody has.
+    """
+    stock, config = cls.__bases__[1].__name__, cls.config_class
+    for name, table in vars(modeling_auto).items():
+        if name.endswith("_MAPPING_NAMES") and table.get(config.stock_model_type) == stock:
+            table.setdefault(config.model_type, cls.__name__)
 
 
 class NormInitMixin:
@@ -76,6 +95,11 @@ class NormInitMixin:
     Loading builds models on the meta device and lets the nearest enclosing PreTrainedModel fill what the checkpoint
     lacks, non-persistent buffers included.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if NormInitMixin in cls.__bases__:
+            _name_beside_stock(cls)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, NormBase):

@@ -1,14 +1,24 @@
 """Llama with the norms of its config, for the Auto classes."""
 
 from torch import nn
-from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.models.llama.modeling_llama import (
+    LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+)
 
 # Not used here: Transformers before 5.10 copies only those files of a checkpoint's code that this one imports itself.
 from .checks import check_number as check_number
 from .configuration_ibnorm import IBNormLlamaConfig
 from .functional import ib_norm as ib_norm
-from .modeling_ibnorm import NormInitMixin, install_norms
+from .modeling_ibnorm import NormInitMixin, install_norms, token_dropout
 from .norms import NormBase as NormBase
 
 
@@ -56,4 +66,39 @@ class IBNormLlamaForSequenceClassification(NormInitMixin, LlamaForSequenceClassi
         self.post_init()
 
 
-__all__ = ["IBNormLlamaForCausalLM", "IBNormLlamaForSequenceClassification", "IBNormLlamaModel"]
+class IBNormLlamaForTokenClassification(NormInitMixin, LlamaForTokenClassification):
+    """LlamaForTokenClassification over `IBNormLlamaModel`; loads like `IBNormLlamaForCausalLM`."""
+
+    config: IBNormLlamaConfig
+    config_class = IBNormLlamaConfig
+
+    def __init__(self, config: IBNormLlamaConfig) -> None:
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = IBNormLlamaModel(config)
+        self.dropout = nn.Dropout(token_dropout(config))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=bias)
+        self.post_init()
+
+
+class IBNormLlamaForQuestionAnswering(NormInitMixin, LlamaForQuestionAnswering):
+    """LlamaForQuestionAnswering over `IBNormLlamaModel`, which it calls `transformer`, as the stock one does."""
+
+    config: IBNormLlamaConfig
+    config_class = IBNormLlamaConfig
+
+    def __init__(self, config: IBNormLlamaConfig) -> None:
+        super(GenericForQuestionAnswering, self).__init__(config)
+        self.transformer = IBNormLlamaModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+__all__ = [
+    "IBNormLlamaForCausalLM",
+    "IBNormLlamaForQuestionAnswering",
+    "IBNormLlamaForSequenceClassification",
+    "IBNormLlamaForTokenClassification",
+    "IBNormLlamaModel",
+]

@@ -150,7 +150,7 @@ def apply_norm(
     model: after patching only the inner `model.model`, the outer one would save a stock config.
 
     Args:
-        model: a stock or registered Llama or GPT-2 (base model, language model or sequence classifier), bare or wrapped
+        model: a stock or registered Llama or GPT-2 (base model, language model or with another head), bare or wrapped
             by PEFT.
         norm: a name of `hf_ibnorm.NORMS`.
         sites: globs (fnmatch) over names relative to the base model, such as `"layers.0.*"` or `["norm"]`; None for

@@ -8,16 +8,17 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .base.manifest import damage, has_manifest, write_manifest
 from .families import FAMILIES
-from .files import write_json, write_text
+from .files import name_tokenizer, write_json, write_text
 
 
 def add_remote_code(checkpoint: str | Path) -> list[Path]:
     """Put the model's code into a saved checkpoint, so that it loads without hf_ibnorm.
 
-    Afterwards `AutoModel`, `AutoModelForCausalLM` and `AutoModelForSequenceClassification` load it with
+    Afterwards every Auto class that knows the stock model (`AutoModel`, `AutoModelForCausalLM`, ...) loads it with
     `trust_remote_code=True` in an environment that has only Transformers, with the same logits to the bit
     (`backend="reference"`), and models saved there carry the code on. Where hf_ibnorm is imported its own classes are
-    used, and what they save does not carry the code: call this again.
+    used, and what they save does not carry the code: call this again. A tokenizer there that names no class, which
+    Transformers would choose by the model type, names the stock model's from then on.
 
     Args:
         checkpoint: a directory that `save_pretrained` wrote. Its `config.json` is rewritten, with an `auto_map`, and so
@@ -47,8 +48,8 @@ def add_remote_code(checkpoint: str | Path) -> list[Path]:
     files = [source, *map(Path, get_relative_import_files(source))]
     for file in files:
         write_text(checkpoint / file.name, file.read_text(encoding="utf-8"))
-    classes: dict[str, type] = {"AutoConfig": family.config}
-    classes |= {auto.__name__: cls for auto, cls in family.auto_classes.items()}
+    name_tokenizer(checkpoint, family.tokenizer_name)
+    classes: dict[str, type] = {"AutoConfig": family.config, **family.auto_classes}
     config["auto_map"] = {auto: f"{Path(inspect.getfile(cls)).stem}.{cls.__name__}" for auto, cls in classes.items()}
     write_json(checkpoint / "config.json", config)  # last: before it, the checkpoint is what it was
     if noted:

@@ -77,6 +77,19 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
+def transformers_log(caplog):
+    """What Transformers logs, colours included."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    logging.enable_propagation()
+    yield caplog
+    logging.disable_propagation()
+    logging.set_verbosity(before)
+
+
+@pytest.fixture
 def fixtures() -> Path:
     """Folder of reference numbers."""
     return Path(__file__).parent / "fixtures"

@@ -51,3 +51,10 @@ def stock_config(config):
     """The stock config with every field of one of ours but the norms."""
     fields = {key: value for key, value in config.to_dict().items() if key not in (*NORM_FIELDS, "model_type")}
     return stock_of(type(config))(**fields)
+
+
+@torch.no_grad()
+def smoothed_loss(model, ids, smoothing=0.1):
+    """Loss of predicting each next token, with labels smoothed: what `label_smoothing_factor` asks of a Trainer."""
+    logits = model(ids).logits[:, :-1].transpose(1, 2)
+    return torch.nn.functional.cross_entropy(logits, ids[:, 1:], label_smoothing=smoothing)

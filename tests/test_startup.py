@@ -178,7 +178,7 @@ def test_tables_of_names_hold_ours_for_what_chooses_by_them(family, tiny_config)
     from transformers.models.auto import modeling_auto
 
     (entry,) = (each for each in REGISTERED if each.stock_model_type == family)
-    assert modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[entry.model_type] == entry.causal_lm_name
+    assert modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[entry.model_type] == entry.causal_lm.__name__
     assert entry.causal_lm in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.values()
     assert entry.config in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()

@@ -27,6 +27,7 @@ from ..files import (
     environment_record,
     existing_folder,
     has_tokenizer,
+    name_tokenizer,
     write_json,
     write_text,
 )
@@ -212,6 +213,7 @@ def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str,
         config.save_pretrained(folder)
         _write_weights(found, change, folder, wanted.dtype)
         _copy_rest(found.folder, folder)
+        name_tokenizer(folder, found.family.tokenizer_name)
         if wanted.remote_code:
             add_remote_code(folder)
         write_json(folder / RECORD, record)

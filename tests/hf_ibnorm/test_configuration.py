@@ -11,7 +11,6 @@ from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, MistralConfig
-from transformers.utils import logging
 
 from hf_ibnorm import (
     NORMS,
@@ -21,17 +20,6 @@ from hf_ibnorm import (
 )
 
 pytestmark = pytest.mark.oldest
-
-
-@pytest.fixture
-def transformers_log(caplog):
-    """What Transformers logs, colours included."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_warning()
-    logging.enable_propagation()
-    yield caplog
-    logging.disable_propagation()
-    logging.set_verbosity(before)
 
 
 def kinds(model):
@@ -173,7 +161,8 @@ def test_a_stock_checkpoint_keeps_weights_and_gains(stock_model, family, name, t
 def test_a_stock_checkpoint_takes_its_eps_and_other_fields_from_the_arguments_too(stock_model, family, tmp_path):
     stock_model(family).save_pretrained(tmp_path)
     field = FAMILY[family].config.norm_eps_field
-    model = FAMILY[family].classifier.from_pretrained(tmp_path, norm_type="ibnorm_l", num_labels=3, **{field: 1e-3})
+    classifier = FAMILY[family].auto_classes["AutoModelForSequenceClassification"]
+    model = classifier.from_pretrained(tmp_path, norm_type="ibnorm_l", num_labels=3, **{field: 1e-3})
     assert model.config.norm_kwargs["eps"] == 1e-3
     assert model.score.out_features == 3
 

@@ -8,9 +8,10 @@ import textwrap
 
 import pytest
 import torch
-from helpers import FAMILIES, FINAL, build, shake, tokens
+import transformers
+from helpers import FAMILIES, FAMILY, FINAL, build, shake, smoothed_loss, tokens
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from hf_ibnorm.remote_code import add_remote_code
 
@@ -21,7 +22,8 @@ WITHOUT_THE_PACKAGE = """
     sys.modules["hf_ibnorm"] = None  # importing it fails from here on
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoConfig
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM, AutoConfig, Trainer, TrainingArguments
 
     def load(auto, path):
         return auto.from_pretrained(path, trust_remote_code=True).eval()
@@ -34,12 +36,17 @@ WITHOUT_THE_PACKAGE = """
         models.append(model)
         assert type(model).__module__.startswith("transformers_modules.")
         assert torch.equal(model(x).logits, expected["logits"])
-        assert torch.equal(load(AutoModel, folder + "/lm")(x)[0], expected["hidden"])
-        assert torch.equal(load(AutoModelForSequenceClassification, folder + "/classifier")(x)[0], expected["scores"])
+        for name in expected.keys() - {"tokens", "logits", "smoothed"}:
+            assert torch.equal(load(getattr(transformers, name), folder + "/" + name)(x)[0], expected[name]), name
+
+        args = TrainingArguments(folder, label_smoothing_factor=0.1, report_to=[], use_cpu=True, disable_tqdm=True)
+        rows = [{"input_ids": row, "labels": row} for row in x]
+        loss = Trainer(model, args, eval_dataset=rows).evaluate()["eval_loss"]
+        assert abs(loss - expected["smoothed"].item()) < 1e-4, loss
 
         model.save_pretrained(folder + "/again")
         assert torch.equal(load(AutoModelForCausalLM, folder + "/again")(x).logits, expected["logits"])
-        assert torch.equal(load(AutoModel, folder + "/again")(x)[0], expected["hidden"])
+        assert torch.equal(load(AutoModel, folder + "/again")(x)[0], load(AutoModel, folder + "/lm")(x)[0])
         config = AutoConfig.from_pretrained(folder + "/again", trust_remote_code=True)
         fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
         fresh.train()(x, labels=x).loss.backward()
@@ -59,18 +66,20 @@ WITHOUT_THE_PACKAGE = """
 
 
 def with_its_code(tiny_config, family, folder):
-    """Write a language model and a classifier that carry their code, and what they compute."""
+    """Write a model of every Auto class, carrying its code, and what each computes."""
     final = {"type": "layernormalnorm", "kwargs": {"backend": "reference"}}
     fields = {"norm_type": "ibnorm_t", "norm_overrides": {FINAL[family]: final}, "pad_token_id": 0}
     fields["norm_kwargs"] = {"lam": 0.3, "backend": "reference"}
     model = shake(build(tiny_config(family, **fields)))
-    classifier = shake(build(tiny_config(family, **fields), cls=AutoModelForSequenceClassification))
-    for name, each in (("lm", model), ("classifier", classifier)):
+    expected = {"tokens": tokens(), "logits": model(tokens()).logits, "smoothed": smoothed_loss(model, tokens())}
+    made = {"lm": model}
+    for name in FAMILY[family].auto_classes:
+        made[name] = shake(build(tiny_config(family, **fields), cls=getattr(transformers, name)))
+        expected[name] = made[name](tokens())[0]
+    for name, each in made.items():
         each.save_pretrained(folder / name)
         written = add_remote_code(folder / name)
         assert all(path.parent == folder / name and path.is_file() for path in written)
-    expected = {"tokens": tokens(), "logits": model(tokens()).logits, "hidden": model.base_model(tokens())[0]}
-    expected["scores"] = classifier(tokens()).logits
     save_file({key: value.contiguous() for key, value in expected.items()}, folder / "expected.safetensors")
 
 
