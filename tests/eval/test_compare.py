@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from browser import CHROMIUM, check_layout
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from eval.compare import Pairs, bootstrap_interval, compare, holm, p_of_no_diffe
 from eval.runner import run
 from eval.scoring import Stratum
 from eval.suites import SUITES, Benchmark
+from hf_ibnorm.report.tables import decimals
 
 COVERAGE = {"items": (300, 1), "clusters": (120, 4), "two tasks": (150, 1)}
 
@@ -202,11 +204,17 @@ def test_a_comparison_is_written_as_data_tables_a_plot_and_one_page(runs, comman
     assert "https://" not in page
     assert page.count("data:image/png;base64,") == 1
     assert "SMOKE" in page
+    if CHROMIUM:
+        check_layout(out / "comparison.html", tmp_path)
     rows = list(csv.DictReader((out / "comparison.csv").open()))
     assert len(rows) == 14
     for row in rows:
-        assert f"<td>{100 * float(row['difference']):+.2f}</td>" in page
+        low, high = (float(end) for end in re.findall(r"-?[\d.e-]+", row["interval"]) or (0, 0))
+        digits = max(decimals((high - low) / 2 / 1.96) - 2, 0)
+        assert f"<td>{100 * float(row['difference']):+.{digits}f}</td>" in page
         assert row["verdict"] in printed
+    heads = re.findall("<th[^>]*>(.*?)</th>", page)
+    assert heads[:3] == ["benchmark", "verdict", "run"]
     kept = json.loads((out / "comparison.json").read_text())["differences"]
     for row in kept[str(runs / "c")]:
         scores = [json.loads((runs / name / "scores.json").read_text())["benchmarks"] for name in "ac"]
