@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import CHROMIUM, check_layout
+from browser import check_layout, needs_chromium
 from pictures import tick_labels
 from safetensors.torch import load_file
 from training import small_corpus
@@ -133,5 +133,14 @@ def test_the_pages_of_studies_are_made_from_the_tree(name, figures, tmp_path, mo
     cost = next(each for each in figures if each.axes[0].get_xlabel().startswith("seconds"))
     handles, names = cost.axes[0].get_legend().legend_handles, cost.axes[0].get_legend().texts
     assert len({tuple(each.get_color()[0]) for each in handles}) == len(names) <= 10
-    if CHROMIUM:
-        check_layout(folder / "report.html", tmp_path)
+
+
+@needs_chromium
+def test_no_table_of_a_wide_study_is_wider_than_its_page(tmp_path, monkeypatch):
+    import studies
+
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(studies, "draw", lambda *_: [])
+    folder = shutil.copytree(ROOT / "docs/results/lambda", tmp_path / "lambda")
+    studies.redraw("lambda")
+    check_layout(folder / "report.html", tmp_path)

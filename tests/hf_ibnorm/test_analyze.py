@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import CHROMIUM, check_layout
+from browser import check_layout, needs_chromium
 from helpers import shake
 from tokenizers.processors import TemplateProcessing
 from training import run, small_corpus
@@ -122,7 +122,7 @@ def test_the_numbers_are_those_of_the_library(report, normal):
     assert number(found[noise.sites[0], "norm"]["zeta"]) == pytest.approx(noise.zeta[0][-1], rel=1e-6)
 
 
-def test_everything_is_there_and_the_page_needs_nothing_else(report, tmp_path):
+def test_everything_is_there_and_the_page_needs_nothing_else(report):
     names = {path.name for path in report.iterdir()}
     files = {f"{name}.csv" for name in CSV_FILES | {"lam_hat", "likelihood", "likelihood_rows"}}
     pictures = {f"{name}.png" for name in PICTURES | {"lam_hat", "likelihood"}}
@@ -132,12 +132,15 @@ def test_everything_is_there_and_the_page_needs_nothing_else(report, tmp_path):
     assert not re.search(r"<script|https?://|src=\"(?!data:)", page)
     for text in ("stock", "normal", "layers.1.post_attention_layernorm", "34", "chance"):
         assert text in page
-    if CHROMIUM:
-        check_layout(report / "report.html", tmp_path, verdict=False)
     record = json.loads((report / "analysis.json").read_text(encoding="utf-8"))
     assert record["options"]["delta"] == 1.0
     assert set(record["models"]) == {"stock", "normal"}
     assert record["models"]["stock"]["tokens_sha"] == record["models"]["normal"]["tokens_sha"]
+
+
+@needs_chromium
+def test_no_table_of_the_page_is_wider_than_the_page(report, tmp_path):
+    check_layout(report / "report.html", tmp_path, verdict=False)
 
 
 def test_what_is_drawn_of_channels_is_what_comes_out(report):
