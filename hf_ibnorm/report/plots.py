@@ -227,7 +227,7 @@ def plot_losses(runs: list[Run], path: Path) -> None:
     """Training loss (averaged over up to 10 steps) and validation loss of several runs against the step."""
     with figure(path) as axes:
         _draw_losses(axes, runs)
-        above(axes.figure, handles([axes]))
+        above(axes.figure, _runs_and_validation(axes))
 
 
 PANELS = {
@@ -254,7 +254,7 @@ def plot_runs(runs: list[Run], path: Path) -> None:
             if name == "grad_norm":
                 panel.set_yscale("log")
             clip(panel, curves)
-        above(losses.figure, handles([losses]))
+        above(losses.figure, _runs_and_validation(losses))
 
 
 def _draw_losses(axes: Any, runs: list[Run]) -> None:
@@ -276,3 +276,9 @@ def _draw_losses(axes: Any, runs: list[Run]) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     clip(axes, curves)
+
+
+def _runs_and_validation(axes: Any) -> dict[str, Any]:
+    """The entries of the legend, the marks of all runs last."""
+    found = handles([axes])
+    return dict(sorted(found.items(), key=lambda entry: entry[0] == "validation"))

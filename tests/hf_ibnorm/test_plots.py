@@ -83,7 +83,7 @@ def test_runs_are_drawn_over_each_other_with_plain_gradient_norms(figures, tmp_p
     assert {"0.001", "1", "1000"} & set(labels)
     for drawn in figures:
         (legend,) = drawn.legends
-        assert [text.get_text() for text in legend.texts] == ["rmsnorm", "validation", "ibnorm_l", "dyt"]
+        assert [text.get_text() for text in legend.texts] == ["rmsnorm", "ibnorm_l", "dyt", "validation"]
 
 
 def test_a_run_that_diverged_does_not_take_the_axis(figures, tmp_path):
