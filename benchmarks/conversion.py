@@ -4,7 +4,8 @@
 
 Each case is converted twice by `hf-ibnorm convert` (keep, calibrate), healed by `train_lm --config heal` from the
 calibrated one, and measured by `hf-ibnorm convert_report`. A case whose report is there is left alone, so that the same
-command goes on where it was stopped; `--page` alone writes the table of docs/convert.md from the reports.
+command goes on where it was stopped; `--page` alone writes the table of docs/convert.md and draws
+the pictures from the reports.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 from page import page
 
-from hf_ibnorm.convert.report import SOURCE, mean_score
+from hf_ibnorm.convert.report import SOURCE, mean_score, plot
 from hf_ibnorm.files import write_text
 from hf_ibnorm.report.tables import Table
 
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path, help="directory of the model, such as tests/smollm2.py makes")
     parser.add_argument("--work", type=Path, help="folder for the models, which are removed again")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="(default: all)")
-    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--page", action="store_true", help="only write the page and the pictures")
     arguments = parser.parse_args()
     if not arguments.page and (arguments.model is None or arguments.work is None):
         parser.error("MODEL and --work, or --page")
@@ -119,6 +120,8 @@ def main() -> None:
             shutil.rmtree(work, ignore_errors=True)
             study(arguments.model, case, work, RESULTS / case)
             shutil.rmtree(work)
+    for case, report in reports().items():
+        plot(report, RESULTS / case / "report.png")
     write_text(PAGE, written(PAGE.read_text(encoding="utf-8")))
 
 

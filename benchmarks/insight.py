@@ -2,13 +2,15 @@
 
     python benchmarks/insight.py [REPORT]
 
-With the folder of a report its CSV files and pictures are copied to docs/results/insight first; without, the tables of
-the page are written from those that are there. `make insight` trains the models, looks at them and does both.
+With the folder of a report its CSV files are copied to docs/results/insight first, with what the pictures need beside
+them; without, the tables of the page and the pictures are made from those that are there. `make insight` trains the
+models, looks at them and does both.
 """
 
 import argparse
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from statistics import fmean, median
@@ -16,14 +18,20 @@ from typing import Any
 
 from page import page
 
+from hf_ibnorm.analysis import pictures
+from hf_ibnorm.analysis.information import Estimate
+from hf_ibnorm.analysis.noise import NoiseRobustness
+from hf_ibnorm.analysis.page import qq_panels
 from hf_ibnorm.analysis.pictures import short_site
+from hf_ibnorm.analysis.plane import PlanePoint
 from hf_ibnorm.files import write_json, write_text
 from hf_ibnorm.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs/insight.md", ROOT / "docs/results/insight"
+DRAWN = RESULTS / "pictures.json"
+"""Numbers of pictures that no table has: histograms, pairs and quantiles."""
 TABLES = ("sites", "normality", "likelihood", "noise", "plane")
-PICTURES = ("profiles", "norms", "qq", "lam_hat", "likelihood", "zeta", "plane", "ib")
 PLACES = ("before", "after")
 Row = dict[str, str]
 
@@ -31,12 +39,77 @@ Row = dict[str, str]
 def adopt(report: Path) -> None:
     """Copy what the page is made of."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in [*(f"{table}.csv" for table in TABLES), *(f"{picture}.png" for picture in PICTURES)]:
-        shutil.copyfile(report / name, RESULTS / name)
+    for name in TABLES:
+        shutil.copyfile(report / f"{name}.csv", RESULTS / f"{name}.csv")
     record = json.loads((report / "analysis.json").read_text(encoding="utf-8"))
     models = record["models"].items()
     of_models = {name: {key: model[key] for key in ("norm", "step", "tokens", "loss")} for name, model in models}
     write_json(RESULTS / "facts.json", {**record, "models": of_models})
+    lam_hat = {
+        name: {site: cells["lam_hat"] for site, cells in model["sites"].items() if cells["lam_hat"]}
+        for name, model in models
+    }
+    likelihood = {name: model["likelihood"] for name, model in models if model["likelihood"]}
+    kept = {"lam_hat": lam_hat, "likelihood": likelihood, "qq": qq_panels(record["models"])}
+    # Five digits are more than a picture shows.
+    write_text(DRAWN, json.dumps(json.loads(json.dumps(kept), parse_float=lambda text: float(f"{float(text):.5g}"))))
+
+
+def draw() -> None:
+    """Draw every picture that there are numbers for; one without numbers stays as it is."""
+    shown = facts()["models"]
+    found = json.loads(DRAWN.read_text(encoding="utf-8")) if DRAWN.is_file() else {"lam_hat": {}}
+    sites: dict[str, dict[str, Any]] = {name: {} for name in shown}
+    for row in read("sites"):
+        if row["step"] == str(shown[row["model"]]["step"]):
+            sites[row["model"]][row["site"]] = _statistics(row)
+    for name, each in found["lam_hat"].items():
+        for site, histogram in each.items():
+            sites[name][site]["lam_hat"] = histogram
+    pictures.draw_profiles(sites, RESULTS / "profiles.png")
+    pictures.draw_norm_profiles(sites, RESULTS / "norms.png")
+    pictures.draw_lam_hat(sites, RESULTS / "lam_hat.png")
+    pictures.draw_zeta({name: _noise(of_model(read("noise"), name, None)) for name in shown}, RESULTS / "zeta.png")
+    points = {name: [_point(row) for row in of_model(read("plane"), name, None)] for name in shown}
+    pictures.draw_plane(points, RESULTS / "plane.png")
+    pictures.draw_ib(points, RESULTS / "ib.png")
+    if DRAWN.is_file():
+        pictures.draw_likelihood(found["likelihood"], RESULTS / "likelihood.png")
+        pictures.draw_qq(found["qq"], RESULTS / "qq.png")
+
+
+def _statistics(row: Row) -> dict[str, Any]:
+    """A site's statistics from their row."""
+    numbers = {key: float(cell) for key, cell in row.items() if re.fullmatch(r"-?[\d.]+(e-?\d+)?", cell)}
+    site: dict[str, Any] = {key: value for key, value in numbers.items() if "_" not in key}
+    for part in (*PLACES, "lam_hat", "p_std"):
+        cells = {key.removeprefix(f"{part}_"): value for key, value in numbers.items() if key.startswith(f"{part}_")}
+        site[part] = cells or None
+    return {**site, "width": int(row["width"])}
+
+
+def _noise(rows: list[Row]) -> NoiseRobustness:
+    sites = tuple(dict.fromkeys(row[key] for key in ("noise_at", "measured_at") for row in rows))
+    found = {(row["noise_at"], row["measured_at"]): row for row in rows}
+
+    def grid(key: str) -> tuple[tuple[float | None, ...], ...]:
+        cells = [[found.get((a, b), {}).get(key) for b in sites] for a in sites]
+        return tuple(tuple(float(cell) if cell else None for cell in line) for line in cells)
+
+    options = facts()["options"]
+    return NoiseRobustness(options["delta"], options["draws"], sites, grid("zeta"), grid("spread"))
+
+
+def _point(row: Row) -> PlanePoint:
+    def estimate(key: str) -> Estimate:
+        value, *ends, chance = (
+            float(row[name]) if row[name] else None for name in (key, f"{key}_low", f"{key}_high", f"{key}_chance")
+        )
+        interval = None if None in ends else (ends[0], ends[1])
+        return Estimate(value, interval, chance, int(row["n"]), row["reason"])
+
+    step = int(row["step"]) if row["step"] else None
+    return PlanePoint(step, row["site"], row["estimator"], *map(estimate, KEYS), float(row["beta"]))
 
 
 def read(name: str) -> list[Row]:
@@ -178,6 +251,7 @@ def main() -> None:
     report = parser.parse_args().report
     if report is not None:
         adopt(report)
+    draw()
     made = tables()
     write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), made))
     print(*made.values(), sep="\n")

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from hf_ibnorm.files import write_text
-from hf_ibnorm.report.plots import COLOURS, figure
+from hf_ibnorm.report.plots import COLOURS, beside, figure
 from hf_ibnorm.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
@@ -16,9 +16,15 @@ RESULTS, PAGES, PLOT = ROOT / "benchmarks/results", ("docs/performance.md", "REA
 IN_README = ("torch layer_norm", "LlamaRMSNorm", "LlamaRMSNorm, torch.compile", "IBNorm-S, ours", "IBNorm-L, ours")
 IN_README += ("IBNorm-T, ours", "NormalNorm, ours", "NormalNorm with noise, ours", "NormalNorm, published form")
 SHAPES = (("4096", "1024"), ("2048", "512"))
-IN_PLOT = ("IBNorm-S, ours", "IBNorm-L, ours", "IBNorm-T, ours", "NormalNorm, ours", "NormalNorm with noise, ours")
-IN_PLOT += ("LlamaRMSNorm", "LlamaRMSNorm, torch.compile", "IBNorm-L, formulas", "IBNorm-L, formulas, torch.compile")
-IN_PLOT += ("NormalNorm, published form", "NormalNorm, published form, torch.compile")
+IN_PLOT = {
+    "IBNorm-S": ("ours",),
+    "IBNorm-L": ("ours", "formulas", "formulas, torch.compile"),
+    "IBNorm-T": ("ours",),
+    "NormalNorm": ("ours", "published form", "published form, torch.compile"),
+    "NormalNorm with noise": ("ours",),
+    "LlamaRMSNorm": ("", "torch.compile"),
+}
+"""Norms, each in a colour, and who computes them, in a line style."""
 Row = dict[str, str]
 
 
@@ -152,18 +158,24 @@ def plot(rows: list[Row], path: Path) -> None:
     """Forward and backward of ours and some peers as a multiple of torch's layer_norm, by width."""
     both = [row for row in rows if row["direction"] == "both"]
     widths = list(dict.fromkeys(int(row["width"]) for row in both))
-    with figure(path) as axes:
-        for i, norm in enumerate(IN_PLOT):
-            ratios = [float(row["ratio_to_layer_norm"]) for row in both if row["norm"] == norm]
-            ours = norm.endswith("ours")
-            colour = COLOURS[i % len(COLOURS)]
-            style = {"linestyle": "-", "marker": "o"} if ours else {"linestyle": "--", "marker": "s", "alpha": 0.6}
-            axes.plot(widths, ratios, label=norm, color=colour, markersize=4, **style)
+    with figure(path, height=4.2) as axes:
+        last = {}
+        for (norm, forms), colour in zip(IN_PLOT.items(), COLOURS, strict=False):
+            for form in forms:
+                name = f"{norm}, {form}" if form else norm
+                ratios = [float(row["ratio_to_layer_norm"]) for row in both if row["norm"] == name]
+                style, mark = ("-", "o") if form == "ours" else (":", "^") if "compile" in form else ("--", "s")
+                (line,) = axes.plot(widths, ratios, linestyle=style, marker=mark, color=colour, markersize=4)
+                last[name] = ratios[-1], line
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="width", ylabel="forward + backward ÷ torch layer_norm")
         axes.set_xticks(widths, [str(width) for width in widths])
         axes.minorticks_off()
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        most = axes.get_ylim()[1]
+        shown = [ratio for ratio in (1, 2, 5, 10, 20, 50, 100) if ratio <= most]
+        axes.set_yticks(shown, [str(ratio) for ratio in shown])
+        # In the order in which the curves end.
+        beside(axes, {name: line for name, (_, line) in sorted(last.items(), key=lambda item: -item[1][0])})
 
 
 def main() -> None:

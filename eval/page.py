@@ -10,8 +10,8 @@ from typing import Any
 from hf_ibnorm.cli import bad_input
 from hf_ibnorm.files import package_versions, write_json, write_text
 from hf_ibnorm.report.page import Page
-from hf_ibnorm.report.plots import COLOURS, figure
-from hf_ibnorm.report.tables import Table, csv_text, score_cell
+from hf_ibnorm.report.plots import COLOURS, Estimate, plot_forest
+from hf_ibnorm.report.tables import Table, csv_text, decimals, score_cell
 
 from .compare import BETTER, CHANCE, SAME, WORSE, Difference, Scored
 from .harness import Prompting
@@ -31,26 +31,29 @@ READING = (
 
 
 def difference_table(found: dict[str, list[Difference]]) -> Table:
-    """Every comparison, a row each."""
+    """Every comparison, a row each, with the digits that the width of its interval leaves."""
     several = len(found) > 1
-    columns = [*(["run"] if several else []), "benchmark", "first", "other", "difference", "95 % interval"]
-    table = Table([*columns, "p", "corrected", "only other : only first", "n", "verdict"])
+    words = ["benchmark", "verdict", *(["run"] if several else [])]
+    columns = ["first", "other", "difference", "95 % interval", "p", "corrected", "only other : only first", "n"]
+    table = Table([*words, *columns], text=len(words))
     for name, rows in found.items():
         for row in rows:
-            interval = "-" if row.interval is None else f"{100 * row.interval[0]:+.2f} to {100 * row.interval[1]:+.2f}"
+            low, high = row.interval or (0.0, 0.0)
+            digits = decimals((high - low) / (2 * 1.96))
+            points = max(digits - 2, 0)
             table.rows.append(
                 [
-                    *([name] if several else []),
                     row.title,
-                    f"{row.first:.4f}",
-                    f"{row.second:.4f}",
-                    f"{100 * row.difference:+.2f}",
-                    interval,
+                    row.verdict,
+                    *([name] if several else []),
+                    f"{row.first:.{digits}f}",
+                    f"{row.second:.{digits}f}",
+                    f"{100 * row.difference:+.{points}f}",
+                    "-" if row.interval is None else f"{100 * low:+.{points}f} to {100 * high:+.{points}f}",
                     "-" if row.p is None else f"{row.p:.2g}",
                     "-" if row.adjusted is None else f"{row.adjusted:.2g}",
                     f"{row.wins} : {row.losses}",
                     str(row.n),
-                    row.verdict,
                 ]
             )
     return table
@@ -58,24 +61,19 @@ def difference_table(found: dict[str, list[Difference]]) -> Table:
 
 def draw_forest(found: dict[str, list[Difference]], first: str, path: Path) -> None:
     """Differences with their intervals, a line each; a filled mark where the verdict is better or worse."""
-    rows = [(name, row) for name, differences in found.items() for row in differences]
-    with figure(path) as axes:
-        axes.figure.set_size_inches(7, 1.2 + 0.32 * len(rows))
-        names = list(found)
-        for y, (name, row) in enumerate(rows):
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            filled = colour if row.verdict in (BETTER, WORSE) else "white"
-            if row.interval:
-                axes.plot([100 * end for end in row.interval], [y, y], color=colour, linewidth=1.6, zorder=2)
-            mark = {"color": colour, "markerfacecolor": filled, "markersize": 6, "zorder": 3}
-            axes.plot([100 * row.difference], [y], "o", label=name, **mark)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), [row.title for _, row in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlabel(f"difference from {first}, percentage points or 0.01 bits per byte")
-        if len(names) > 1:
-            handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-            axes.legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    estimates = [
+        Estimate(
+            row.title if i < len(COLOURS) else f"{row.title}, {name}",
+            100 * row.difference,
+            row.interval and (100 * row.interval[0], 100 * row.interval[1]),
+            filled=row.verdict in (BETTER, WORSE),
+            colour=COLOURS[min(i, len(COLOURS) - 1)],
+            name=name if i < len(COLOURS) else "others",
+        )
+        for i, (name, rows) in enumerate(found.items())
+        for row in rows
+    ]
+    plot_forest(estimates, path, f"difference from {first}, percentage points or 0.01 bits per byte")
 
 
 def scores_side_by_side(runs: Sequence[Scored], benchmarks: Sequence[Benchmark]) -> Table:

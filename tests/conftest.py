@@ -145,3 +145,16 @@ def source(stock_model, tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were drawn, before they are closed; each must be in the house's style."""
+    import matplotlib.pyplot as plt
+    from pictures import check_style
+
+    found, close = [], plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: (found.append(figure), close(figure)))
+    yield found
+    for figure in found:
+        check_style(figure)

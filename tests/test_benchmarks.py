@@ -1,10 +1,13 @@
 """The benchmarks' own peer is what it says it is, and docs/performance.md is what was measured."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from browser import check_layout, needs_chromium
+from pictures import tick_labels
 from safetensors.torch import load_file
 from training import small_corpus
 
@@ -16,7 +19,7 @@ def benchmarks(monkeypatch):
     """Modules of benchmarks/ can be imported."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield
-    for name in ("published", "page", "convert", "watching", "analysis", "insight", "long_text"):
+    for name in ("published", "page", "convert", "watching", "analysis", "insight", "long_text", "studies"):
         sys.modules.pop(name, None)
 
 
@@ -102,3 +105,53 @@ def test_watched_steps_are_measured_beside_plain_ones():
     plain, watched = float(row["plain_seconds"]), float(row["watched_seconds"])
     assert 0 < plain < watched
     assert float(row["overhead_at_50"]) == pytest.approx((watched / plain - 1) / 50, rel=0.05)
+
+
+def test_the_plot_of_speeds_has_plain_ticks_and_a_look_for_each_curve(figures, tmp_path):
+    import page
+
+    page.plot(page.read("fused_norms"), tmp_path / "performance.png")
+    (axes,) = figures[0].axes
+    assert tick_labels(axes.yaxis) == ["1", "2", "5", "10", "20", "50"]
+    assert tick_labels(axes.xaxis) == ["512", "1024", "2048", "4096"]
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.lines}
+    assert len(looks) == len(axes.lines) == len(axes.get_legend().texts) + 1  # with the line at 1
+
+
+def test_the_pictures_of_diagnostics_are_drawn_from_the_tree(figures, tmp_path, monkeypatch):
+    import insight
+
+    monkeypatch.setattr(insight, "RESULTS", shutil.copytree(insight.RESULTS, tmp_path / "insight"))
+    monkeypatch.setattr(insight, "DRAWN", tmp_path / "insight" / "pictures.json")
+    insight.draw()
+    drawn = {path.name for path in (tmp_path / "insight").glob("*.png")}
+    assert drawn == {path.name for path in (ROOT / "docs/results/insight").glob("*.png")}
+    assert len(figures) >= 6
+    titles = [axes.get_title(loc="left") for axes in figures[0].axes]
+    assert len(titles) == len(set(titles)) == 8
+
+
+@pytest.mark.parametrize("name", ["quick", "lambda"])
+def test_the_pages_of_studies_are_made_from_the_tree(name, figures, tmp_path, monkeypatch):
+    import studies
+
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    kept = ROOT / "docs/results" / name
+    folder = shutil.copytree(kept, tmp_path / name)
+    studies.redraw(name)
+    for file in ("report.md", "verdicts.csv", "verdicts.tex"):
+        assert (folder / file).read_text(encoding="utf-8") == (kept / file).read_text(encoding="utf-8")
+    cost = next(each for each in figures if each.axes[0].get_xlabel().startswith("seconds"))
+    handles, names = cost.axes[0].get_legend().legend_handles, cost.axes[0].get_legend().texts
+    assert len({tuple(each.get_color()[0]) for each in handles}) == len(names) <= 10
+
+
+@needs_chromium
+def test_no_table_of_a_wide_study_is_wider_than_its_page(tmp_path, monkeypatch):
+    import studies
+
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(studies, "draw", lambda *_: [])
+    folder = shutil.copytree(ROOT / "docs/results/lambda", tmp_path / "lambda")
+    studies.redraw("lambda")
+    check_layout(folder / "report.html", tmp_path)

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from hf_ibnorm.report.plots import COLOURS, STYLES, figure
+from hf_ibnorm.report.plots import COLOURS, MARKS, SMALL, STYLES, Estimate, beside, clip, crowd, figure, plot_forest
 from hf_ibnorm.report.runs import Run
 
 from ..compare import BETTER, WORSE
@@ -21,87 +22,181 @@ SMOOTH = 20
 """Steps that the training loss is averaged over."""
 
 
-def draw_losses(groups: Sequence[Group], path: Path) -> None:
-    """Training loss, averaged over up to 20 steps, and validation loss: mean over seeds, band from best to worst."""
-    shown = _shown(groups)
-    with figure(path, 1, 2) as axes:
-        for i, group in enumerate(shown):
-            look: dict[str, Any] = {
-                "color": COLOURS[i % len(COLOURS)],
-                "linestyle": STYLES[i // len(COLOURS) % len(STYLES)],
+@dataclass(frozen=True)
+class Curve:
+    """Losses of one compared training, as they are drawn.
+
+    Args:
+        condition, norm, seed: of the training.
+        training: step and training loss, averaged over steps.
+        validation: step and validation loss.
+    """
+
+    condition: str
+    norm: str
+    seed: int
+    training: Sequence[tuple[int, float]]
+    validation: Sequence[tuple[int, float]]
+
+
+CURVE = ("condition", "norm", "seed", "kind", "step", "loss")
+"""Columns of `curves.csv`."""
+
+
+def curves_of(groups: Sequence[Group]) -> list[Curve]:
+    """The curves that are drawn: of norms with a run, the baseline first, then the best; of each sweep the best λ."""
+    found = []
+    for condition in dict.fromkeys(group.condition for group in groups):
+        for group in _shown([group for group in groups if group.condition == condition]):
+            seeds = [seed for seed, each in group.finals.items() if each.run in group.runs()]
+            smoothed, validated = _smoothed(group.runs()), _validated(group.runs())
+            for seed, *losses in zip(seeds, smoothed, validated, strict=True):
+                found.append(Curve(condition, group.arm.name, seed, *losses))
+    return found
+
+
+def curve_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """The same as rows of `curves.csv`."""
+    return [
+        dict(zip(CURVE, (each.condition, each.norm, each.seed, kind, *point), strict=True))
+        for each in curves
+        for kind, points in (("training", each.training), ("validation", each.validation))
+        for point in points
+    ]
+
+
+def draw_losses(curves: Sequence[Curve], baseline: str | None, path: Path) -> None:
+    """Training loss, averaged over up to 20 steps, and by how much the validation loss differs from the baseline's:
+    mean over seeds, band from best to worst. Without a baseline, the validation loss itself."""
+    names = list(dict.fromkeys(each.norm for each in curves))
+    validated = {name: {each.seed: each.validation for each in curves if each.norm == name} for name in names}
+    smoothed = {name: {each.seed: each.training for each in curves if each.norm == name} for name in names}
+    base = validated.get(baseline or "", {})
+    if paired := bool(base) and all(_steps(each) == _steps(base) for each in validated.values()):
+        validated = {
+            name: {
+                seed: [(step, loss - other) for (step, loss), (_, other) in zip(curve, base[seed], strict=True)]
+                for seed, curve in each.items()
             }
-            for panel, curves in zip(axes, (_smoothed(group.runs()), _validated(group.runs())), strict=True):
-                steps = [step for step, _ in curves[0]]
-                values = list(zip(*([loss for _, loss in curve] for curve in curves), strict=True))
-                panel.plot(steps, [fmean(each) for each in values], linewidth=1.3, label=group.arm.name, **look)
+            for name, each in validated.items()
+        }
+    with figure(path, 1, 2) as (left, right):
+        for panel, found in ((left, smoothed), (right, validated)):
+            late = {}
+            for i, (name, seeds) in enumerate(found.items()):
+                look: dict[str, Any] = {
+                    "color": COLOURS[i % len(COLOURS)],
+                    "linestyle": STYLES[i // len(COLOURS) % len(STYLES)],
+                }
+                points = list(zip(*seeds.values(), strict=False))  # a run may have skipped steps
+                steps, values = [each[0][0] for each in points], [[loss for _, loss in each] for each in points]
+                panel.plot(steps, [fmean(each) for each in values], linewidth=1.3, label=name, **look)
                 ends = [min(each) for each in values], [max(each) for each in values]
-                panel.fill_between(steps, *ends, color=look["color"], alpha=0.18, linewidth=0)
-        for panel, title in zip(axes, ("training loss", "validation loss"), strict=True):
+                panel.fill_between(steps, *ends, color=look["color"], alpha=0.15, linewidth=0)
+                # Where a norm ends is what counts, and the second half of its training loss leads there.
+                first = len(values) // 2 if panel is left else 0
+                late[name] = [end for each in ends for end in each[first:]]
+            _show(panel, [value for each in late.values() for value in each])
+            clip(panel, late)
             panel.set_xlabel("step")
-            panel.set_ylabel(f"{title}, nats per token")
-        _second_half(axes[0])
-        axes[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        left.set_title(f"training loss, nats per token, mean of {SMOOTH} steps")
+        told = f"validation loss, difference from {baseline}, nats per token"
+        right.set_title(told if paired else "validation loss, nats per token")
+        beside(right)
 
 
 def draw_forest(groups: Sequence[Group], path: Path, what: str) -> None:
     """Differences from the baseline: seeds as ticks, the mean with its t-interval; filled where the verdict is one."""
-    rows = [group for group in groups if group.paired]
-    with figure(path) as axes:
-        axes.figure.set_size_inches(7, 1.2 + 0.34 * max(len(rows), 1))
-        for y, group in enumerate(rows):
-            found = group.paired
-            assert found is not None
-            colour = COLOURS[0]
-            if found.interval:
-                axes.plot(found.interval, [y, y], color=colour, linewidth=1.6, zorder=2)
-            filled = colour if group.verdict in (BETTER, WORSE) else "white"
-            axes.plot([found.mean], [y], "o", color=colour, markerfacecolor=filled, markersize=6.5, zorder=4)
-            axes.plot(group.differences, [y] * found.n, "|", color="black", markersize=7, alpha=0.6, zorder=3)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), [group.label for group in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlabel(what)
+    estimates = [
+        Estimate(
+            group.label,
+            group.paired.mean,
+            group.paired.interval,
+            group.differences,
+            filled=group.verdict in (BETTER, WORSE),
+        )
+        for group in groups
+        if group.paired
+    ]
+    plot_forest(estimates, path, what)
 
 
 def draw_cost(groups: Sequence[Group], path: Path, metric: str, what: str) -> None:
-    """The metric against the seconds that a training took: means over seeds, with standard deviations."""
-    with figure(path) as axes:
-        for i, group in enumerate(group for group in groups if group.values(metric)):
-            values, seconds = list(group.values(metric).values()), [run.seconds() for run in group.runs()]
-            errors = {"xerr": _spread(seconds), "yerr": _spread(values)}
-            mark = "os^Dv<>P"[i // len(COLOURS) % 8]
-            colour = COLOURS[i % len(COLOURS)]
-            axes.errorbar(
-                fmean(seconds), fmean(values), **errors, fmt=mark, color=colour, elinewidth=1, label=group.label
+    """The metric against the seconds that a training took: means over seeds, with standard deviations.
+
+    The norms of a sweep have one look, with λ beside each; what is far off is a mark at the edge, with its number.
+    """
+    found = [
+        (group, list(group.values(metric).values()), [run.seconds() for run in group.runs()])
+        for group in groups
+        if group.values(metric)
+    ]
+    families = {id(group): name for name, sweep in sweeps_of(groups).items() for group in sweep}
+    # A sweep has its colour of the picture over λ.
+    names = list(dict.fromkeys([*sweeps_of(groups), *(families.get(id(group), group.arm.name) for group, *_ in found)]))
+    low, high = crowd([(fmean(values) - _error(values), fmean(values) + _error(values)) for _, values, _ in found])
+    room = 0.06 * (high - low) or 0.5
+    with figure(path, height=4.2) as axes:
+        entries: dict[str, Any] = {}
+        for group, values, seconds in found:
+            name = families.get(id(group), group.arm.name)
+            i = names.index(name)
+            x, y = fmean(seconds), fmean(values)
+            # Norms that are more than there are colours share the last one, and have their names beside them.
+            colour, mark = COLOURS[min(i, len(COLOURS) - 1)], MARKS[i % len(MARKS)]
+            off = not low - room <= y <= high + room
+            drawn = axes.errorbar(
+                x,
+                high + room if off and y > high else low - room if off else y,
+                xerr=_spread(seconds),
+                yerr=None if off else _spread(values),
+                fmt=("^" if y > high else "v") if off else mark,
+                color=colour,
+                elinewidth=0.7,
+                alpha=0.85,
+                clip_on=not off,
             )
+            texts = [f"{group.arm.lam:g}"] if id(group) in families else []
+            texts += [name] if i >= len(COLOURS) - 1 and len(names) > len(COLOURS) else []
+            texts += [f"{group.arm.name}: {y:.4g}, off the scale"] if off else []
+            side: Any = {"textcoords": "offset points", "fontsize": SMALL, "color": colour}
+            axes.annotate(
+                ", ".join(texts), (x, min(max(y, low - room), high + room)), (6, 4 if not off else -10), **side
+            )
+            entries.setdefault(name if i < len(COLOURS) - 1 or len(names) <= len(COLOURS) else "others", drawn)
+        axes.set_ylim(low - room, high + room)
         axes.set_xlabel("seconds per training, validation not counted")
         axes.set_ylabel(what)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        beside(axes, entries, "numbers in the picture: λ" if families else None)
 
 
 def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> None:
     """The metric against λ, a line for each sweep, at the best learning rate of each λ; other norms as lines across."""
-    sweeps = sweeps_of(groups)
-    with figure(path) as axes:
+    sweeps, shown = sweeps_of(groups), {}
+    with figure(path, height=4.2) as axes:
         for i, (name, sweep) in enumerate(sweeps.items()):
             found = [(group.arm.lam or 0.0, list(group.values(metric).values())) for group in sweep]
             points = [(lam, values) for lam, values in found if values]
             if not points:
                 continue
-            colour = COLOURS[(i + 1) % len(COLOURS)]
+            for lam, values in points:
+                shown[f"{name}, λ = {lam:g},"] = [fmean(values) + sign * _error(values) for sign in (-1, 1)]
+            colour = COLOURS[i % len(COLOURS)]
             aside = 1.05 ** (i - len(sweeps) // 2)  # or the error bars of one λ would cover each other
             axes.errorbar(
                 [lam * aside for lam, _ in points],
                 [fmean(values) for _, values in points],
                 yerr=[_spread(values) or 0.0 for _, values in points],
-                fmt="os^D"[i % 4] + STYLES[i % len(STYLES)],
+                fmt=MARKS[i % len(MARKS)] + STYLES[i % len(STYLES)],
                 color=colour,
+                elinewidth=0.8,
                 capsize=3,
                 label=name,
             )
         swept = {id(group) for sweep in sweeps.values() for group in sweep}
         for i, group in enumerate(group for group in groups if id(group) not in swept and group.values(metric)):
             values = list(group.values(metric).values())
+            shown[group.arm.name] = [fmean(values)]
             style: Any = {"color": "black", "alpha": 0.8}
             axes.axhline(fmean(values), linestyle=STYLES[i % len(STYLES)], linewidth=1, label=group.arm.name, **style)
             if group.verdict == BASELINE and len(values) > 1:
@@ -115,7 +210,8 @@ def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> Non
         axes.set_xticks([], minor=True)
         axes.set_xlabel("λ")
         axes.set_ylabel(what)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        clip(axes, shown)
+        beside(axes)
 
 
 def draw_stability(groups: Sequence[Group], path: Path) -> None:
@@ -126,9 +222,12 @@ def draw_stability(groups: Sequence[Group], path: Path) -> None:
     low = min(found)
     # What is a nat behind the best is as lost as what is three behind.
     high = min(max(found), low + 1.0)
-    with figure(path, 1, len(sweeps)) as axes:
-        panels = list(axes) if len(sweeps) > 1 else [axes]
-        panels[0].figure.set_size_inches(1.0 + 2.9 * len(sweeps), 3.4)
+    columns = min(3, len(sweeps))
+    with figure(path, -(-len(sweeps) // columns), columns, 2.9) as axes:
+        panels = list(getattr(axes, "flat", [axes]))
+        for panel in panels[len(sweeps) :]:
+            panel.remove()
+        panels = panels[: len(sweeps)]
         for panel, (name, sweep) in zip(panels, sweeps.items(), strict=True):
             table = [[_loss(group, rate) for rate in rates] for group in sweep]
             panel.imshow(table, cmap="viridis_r", vmin=low, vmax=high, aspect="auto", origin="lower")
@@ -137,13 +236,14 @@ def draw_stability(groups: Sequence[Group], path: Path) -> None:
                     loss = table[y][x]
                     text = f"{loss:.2f}" if not math.isnan(loss) else "×" if _diverged(group, rate) else ""
                     dark = math.isnan(loss) or loss < (low + high) / 2
-                    panel.text(x, y, text, ha="center", va="center", fontsize=8, color="black" if dark else "white")
+                    place: Any = {"ha": "center", "va": "center", "fontsize": SMALL}
+                    panel.text(x, y, text, color="black" if dark else "white", **place)
             panel.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
             panel.set_yticks(range(len(sweep)), [f"{group.arm.lam:g}" for group in sweep])
             panel.grid(False)
-            panel.set_title(name, fontsize=10)
-            panel.set_xlabel("learning rate")
-        panels[0].set_ylabel("λ")
+            panel.set_title(name)
+        panels[0].figure.supxlabel("learning rate; × diverged")
+        panels[0].figure.supylabel("λ")
 
 
 def sweeps_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -193,13 +293,14 @@ def _validated(runs: Sequence[Run]) -> list[list[tuple[int, float]]]:
     return [[(row["step"], row[VALIDATION]) for row in run.metrics if row.get(VALIDATION) is not None] for run in runs]
 
 
-def _second_half(panel: Any) -> None:
-    """Show the losses from where half of the way down is done, or from where the highest curve ends."""
-    curves = [line.get_ydata() for line in panel.get_lines()]
-    if curves:
-        low, high = min(map(min, curves)), max(map(max, curves))
-        top = max(low + 0.55 * (high - low), max(curve[-1] for curve in curves) + 0.03 * (high - low))
-        panel.set_ylim(low - 0.03 * (high - low), top)
+def _steps(curves: Mapping[int, Sequence[tuple[int, float]]]) -> dict[int, list[int]]:
+    return {seed: [step for step, _ in curve] for seed, curve in curves.items()}
+
+
+def _show(panel: Any, values: Sequence[float]) -> None:
+    """Let the vertical axis go as far as these values do."""
+    room = 0.06 * (max(values) - min(values)) or 0.1
+    panel.set_ylim(min(values) - room, max(values) + room)
 
 
 def _loss(group: Group, rate: float) -> float:
@@ -213,3 +314,7 @@ def _diverged(group: Group, rate: float) -> bool:
 
 def _spread(values: Sequence[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
+
+
+def _error(values: Sequence[float]) -> float:
+    return _spread(values) or 0.0

@@ -1,5 +1,6 @@
 """The report on a study: verdicts first, then what they rest on; Markdown, CSV, LaTeX and one self-contained page."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,15 +9,27 @@ from typing import Any
 
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.files import sha256, write_text
-from hf_ibnorm.report.page import Page
-from hf_ibnorm.report.tables import Table, csv_text
+from hf_ibnorm.report.tables import Table, csv_text, decimals
 
 from ..compare import BETTER, SAME, WORSE
 from ..tables import SMOKE
-from .figures import draw_cost, draw_forest, draw_lam, draw_losses, draw_stability, sweeps_of
+from .figures import (
+    CURVE,
+    Curve,
+    curve_rows,
+    curves_of,
+    draw_cost,
+    draw_forest,
+    draw_lam,
+    draw_losses,
+    draw_stability,
+    sweeps_of,
+)
 from .folder import SOURCE, Folder
+from .page import Parts, write_pages
 from .plan import VALIDATION, Cell, slug
 from .results import (
+    BASELINE,
     HASHES,
     NO_BASELINE,
     NO_SCATTER,
@@ -60,22 +73,23 @@ def what(groups: Sequence[Group], metric: str) -> str:
 
 
 def verdict_table(groups: Sequence[Group], metric: str) -> Table:
-    """The norms, a row each: metric, difference, interval, p, what could be seen, verdict."""
+    """The norms, a row each: verdict, metric, difference, interval, p, what could be seen."""
     most = max((group.paired.n for group in groups if group.paired), default=0)
-    columns = ["norm", metric, "learning rate", "difference", "95 % interval", "p, corrected", "could be seen"]
+    columns = [metric, "difference", "95 % interval", "p, corrected", "could be seen"]
     columns += ["sign test"] * (most >= SIGN_TEST_FROM) + ["bootstrap"] * (most >= BOOTSTRAP_FROM)
-    table = Table([*columns, "verdict"])
+    table = Table(["norm", "verdict", *columns, "learning rate"], text=2)
     for group in groups:
         values, found = list(group.values(metric).values()), group.paired
-        row = [group.label, mean_spread(values), "-" if group.learning_rate is None else f"{group.learning_rate:g}"]
+        row = [group.label, told(group), mean_spread(values)]
         if found is None:
-            row += [""] * (len(columns) - 3)
+            row += [""] * (len(columns) - 1)
         else:
-            row += [f"{found.mean:+.4f}", _interval(found.interval), _p(group.adjusted)]
-            row.append("-" if found.detectable is None else f"{found.detectable:.4f}")
+            digits = decimals(stdev(group.differences) / math.sqrt(found.n) if found.n > 1 else None)
+            row += [f"{found.mean:+.{digits}f}", _interval(found.interval, digits), _p(group.adjusted)]
+            row.append("-" if found.detectable is None else f"{found.detectable:.{digits}f}")
             row += [_p(found.sign_p)] * (most >= SIGN_TEST_FROM)
-            row += [_interval(found.bootstrap)] * (most >= BOOTSTRAP_FROM)
-        table.rows.append([*row, told(group)])
+            row += [_interval(found.bootstrap, digits)] * (most >= BOOTSTRAP_FROM)
+        table.rows.append([*row, "-" if group.learning_rate is None else f"{group.learning_rate:g}"])
     return table
 
 
@@ -127,18 +141,17 @@ def tuning_table(groups: Sequence[Group]) -> Table:
 def benchmark_table(groups: Sequence[Group]) -> Table:
     """Every benchmark of the suites, mean ± standard deviation over seeds."""
     scored = [group for group in groups if any(each.scores for each in group.finals.values())]
-    table = Table(["", *(group.label for group in scored)])
     names = dict.fromkeys(name for group in scored for each in group.finals.values() for name in each.scores)
-    table.rows += [[name, *(mean_spread(list(group.values(name).values())) for group in scored)] for name in names]
-    if names:
-        losses = [mean_spread(list(group.values(VALIDATION).values())) for group in scored]
-        table.rows.append(["validation loss", *losses])
+    table = Table(["norm", *names, "validation loss"])
+    for group in scored:
+        cells = [mean_spread(list(group.values(name).values())) for name in (*names, VALIDATION)]
+        table.rows.append([group.label, *cells])
     return table
 
 
 def failure_table(folder: Folder, groups: Sequence[Group]) -> Table:
     """Trainings that failed or diverged, and refused pairs."""
-    table = Table(["training", "what", "why"])
+    table = Table(["training", "what", "why"], text=3)
     table.rows += [[str(cell), each.state, each.problem] for cell, each in failures(folder, groups)]
     for group in groups:
         table.rows += [[f"{group.label}, {pair}", "pair refused", why] for pair, why in group.refused.items()]
@@ -257,7 +270,7 @@ def _tuning_lines(folder: Folder, groups: Sequence[Group], metric: str) -> list[
 
 def write_report(folder: Folder, output: Path) -> list[Group]:
     """Print the verdicts and write the report into `output`: report.md, report.html, verdicts.csv, verdicts.tex,
-    cells.csv and pictures.
+    cells.csv, curves.csv and pictures.
 
     Returns:
         The norms with their verdicts.
@@ -290,41 +303,35 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
     if any(each.smoke for group in groups for each in group.finals.values()):
         lines.insert(0, f"{SMOKE}: scored on part of the items.")
         stamp = f"{SMOKE}. "
-    bad = {told(group): "bad" for group in groups if group.verdict in (WORSE, DIVERGED, REFUSED, FAILED)}
-    page = Page(f"Study: {study.name}", study.about, {**bad, BETTER: "good"})
     caption = f"{what(groups, metric)}, mean ± standard deviation over seeds."
-    text = [f"# {page.title}", study.about, *(f"**{line}**" for line in lines), table.markdown(), caption]
-    for line in (*lines, caption):
-        page.paragraph(line)
-    page.table(table)
+    curves = curves_of(groups)
     with bad_input(OSError, about="output: "):
         output.mkdir(parents=True, exist_ok=True)
-        for title, path in draw(groups, output, metric):
-            page.image(path, title)
-            text.append(f"![{title}]({path.name})")
-        page.heading("How to read it")
-        page.paragraph(READING)
-        page.heading("What was equal")
-        text += ["## How to read it", READING, "## What was equal", "\n".join(f"- {line}" for line in fair)]
-        for line in fair:
-            page.paragraph(line)
-        for title, each in sections:
-            page.heading(title)
-            page.table(each)
-            text += [f"## {title}", each.markdown()]
-        page.heading("Every training")
-        page.table(_as_table(rows), f"{len(rows)} trainings")
-        text += ["## Every training", f"{len(rows)} trainings: [cells.csv](cells.csv).", *made]
-        write_text(output / "report.md", "\n\n".join(part.rstrip("\n") for part in text if part) + "\n")
-        verdicts = [{"stamp": stamp.strip(), **_verdict_row(group)} for group in groups]
+        parts = Parts(
+            f"Study: {study.name}",
+            study.about,
+            lines,
+            table,
+            caption,
+            draw(groups, curves, output, metric),
+            READING,
+            fair,
+            sections,
+            as_table(rows),
+            made,
+            marked(groups),
+        )
+        write_pages(parts, output)
+        verdicts = [{"stamp": stamp.strip(), **verdict_row(group)} for group in groups]
         write_text(output / "verdicts.csv", csv_text(list(verdicts[0]), verdicts))
         write_text(output / "verdicts.tex", table.latex(f"{stamp}Study {study.name}: {caption}"))
         write_text(output / "cells.csv", csv_text(list(rows[0]), rows))
+        if curves:
+            write_text(output / "curves.csv", csv_text(CURVE, curve_rows(curves)))
         write_text(output / SOURCE, study.source)
         for condition in study.conditions:
             path = folder.recipe(condition)
             write_text(output / f"recipe-{path.name}", path.read_text(encoding="utf-8"))
-        write_text(output / "report.html", page.html(" ".join(made)))
     table.print()
     for line in (*lines, *fair):
         print(line)
@@ -332,7 +339,13 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
     return groups
 
 
-def draw(groups: Sequence[Group], output: Path, metric: str) -> list[tuple[str, Path]]:
+def marked(groups: Sequence[Group]) -> dict[str, str]:
+    """Verdicts that the page emphasizes."""
+    bad = {told(group): "bad" for group in groups if group.verdict in (WORSE, DIVERGED, REFUSED, FAILED)}
+    return {**bad, BETTER: "good"}
+
+
+def draw(groups: Sequence[Group], curves: Sequence[Curve], output: Path, metric: str) -> list[tuple[str, Path]]:
     """Every picture there is something for: title and file."""
     found, about = [], what(groups, metric)
 
@@ -346,8 +359,9 @@ def draw(groups: Sequence[Group], output: Path, metric: str) -> list[tuple[str, 
         here = [group for group in groups if group.condition == condition]
         where, end = (f" ({condition})", f"-{slug(condition)}") if condition else ("", "")
         swept = [group for sweep in sweeps_of(here).values() for group in sweep]
-        if any(group.runs() for group in here):
-            draw_losses(here, add(f"losses{where}", f"losses{end}"))
+        if drawn := [curve for curve in curves if curve.condition == condition]:
+            base = next((group.arm.name for group in here if group.verdict == BASELINE), None)
+            draw_losses(drawn, base, add(f"losses{where}", f"losses{end}"))
         if any(group.values(metric) for group in here):
             draw_cost(here, add(f"quality against time{where}", f"cost{end}"), metric, about)
             if swept:
@@ -377,15 +391,17 @@ def provenance(folder: Folder, groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def mean_spread(values: Sequence[float], digits: int = 4) -> str:
-    """`4.3127 ± 0.0210`, mean and standard deviation; a dash for no value."""
+def mean_spread(values: Sequence[float], most: int = 4) -> str:
+    """`4.313 ± 0.021`: mean and standard deviation, to two digits of that and `most` decimals; a dash for no value."""
     if not values:
         return "-"
-    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    spread = stdev(values) if len(values) > 1 else None
+    digits = decimals(spread, most)
+    return f"{fmean(values):.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 
-def _interval(ends: tuple[float, float] | None) -> str:
-    return "-" if ends is None else f"{ends[0]:+.4f} to {ends[1]:+.4f}"
+def _interval(ends: tuple[float, float] | None, digits: int) -> str:
+    return "-" if ends is None else f"{ends[0]:+.{digits}f} to {ends[1]:+.{digits}f}"
 
 
 def _p(value: float | None) -> str:
@@ -394,12 +410,12 @@ def _p(value: float | None) -> str:
 
 def _tuned(group: Group, rate: float, loss: float | None) -> str:
     if loss is not None:
-        return f"{loss:.4f}{' *' if rate == group.learning_rate else ''}"
+        return f"{loss:.3f}{' *' if rate == group.learning_rate else ''}"
     states = {each.state for each in group.tuning.get(rate, [])}
     return next((state for state in (DIVERGED, FAILED) if state in states), "-")
 
 
-def _verdict_row(group: Group) -> dict[str, Any]:
+def verdict_row(group: Group) -> dict[str, Any]:
     found = group.paired
     low, high = found.interval if found and found.interval else (None, None)
     return {
@@ -420,7 +436,7 @@ def _verdict_row(group: Group) -> dict[str, Any]:
     }
 
 
-def _as_table(rows: Sequence[dict[str, Any]]) -> Table:
+def as_table(rows: Sequence[dict[str, Any]]) -> Table:
     cells = [[_cell_text(value) for value in row.values()] for row in rows]
     return Table(list(rows[0]), cells)
 

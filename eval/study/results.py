@@ -91,7 +91,7 @@ def gather(folder: Folder) -> list[Group]:
             groups[-1].verdict = DIVERGED
     for condition in study.conditions:
         here = [group for group in groups if group.condition == condition]
-        _judge(here, next(group for group in here if group.arm.name == study.baseline), study.metric)
+        judge(here, next(group for group in here if group.arm.name == study.baseline), study.metric)
     return groups
 
 
@@ -103,7 +103,7 @@ def lower_is_better(groups: Iterable[Group], metric: str) -> bool:
     return any(row["details"]["metric"] == "bits_per_byte" for row in rows)
 
 
-def _judge(groups: Sequence[Group], baseline: Group, metric: str) -> None:
+def judge(groups: Sequence[Group], baseline: Group, metric: str) -> None:
     """Give every group of one condition its verdict."""
     for group in groups:
         group.verdict = _hindrance(group, metric)

@@ -9,14 +9,12 @@ from ..report.page import Page
 from ..report.tables import Table
 from . import pictures
 from .information import Estimate
-from .model import PLACES, spaced
+from .model import PLACES
 from .noise import NoiseRobustness
 from .plane import PlanePoint, plane_table
 
 UNKNOWN = "a norm of an unknown kind"
 """Why a module that is called a norm is not looked at."""
-LIKELIHOODS = 12
-"""Norms whose λ̂ is drawn against the most likely one, at most."""
 
 
 def points_of(model: Mapping[str, Any]) -> list[PlanePoint]:
@@ -39,12 +37,13 @@ def draw(record: Mapping[str, Any], folder: Path) -> dict[str, str]:
     sites = {name: model["sites"] for name, model in models.items()}
     noise = {name: noise_of(model) for name, model in models.items() if model["noise"] is not None}
     planes = {name: points_of(model) for name, model in models.items() if model["plane"]}
+    likelihood = {name: model["likelihood"] for name, model in models.items() if model["likelihood"]}
     drawn = {
         "profiles.png": pictures.draw_profiles(sites, folder / "profiles.png"),
         "norms.png": pictures.draw_norm_profiles(sites, folder / "norms.png"),
         "lam_hat.png": pictures.draw_lam_hat(sites, folder / "lam_hat.png"),
-        "likelihood.png": pictures.draw_likelihood(_likelihood_panels(models), folder / "likelihood.png"),
-        "qq.png": pictures.draw_qq(_qq_panels(models), folder / "qq.png"),
+        "likelihood.png": pictures.draw_likelihood(likelihood, folder / "likelihood.png"),
+        "qq.png": pictures.draw_qq(qq_panels(models), folder / "qq.png"),
         "zeta.png": bool(noise) and pictures.draw_zeta(noise, folder / "zeta.png"),
         "plane.png": bool(planes) and pictures.draw_plane(planes, folder / "plane.png"),
         "ib.png": bool(planes) and pictures.draw_ib(planes, folder / "ib.png"),
@@ -52,22 +51,7 @@ def draw(record: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return {file: PICTURES[file] for file, is_there in drawn.items() if is_there}
 
 
-def _likelihood_panels(models: Mapping[str, Any]) -> dict[str, Any]:
-    """λ̂ against the most likely λ at some norms, evenly spaced where there are many."""
-    known = {
-        (name, site): each
-        for name, model in models.items()
-        for site, each in (model["likelihood"] or {}).items()
-        if each["newton"] is not None
-    }
-    several = len({name for name, _ in known}) > 1
-    titles = {
-        f"{f'{name}, ' if several else ''}{pictures.short_site(site)}": each for (name, site), each in known.items()
-    }
-    return {title: titles[title] for title in (list(titles)[i] for i in spaced(len(titles), LIKELIHOODS))}
-
-
-def _qq_panels(models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def qq_panels(models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Q-Q data of what comes out of a norm in the middle and the last, at step 0 and now; of the first, too, where
     there is no step 0."""
     started = any(model["start"] for model in models.values())
@@ -86,7 +70,7 @@ PICTURES = {
     "profiles.png": "Every norm, from the first to the last: what goes in and what comes out.",
     "norms.png": "What belongs to one kind of norm.",
     "lam_hat.png": "λ̂ of all rows.",
-    "likelihood.png": "λ̂ of one Newton step against the λ of the largest likelihood.",
+    "likelihood.png": "How far λ̂ of one Newton step is from the λ of the largest likelihood.",
     "qq.png": "Quantiles of four channels, standardized, against those of the normal distribution; R² is their mean.",
     "zeta.png": "ζ: noise added at a row's norm, relative change at a column's.",
     "plane.png": "The information plane.",
@@ -139,7 +123,7 @@ def _sites_table(sites: Mapping[str, Any]) -> Table:
     own = ("contraction", "saturation", "slope")
     columns = [f"{cell.replace('_', ' ')}, {place}" for cell in cells for place in PLACES]
     columns += [*own, "λ̂, mean", "λ̂ outside [0, 2]", "std p, mean", "std p, least"]
-    table = Table(["site", "norm", "rows", *columns])
+    table = Table(["site", "norm", "rows", *columns], text=2)
     for name, site in sites.items():
         row = [site[place] and site[place][cell] for cell in cells for place in PLACES] + [site[cell] for cell in own]
         row += [site["lam_hat"] and site["lam_hat"][cell] for cell in ("mean", "outside")]
@@ -160,7 +144,7 @@ TESTS = ("dagostino", "anderson_darling", "henze_zirkler")
 def _normality_table(stage: Mapping[str, Any]) -> Table:
     """Two rows for each norm: what goes in and what comes out."""
     names = ["Q-Q R², mean", "Q-Q R², least", "D'Agostino rejects", "Anderson-Darling rejects", "Henze-Zirkler rejects"]
-    table = Table(["site", "", "rows", *names, *(f"mean {title}" for title, _ in OF_PAIRS)])
+    table = Table(["site", "", "rows", *names, *(f"mean {title}" for title, _ in OF_PAIRS)], text=2)
     for site, places in stage["normality"].items():
         for place in PLACES:
             found = places[place]
@@ -177,7 +161,7 @@ def _cell(found: Mapping[str, Any] | None, key: str, form: str) -> str:
 
 def _reasons(record: Mapping[str, Any]) -> Table:
     """What is empty anywhere, and why."""
-    table = Table(["model", "site", "empty", "because"])
+    table = Table(["model", "site", "empty", "because"], text=4)
     for name, model in record["models"].items():
         for part, why in model["reasons"].items():
             table.rows.append([name, "", part, why])

@@ -11,27 +11,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, quantiles
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from ..report.plots import figure, look
+from ..report.plots import MARKS, SMALL, WIDTH, above, clip, crowd, figure, handles, look
 
 if TYPE_CHECKING:
     from .noise import NoiseRobustness
     from .plane import PlanePoint
 
-WIDTH = 8.4
-"""Of a picture, in inches: at the width of a page its text shrinks by a quarter."""
-TITLE, SMALL = 9.0, 8.0
-"""Font sizes of titles and labels, and of ticks and legends."""
 NAMED = 12
 """Site names on one axis; of more sites every n-th is named."""
-LAM_HAT_SITES = 24
-"""Sites in one picture of λ̂; of more sites these are evenly spaced."""
-MARKS = "os^Dv<"
 ESTIMATOR_NAMES = {"renyi": "Rényi", "ksg": "KSG"}
 
 Sites = Mapping[str, Mapping[str, Any]]
@@ -81,9 +73,6 @@ COMMON = (
     _Quantity("excess kurtosis, before", ("before", "excess_kurtosis"), scale="wide", reference=lambda _: 0.0),
     _Quantity("largest / median size, before", ("before", "massive"), scale="log"),
     _Quantity("excess kurtosis, after", ("after", "excess_kurtosis"), scale="wide", reference=lambda _: 0.0),
-    _Quantity(
-        "excess kurtosis of a row, after", ("after", "row_excess_kurtosis"), scale="wide", reference=lambda _: 0.0
-    ),
     _Quantity("skewness, after", ("after", "skewness"), scale="wide", reference=lambda _: 0.0),
     _Quantity("elements near zero, after, %", ("after", "near_zero"), _percent, "share", lambda _: 6.36),
     _Quantity("Hoyer sparsity, after", ("after", "hoyer"), reference=_gaussian_hoyer),
@@ -126,7 +115,8 @@ def _draw_quantities(models: Mapping[str, Sites], wanted: Sequence[_Quantity], r
     drawn = [name for name in models if any(_any_finite(curves[name]) for curves in shown.values())]
     depth = _Depth.of({name: list(models[name]) for name in drawn})
     widths = {site["width"] for name in drawn for site in models[name].values() if site.get("width")}
-    with _panels(path, len(shown), 3, 2.1) as panels:
+    columns = 3 if len(shown) in (1, 2, 3, 5, 6, 9) else 4
+    with _panels(path, len(shown), columns, 2.1) as panels:
         _share(panels, "x")
         for i, (panel, (quantity, curves)) in enumerate(zip(panels, shown.items(), strict=True)):
             known = {quantity.reference(width) for width in widths} if quantity.reference else set()
@@ -135,11 +125,12 @@ def _draw_quantities(models: Mapping[str, Sites], wanted: Sequence[_Quantity], r
             for name in filter(lambda name: _any_finite(curves[name]), drawn):
                 _draw_curve(panel, list(models).index(name), depth.places(name), curves[name], name)
             _scale(panel, quantity.scale, [value for curve in curves.values() for value in curve])
-            panel.set_title(quantity.title, fontsize=TITLE, loc="left")
+            clip(panel, curves)
+            _title(panel, quantity.title, columns)
             depth.label(panel)
-            panel.tick_params(labelbottom=i + 3 >= len(panels))
-        panels[0].figure.supxlabel(depth.title, fontsize=TITLE)
-        _legend_above(panels, _entries(panels, [*drawn, reference]))
+            panel.tick_params(labelbottom=i + columns >= len(panels))
+        panels[0].figure.supxlabel(depth.title)
+        above(panels[0].figure, _entries(panels, [*drawn, reference]))
     return True
 
 
@@ -165,13 +156,11 @@ def draw_qq(panels: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
     rows = [row for row in panels if any(row == key[0] for key in found)]
     columns = list(dict.fromkeys(column for cells in panels.values() for column in cells))
     columns = [column for column in columns if any(column == key[1] for key in found)]
-    size = min(2.2, (WIDTH - 0.8) / len(columns))
+    size = (WIDTH - 0.8) / max(2, len(columns))
     limit = max(abs(x) for channels in found.values() for each in channels for x in each["theoretical"])
     ends = [abs(y) for channels in found.values() for each in channels for y in _standardized(each)]
     height = min(2 * limit, max(limit, *ends))
-    with _panels(
-        path, len(rows) * len(columns), len(columns), max(1.2, 0.75 * size), 0.8 + size * len(columns)
-    ) as flat:
+    with _panels(path, len(rows) * len(columns), len(columns), min(2.4, max(1.2, 0.75 * size))) as flat:
         for i, panel in enumerate(flat):
             row, column = rows[i // len(columns)], columns[i % len(columns)]
             panel.plot([-limit, limit], [-limit, limit], color="0.35", linewidth=1.0, linestyle="--", zorder=3)
@@ -188,12 +177,12 @@ def draw_qq(panels: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
             panel.set_ylim(-1.08 * height, 1.08 * height)
             _outer_ticks(panel, i, len(flat), len(columns))
             if i < len(columns):
-                panel.set_title(short_site(column), fontsize=TITLE)
+                _title(panel, short_site(column), len(columns))
             if i % len(columns) == len(columns) - 1:
                 place: Any = {"transform": panel.transAxes, "rotation": 270, "va": "center"}
-                panel.text(1.03, 0.5, row, fontsize=TITLE, **place)
-        flat[0].figure.supxlabel("quantile of the normal distribution", fontsize=TITLE)
-        flat[0].figure.supylabel("quantile of the channel, standardized", fontsize=TITLE)
+                panel.text(1.03, 0.5, row, **place)
+        flat[0].figure.supxlabel("quantile of the normal distribution")
+        flat[0].figure.supylabel("quantile of the channel, standardized")
     return True
 
 
@@ -223,13 +212,13 @@ def draw_zeta(maps: Mapping[str, "NoiseRobustness"], path: Path) -> bool:
     columns = {1: 1, 2: 2, 4: 2}.get(len(tables), 3)
     size = (WIDTH - 1.6) / max(2, columns)
     alike = len({maps[name].sites for name in tables}) == 1
-    with _panels(path, len(tables), columns, 0.9 * size + 0.1, 1.6 + columns * size) as panels:
+    with _panels(path, len(tables), columns, 0.9 * size + 0.1) as panels:
         for i, (panel, (name, table)) in enumerate(zip(panels, tables.items(), strict=True)):
             image = panel.imshow(table, cmap="viridis", vmin=0.0, vmax=top, aspect="auto")
             names = [short_site(site) for site in maps[name].sites]
             for axis, part in ((panel.xaxis, names[1:]), (panel.yaxis, names[:-1])):
                 shown = _thinned(len(part), NAMED)
-                axis.set_ticks(shown, [part[k] for k in shown], fontsize=SMALL)
+                axis.set_ticks(shown, [part[k] for k in shown])
             panel.tick_params(axis="x", labelrotation=90)
             panel.tick_params(length=0)
             if alike:
@@ -239,27 +228,27 @@ def draw_zeta(maps: Mapping[str, "NoiseRobustness"], path: Path) -> bool:
                     for x, value in enumerate(row):
                         if math.isfinite(value):
                             colour = "white" if value < 0.6 * top else "black"
-                            panel.text(x, y, _short_number(value), ha="center", va="center", fontsize=7, color=colour)
+                            panel.text(
+                                x, y, _short_number(value), ha="center", va="center", fontsize=SMALL, color=colour
+                            )
             _title(panel, name if len(strengths) == 1 else f"{name}, δ = {maps[name].delta:g}", max(2, columns))
             panel.grid(False)
             for spine in panel.spines.values():
                 spine.set_visible(False)
         at = f" at δ = {next(iter(strengths)):g}" if len(strengths) == 1 else ""
         bar = panels[0].figure.colorbar(image, ax=panels, aspect=30, pad=0.02)
-        bar.set_label(f"ζ{at}, % of the output", fontsize=TITLE)
-        bar.ax.tick_params(labelsize=SMALL)
-        panels[0].figure.supxlabel("measured after", fontsize=TITLE)
-        panels[0].figure.supylabel("noise after", fontsize=TITLE)
+        bar.set_label(f"ζ{at}, % of the output")
+        panels[0].figure.supxlabel("measured after")
+        panels[0].figure.supylabel("noise after")
     return True
 
 
 def draw_lam_hat(models: Mapping[str, Sites], path: Path) -> bool:
-    """Histograms of λ̂ over the rows, a panel for each site, with the share of rows outside [0, 2].
-
-    The panels go as far as the histograms do; the shares count what lies beyond, too.
+    """λ̂ of the rows over depth: the mean, nine in ten rows, and all of them, with the share outside [0, 2].
 
     Args:
-        models: name → site → what `SiteStatistics.result` returns. Those without a LayerNormalNorm are left out.
+        models: name → site → what `SiteStatistics.result` returns. Those without a LayerNormalNorm are left out, and
+            so are the nine in ten where there is no histogram.
         path: PNG file.
     """
     found = {
@@ -269,82 +258,130 @@ def draw_lam_hat(models: Mapping[str, Sites], path: Path) -> bool:
     found = {name: sites for name, sites in found.items() if sites}
     if not found:
         return False
-    sites = list(dict.fromkeys(site for each in found.values() for site in each))
-    sites = [sites[i] for i in _spaced(len(sites), LAM_HAT_SITES)]
-    ends = [_ends(each[site]) for each in found.values() for site in sites if site in each]
-    low, high = min(-0.5, *(end[0] for end in ends)), max(2.5, *(end[1] for end in ends))
-    columns = 3 if len(sites) <= 9 else 4
-    with _panels(path, len(sites), columns, 1.5) as panels:
-        _share(panels, "xy")
-        for k, (panel, site) in enumerate(zip(panels, sites, strict=True)):
-            panel.set_axisbelow(True)
-            panel.axvspan(0, 2, color="0.93", linewidth=0, zorder=0)
-            for i, name in enumerate(models):
-                if site not in found.get(name, {}):
-                    continue
-                histogram, (colour, style) = found[name][site], look(i)
-                counts = histogram["counts"]
-                rows = sum(counts) + histogram["below"] + histogram["above"] or 1
-                shares = [100 * count / rows for count in counts]
-                outside = _percent_text(100 * histogram["outside"])
-                if len(found) == 1:
-                    panel.stairs(shares, histogram["edges"], fill=True, color=colour, label=outside)
-                else:  # steps of several would hide each other
-                    middles = [(a + b) / 2 for a, b in pairwise(histogram["edges"])]
-                    panel.plot(middles, shares, style, color=colour, linewidth=1.2, label=outside)
-            options: Any = {"handlelength": 1.6 if len(found) > 1 else 0, "borderpad": 0.1, "labelspacing": 0.2}
-            panel.legend(loc="upper right", fontsize=SMALL, borderaxespad=0.1, **options)
-            panel.set_title(short_site(site), fontsize=TITLE, loc="left")
-            _outer_ticks(panel, k, len(panels), columns)
-        panels[0].set_xlim(low, high)
-        panels[0].xaxis.get_major_locator().set_params(integer=True)
-        # Above the histograms is room for the shares.
-        panels[0].set_ylim(0, max(panel.dataLim.y1 for panel in panels) * (1.05 + 0.16 * len(found)))
-        names = {
-            name: panels[0].plot([], [], look(i)[1], color=look(i)[0])[0]
-            for i, name in enumerate(models)
-            if name in found
-        }
-        panels[0].figure.supxlabel("λ̂; shaded is [0, 2], written the share of rows outside", fontsize=TITLE)
-        first = next(iter(next(iter(found.values())).values()))["edges"]
-        panels[0].figure.supylabel(f"rows, % per {first[1] - first[0]:.2g}", fontsize=TITLE)
-        _legend_above(panels, names)
+    depth = _Depth.of({name: list(sites) for name, sites in found.items()})
+    middles = [_most_rows(each) or (each["mean"],) * 2 for sites in found.values() for each in sites.values()]
+    low, high = crowd([(each["least"], each["most"]) for sites in found.values() for each in sites.values()])
+    # The rows are many, and one of them can be anywhere.
+    low = max(min(0.0, low), min(-0.5, *(3 * each[0] - 2 for each in middles)))
+    high = min(max(2.0, high), max(2.5, *(3 * each[1] - 2 for each in middles)))
+    with _panels(path, 1, 1, 3.4) as (panel,):
+        panel.axhspan(0, 2, color="0.94", linewidth=0, zorder=0)
+        panel.axhline(1, color="0.35", linewidth=1.0, linestyle=(0, (1, 1)), label="no transformation")
+        beyond = False
+        for k, (name, sites) in enumerate(found.items()):
+            i = list(models).index(name)
+            colour = look(i)[0]
+            aside = (k - (len(found) - 1) / 2) * 0.08 * depth.step(name)  # or bars would cover each other
+            places = [place + aside for place in depth.places(name)]
+            for place, each in zip(places, sites.values(), strict=True):
+                panel.plot(
+                    [place, place], [max(low, each["least"]), min(high, each["most"])], color=colour, linewidth=1
+                )
+                if most := _most_rows(each):
+                    panel.plot([place, place], most, color=colour, linewidth=5, alpha=0.5, solid_capstyle="butt")
+                for end, is_off, mark in ((low, each["least"] < low, "v"), (high, each["most"] > high, "^")):
+                    if is_off:
+                        beyond = True
+                        panel.plot([place], [end], mark, color=colour, markersize=5, clip_on=False)
+                if each["outside"]:
+                    text, at = _percent_text(100 * each["outside"]), (place, min(high, max(2.0, each["most"])))
+                    panel.annotate(
+                        text, at, (0, 4), textcoords="offset points", ha="center", fontsize=SMALL, color=colour
+                    )
+            _draw_curve(panel, i, places, [each["mean"] for each in sites.values()], name)
+        panel.set_ylim(low - 0.05, high + 0.15)
+        depth.label(panel)
+        panel.set_ylabel("λ̂ of a row")
+        bars = (
+            "thick bars: nine in ten rows; thin bars: all rows"
+            if any(map(_most_rows, next(iter(found.values())).values()))
+            else "bars: all rows"
+        )
+        shares = (
+            "; numbers: share of rows outside [0, 2], shaded"
+            if any(each["outside"] for sites in found.values() for each in sites.values())
+            else "; shaded: [0, 2]"
+        )
+        longer = ", some longer than shown (triangles)" if beyond else ""
+        _title(panel, f"marks: mean; {bars}{longer}{shares}", 1)
+        panel.figure.supxlabel(depth.title)
+        above(panel.figure, _entries([panel], [*found, "no transformation"]))
     return True
 
 
-def draw_likelihood(found: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
-    """λ̂ of one Newton step against the most likely λ, a point for each row, a panel for each title.
+def _most_rows(found: Mapping[str, Any]) -> tuple[float, float] | None:
+    """From where to where nine in ten rows are, from a histogram; None where there is none, or not so far."""
+    counts = found.get("counts") or ()
+    rows = sum(counts) + found.get("below", 0) + found.get("above", 0)
+    ends = []
+    for share in (0.05, 0.95):
+        seen = found.get("below", 0)
+        for count, low, high in zip(counts, found.get("edges", ()), found.get("edges", ())[1:], strict=False):
+            if count and seen <= share * rows <= seen + count:
+                ends.append(low + (high - low) * (share * rows - seen) / count)
+                break
+            seen += count
+    return (ends[0], ends[1]) if len(ends) == 2 else None
+
+
+def draw_likelihood(found: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> bool:
+    """How far λ̂ of one Newton step is from the most likely λ, a point for each row, a panel for each model.
+
+    The norms of a model are in one panel, coloured by depth, dark first. Points that are far off are crosses at the
+    edge.
 
     Args:
-        found: title → what `lambda_against_likelihood` returns.
+        found: model → site → what `lambda_against_likelihood` returns.
         path: PNG file.
     """
-    shown = {title: each for title, each in found.items() if each.get("newton")}
+    shown = {name: [each for each in sites.values() if each.get("newton")] for name, sites in found.items()}
+    shown = {name: sites for name, sites in shown.items() if sites}
     if not shown:
         return False
-    low, high = _most([value for each in shown.values() for kind in ("newton", "likelihood") for value in each[kind]])
+    pairs = {
+        name: [[(x, y - x) for x, y in zip(each["likelihood"], each["newton"], strict=True)] for each in sites]
+        for name, sites in shown.items()
+    }
+    everything = [pair for sites in pairs.values() for site in sites for pair in site]
+    (left, right), (low, high) = (_most([pair[axis] for pair in everything]) for axis in (0, 1))
     columns = min(3, len(shown))
-    with _panels(path, len(shown), columns, 2.4, width=max(WIDTH * columns / 3, 3.5)) as panels:
-        for i, (panel, (title, each)) in enumerate(zip(panels, shown.items(), strict=True)):
-            panel.plot([low, high], [low, high], color="0.35", linewidth=1.0, linestyle="--")
-            pairs = list(zip(each["likelihood"], each["newton"], strict=True))
-            off = [pair for pair in pairs if not (low <= min(pair) and max(pair) <= high)]
-            look_of: Any = {"color": look(0)[0], "alpha": 0.5, "linewidth": 0}
-            panel.plot(*zip(*pairs, strict=True), "o", markersize=2.5, **look_of)
-            if off:
-                at_edge = [[min(max(value, low), high) for value in values] for values in zip(*off, strict=True)]
-                panel.plot(*at_edge, "x", markersize=5, color=look(1)[0], clip_on=False)
-            r = "" if each.get("correlation") is None else f"r = {each['correlation']:.3f}\n"
-            text = f"{r}{each['rows']} rows" + (f",\n{len(off)} off the scale (×)" if off else "")
-            panel.text(0.05, 0.95, text, transform=panel.transAxes, va="top", fontsize=SMALL)
-            _title(panel, title, 3)
-            panel.set_xlim(low, high)
+    with _panels(path, len(shown), columns, 3.2) as panels:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+
+        colours = _depth_colours()
+        for i, (panel, (name, sites)) in enumerate(zip(panels, pairs.items(), strict=True)):
+            panel.axhline(0, color="0.35", linewidth=1.0, linestyle="--")
+            off = 0
+            for k, site in enumerate(sites):
+                inside = [(x, y) for x, y in site if left <= x <= right and low <= y <= high]
+                colour = colours(k / max(1, len(sites) - 1))
+                if inside:
+                    panel.plot(*zip(*inside, strict=True), "o", markersize=3, color=colour, alpha=0.6, linewidth=0)
+                for x, y in set(site) - set(inside):
+                    off += 1
+                    edge = min(max(x, left), right), min(max(y, low), high)
+                    panel.plot(*edge, "x", markersize=5, color=look(1)[0], clip_on=False)
+            rows, known = sum(map(len, sites)), [each["correlation"] for each in shown[name] if each.get("correlation")]
+            least = f"; correlation at least {math.floor(1e4 * min(known)) / 1e4:.4f} at every norm" if known else ""
+            _title(panel, f"{name}: {rows:,} rows{least}{f'; {off} off the scale (×)' if off else ''}", columns)
+            panel.set_xlim(left, right)
             panel.set_ylim(low, high)
-            panel.set_box_aspect(1)
             _outer_ticks(panel, i, len(panels), columns)
-        panels[0].figure.supxlabel("λ of the largest likelihood", fontsize=TITLE)
-        panels[0].figure.supylabel("λ̂ of one Newton step", fontsize=TITLE)
+        bar = panels[0].figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=panels, aspect=30, pad=0.02)
+        bar.set_ticks([0, 1], labels=["first", "last"])
+        bar.set_label("norm")
+        panels[0].figure.supxlabel("λ of the largest likelihood")
+        panels[0].figure.supylabel("λ̂ of one Newton step - that λ")
     return True
+
+
+def _depth_colours() -> Any:
+    """A colour map for depth without its brightest end, which is not seen on white."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["viridis"](range(225)))
 
 
 def draw_plane(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool:
@@ -369,13 +406,11 @@ def draw_plane(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool
         ]
         if len(points) > 1:  # each estimator starts a row
             cells += [None] * (-len(cells) % columns)
-    with _panels(path, len(cells), columns, 2.2, max(WIDTH * columns / 3, 4.5)) as panels:
-        from matplotlib import colormaps
+    with _panels(path, len(cells), columns, 2.2) as panels:
         from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import ListedColormap, Normalize
+        from matplotlib.colors import Normalize
 
-        # Without its brightest end, which is not seen on white.
-        colours = ListedColormap(colormaps["viridis"](range(225)))
+        colours = _depth_colours()
         first: dict[str, Any] = {}
         for i, (panel, cell) in enumerate(zip(list(panels), cells, strict=True)):
             if cell is None:
@@ -387,7 +422,6 @@ def draw_plane(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool
             below = cells[i + columns] if i + columns < len(cells) else None
             left = cells[i - 1] if i % columns else None
             panel.tick_params(
-                labelsize=SMALL,
                 labelleft=left is None or left[0] != estimator,
                 labelbottom=below is None or below[0] != estimator,
             )
@@ -401,11 +435,10 @@ def draw_plane(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool
             bar.set_ticks([i / max(1, len(depth.names) - 1) for i in shown], labels=[depth.names[i] for i in shown])
         else:
             bar.set_ticks([0, 1], labels=["first", "last"])
-        bar.ax.tick_params(labelsize=SMALL)
-        bar.set_label("norm", fontsize=TITLE)
+        bar.set_label("norm")
         told = "I(X;T), nats; large points: last step, bars: 95 % intervals"
-        panels[0].figure.supxlabel(told, fontsize=TITLE)
-        panels[0].figure.supylabel("I(T;Y), nats", fontsize=TITLE)
+        panels[0].figure.supxlabel(told)
+        panels[0].figure.supylabel("I(T;Y), nats")
     return True
 
 
@@ -437,11 +470,11 @@ def draw_ib(models: Mapping[str, Sequence["PlanePoint"]], path: Path) -> bool:
                 for place, each in zip(places, estimates, strict=True):
                     if each is not None and each.interval is not None:
                         panel.plot([place, place], each.interval, color=look(i)[0], linewidth=1.0)
-            panel.set_title(f"{ESTIMATOR_NAMES.get(estimator, estimator)}, β = {betas}", fontsize=TITLE, loc="left")
+            panel.set_title(f"{ESTIMATOR_NAMES.get(estimator, estimator)}, β = {betas}")
             depth.label(panel)
-        panels[0].set_ylabel("I(T;Y) - β·I(X;T), nats", fontsize=TITLE)
-        panels[0].figure.supxlabel(depth.title, fontsize=TITLE)
-        _legend_above(panels, _entries(panels, list(known)))
+        panels[0].set_ylabel("I(T;Y) - β·I(X;T), nats")
+        panels[0].figure.supxlabel(depth.title)
+        above(panels[0].figure, _entries(panels, list(known)))
     return True
 
 
@@ -490,7 +523,6 @@ class _Depth:
 
     def label(self, panel: Any) -> None:
         """Ticks."""
-        panel.tick_params(which="both", labelsize=SMALL)
         if self.names:
             shown = _thinned(len(self.names), NAMED)
             panel.set_xticks(shown, [self.names[i] for i in shown], rotation=90)
@@ -499,14 +531,13 @@ class _Depth:
 
 
 @contextmanager
-def _panels(path: Path, count: int, columns: int, height: float, width: float = WIDTH) -> Iterator[list[Any]]:
-    """`count` panels, at most `columns` beside each other, laid out so that nothing overlaps."""
+def _panels(path: Path, count: int, columns: int, height: float) -> Iterator[list[Any]]:
+    """`count` panels, at most `columns` beside each other, `height` inches each."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    with figure(path, rows, columns) as axes:
+    with figure(path, rows, columns, height) as axes:
         panels = list(getattr(axes, "flat", [axes]))
-        panels[0].figure.set_layout_engine("constrained")
-        panels[0].figure.set_size_inches(width, 0.7 + height * rows)
+        panels[0].figure.set_size_inches(WIDTH, 0.7 + height * rows)
         for panel in panels[count:]:
             panel.remove()
         yield panels[:count]
@@ -522,31 +553,18 @@ def _share(panels: Sequence[Any], axes: str) -> None:
 
 def _title(panel: Any, text: str, columns: int) -> None:
     """Over a panel that has an n-th of the width, in lines that do not run into the next."""
-    panel.set_title("\n".join(wrap(text, int(11 * WIDTH / columns) - 4)), fontsize=TITLE, loc="left")
+    panel.set_title("\n".join(wrap(text, int(10.5 * WIDTH / columns) - 4)))
 
 
 def _outer_ticks(panel: Any, i: int, count: int, columns: int) -> None:
     """Tick labels of the i-th of `count` panels only where it is leftmost or lowest."""
-    panel.tick_params(labelsize=SMALL, labelleft=i % columns == 0, labelbottom=i + columns >= count)
+    panel.tick_params(labelleft=i % columns == 0, labelbottom=i + columns >= count)
 
 
 def _entries(panels: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
     """What of `labels` is in any panel, in their order, and how it looks."""
-    handles = [zip(*reversed(panel.get_legend_handles_labels()), strict=True) for panel in panels]
-    found = {label: handle for each in handles for label, handle in each}
+    found = handles(panels)
     return {label: found[label] for label in labels if label in found}
-
-
-def _legend_above(panels: Sequence[Any], entries: Mapping[str, Any]) -> None:
-    """One legend for all panels, if there is more than one thing to tell."""
-    if len(entries) > 1:
-        most = max(1, min(4, int(WIDTH / (0.6 + 0.07 * max(map(len, entries))))))
-        columns = -(-len(entries) // -(-len(entries) // most))
-        options: Any = {"loc": "outside upper center", "ncols": columns, "fontsize": SMALL}
-        whole = panels[0].figure
-        width, height = whole.get_size_inches()
-        whole.set_size_inches(width, height + 0.19 * -(-len(entries) // columns))
-        whole.legend(entries.values(), entries.keys(), **options)
 
 
 def _draw_curve(panel: Any, i: int, places: Sequence[float], values: Sequence[float], name: str) -> None:
@@ -608,22 +626,6 @@ def _thinned(count: int, most: int) -> list[int]:
         return list(range(count))
     step = 2 * -(-count // (2 * most))
     return [i for i in range(0, count - 1, step) if count - 1 - i > step / 2] + [count - 1]
-
-
-def _spaced(count: int, most: int) -> list[int]:
-    """Indices of at most `most` of `count`, evenly spaced, both ends among them."""
-    if count <= most:
-        return list(range(count))
-    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
-
-
-def _ends(histogram: Mapping[str, Any]) -> tuple[float, float]:
-    """From where to where a histogram has counts."""
-    filled = [i for i, count in enumerate(histogram["counts"]) if count]
-    edges = histogram["edges"]
-    if not filled:
-        return edges[0], edges[-1]
-    return edges[filled[0]], edges[filled[-1] + 1]
 
 
 def _percent_text(value: float) -> str:

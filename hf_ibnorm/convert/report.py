@@ -137,7 +137,7 @@ def write_report(source: Source, stages: Mapping[str, Path], output: Path, text:
         write_text(folder / "sites.csv", _sites_csv(record))
         drawn = find_spec("matplotlib") is not None
         if drawn:
-            _plot(record, folder / "report.png")
+            plot(record, folder / "report.png")
         write_text(folder / "report.md", _page(record, drawn))
     return record
 
@@ -307,11 +307,11 @@ def _page(record: Mapping[str, Any], drawn: bool) -> str:
     return "\n\n".join(line.rstrip("\n") for line in lines) + "\n"
 
 
-def _plot(record: Mapping[str, Any], path: Path) -> None:
+def plot(record: Mapping[str, Any], path: Path) -> None:
     """Output error, and the narrowest row, of every site of every stage but the source."""
-    from ..report.plots import figure, look
+    from ..report.plots import above, figure, handles, look
 
-    with figure(path, 1, 2) as (errors, widths):
+    with figure(path, 1, 2, 3.2) as (errors, widths):
         for i, (name, stage) in enumerate(record["stages"].items()):
             colour, style = look(i)
             sites = range(len(stage["sites"]))
@@ -322,11 +322,10 @@ def _plot(record: Mapping[str, Any], path: Path) -> None:
             widths.plot(sites, values, style, color=colour, linewidth=1.2, label=name)
         if any(math.isfinite(value) for line in errors.lines for value in line.get_ydata()):
             errors.set_yscale("log")
-        errors.set_ylabel("output error, fraction of variance")
+        errors.set_title("output error, fraction of the source's variance")
         widths.set_yscale("log")
         # Or rows as wide as the source's would be drawn as if they differed.
         widths.set_ylim(min(0.1, widths.get_ylim()[0]), max(2.0, widths.get_ylim()[1]))
-        widths.set_ylabel("standard deviation of the narrowest row")
-        for axes in (errors, widths):
-            axes.set_xlabel("norm, from the embedding to the output")
-            axes.legend()
+        widths.set_title("standard deviation of the narrowest row")
+        errors.figure.supxlabel("norm, from the embedding to the output")
+        above(errors.figure, handles([widths]))

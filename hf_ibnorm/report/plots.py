@@ -1,21 +1,46 @@
-"""Plots in one style, readable in print: colours that differ in brightness, and line styles that differ too."""
+"""Plots in one style: as wide as the page, text in points at that width, colours that differ in brightness.
 
-from collections.abc import Iterator
+They are readable in print, too: line styles and marks differ beside the colours.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from statistics import median
+from textwrap import wrap
 from typing import Any
 
 from ..files import write_bytes
 from .runs import Run, labels
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+WIDTH = 10.0
+"""Of every picture, and of the page that shows it, in inches: text has the size there that it is drawn with."""
+TEXT, SMALL = 10.0, 9.0
+"""Font sizes in points: of titles and labels, and of ticks, legends and notes."""
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#000000", "#882255", "#999933", "#6A3D9A"),
+)
 STYLES = ("-", "--", "-.", ":")
+MARKS = "os^Dv<>P"
+FAR_OFF = 3.0
+"""How many times as far from the middle as the next one something must be to be left off an axis."""
+Ends = tuple[float, float]
 _SETTINGS: Any = {
-    "figure.figsize": (7.0, 4.0),
-    "figure.dpi": 150,
-    "savefig.bbox": "tight",
-    "font.size": 10,
+    "figure.dpi": 144,
+    "figure.constrained_layout.use": True,
+    "font.size": TEXT,
+    "axes.titlesize": TEXT,
+    "axes.titlelocation": "left",
+    "axes.labelsize": TEXT,
+    "figure.labelsize": TEXT,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
+    "legend.title_fontsize": SMALL,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -26,18 +51,26 @@ _SETTINGS: Any = {
 
 
 @contextmanager
-def figure(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
-    """Axes to draw on, a grid of them where there are more; saved to `path` (PNG), whole or not at all."""
+def figure(path: Path, rows: int = 1, columns: int = 1, height: float = 3.6) -> Iterator[Any]:
+    """Axes to draw on, a grid of them where there are more; saved to `path` (PNG), whole or not at all.
+
+    Args:
+        path: PNG file.
+        rows, columns: of the grid.
+        height: of a row, in inches.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from .ticks import plain_ticks
+
     with plt.rc_context(_SETTINGS):
-        width, height = _SETTINGS["figure.figsize"]
-        fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows))
+        fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, height * rows))
         try:
             yield axes
+            plain_ticks(fig)
             drawn = BytesIO()
             # Without the version in its metadata the same numbers give the same bytes.
             fig.savefig(drawn, format="png", metadata={"Software": None})
@@ -46,10 +79,155 @@ def figure(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
             plt.close(fig)
 
 
+def look(i: int) -> tuple[str, str]:
+    """Colour and line style of the i-th curve."""
+    return COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
+
+
+def crowd(extents: Sequence[tuple[float, float]], cores: Sequence[tuple[float, float]] | None = None) -> Ends:
+    """From where to where an axis shows things well: all of them but those that are far off.
+
+    Far off are fewer than half of the things, where the nearest of them reaches at least three times as far from the
+    middle as what is next, and only where the axis is less than half as long without them.
+
+    Args:
+        extents: from where to where each thing goes; at least one.
+        cores: from where to where most of each goes, by which it is judged; as `extents` without.
+    """
+    cores = extents if cores is None else cores
+    middle = median((low + high) / 2 for low, high in cores)
+    reach = sorted(
+        (max(high - middle, middle - low), *extent) for (low, high), extent in zip(cores, extents, strict=True)
+    )
+    everything = min(low for low, _ in extents), max(high for _, high in extents)
+    for i in range(len(reach) - 1, len(reach) // 2, -1):
+        if reach[i][0] > FAR_OFF * reach[i - 1][0] > 0:
+            kept = min(low for _, low, _ in reach[:i]), max(high for *_, high in reach[:i])
+            return kept if 2 * (kept[1] - kept[0]) < everything[1] - everything[0] else everything
+    return everything
+
+
+def clip(axes: Any, curves: Mapping[str, Sequence[float]]) -> None:
+    """Let the vertical axis show well what most curves do, and say in the picture which go beyond it, and how far.
+
+    Args:
+        axes: where the curves are drawn; on a logarithmic scale nothing is changed.
+        curves: name → its values, of which those that are not finite are passed over.
+    """
+    known = {name: sorted(filter(math.isfinite, values)) for name, values in curves.items()}
+    extents = {name: (values[0], values[-1]) for name, values in known.items() if values}
+    if not extents or axes.get_yscale() != "linear":
+        return
+    cores = [(known[name][len(known[name]) // 4], known[name][-1 - len(known[name]) // 4]) for name in extents]
+    low, high = crowd(list(extents.values()), cores)
+    off = {name: each for name, each in extents.items() if each[0] < low or each[1] > high}
+    if off:
+        room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+        letters = int(axes.get_position().width * WIDTH * 72 / (0.6 * SMALL))
+        told = [f"{name} is off the scale: {_from_to(*each)}" for name, each in off.items()]
+        lines = [line for each in told for line in wrap(each, letters)]
+        axes.set_ylim(low - room, high + room * (1 + 2 * len(lines)))
+        box: Any = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.0}
+        place: Any = {"transform": axes.transAxes, "ha": "right", "va": "top", "zorder": 5, "in_layout": False}
+        axes.text(0.99, 0.99, "\n".join(lines), fontsize=SMALL, bbox=box, **place)
+
+
+def _from_to(low: float, high: float) -> str:
+    ends = list(dict.fromkeys(f"{each:.3g}".replace("-", "−") for each in (low, high)))
+    return " to ".join(ends)
+
+
+def beside(axes: Any, entries: Mapping[str, Any] | None = None, title: str | None = None) -> None:
+    """A legend to the right of the axes: of what is labelled in them, or of `entries`, label → handle."""
+    given: dict[str, Any] = {"title": title, "alignment": "left"}
+    given |= {} if entries is None else {"handles": list(entries.values()), "labels": list(entries)}
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, **given)
+
+
+def above(figure: Any, entries: Mapping[str, Any]) -> None:
+    """One legend over all panels, for which the picture grows, if there is more than one thing to tell."""
+    if len(entries) > 1:
+        most = max(1, min(5, int(WIDTH / (0.6 + 0.075 * max(map(len, entries))))))
+        columns = -(-len(entries) // -(-len(entries) // most))
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.22 * -(-len(entries) // columns))
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
+
+
+def handles(panels: Sequence[Any]) -> dict[str, Any]:
+    """What is labelled in any of the panels: label → handle."""
+    found = [zip(*reversed(panel.get_legend_handles_labels()), strict=True) for panel in panels]
+    return {label: handle for each in found for label, handle in each}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A line of a forest plot.
+
+    Args:
+        label: on the axis.
+        value: a mark.
+        interval: a bar.
+        points: ticks, such as a value for each seed.
+        filled: whether the mark is filled.
+        colour: of mark and bar.
+        name: in the legend.
+    """
+
+    label: str
+    value: float
+    interval: tuple[float, float] | None = None
+    points: Sequence[float] = field(default_factory=tuple)
+    filled: bool = False
+    colour: str = COLOURS[0]
+    name: str = ""
+
+
+def plot_forest(estimates: Sequence[Estimate], path: Path, what: str) -> None:
+    """Differences from 0, a line each; one that is far off is an arrow at the edge, with its number.
+
+    Args:
+        estimates: from top to bottom.
+        path: PNG file.
+        what: they are, with unit.
+    """
+    reach = [(0.0, each.value, *(each.interval or ())) for each in estimates]
+    extents = [(min(each), max(each)) for each in reach]
+    low, high = crowd(extents) if extents else (-1.0, 1.0)
+    room = 0.06 * (high - low) or 1.0
+    low, high = low - room, high + room
+    with figure(path, height=1.0 + 0.3 * max(len(estimates), 1)) as axes:
+        for y, each in enumerate(estimates):
+            mark: Any = {"color": each.colour, "markersize": 6.5, "zorder": 4}
+            if not low <= each.value <= high:
+                far = each.value > high
+                axes.plot([high if far else low], [y], ">" if far else "<", clip_on=False, label=each.name, **mark)
+                side: Any = {"ha": "right" if far else "left", "va": "center", "fontsize": SMALL, "color": each.colour}
+                ends = "" if each.interval is None else f" ({each.interval[0]:+.3g} to {each.interval[1]:+.3g})"
+                shift = (-8 if far else 8, 0)
+                text = f"{each.value:+.3g}{ends}, off the scale"
+                axes.annotate(text, (high if far else low, y), shift, textcoords="offset points", **side)
+                continue
+            if each.interval:
+                axes.plot(each.interval, [y, y], color=each.colour, linewidth=1.6, zorder=2)
+            mark["markerfacecolor"] = each.colour if each.filled else "white"
+            axes.plot([each.value], [y], "o", label=each.name, **mark)
+            axes.plot(each.points, [y] * len(each.points), "|", color="black", markersize=7, alpha=0.6, zorder=3)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(estimates)), [each.label for each in estimates])
+        axes.set_ylim(max(len(estimates), 1) - 0.4, -0.6)
+        axes.set_xlim(low, high)
+        axes.set_xlabel(what)
+        names = {each.name for each in estimates}
+        if len(names) > 1:
+            beside(axes, handles([axes]))
+
+
 def plot_losses(runs: list[Run], path: Path) -> None:
     """Training loss (averaged over up to 10 steps) and validation loss of several runs against the step."""
     with figure(path) as axes:
         _draw_losses(axes, runs)
+        above(axes.figure, _runs_and_validation(axes))
 
 
 PANELS = {
@@ -61,45 +239,46 @@ PANELS = {
 
 def plot_runs(runs: list[Run], path: Path) -> None:
     """Losses, gradient norm, movement of the gains and speed of several runs, finished or not, in one picture."""
-    with figure(path, 2, 2) as axes:
+    with figure(path, 2, 2, 2.9) as axes:
         losses, *others = axes.flat
         _draw_losses(losses, runs)
-        for panel, (field, title) in zip(others, PANELS.items(), strict=True):
-            for i, run in enumerate(runs):
-                rows = [row for row in run.metrics if row.get(field) is not None]
+        for panel, (name, title) in zip(others, PANELS.items(), strict=True):
+            curves = {}
+            for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
+                rows = [row for row in run.metrics if row.get(name) is not None]
                 colour, style = look(i)
-                steps, values = [row["step"] for row in rows], [row[field] for row in rows]
-                panel.plot(steps, values, style, color=colour, linewidth=1.0)
+                steps, curves[label] = [row["step"] for row in rows], [row[name] for row in rows]
+                panel.plot(steps, curves[label], style, color=colour, linewidth=1.0)
             panel.set_xlabel("step")
             panel.set_ylabel(title)
-            if field == "grad_norm":
+            if name == "grad_norm":
                 panel.set_yscale("log")
-
-
-def look(i: int) -> tuple[str, str]:
-    """Colour and line style of the i-th curve."""
-    return COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
+            clip(panel, curves)
+        above(losses.figure, _runs_and_validation(losses))
 
 
 def _draw_losses(axes: Any, runs: list[Run]) -> None:
-    names = [f"{label}, " for label in labels(runs)] if len(runs) > 1 else [""]
-    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+    """A line for the training loss and marks for the validation loss of each run."""
+    curves = {}
+    for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
         colour, style = look(i)
         counted = [row for row in run.metrics if row["loss"] is not None]  # of a skipped step there may be none
         steps, losses = [row["step"] for row in counted], [row["loss"] for row in counted]
         window = max(1, min(10, len(losses) // 10))
         smooth = [sum(losses[j : j + window]) / window for j in range(len(losses) - window + 1)]
-        axes.plot(steps[-len(smooth) :], smooth, style, color=colour, linewidth=1.2, label=f"{name}training")
+        name = label if len(runs) > 1 else "training"
+        axes.plot(steps[-len(smooth) :], smooth, style, color=colour, linewidth=1.2, label=name)
         validated = [row for row in run.metrics if row.get("eval_loss") is not None]
-        axes.plot(
-            [row["step"] for row in validated],
-            [row["eval_loss"] for row in validated],
-            "os^D"[i % 4],
-            color=colour,
-            markersize=6,
-            markerfacecolor="white",
-            label=f"{name}validation",
-        )
+        values, mark = [row["eval_loss"] for row in validated], MARKS[i % len(MARKS)]
+        options: Any = {"color": colour, "markersize": 6, "markerfacecolor": "white", "linewidth": 0}
+        axes.plot([row["step"] for row in validated], values, mark, label="" if i else "validation", **options)
+        curves[label] = [*smooth, *values]
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
-    axes.legend()
+    clip(axes, curves)
+
+
+def _runs_and_validation(axes: Any) -> dict[str, Any]:
+    """The entries of the legend, the marks of all runs last."""
+    found = handles([axes])
+    return dict(sorted(found.items(), key=lambda entry: entry[0] == "validation"))

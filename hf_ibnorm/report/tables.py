@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,19 +13,21 @@ from rich.table import Table as RichTable
 
 @dataclass
 class Table:
-    """A table of text; the first column names the rows, the others are aligned to the right.
+    """A table of text; the first columns are words, the others are aligned to the right.
 
     Args:
         columns: headings.
         rows: cells, as many as columns.
+        text: how many columns are words; the first names the rows.
     """
 
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
+    text: int = 1
 
     def markdown(self) -> str:
         """As GitHub Markdown, ending in a newline."""
-        rule = ["---", *["---:"] * (len(self.columns) - 1)]
+        rule = ["---"] * self.text + ["---:"] * (len(self.columns) - self.text)
         lines = [[cell.replace("|", "\\|") for cell in row] for row in [self.columns, rule, *self.rows]]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -35,7 +38,7 @@ class Table:
             [
                 r"\begin{table}",
                 rf"\caption{{{_escaped(caption)}}}",
-                rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+                rf"\begin{{tabular}}{{{'l' * self.text}{'r' * (len(self.columns) - self.text)}}}",
                 r"\toprule",
                 lines[0],
                 r"\midrule",
@@ -51,7 +54,7 @@ class Table:
         """On standard output, as wide as it needs to be when that is no terminal."""
         table = RichTable(box=None, pad_edge=False, header_style="bold")
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left", overflow="fold")
+            table.add_column(column, justify="left" if i < self.text else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         console = Console()
@@ -67,6 +70,18 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def decimals(error: float | None, most: int = 4) -> int:
+    """Digits after the point that a number with this standard error carries: two digits of the error are shown.
+
+    Args:
+        error: standard error; None or 0 where it is not known, for which all digits are shown.
+        most: that are ever shown.
+    """
+    if not error or not math.isfinite(error):
+        return most
+    return min(max(1 - math.floor(math.log10(float(f"{error:.1e}"))), 0), most)
 
 
 def _escaped(text: str) -> str:

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from browser import check_layout, needs_chromium
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from eval.compare import Pairs, bootstrap_interval, compare, holm, p_of_no_diffe
 from eval.runner import run
 from eval.scoring import Stratum
 from eval.suites import SUITES, Benchmark
+from hf_ibnorm.report.tables import decimals
 
 COVERAGE = {"items": (300, 1), "clusters": (120, 4), "two tasks": (150, 1)}
 
@@ -205,8 +207,12 @@ def test_a_comparison_is_written_as_data_tables_a_plot_and_one_page(runs, comman
     rows = list(csv.DictReader((out / "comparison.csv").open()))
     assert len(rows) == 14
     for row in rows:
-        assert f"<td>{100 * float(row['difference']):+.2f}</td>" in page
+        low, high = (float(end) for end in re.findall(r"-?[\d.e-]+", row["interval"]) or (0, 0))
+        digits = max(decimals((high - low) / 2 / 1.96) - 2, 0)
+        assert f"<td>{100 * float(row['difference']):+.{digits}f}</td>" in page
         assert row["verdict"] in printed
+    heads = re.findall("<th(?: [^>]*)?>(.*?)</th>", page)
+    assert heads[:3] == ["benchmark", "verdict", "run"]
     kept = json.loads((out / "comparison.json").read_text())["differences"]
     for row in kept[str(runs / "c")]:
         scores = [json.loads((runs / name / "scores.json").read_text())["benchmarks"] for name in "ac"]
@@ -214,6 +220,13 @@ def test_a_comparison_is_written_as_data_tables_a_plot_and_one_page(runs, comman
         assert row["difference"] == pytest.approx(scores[1][row["benchmark"]]["raw"] - row["first"])
         if row["interval"]:
             assert row["interval"][0] <= row["difference"] <= row["interval"][1]
+
+
+@needs_chromium
+def test_no_table_of_a_comparison_is_wider_than_its_page(runs, command, tmp_path):
+    out = tmp_path / "out"
+    assert command(main, "compare", *(str(runs / name) for name in "acb"), "--output", str(out))[0] == 0
+    check_layout(out / "comparison.html", tmp_path)
 
 
 def edited(runs, tmp_path, change):

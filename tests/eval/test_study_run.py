@@ -69,7 +69,7 @@ def test_the_learning_rate_is_chosen_by_validation_and_its_training_is_one_of_th
     assert executor.jobs.count("rmsnorm, learning rate 0.02, seed 0") == 1
     text = (folder.path / "report" / "report.md").read_text()
     assert "NOTE: the best learning rate is at the edge of the grid for rmsnorm." in text
-    assert f"{losses[0.02]:.4f} *" in text
+    assert f"{losses[0.02]:.3f} *" in text
 
 
 def test_a_test_set_is_looked_at_by_compared_models_alone(here, monkeypatch):  # noqa: F811
@@ -271,7 +271,7 @@ def test_the_whole_comparison_is_made_under_each_condition(here):  # noqa: F811
     assert [group.verdict for group in groups.values()].count(BASELINE) == 2
 
 
-def test_the_report_of_a_sweep_has_its_curve_and_its_map(here):  # noqa: F811
+def test_the_report_of_a_sweep_has_its_curve_and_its_map(here, figures):  # noqa: F811
     norms = ["rmsnorm", {"norm": "ibnorm_t", "sweep": {"lam": [1, 2, 4]}}]
     folder, _, _ = here(study(norms=norms, seeds=[0, 1]))
     report(folder)
@@ -283,6 +283,7 @@ def test_the_report_of_a_sweep_has_its_curve_and_its_map(here):  # noqa: F811
         "verdicts.csv",
         "verdicts.tex",
         "cells.csv",
+        "curves.csv",
         "study.yaml",
         "recipe-recipe.yaml",
     }
@@ -291,6 +292,16 @@ def test_the_report_of_a_sweep_has_its_curve_and_its_map(here):  # noqa: F811
     page = written["report.html"].read_text()
     assert page.count("data:image/png;base64,") == len(pictures)
     assert "http" not in page.replace("http-equiv", "")
+    (losses,) = (each for each in figures if each.axes[0].get_title(loc="left").startswith("training loss"))
+    assert losses.axes[1].get_title(loc="left") == "validation loss, difference from rmsnorm, nats per token"
+    assert losses.axes[1].lines[0].get_ydata().tolist() == [0.0, 0.0], "the baseline's from itself"
+    rows = list(csv.DictReader(written["curves.csv"].open()))
+    best = {row["norm"] for row in rows} - {"rmsnorm"}
+    assert len(best) == 1, "of a sweep the best λ"
+    ends = [float(row["loss"]) for row in rows if row["kind"] == "validation" and row["step"] == "6"]
+    shown = (best.pop(), "rmsnorm")
+    group = {name: each for name, each in report(folder).items() if name in shown}
+    assert sorted(ends) == sorted(value for each in group.values() for value in each.values("eval_loss").values())
     rows = list(csv.DictReader(written["cells.csv"].open()))
     assert len(rows) == 4 * (2 + 1)
     assert all(len({row["init_sha"] for row in rows if row["seed"] == seed}) == 1 for seed in "01")

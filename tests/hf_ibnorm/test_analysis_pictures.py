@@ -6,10 +6,10 @@ import random
 import sys
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from helpers import FAMILIES, tokens
+from pictures import tick_labels
 
 from hf_ibnorm import apply_norm
 from hf_ibnorm.analysis import pictures, qq, watch
@@ -29,14 +29,6 @@ def coarse(monkeypatch):
 
 
 @pytest.fixture
-def figures(monkeypatch):
-    """The figures that were drawn, before they are closed."""
-    found, close = [], plt.close
-    monkeypatch.setattr(plt, "close", lambda figure: (found.append(figure), close(figure)))
-    return found
-
-
-@pytest.fixture
 def measured(stock_model):
     """A model's statistics, with a norm of its own or another."""
 
@@ -52,7 +44,7 @@ def measured(stock_model):
 
 
 def titles(figure):
-    return [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes]
+    return [axes.get_title(loc="left").replace("\n", " ") for axes in figure.axes]
 
 
 def curves(axes):
@@ -72,7 +64,7 @@ def test_profiles_have_a_panel_for_each_quantity_and_a_curve_for_each_model(meas
     assert titles(figures[0]) == [each.title for each in pictures.COMMON[:-1]]
     for axes in figures[0].axes:
         assert set(models) <= set(curves(axes)) <= {*models, "Gaussian"}
-    kurtosis = next(axes for axes in figures[0].axes if axes.get_title(loc="left") == "excess kurtosis, after")
+    kurtosis = figures[0].axes[titles(figures[0]).index("excess kurtosis, after")]
     expected = [site["after"]["excess_kurtosis"] for site in models["stock"].values()]
     assert curves(kurtosis)["stock"].tolist() == pytest.approx(expected)
     assert list(curves(kurtosis)["Gaussian"]) == [0, 0]
@@ -134,7 +126,7 @@ def test_qq_draws_each_channel_in_units_of_its_line(figures, tmp_path):
     assert is_png(tmp_path / "qq.png")
     axes = figures[0].axes
     assert [len(panel.lines) for panel in axes] == [1 + 3, 1 + 1, 1, 1 + 1]  # with the diagonal
-    assert [panel.get_title() for panel in axes[:2]] == ["0.input", "norm"]
+    assert [panel.get_title(loc="left") for panel in axes[:2]] == ["0.input", "norm"]
     assert len({(panel.get_xlim(), panel.get_ylim()) for panel in axes}) == 1
     x, y = axes[0].lines[1].get_data()
     assert abs(x - y).mean() < 0.2
@@ -164,40 +156,72 @@ def test_heat_maps_share_one_scale(figures, tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_histograms_of_lam_hat(measured, figures, tmp_path, monkeypatch):
+def test_lam_hat_of_every_norm_is_in_one_panel(measured, figures, tmp_path):
     models = {"stock": measured(), "normal": measured("layernormalnorm")}
-    site = next(iter(models["normal"].values()))
-    site["lam_hat"] |= {"outside": 0.1234}
+    sites = models["normal"]
+    site = next(iter(sites.values()))
+    site["lam_hat"] |= {"outside": 0.1234, "most": 2.3}
     assert pictures.draw_lam_hat(models, tmp_path / "one.png")
-    assert titles(figures[0]) == ["0.input", "0.post", "1.input", "1.post", "norm"]
-    histogram = next(patch for patch in figures[0].axes[0].patches if hasattr(patch, "get_data"))
-    assert sum(histogram.get_data().values) == pytest.approx(100)
-    assert [text.get_text() for text in figures[0].axes[0].get_legend().texts] == ["12.3 %"]
-    assert pictures.draw_lam_hat(models | {"other": models["normal"]}, tmp_path / "two.png")
-    assert [text.get_text() for text in figures[1].legends[0].texts] == ["normal", "other"]
-    monkeypatch.setattr(pictures, "LAM_HAT_SITES", 4)
+    (panel,) = figures[0].axes
+    assert curves(panel)["normal"].tolist() == [each["lam_hat"]["mean"] for each in sites.values()]
+    assert [text.get_text() for text in panel.texts] == ["12.3 %"]
+    bars = [tuple(line.get_ydata()) for line in panel.lines if len(line.get_ydata()) == 2]
+    assert (site["lam_hat"]["least"], 2.3) in bars
+    most = [bar for bar in bars if bar[0] > site["lam_hat"]["least"] and bar[1] < 2.3]
+    assert most, "nine in ten rows"
+    ticks = ["0.input", "0.post", "1.input", "1.post", "norm"]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ticks
+    other = {name: {**each, "lam_hat": {**each["lam_hat"], "least": -40.0}} for name, each in sites.items()}
+    assert pictures.draw_lam_hat(models | {"other": other}, tmp_path / "two.png")
+    (panel,) = figures[1].axes
+    assert panel.get_ylim()[0] > -5
+    assert "some longer than shown (triangles)" in panel.get_title(loc="left")
+    assert [text.get_text() for text in figures[1].legends[0].texts] == ["normal", "other", "no transformation"]
     deep = {f"layers.{i}.input_layernorm": site for i in range(61)}
     assert pictures.draw_lam_hat({"deep": deep}, tmp_path / "deep.png")
-    assert titles(figures[2]) == ["0.input", "20.input", "40.input", "60.input"]
+    assert len(figures[2].axes[0].get_xticklabels()) <= pictures.NAMED + 1
     assert not pictures.draw_lam_hat({"stock": models["stock"]}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
-def test_newton_against_likelihood(figures, tmp_path):
+def test_nine_in_ten_rows_of_a_histogram():
+    histogram = {"counts": [5, 0, 80, 10, 5], "edges": [0, 1, 2, 3, 4, 5], "below": 0, "above": 0}
+    assert pictures._most_rows(histogram) == (1, 4)
+    assert pictures._most_rows(histogram | {"below": 95}) is None
+    assert pictures._most_rows({"mean": 1.0}) is None
+
+
+def test_how_far_newton_is_from_the_likelihood(figures, tmp_path):
     draw = random.Random(0)
     likelihood = [draw.gauss(1, 0.2) for _ in range(100)]
     newton = [value + draw.gauss(0, 0.01) for value in likelihood]
     known = {"newton": newton, "likelihood": likelihood, "rows": 100, "correlation": 0.987654}
     far = {**known, "newton": [-40.0, *newton[1:]], "correlation": None}
     empty = {"newton": None, "likelihood": None, "rows": 0, "correlation": None}
-    assert pictures.draw_likelihood({"a": known, "b": far, "c": empty}, tmp_path / "likelihood.png")
+    found = {"a": {"0": known, "1": known, "2": empty}, "b": {"0": far}, "c": {"0": empty}}
+    assert pictures.draw_likelihood(found, tmp_path / "likelihood.png")
     assert is_png(tmp_path / "likelihood.png")
-    assert titles(figures[0]) == ["a", "b"]
-    texts = [axes.texts[0].get_text() for axes in figures[0].axes]
-    assert texts == ["r = 0.988\n100 rows", "100 rows,\n1 off the scale (×)"]
+    assert titles(figures[0])[:2] == [
+        "a: 200 rows; correlation at least 0.9876 at every norm",
+        "b: 100 rows; 1 off the scale (×)",
+    ]
     assert figures[0].axes[0].get_ylim()[0] > -1
-    assert not pictures.draw_likelihood({"c": empty}, tmp_path / "none.png")
+    y = figures[0].axes[0].lines[1].get_ydata()
+    assert list(y) == pytest.approx([a - b for a, b in zip(newton, likelihood, strict=True)])
+    assert not pictures.draw_likelihood({"c": {"0": empty}}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_variance_over_decades_has_plain_numbers_at_its_ticks(measured, figures, tmp_path):
+    sites = measured()
+    for i, site in enumerate(sites.values()):
+        site["before"]["variance"] = 10.0 ** (2 * i - 3)
+        site["before"]["excess_kurtosis"] = -(7.0**i)
+    pictures.draw_profiles({"a": sites}, tmp_path / "profiles.png")
+    found = dict(zip(titles(figures[0]), figures[0].axes, strict=True))
+    labels = tick_labels(found["variance, before"].yaxis)
+    assert {"0.01", "1", "100", "10⁴"} <= set(labels)
+    assert {"0", "−1", "−10", "−1000"} & set(tick_labels(found["excess kurtosis, before"].yaxis))
 
 
 def points(steps=(0, 10, 20), estimators=("renyi", "ksg"), sites=SITES):

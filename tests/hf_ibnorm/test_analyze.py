@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import check_layout, needs_chromium
 from helpers import shake
 from tokenizers.processors import TemplateProcessing
 from training import run, small_corpus
@@ -138,9 +139,14 @@ def test_everything_is_there_and_the_page_needs_nothing_else(report):
     assert record["models"]["stock"]["tokens_sha"] == record["models"]["normal"]["tokens_sha"]
 
 
+@needs_chromium
+def test_no_table_of_the_page_is_wider_than_the_page(report, tmp_path):
+    check_layout(report / "report.html", tmp_path, verdict=False)
+
+
 def test_what_is_drawn_of_channels_is_what_comes_out(report):
     record = json.loads((report / "analysis.json").read_text(encoding="utf-8"))
-    panels, normality = page._qq_panels(record["models"]), record["models"]["normal"]["normality"]
+    panels, normality = page.qq_panels(record["models"]), record["models"]["normal"]["normality"]
     assert list(panels) == ["stock", "normal"]
     assert list(panels["normal"]) == ["first norm", "middle norm", "last norm"]
     assert panels["normal"]["last norm"] == normality["norm"]["after"]["qq"]

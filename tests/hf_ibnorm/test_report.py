@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from hf_ibnorm.report.__main__ import main
+from hf_ibnorm.report.page import Page
 from hf_ibnorm.report.runs import Run, comparison, fairness
-from hf_ibnorm.report.tables import Table, score_cell
+from hf_ibnorm.report.tables import Table, decimals, score_cell
 
 
 def write_run(path, norm="rmsnorm", lam=None, init="a" * 64, batches=("x", "y"), seed=0, bits=2.0, smoke=False):
@@ -169,3 +170,20 @@ def test_markdown_escapes_pipes():
 def test_a_score_says_when_it_is_no_better_than_guessing(raw, stderr, chance, at_chance, cell):
     score = {"raw": raw, "stderr": stderr, "chance": chance, "details": {"at_chance": at_chance}}
     assert score_cell(score) == cell
+
+
+@pytest.mark.parametrize(
+    ("error", "digits"),
+    [(0.0435, 3), (0.0099, 4), (0.00996, 3), (0.2, 2), (1.5, 1), (9.99, 0), (38.0, 0), (1e-9, 4), (0.0, 4), (None, 4)],
+)
+def test_two_digits_of_the_error_are_shown(error, digits):
+    assert decimals(error) == digits
+
+
+def test_columns_of_words_are_aligned_to_the_left():
+    table = Table(["norm", "verdict", "loss"], [["a", "worse", "1"]], text=2)
+    assert table.markdown().splitlines()[1] == "| --- | --- | ---: |"
+    assert r"\begin{tabular}{llr}" in table.latex("")
+    page = Page("", "", {"worse": "bad"})
+    page.table(table)
+    assert '<tr><td class="text">a</td><td class="text bad">worse</td><td>1</td></tr>' in page.html("")
