@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import run_on_pages, small_corpus
 
-import eval.__main__
 import hf_ibnorm.cli
 import hf_ibnorm.report.__main__
 import train_lm.__main__
@@ -27,7 +26,26 @@ import train_lm.plot
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
 STRANGE = (
-    *(None, True, 0, -1, 10**20, 1e20, 0.5, float("nan"), "", "x", "\0", "../x", "a" * 5000, [], [1], [[]], {}, {"a": 1}),
+    *(
+        None,
+        True,
+        0,
+        -1,
+        10**20,
+        1e20,
+        0.5,
+        float("nan"),
+        "",
+        "x",
+        "\0",
+        "../x",
+        "a" * 5000,
+        [],
+        [1],
+        [[]],
+        {},
+        {"a": 1},
+    ),
     *([{}], {"": None}, [None] * 3, "é\ud7ff", "None", -(2**63), 2**31),
 )
 """What may stand where something else should."""
@@ -70,7 +88,9 @@ def damaged(draw, name, whole):
         return (yaml.safe_dump(rows, allow_unicode=True) if kind[1] == "y" else json.dumps(rows)).encode()
     at = draw(st.integers(0, len(whole)))
     end = draw(st.sampled_from([at, at + 1, len(whole)]))
-    return whole[:at] + draw(st.sampled_from([b"", b"\xff", b"\0", b"{", b"[", b'"', b"1", b"\xef\xbb\xbf"])) + whole[end:]
+    return (
+        whole[:at] + draw(st.sampled_from([b"", b"\xff", b"\0", b"{", b"[", b'"', b"1", b"\xef\xbb\xbf"])) + whole[end:]
+    )
 
 
 def answers(main, *words):
@@ -87,7 +107,18 @@ def answers(main, *words):
 def trained(tmp_path_factory):
     """A finished run and one that stopped before its last step."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ["--max_steps", "4", "--eval_every", "2", "--checkpoint_every", "3", "--warmup_steps", "1", "--log_with", "[]"]
+    flags = [
+        "--max_steps",
+        "4",
+        "--eval_every",
+        "2",
+        "--checkpoint_every",
+        "3",
+        "--warmup_steps",
+        "1",
+        "--log_with",
+        "[]",
+    ]
     run_on_pages(folder / "run", *flags)
     shutil.copytree(folder / "run", folder / "stopped")
     shutil.rmtree(folder / "stopped/final")
@@ -120,17 +151,42 @@ def command(name, folder):
     """The command that reads the file, as its main function and words."""
     run, final = folder / "run", folder / "run/final"
     train = train_lm.__main__.main
-    short = ["--config", "tiny", "--max_steps", "1", "--warmup_steps", "0", "--run_dir", folder / "new", "--log_with", "[]"]
+    short = [
+        "--config",
+        "tiny",
+        "--max_steps",
+        "1",
+        "--warmup_steps",
+        "0",
+        "--run_dir",
+        folder / "new",
+        "--log_with",
+        "[]",
+    ]
     if name == "a recipe":
         return train, "--config", folder / "own.yaml", "--run_dir", folder / "new", "--check"
     if name.startswith("a run's"):
         plots = name == "a run's metrics"
-        return (train_lm.plot.main if plots else hf_ibnorm.report.__main__.main), run, "--output", folder / (
-            "a.png" if plots else "out"
+        return (
+            (train_lm.plot.main if plots else hf_ibnorm.report.__main__.main),
+            run,
+            "--output",
+            folder / ("a.png" if plots else "out"),
         )
     if "resume" in name or "checkpoint" in name:
         flags = ["--max_steps", "4", "--eval_every", "2", "--checkpoint_every", "3", "--warmup_steps", "1"]
-        return train, "--config", "tiny", "--run_dir", folder / "stopped", "--resume", "auto", *flags, "--log_with", "[]"
+        return (
+            train,
+            "--config",
+            "tiny",
+            "--run_dir",
+            folder / "stopped",
+            "--resume",
+            "auto",
+            *flags,
+            "--log_with",
+            "[]",
+        )
     if "to convert" in name:
         return hf_ibnorm.cli.main, "convert", final, folder / "new", "--norm", "ibnorm_l"
     if "to start from" in name:

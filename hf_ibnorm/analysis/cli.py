@@ -7,7 +7,6 @@ from typing import Any
 
 from ..cli import UserError, bad_input, quiet_libraries
 
-
 _OF_A_PART = {
     "normality": ("rows",),
     "noise": ("delta", "draws", "noise_tokens"),
@@ -33,7 +32,9 @@ def _analyze(arguments: argparse.Namespace) -> None:
     for part in given.get("skip", ()):
         for name in _OF_A_PART.get(part, ()):
             if name in given:
-                raise UserError(f"{name}: got {given[name]!r}, which nothing would use as {part} is skipped; leave it out")
+                raise UserError(
+                    f"{name}: got {given[name]!r}, which nothing would use as {part} is skipped; leave it out"
+                )
     wanted = {name: given[name] for name in Measuring.__dataclass_fields__ if name in given}
     wanted |= {name: tuple(wanted[name]) for name in ("sites", "skip") if name in wanted}
     options: dict[str, Any] = {name: given[name] for name in ("data", "tokens", "checkpoints") if name in given}
