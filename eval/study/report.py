@@ -12,6 +12,7 @@ from hf_ibnorm.report.page import Page
 from hf_ibnorm.report.tables import Table, csv_text
 
 from ..compare import BETTER, SAME, WORSE
+from ..statistics import BOOTSTRAP_FROM, TEST_FROM
 from ..tables import SMOKE
 from .figures import draw_cost, draw_forest, draw_lam, draw_losses, draw_stability, sweeps_of
 from .folder import SOURCE, Folder
@@ -30,7 +31,6 @@ from .results import (
     gather,
     lower_is_better,
 )
-from .statistics import BOOTSTRAP_FROM, SIGN_TEST_FROM
 from .training import DIVERGED, FAILED, Training
 
 VERDICTS = (
@@ -63,7 +63,7 @@ def verdict_table(groups: Sequence[Group], metric: str) -> Table:
     """The norms, a row each: metric, difference, interval, p, what could be seen, verdict."""
     most = max((group.paired.n for group in groups if group.paired), default=0)
     columns = ["norm", metric, "learning rate", "difference", "95 % interval", "p, corrected", "could be seen"]
-    columns += ["sign test"] * (most >= SIGN_TEST_FROM) + ["bootstrap"] * (most >= BOOTSTRAP_FROM)
+    columns += ["sign test"] * (most >= TEST_FROM) + ["bootstrap"] * (most >= BOOTSTRAP_FROM)
     table = Table([*columns, "verdict"])
     for group in groups:
         values, found = list(group.values(metric).values()), group.paired
@@ -73,7 +73,7 @@ def verdict_table(groups: Sequence[Group], metric: str) -> Table:
         else:
             row += [f"{found.mean:+.4f}", _interval(found.interval), _p(group.adjusted)]
             row.append("-" if found.detectable is None else f"{found.detectable:.4f}")
-            row += [_p(found.sign_p)] * (most >= SIGN_TEST_FROM)
+            row += [_p(found.sign_p)] * (most >= TEST_FROM)
             row += [_interval(found.bootstrap)] * (most >= BOOTSTRAP_FROM)
         table.rows.append([*row, told(group)])
     return table
