@@ -127,13 +127,14 @@ def read_run(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
 
 def _read(path: Path, *fields: str) -> dict[str, Any]:
     with bad_input(OSError, ValueError, about=f"run: {path} cannot be read: "):
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_json)
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_json)
     if not isinstance(content, dict) or not any(field in content for field in fields):
         raise UserError(f"run: {path} is damaged: it has no {' or '.join(fields)}")
     return content
 
 
-def _no_json(constant: str) -> None:
+def no_json(constant: str) -> None:
+    """For `json.loads`, which takes NaN and Infinity for numbers: raise ValueError."""
     raise ValueError(f"it has a number {constant}")
 
 

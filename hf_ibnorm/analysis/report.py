@@ -155,6 +155,9 @@ def _subject(model: str, data: str, tokens: int) -> Subject:
     if tokens < block:
         raise ValueError(f"tokens: got {tokens}, must be at least a block of {model}: {block}")
     text = draw_text("data", data, "test", tokenizer, tokens, context)
+    if int(text.ids.max()) >= config.vocab_size:
+        token = tokenizer.convert_ids_to_tokens(int(text.ids.max()))
+        raise ValueError(f"data: got {data!r}, which has the token {token!r}; {model} has no embedding for that")
     if text.ids.shape[1] < block:
         raise ValueError(
             f"data: got {data!r}, which has {text.ids.numel()} tokens for {model}; must have a block of {block}"
