@@ -74,7 +74,7 @@ def _suites(_: argparse.Namespace) -> None:
 
 
 def _mirror(arguments: argparse.Namespace) -> None:
-    from .harness import choose
+    from .choice import choose
     from .mirror import carry_out
 
     benchmarks = [each for name in arguments.suite.split(",") for each in choose(name)[1]]

@@ -7,12 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .harness import VERSION, Prompts
+from .choice import VERSION
+from .harness import Prompts
 from .mirror import GATED, how_to_access, problems, sets_of
 from .suites import Benchmark
 
 NEEDED = {
     "leaderboard/ifeval": ("langdetect", "immutabledict", "nltk"),
+    "ifeval": ("langdetect", "immutabledict", "nltk"),
     "leaderboard/math": ("sympy", "math_verify", "antlr4"),
     "truthfulqa": ("sacrebleu", "rouge_score"),
 }
@@ -72,15 +74,18 @@ _PIP = "pip install 'hf_ibnorm[eval]'"
 
 
 def _punkt(folders: set[str]) -> list[Check]:
-    if "leaderboard/ifeval" not in folders or find_spec("nltk") is None:
+    if not folders & {"leaderboard/ifeval", "ifeval"} or find_spec("nltk") is None:
         return []
     import nltk
 
     try:
+        nltk.tokenize.PunktTokenizer("english")  # a folder of that name may lack the files
         return [Check("punkt", None, str(nltk.data.find(PUNKT)))]
-    except LookupError:
+    except Exception as error:  # none, or files of any content
         todo = "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder that has tokenizers/punkt_tab"
-        return [Check("punkt", f"IFEval needs NLTK's punkt_tab, and would fail after generating everything: {todo}")]
+        missing = "IFEval needs NLTK's punkt_tab"
+        found = "" if isinstance(error, LookupError) else f", which cannot be read ({type(error).__name__}: {error})"
+        return [Check("punkt", f"{missing}{found}, and would fail after generating everything: {todo}")]
 
 
 def _data(benchmarks: Sequence[Benchmark], mirror: Path | None) -> list[Check]:

@@ -7,23 +7,22 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 from hf_ibnorm.cli import UserError
 from hf_ibnorm.files import sha256
 
-from .mirror import sets_of, told_of
+from .mirror import is_local, sets_of, told_of
 from .scoring import ScoringError, check_answers
 from .suites import DEFINED, SUITES, Benchmark, embedded_rows, task_manager
 
-VERSION = "0.4.13"
-"""The release whose tasks, prompts and metrics the suites are defined by."""
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-"""lm-eval's own defaults; GPQA shuffles its choices with the first."""
+"""lm-eval's own defaults. Every task starts from them, whatever ran before; GPQA shuffles its choices by the first."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +34,27 @@ class Prompting:
         chat_template: put each prompt through the tokenizer's chat template.
         multiturn: give the examples as earlier turns of the conversation.
         generation: options of generation that replace those of the task files.
+        shots: examples in each prompt, in place of the tasks' own number.
     """
 
     limit: int | None = None
     chat_template: bool = False
     multiturn: bool = False
     generation: dict[str, Any] | None = None
+    shots: int | None = None
 
-    def smoke(self) -> list[str]:
-        """The settings that make this no leaderboard score."""
+    def smoke(self, suite: str) -> list[str]:
+        """The settings that make what is run of `suite` no leaderboard score."""
         found = [] if self.limit is None else [f"--limit {self.limit}"]
-        return found + ([] if not self.generation else ["changed generation settings"])
+        found += [] if not self.generation else ["changed generation settings"]
+        fixed = any(name in SUITES or name in DEFINED for name in suite.split(","))  # its number of examples
+        return found + ([f"--num_fewshot {self.shots}"] if fixed and self.shots is not None else [])
 
     def notes(self) -> list[str]:
         """What a reader of the scores must know of the prompts."""
         turns = ", examples as turns" if self.multiturn else ""
-        return [f"with the tokenizer's chat template{turns}"] if self.chat_template else []
+        shots = [] if self.shots is None else [f"with {self.shots} examples in each prompt, as --num_fewshot says"]
+        return shots + ([f"with the tokenizer's chat template{turns}"] if self.chat_template else [])
 
     def arguments(self, lm: Any) -> dict[str, Any]:
         """For lm-eval's `build_all_requests`."""
@@ -86,24 +90,36 @@ def data_from(mirror: Path | None, cache: Path) -> Iterator[None]:
 
     Args:
         mirror: folder with the data sets.
-        cache: a new folder for what `datasets` prepares. GPQA's choices are shuffled while they are prepared, and every
-            time they are asked for unless what was prepared is kept: so it must be, and none of an earlier run.
+        cache: a new folder for what `datasets` prepares, so that nothing of an earlier run is found there.
 
     Raises:
         UserError: (where a set is loaded) the mirror lacks it.
     """
     import datasets
     from huggingface_hub import constants
+    from lm_eval.api.task import ConfigurableTask
 
     load, enabled = datasets.load_dataset, datasets.is_caching_enabled()
     offline = (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE)
 
     def prepared(path: str, name: str | None = None, **options: Any) -> Any:
+        if is_local(path):
+            return load(path, name, cache_dir=str(cache), **options)
+        if mirror is None and Path(path).exists():
+            raise UserError(f"{Path(path).absolute()} would be read for the Hub's data set {path}; run this elsewhere")
         folder = path if mirror is None else str(mirror / path)
         if mirror is not None and not Path(folder).is_dir():
             raise UserError(f"mirror: {folder} is missing (python -m eval mirror fetch --mirror {mirror})")
         return load(folder, name, cache_dir=str(cache), **options)
 
+    def download(task: Any, *arguments: Any, **options: Any) -> None:
+        _seed()
+        fetch(task, *arguments, **options)
+        if callable(task.config.process_docs):  # asked for again and again, and GPQA's draws
+            task.config.process_docs = _afresh(task.config.process_docs)
+
+    fetch = ConfigurableTask.download
+    ConfigurableTask.download = download
     datasets.load_dataset = prepared
     datasets.enable_caching()
     if mirror is not None:
@@ -111,6 +127,7 @@ def data_from(mirror: Path | None, cache: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        ConfigurableTask.download = fetch
         datasets.load_dataset = load
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = offline
         if not enabled:
@@ -143,25 +160,32 @@ def _seed() -> None:
     torch.manual_seed(SEEDS["torch"])
 
 
-def choose(names: str) -> tuple[str, list[Benchmark]]:
-    """The suite of that name, or one of the tasks that lm-eval calls so (several divided by commas).
+def _afresh(do: Callable[..., Any], task: Any = None) -> Callable[..., Any]:
+    """`do`, started every time from the same state of all that draws, `task`'s choice of examples included."""
 
-    Raises:
-        UserError: lm-eval does not know a name, or it has no metric that can be scored here.
-    """
-    if names in SUITES:
-        return names, list(SUITES[names])
-    asked = names.split(",")
-    for name in asked:
-        if name in DEFINED:
-            continue
-        if name not in task_manager((".",)).all_tasks or name in ("openllm", "leaderboard"):
-            # The first recurses until it dies, the second mixes tasks with different chance levels.
-            hint = " (use v1 and v2 for the leaderboards)" if name in ("openllm", "leaderboard") else ""
-            raise UserError(
-                f"suite: got {names!r}, allowed are {', '.join(SUITES)} and tasks of lm-eval {VERSION}{hint}"
-            )
-    return names, [DEFINED.get(name) or Benchmark(name, name, (), "", folders=(".",)) for name in asked]
+    @wraps(do)
+    def seeded(*arguments: Any, **options: Any) -> Any:
+        _seed()
+        if task is not None:
+            task.set_fewshot_seed(seed=SEEDS["fewshot"])
+        return do(*arguments, **options)
+
+    return seeded
+
+
+class _TaskByTask:
+    """A model that writes the answers to each task from the same state: sampled ones do not depend on other tasks."""
+
+    def __init__(self, lm: Any) -> None:
+        self._lm = lm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lm, name)
+
+    def generate_until(self, requests: list[Any]) -> list[Any]:
+        write = _afresh(self._lm.generate_until)
+        parts = groupby(requests, key=lambda request: request.task_name)  # which come task after task
+        return [answer for _, part in parts for answer in write(list(part))]
 
 
 PREFERRED = ("acc_norm", "acc", "exact_match", "bits_per_byte")
@@ -171,7 +195,7 @@ def load_tasks(benchmark: Benchmark) -> tuple[Benchmark, dict[str, Any]]:
     """The benchmark's tasks as lm-eval has them, with their data.
 
     Returns:
-        The benchmark, complete now if it was only a name of lm-eval's, and lm-eval's tasks and groups.
+        The benchmark, complete now if it was only a name, and lm-eval's tasks and groups.
 
     Raises:
         UserError: the data cannot be had, or the installed harness defines the benchmark differently.
@@ -196,12 +220,17 @@ def load_tasks(benchmark: Benchmark) -> tuple[Benchmark, dict[str, Any]]:
     for name, task in tasks.items():
         shots = task.get_config("num_fewshot")
         if benchmark.set_shots:
+            if benchmark.rolling and benchmark.shots:
+                raise UserError(
+                    f"num_fewshot: got {benchmark.shots}, {name} scores whole documents and has no examples"
+                )
             task.set_config(key="num_fewshot", value=benchmark.shots)
         elif (shots or 0) != benchmark.shots:
             raise UserError(f"{name}: lm-eval gives {shots} examples, this suite asks for {benchmark.shots}")
         elif shots is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=SEEDS["fewshot"])
+        for step in ("build_all_requests", "apply_filters"):  # the second comes before its scores
+            setattr(task, step, _afresh(getattr(task, step), task))
         metrics = set(task._metric_fn_list) | {"ifeval"} & {benchmark.metric}
         if benchmark.metric not in metrics:
             raise UserError(f"{name}: lm-eval has no {benchmark.metric} for it, only {', '.join(sorted(metrics))}")
@@ -221,11 +250,24 @@ def _complete(benchmark: Benchmark, tasks: dict[str, Any]) -> Benchmark:
         raise UserError(f"suite: {benchmark.name} has none of the metrics {', '.join(PREFERRED)}")
     filters = [each.name for each in first._filters]
     shots = {task.get_config("num_fewshot") or 0 for task in tasks.values()}
+    if benchmark.set_shots:
+        shots = {benchmark.shots}
     if len(shots) > 1:
         raise UserError(f"suite: the tasks of {benchmark.name} have different numbers of examples; name them singly")
-    return Benchmark(
-        benchmark.name, benchmark.name, tuple(tasks), metric, filters[0], shots=shots.pop(), folders=benchmark.folders
-    )
+    return replace(benchmark, tasks=tuple(tasks), metric=metric, filter=filters[0], shots=shots.pop())
+
+
+@contextmanager
+def of_its_files(benchmark: Benchmark, what: str) -> Iterator[None]:
+    """Turn what the files of a task raise that no suite has, and that a user may have written, into a `UserError`."""
+    kinds = () if benchmark.name in DEFINED else (Exception,)
+    try:
+        yield
+    except (UserError, ScoringError):
+        raise
+    except kinds as error:
+        line = " ".join(str(error).split())[:300]
+        raise UserError(f"{benchmark.name}: {what}: {type(error).__name__}: {line}") from error
 
 
 @contextmanager
@@ -242,7 +284,7 @@ def bos_for(lm: Any, benchmark: Benchmark) -> Iterator[None]:
 def measure(lm: Any, benchmark: Benchmark, tasks: dict[str, Any], prompting: Prompting) -> dict[str, Prompts]:
     """The prompts of each task in tokens, exactly as the harness will hand them to the model."""
     measured = {}
-    with bos_for(lm, benchmark), quiet():
+    with bos_for(lm, benchmark), quiet(), of_its_files(benchmark, "its prompts cannot be made"):
         for name, task in tasks.items():
             task.build_all_requests(rank=0, world_size=1, **prompting.arguments(lm))
             measured[name] = _measure(lm, task.instances, prompting)
@@ -251,6 +293,16 @@ def measure(lm: Any, benchmark: Benchmark, tasks: dict[str, Any], prompting: Pro
 
 
 def _measure(lm: Any, instances: list[Any], prompting: Prompting) -> Prompts:
+    def encode(text: str, **how: Any) -> list[int]:
+        ids: list[int] = lm.tok_encode(text, **how)
+        if ids and max(ids) >= lm.model.config.vocab_size:
+            token = lm.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"{instances[0].task_name}: a prompt has the token {token!r} with id {max(ids)}, "
+                f"the model's vocab_size is {lm.model.config.vocab_size}"
+            )
+        return ids
+
     tokens: dict[tuple[int, int], int] = {}
     totals, room = [], 0
     last: tuple[str | None, int] = (None, 0)
@@ -258,17 +310,17 @@ def _measure(lm: Any, instances: list[Any], prompting: Prompting) -> Prompts:
         if instance.request_type == "generate_until":
             context, options = instance.args
             room = max(room, (options | (prompting.generation or {})).get("max_gen_toks", lm.max_gen_toks))
-            totals.append(len(lm.tok_encode(context)))
+            totals.append(len(encode(context)))
         elif instance.request_type == "loglikelihood_rolling":
-            tokens[instance.doc_id, 0] = len(lm.tok_encode(*instance.args))
+            tokens[instance.doc_id, 0] = len(encode(*instance.args))
         else:
             context, answer = instance.args
             if not context:  # the harness puts one token before it
-                whole, before = len(lm.tok_encode(answer, add_special_tokens=False)) + 1, 1
+                whole, before = len(encode(answer, add_special_tokens=False)) + 1, 1
             else:
                 if context.rstrip() != last[0]:
-                    last = context.rstrip(), len(lm.tok_encode(context.rstrip()))
-                whole, before = len(lm.tok_encode(context + answer)), last[1]
+                    last = context.rstrip(), len(encode(context.rstrip()))
+                whole, before = len(encode(context + answer)), last[1]
             tokens[instance.doc_id, instance.idx] = whole - before
             totals.append(whole - 1)  # the last token is only predicted, never read
     impossible = None
@@ -303,15 +355,13 @@ def answer(
     """
     from lm_eval.evaluator import evaluate
 
-    _seed()
     for task in loaded["tasks"].values():
-        task.set_fewshot_seed(seed=SEEDS["fewshot"])  # measuring has drawn examples
         if prompting.generation and task.get_config("output_type") == "generate_until":
             task.set_config(key="generation_kwargs", value=prompting.generation, update=True)
     # The harness draws a bar for every batch of a novel.
     with kept(lm) as model, bos_for(lm, benchmark), quiet(always=benchmark.rolling):
         results = evaluate(
-            model,
+            _TaskByTask(model),
             loaded,
             limit=prompting.limit,
             bootstrap_iters=0,
@@ -330,6 +380,8 @@ def answer(
             "overlong": prompts[name].overlong,
             "items": _items(benchmark, name, task, samples, prompts[name].tokens),
         }
+        if task.OUTPUT_TYPE == "generate_until":
+            tasks[name]["generation"] = task.config.generation_kwargs
     # Over the benchmark: in a task of two items, answers of one probability may be chance.
     scored = [item for task in tasks.values() for item in task["items"] if "choices" in item]
     if scored:

@@ -27,6 +27,8 @@ from .suites import Benchmark, leaves, task_manager
 INDEX = "mirror.json"
 GATED = {"Idavidrein/gpqa"}
 """Data sets whose owner asks for terms to be accepted."""
+LOCAL = ("json", "csv", "text", "parquet", "arrow", "pandas", "xml", "imagefolder", "audiofolder")
+"""Formats of which `datasets` reads local files."""
 DATA_FILES = ("*.parquet", "*.json", "*.jsonl", "*.csv", "*.txt", "*.zip", "*.gz", "*.zst")
 
 
@@ -38,6 +40,11 @@ class DataSet:
     config: str | None
 
 
+def is_local(path: str) -> bool:
+    """Whether a `dataset_path` is none of the Hub's: a format of files that the task names itself, or a folder."""
+    return path in LOCAL or path.startswith(".") or Path(path).is_absolute()
+
+
 def sets_of(benchmarks: Iterable[Benchmark]) -> set[DataSet]:
     """The data sets that the benchmarks' task files name."""
     found = set()
@@ -45,7 +52,7 @@ def sets_of(benchmarks: Iterable[Benchmark]) -> set[DataSet]:
         index = task_manager(benchmark.folders).task_index if benchmark.folders else {}
         for task in leaves(benchmark):
             config = index[task].cfg or {} if task in index else {}
-            if "dataset_path" in config:
+            if "dataset_path" in config and not is_local(config["dataset_path"]):
                 found.add(DataSet(config["dataset_path"], config.get("dataset_name")))
     return found
 

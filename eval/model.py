@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, device: str) -
 
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("tokenizer: it has neither a BOS nor an EOS token, lm-eval begins texts with one of them")
+    if (tokenizer.pad_token_id or 0) >= model.config.vocab_size:  # added beyond the embedding
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     if processes() > 1:
         from accelerate import PartialState
 
@@ -101,8 +105,38 @@ def divided(kind: type) -> type:
     return Divided
 
 
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""What stays of a generation_config: with which tokens the model's texts begin and end."""
+_OF_GENERATE = ("use_cache", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config")
+"""Fields of a generation_config that change no text."""
+
+
+@contextmanager
+def as_tasks_ask(harness: Any) -> Iterator[dict[str, Any]]:
+    """Have a model write as its tasks ask: while inside, its generation_config says with which tokens a text ends, and
+    nothing else, such as a penalty for repetition.
+
+    Yields:
+        What was put aside: the fields of the checkpoint's generation_config that would have changed what is written.
+    """
+    from transformers import GenerationConfig
+
+    model = harness.model
+    given = getattr(model, "generation_config", None) or GenerationConfig()
+    model.generation_config = GenerationConfig(**{name: getattr(given, name, None) for name in ENDS})
+    try:
+        yield {
+            name: value
+            for name, value in given.to_diff_dict().items()
+            if name not in (*ENDS, *_OF_GENERATE) and value is not None
+        }
+    finally:
+        model.generation_config = given
+
+
 def fingerprint(harness: Any) -> dict[str, Any]:
-    """What the answers of a model depend on: hashes of weights, config and tokenizer, its dtype and longest input."""
+    """What the answers of a model depend on: hashes of weights, config and tokenizer, and of how it generates where no
+    task says so; its dtype and longest input."""
     model, tokenizer = harness.model, harness.tokenizer
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NO_MATTER}
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -113,12 +147,21 @@ def fingerprint(harness: Any) -> dict[str, Any]:
         json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
         str(tokenizer.chat_template),
         type(tokenizer).__name__,
-        str(getattr(tokenizer, "add_bos_token", None)),
+        # How text becomes tokens, and tokens text.
+        *(str(getattr(tokenizer, name, None)) for name in ("add_bos_token", "clean_up_tokenization_spaces")),
+        str(getattr(tokenizer, "split_special_tokens", None)),
     ]
+    generation = getattr(model, "generation_config", None)
+    ways = (
+        {name: value for name, value in generation.to_diff_dict().items() if name not in _OF_GENERATE}
+        if generation
+        else {}
+    )
     return {
         "weights": sha256_tensors(model.state_dict().items()),
         "config": sha256([json.dumps(config, sort_keys=True, default=str)]),
         "tokenizer": sha256(words),
+        "generation": sha256([json.dumps(ways, sort_keys=True, default=str)]),
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_length": harness.max_length,
     }

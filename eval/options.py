@@ -15,6 +15,12 @@ def positive(text: str) -> int:
     return value
 
 
+def _at_least_0(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number >= 0")
+    return int(text)
+
+
 def _batch_size(text: str) -> int | str:
     return text if text == "auto" else positive(text)
 
@@ -48,7 +54,20 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="directory of a checkpoint with its tokenizer, or of a training run; or a name on the Hub",
     )
-    add("--suite", required=True, help=f"one of: {', '.join(SUITES)}; or tasks of lm-eval, divided by commas")
+    add(
+        "--suite",
+        "--tasks",
+        dest="suite",
+        required=True,
+        help=f"one of: {', '.join(SUITES)}; or tasks of lm-eval or of --include_path, divided by commas",
+    )
+    add("--include_path", metavar="DIR", help="folder with task files of your own, in lm-eval's form (default: none)")
+    add(
+        "--num_fewshot",
+        type=_at_least_0,
+        metavar="N",
+        help="examples in each prompt, a smoke test of a suite (default: each task's own number)",
+    )
     add("--mirror", help="folder with the data sets, no network is touched then (default: the Hub)")
     add("--limit", type=positive, help="only the first N items a task, a smoke test (default: all)")
     add(

@@ -13,7 +13,7 @@ from hf_ibnorm.report.page import Page
 from hf_ibnorm.report.plots import COLOURS, Estimate, plot_forest
 from hf_ibnorm.report.tables import Table, csv_text, decimals, score_cell
 
-from .compare import BETTER, CHANCE, SAME, WORSE, Difference, Scored
+from .compare import BETTER, CHANCE, NOT_TESTED, SAME, WORSE, Difference, Scored
 from .harness import Prompting
 from .scoring import score_benchmark
 from .suites import Benchmark
@@ -22,12 +22,15 @@ from .tables import SMOKE
 READING = (
     "Difference: the other model minus the first, of raw scores (percentage points; bits per byte times 100, where "
     "less is better). Interval: 95 % of the differences when items are drawn again with replacement, the same for "
-    "both models (whole clusters where items share a sentence). p: McNemar's exact test on the items that only one "
+    "both models (whole clusters where items share a sentence); none for fewer than ten clusters, or where no item "
+    "differs. p: McNemar's exact test on the items that only one "
     "model gets right, or flips of the signs of paired differences where items are clustered or not just right or "
     "wrong; corrected after Holm for the number of benchmarks. A verdict needs the corrected p below 0.05, and is "
-    "'both at chance' where neither model does better or worse than guessing. One pair of models says nothing about "
-    "other seeds."
+    "'both at chance' where neither model does better or worse than guessing, and 'not tested' where there are fewer "
+    "than six clusters, of which no test can tell anything. One pair of models says nothing about other seeds."
 )
+KINDS = (BETTER, WORSE, SAME, CHANCE, NOT_TESTED)
+"""Verdicts in the order in which they are told."""
 
 
 def difference_table(found: dict[str, list[Difference]]) -> Table:
@@ -114,7 +117,7 @@ def verdicts(first: str, found: dict[str, list[Difference]]) -> list[str]:
     """A sentence for each run that was compared."""
     lines = []
     for name, rows in found.items():
-        counts = [(kind, [row.title for row in rows if row.verdict == kind]) for kind in (BETTER, WORSE, SAME, CHANCE)]
+        counts = [(kind, [row.title for row in rows if row.verdict == kind]) for kind in KINDS]
         told = "; ".join(f"{kind}: {', '.join(titles)}" for kind, titles in counts if titles)
         lines.append(f"{name} against {first} - {told}.")
     return lines
@@ -137,7 +140,7 @@ def write_files(
     """
     first = runs[0].name
     identity = runs[0].manifest["identity"]
-    smoke = Prompting(**identity["prompting"]).smoke()
+    smoke = Prompting(**identity["prompting"]).smoke(identity["suite"])
     table, lines = difference_table(found), [*verdicts(first, found), *left_out(runs, benchmarks)]
     command = shlex.join(["python", "-m", "eval", *sys.argv[1:]])
     footer = f"Made by `{command}`, hf_ibnorm {package_versions()['hf_ibnorm']}."

@@ -6,7 +6,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from hf_ibnorm.files import check_new_directory, package_versions, sha256
 from hf_ibnorm.models import find_model
 from hf_ibnorm.report.tables import score_cell
 
+from .choice import choose, own_files
 from .doctor import CHECKS, Check, check_context, check_model, check_surroundings, failures, outcome
-from .harness import SEEDS, Prompting, Prompts, answer, choose, data_from, load_tasks, measure
+from .harness import SEEDS, Prompting, Prompts, answer, data_from, load_tasks, measure, of_its_files
 from .mirror import hashes, sets_of
-from .model import fingerprint, is_first, load_model, processes, wrap_model
+from .model import as_tasks_ask, fingerprint, is_first, load_model, processes, wrap_model
 from .scoring import ScoringError, score_benchmark
 from .store import add_notes, create, is_begun, record_hashes, still_missing, write_result, write_scores
 from .suites import Benchmark
@@ -36,7 +37,9 @@ class Settings:
     """What a run is asked for, beside the model and where its files go.
 
     Args:
-        suite: "embedded", "v1", "v2", or tasks of lm-eval, divided by commas.
+        suite: "embedded", "v1", "v2", or tasks of lm-eval or of `include_path`, divided by commas.
+        include_path: folder with task files of the user's own, in lm-eval's form.
+        num_fewshot: examples in each prompt; None for each task's own number.
         mirror: folder with the data sets; no network is touched then.
         limit: only the first so many items of each task; the scores are then marked as a smoke test.
         batch_size: sequences at a time; "auto" for as many as fit on a GPU.
@@ -54,6 +57,8 @@ class Settings:
     """
 
     suite: str
+    include_path: str | None = None
+    num_fewshot: int | None = None
     mirror: str | None = None
     limit: int | None = None
     batch_size: int | str = 8
@@ -70,7 +75,9 @@ class Settings:
 
     @property
     def prompting(self) -> Prompting:
-        return Prompting(self.limit, self.apply_chat_template, self.fewshot_as_multiturn, self.gen_kwargs)
+        return Prompting(
+            self.limit, self.apply_chat_template, self.fewshot_as_multiturn, self.gen_kwargs, self.num_fewshot
+        )
 
     def check(self) -> None:
         """Raise UserError where settings do not go together."""
@@ -98,7 +105,9 @@ class Settings:
         Raises:
             UserError: a name is unknown, or nothing is left.
         """
-        name, benchmarks = choose(self.suite)
+        name, benchmarks = choose(self.suite, self.include_path)
+        if self.num_fewshot is not None:
+            benchmarks = [replace(each, shots=self.num_fewshot, set_shots=True) for each in benchmarks]
         names = [each.name for each in benchmarks]
         for field, values, allowed in (
             ("skip", self.skip, names),
@@ -150,7 +159,7 @@ def run(model: Any, suite: str, output: str, *, tokenizer: Any = None, **setting
     say = partial(Console().print, highlight=False, markup=False, soft_wrap=True) if is_first() else _silent
 
     busy = f"output: {target} is in use by another run"
-    with _data_sets(asked.mirror) as folder, ExitStack() as stack:
+    with _data_sets(asked.mirror) as folder, as_tasks_ask(lm) as unused, ExitStack() as stack:
         if is_first() and is_begun(target):
             stack.enter_context(alone_in(target, busy))
         identity = {
@@ -160,18 +169,20 @@ def run(model: Any, suite: str, output: str, *, tokenizer: Any = None, **setting
             "prompting": asdict(asked.prompting),
             "overlong": asked.overlong,
             "mirror": hashes(folder, sets_of(benchmarks)) if folder else None,
+            "include_path": own_files(asked.include_path) if asked.include_path else None,
             "versions": {each: package_versions()[each] for each in ("lm_eval", "transformers", "torch", "hf_ibnorm")},
             "seeds": SEEDS,
         }
         missing = still_missing(target, identity) if is_begun(target) else identity["benchmarks"]
-        checks, ready = examine(lm, [each for each in benchmarks if each.name in missing], asked, folder)
+        checks, ready = examine(lm, [each for each in benchmarks if each.name in missing], asked, folder, unused)
         _stop_on_failure(checks, asked.ignore, say)
-        ignored = [f"ignored: {check.name}: {check.problem}" for check in checks if not check.passed]
+        notes = [f"ignored: {check.name}: {check.problem}" for check in checks if not check.passed]
+        notes += [check.found for check in checks if check.name == "generation"]
         if is_first() and is_begun(target):
-            add_notes(target, ignored)
+            add_notes(target, notes)
         elif is_first():
             path = str(model) if isinstance(model, str | Path) else lm.model.name_or_path
-            create(target, identity, {"model": path, "settings": asdict(asked), "notes": ignored})
+            create(target, identity, {"model": path, "settings": asdict(asked), "notes": notes})
             stack.enter_context(alone_in(target, busy))
         for i, each in enumerate(ready, len(benchmarks) - len(ready) + 1):
             if STOPPED:
@@ -197,14 +208,17 @@ def diagnose(model: str, **settings: Any) -> list[Check]:
     asked = Settings(**settings)
     asked.check()
     _, benchmarks = asked.benchmarks()
-    with _data_sets(asked.mirror) as folder:
-        return examine(_open(model, None, asked), benchmarks, asked, folder)[0]
+    with _data_sets(asked.mirror) as folder, as_tasks_ask(lm := _open(model, None, asked)) as unused:
+        return examine(lm, benchmarks, asked, folder, unused)[0]
 
 
 def examine(
-    lm: Any, benchmarks: Sequence[Benchmark], asked: Settings, mirror: Path | None
+    lm: Any, benchmarks: Sequence[Benchmark], asked: Settings, mirror: Path | None, unused: dict[str, Any]
 ) -> tuple[list[Check], list[Ready]]:
-    """Every check, and the benchmarks that are ready to run; tasks are loaded only if all else is well."""
+    """Every check, and the benchmarks that are ready to run; tasks are loaded only if all else is well.
+
+    `unused` is what `as_tasks_ask` has put aside.
+    """
     checks = check_surroundings(benchmarks, mirror) + check_model(lm)
     ready = []
     if not failures(checks, asked.ignore):
@@ -214,10 +228,19 @@ def examine(
             except UserError as error:
                 checks.append(Check("data", str(error)))
                 continue
-            prompts = measure(lm, complete, loaded["tasks"], asked.prompting)
+            try:
+                prompts = measure(lm, complete, loaded["tasks"], asked.prompting)
+            except UserError as error:
+                checks.append(Check("prompts", str(error)))
+                continue
             check, reason = check_context(lm, complete, prompts, asked.overlong)
             checks.append(check)
             ready.append(Ready(complete, loaded, prompts, reason))
+    written = (task for each in ready for task in each.loaded["tasks"].values() if task.OUTPUT_TYPE == "generate_until")
+    if unused and any(written):
+        told = ", ".join(f"{name}={str(value)[:40]}" for name, value in unused.items())
+        found = f"not used, for no task asks for it: {told} (of the model's generation_config)"
+        checks.append(Check("generation", None, found, notable=True))
     return checks, ready
 
 
@@ -262,11 +285,11 @@ def _run(lm: Any, ready: Ready, asked: Settings, identity: dict[str, Any], targe
         result = {"benchmark": ready.benchmark.name, "skipped": ready.skipped}
     else:
         kept = partial(_cached, folder=Path(asked.cache), identity=identity) if asked.cache else nullcontext
-        with bad_input(ScoringError):
+        with bad_input(ScoringError), of_its_files(ready.benchmark, "its answers cannot be scored"):
             result = answer(lm, ready.benchmark, ready.loaded, ready.prompts, asked.prompting, kept)
     if not is_first():
         return ""
-    write_result(target, ready.benchmark, result, SMOKE if asked.prompting.smoke() else "")
+    write_result(target, ready.benchmark, result, SMOKE if asked.prompting.smoke(asked.suite) else "")
     if ready.skipped:
         return f"left out: {ready.skipped}"
     with bad_input(ScoringError):

@@ -5,19 +5,57 @@ answer is listed first. Here such a model is an error, and an item whose best ch
 """
 
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from .statistics import LEVEL, p_of_guessing, p_of_no_difference, summed
 from .suites import AVERAGED, SUITES, Benchmark
-
-AT_CHANCE = 1.96
-"""A score within this many standard errors of chance (or without a standard error) counts as being at chance."""
 
 
 class ScoringError(ValueError):
     """The answers cannot be scored; the message names the task."""
+
+
+DAMAGE = (ScoringError, KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
+"""What scoring raises where a result file is not as it was written."""
+
+
+def check_items(tasks: Mapping[str, Any], limit: int | None = None) -> None:
+    """Raise unless every task of a result file has each of its items once, and all of those that were asked for.
+
+    Args:
+        tasks: of the result file.
+        limit: of the run; None: all items.
+
+    Raises:
+        ScoringError: an item is there twice, or missing.
+    """
+    for name, task in tasks.items():
+        numbers = [item["doc_id"] for item in task["items"]]
+        if twice := [number for number, count in Counter(numbers).items() if count > 1]:
+            raise ScoringError(f"{name}: item {twice[0]} is there {numbers.count(twice[0])} times")
+        size = task.get("size", len(numbers))
+        wanted = size if limit is None else min(limit, size)
+        if missing := sorted(set(range(max(wanted, len(numbers)))) - set(numbers)):
+            raise ScoringError(f"{name}: item {missing[0]} is missing, {len(missing)} of {wanted} in all")
+        if len(numbers) > wanted:
+            raise ScoringError(f"{name}: it has {len(numbers)} items, {wanted} were asked")
+
+
+def _number(task: str, item: Mapping[str, Any], what: str, value: Any, low: float, high: float) -> float:
+    """A number of an item as it must be.
+
+    Raises:
+        ScoringError: it is none, not finite or out of its range.
+    """
+    if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+        raise ScoringError(
+            f"{task}: item {item['doc_id']} has a {what} of {value!r}, must be a number from {low:g} to {high:g}"
+        )
+    return float(value)
 
 
 def check_answers(task: str, loglikelihoods: Sequence[float], tokens: Sequence[int], uniform: float) -> None:
@@ -62,6 +100,7 @@ class Stratum:
         weight: of this task in the benchmark.
         bound: its score by guessing; None where nothing can be guessed.
         ties: items whose best choice was tied; they count as wrong.
+        guesses: the score of each item by guessing; empty where nothing can be guessed.
     """
 
     task: str
@@ -72,6 +111,7 @@ class Stratum:
     weight: float
     bound: float | None
     ties: int
+    guesses: list[float] = field(default_factory=list)
 
     @property
     def n(self) -> int:
@@ -105,6 +145,7 @@ def strata(benchmark: Benchmark, result: dict[str, Any]) -> list[Stratum]:
         extra = sorted(set(tasks) - set(benchmark.tasks))
         what = f"{len(missing)} of its tasks missing: {', '.join(missing[:3])}" if missing else f"unknown: {extra[0]}"
         raise ScoringError(f"{benchmark.name}: {what}")
+    check_items(tasks, max(len(task["items"]) for task in tasks.values()))  # as far as a file alone can tell
     size = sum(len(tasks[task]["items"]) for task in benchmark.tasks)
     found = []
     for task in benchmark.tasks:
@@ -113,8 +154,10 @@ def strata(benchmark: Benchmark, result: dict[str, Any]) -> list[Stratum]:
             raise ScoringError(f"{task}: no items were answered")
         values, spread, ties = _values(task, benchmark, items)
         bound = benchmark.bounds[task] if isinstance(benchmark.bounds, Mapping) else benchmark.bounds
+        guesses = [] if bound is None else [bound] * len(items)
         if bound is None and "chance" in items[0]:
-            bound = math.fsum(item["chance"] for item in items) / len(items)
+            guesses = [_number(task, item, "chance", item["chance"], 0, 1) for item in items]
+            bound = math.fsum(guesses) / len(items)
         weight = 1 / len(benchmark.tasks) if benchmark.mean == "task" else len(items) / size
         found.append(
             Stratum(
@@ -126,6 +169,7 @@ def strata(benchmark: Benchmark, result: dict[str, Any]) -> list[Stratum]:
                 weight,
                 bound,
                 ties,
+                guesses,
             )
         )
     return found
@@ -141,26 +185,58 @@ def independent(parts: Sequence[Stratum]) -> list[Stratum]:
     alike = all(math.isclose(part.weight, part.n / size) for part in parts)
     if not alike or max(seen.values()) < 2:
         return list(parts)
-    fields = ("values", "spread", "items", "clusters")
+    fields = ("values", "spread", "items", "clusters", "guesses")
     together: dict[str, Any] = {field: [each for part in parts for each in getattr(part, field)] for field in fields}
     return [Stratum(task=parts[0].task, weight=1.0, bound=None, ties=sum(part.ties for part in parts), **together)]
+
+
+def p_of_chance(parts: Sequence[Stratum]) -> float:
+    """p of the hypothesis that a score comes from guessing (two-sided).
+
+    Exact for answers that are right or wrong and that share nothing (`p_of_guessing`). Where items share a sentence, or
+    are not just right or wrong, by flips of the signs of what each cluster has beyond its chance.
+
+    Args:
+        parts: strata with `guesses`.
+    """
+    import numpy as np
+
+    apart, generator = independent(parts), np.random.default_rng(0)
+    items = [item for part in apart for item in zip(part.values, part.guesses, strict=True)]
+    if any(value > 0 and guess == 0 for value, guess in items):
+        return 0.0
+    alone = all(len(set(part.clusters)) == part.n for part in apart)
+    if alone and all(value in (0.0, 1.0) for value, _ in items):
+        right: dict[tuple[float, float], tuple[int, int]] = {}
+        for part in apart:
+            for value, guess in zip(part.values, part.guesses, strict=True):
+                count, hits = right.get((part.weight / part.n, guess), (0, 0))
+                right[part.weight / part.n, guess] = count + 1, hits + int(value)
+        return p_of_guessing(right, generator)
+    beyond = [summed(np.subtract(part.values, part.guesses), part.clusters, part.weight) for part in apart]
+    return p_of_no_difference(beyond, generator)
 
 
 def _values(task: str, benchmark: Benchmark, items: list[dict[str, Any]]) -> tuple[list[float], list[float], int]:
     """What each item adds to the mean, the same linearized, and how many were tied."""
     if benchmark.metric == "ifeval":
-        prompts = [float(item["metrics"]["prompt_level_strict_acc,none"]) for item in items]
-        followed = [[float(each) for each in item["metrics"]["inst_level_strict_acc,none"]] for item in items]
+        keys = ("prompt_level_strict_acc,none", "inst_level_strict_acc,none")
+        prompts = [_number(task, item, keys[0], item["metrics"][keys[0]], 0, 1) for item in items]
+        followed = [[_number(task, item, keys[1], each, 0, 1) for each in item["metrics"][keys[1]]] for item in items]
         ratios = _ratio([sum(each) for each in followed], [len(each) for each in followed])
         values, spread = ([(a + b) / 2 for a, b in zip(prompts, each, strict=True)] for each in ratios)
         return values, spread, 0
+    for item in items:
+        for value in item.get("choices", ()):
+            _number(task, item, "log-likelihood", value, -sys.float_info.max, sys.float_info.max)
     if benchmark.rolling:
-        return *_ratio([-item["choices"][0] / math.log(2) for item in items], [item["bytes"] for item in items]), 0
+        sizes = [_number(task, item, "number of bytes", item["bytes"], 1, sys.maxsize) for item in items]
+        return *_ratio([-item["choices"][0] / math.log(2) for item in items], sizes), 0
     values, ties = [], 0
     for item in items:
         if benchmark.key not in item["metrics"]:
             raise ScoringError(f"{task}: an item has no {benchmark.key}")
-        value = float(item["metrics"][benchmark.key])
+        value = _number(task, item, benchmark.metric, item["metrics"][benchmark.key], 0, 1)
         if benchmark.metric in ("acc", "acc_norm") and item.get("gold") is not None:
             scores = item["choices"]
             if benchmark.metric == "acc_norm":
@@ -198,12 +274,13 @@ def score_benchmark(benchmark: Benchmark, result: dict[str, Any]) -> dict[str, A
     apart = [(part.weight, part.stderr) for part in independent(parts)]
     stderr = None
     if all(error is not None for _, error in apart):
-        stderr = math.sqrt(sum((weight * error) ** 2 for weight, error in apart if error is not None))
+        # 0 where all items came out the same: they do not tell how far off that may be.
+        stderr = math.sqrt(sum((weight * error) ** 2 for weight, error in apart if error is not None)) or None
     bounds = [part.bound for part in parts]
     chance = None if None in bounds else math.fsum(p.weight * p.bound for p in parts)  # type: ignore[operator]
     details: dict[str, Any] = {
         "metric": benchmark.metric,
-        "at_chance": chance is not None and (stderr is None or abs(raw - chance) <= AT_CHANCE * stderr),
+        "at_chance": chance is not None and p_of_chance(parts) >= LEVEL,
         "ties": sum(part.ties for part in parts),
         "clusters": len({cluster for part in parts for cluster in part.clusters}),
         "truncated": sum(task["overlong"] for task in result["tasks"].values()),
@@ -217,7 +294,7 @@ def score_benchmark(benchmark: Benchmark, result: dict[str, Any]) -> dict[str, A
     details["tasks"] = {
         part.task: {
             "raw": part.mean,
-            "stderr": error,
+            "stderr": error or None,
             "normalized": None if part.bound is None else normalized(part.mean, part.bound),
             "chance": part.bound,
             "n": part.n,

@@ -14,7 +14,7 @@ from hf_ibnorm.files import atomic_directory, check_new_directory, environment_r
 from hf_ibnorm.report.tables import csv_text
 
 from .harness import Prompting
-from .scoring import ScoringError, score_suite
+from .scoring import DAMAGE, check_items, score_suite
 from .suites import DEFINED, SUITES, Benchmark
 from .tables import SMOKE, score_table, scores_caption, scores_markdown
 
@@ -111,12 +111,31 @@ def read_results(directory: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: _read(path, "tasks", "skipped") for path in sorted((directory / RESULTS).glob("[!.]*.json"))}
 
 
+def read_run(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The manifest and the result files of a run, each with as many items as it must have.
+
+    Raises:
+        UserError: a file is missing or damaged, or items are.
+    """
+    manifest, results = read_manifest(directory), read_results(directory)
+    with bad_input(*DAMAGE, about=f"run: {directory} holds a damaged result: "):
+        limit = Prompting(**manifest["identity"]["prompting"]).limit
+        for result in results.values():
+            check_items(result.get("tasks", {}), limit)
+    return manifest, results
+
+
 def _read(path: Path, *fields: str) -> dict[str, Any]:
     with bad_input(OSError, ValueError, about=f"run: {path} cannot be read: "):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_json)
     if not isinstance(content, dict) or not any(field in content for field in fields):
         raise UserError(f"run: {path} is damaged: it has no {' or '.join(fields)}")
     return content
+
+
+def no_json(constant: str) -> None:
+    """For `json.loads`, which takes NaN and Infinity for numbers: raise ValueError."""
+    raise ValueError(f"it has a number {constant}")
 
 
 def benchmarks_of(suite: str, results: dict[str, dict[str, Any]], names: Sequence[str]) -> list[Benchmark]:
@@ -171,12 +190,12 @@ def score(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or damaged.
     """
-    manifest, results = read_manifest(directory), read_results(directory)
+    manifest, results = read_run(directory)
     suite, names = manifest["identity"]["suite"], manifest["identity"]["benchmarks"]
     prompting = Prompting(**manifest["identity"]["prompting"])
-    with bad_input(ScoringError, KeyError, TypeError, about=f"run: {directory} holds a damaged result: "):
+    with bad_input(*DAMAGE, about=f"run: {directory} holds a damaged result: "):
         benchmarks = benchmarks_of(suite, results, names)
-        scores = score_suite(suite, benchmarks, results, model=manifest["model"], smoke=prompting.smoke())
+        scores = score_suite(suite, benchmarks, results, model=manifest["model"], smoke=prompting.smoke(suite))
     stamp = [SMOKE] if scores["smoke"] else []
     scores["notes"] = [*stamp, *prompting.notes(), *scores["notes"], *manifest["notes"]]
     return scores

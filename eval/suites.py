@@ -1,10 +1,12 @@
 """What a suite is made of, defined once: tasks, shots, metric, aggregation, chance levels, and where the items are."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ class Benchmark:
         shots: examples in the prompt; asserted.
         set_shots: whether lm-eval has to be told; otherwise its own task files say so.
         also: further scores for `details`, as lm-eval names them: "metric,filter".
-        folders: where lm-eval keeps the task files.
+        folders: where the task files are: below lm-eval's own, or an absolute path.
         config: tasks of our own, which lm-eval takes as a dictionary.
     """
 
@@ -71,9 +73,25 @@ class Benchmark:
 def embedded_rows(name: str) -> list[dict[str, Any]]:
     """The items of an embedded task: {"query", "choices", "gold", "cluster"}, or {"text"} for rolling ones."""
     if name in ROLLING:
-        return [{"text": text} for text in load_corpus(ROLLING[name], "test")]
+        return [{"text": each} for text in load_corpus(ROLLING[name], "test") for each in passages(text)]
     text = resources.files("eval.tasks").joinpath(f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def passages(text: str, words: int = 300) -> list[str]:
+    """A text in pieces of whole paragraphs, each as short as it can be with so many words; together they are the text.
+
+    Each is an item of its own: a novel as one item would have no standard error, and nothing to pair.
+    """
+    found = [""]
+    for paragraph in re.split(r"(?<=\n\n)(?!\n)", text):
+        if len(found[-1].split()) >= words:
+            found.append("")
+        found[-1] += paragraph
+    if len(found) > 1 and len(found[-1].split()) < words:  # the end of the text
+        last = found.pop()
+        found[-1] += last
+    return found
 
 
 def _embedded(name: str) -> Benchmark:
@@ -88,7 +106,7 @@ def _embedded(name: str) -> Benchmark:
         "task": name,
         "custom_dataset": dataset,
         "test_split": "test",
-        "metadata": {"version": 1.0},
+        "metadata": {"version": 2.0 if name in ROLLING else 1.0},  # 1: the novel as one item
     }
     if name in ROLLING:
         metric = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
@@ -260,13 +278,21 @@ AVERAGED = ("v1", "v2")
 """Suites whose benchmarks have a common mean; bits per byte and accuracies have none."""
 
 
+def tasks_root() -> Path:
+    """The folder of lm-eval's task files."""
+    (root,) = find_spec("lm_eval").submodule_search_locations  # type: ignore[union-attr, misc]
+    return Path(root) / "tasks"
+
+
 @cache
 def task_manager(folders: tuple[str, ...]) -> Any:
-    """lm-eval's index of the tasks in `folders` of its own; to index all, with ".", takes it many seconds."""
-    import lm_eval.tasks
+    """lm-eval's index of the tasks in `folders`, its own or, absolute, a user's; that of all its own, ".", is slow.
 
-    root = Path(lm_eval.tasks.__file__).parent
-    return lm_eval.tasks.TaskManager(include_path=[root / each for each in folders], include_defaults=False)
+    Where two have a task of one name the later one counts.
+    """
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=[tasks_root() / each for each in folders], include_defaults=False)
 
 
 def leaves(benchmark: Benchmark) -> set[str]:

@@ -43,6 +43,9 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
 def load_tokenizer(path: Path) -> tuple[Any, Any]:
     """The config and the tokenizer of the checkpoint at `path`.
 
+    A special token that was added beyond the model's vocabulary (a `<pad>`, often) is let pass: no text becomes that,
+    unless it spells it, and whoever pads must look.
+
     Raises:
         UserError: one cannot be read, or they do not fit.
     """
@@ -54,13 +57,20 @@ def load_tokenizer(path: Path) -> tuple[Any, Any]:
     with _loading(path):
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= config.vocab_size:
+    beyond = sorted(token for token in tokenizer.get_vocab().values() if token >= config.vocab_size)
+    if beyond and (read := [token for token in beyond if _may_be_read(tokenizer, token)]):
         raise UserError(
-            f"tokenizer: its highest token id is {highest}, the model's vocab_size is {config.vocab_size}; "
-            f"the tokenizer in {path} is not this model's"
+            f"tokenizer: it has the token {tokenizer.convert_ids_to_tokens(read[-1])!r} with id {read[-1]}, the "
+            f"model's vocab_size is {config.vocab_size}; the tokenizer in {path} is not this model's"
         )
     return config, tokenizer
+
+
+def _may_be_read(tokenizer: Any, token: int) -> bool:
+    """Whether a text may become a token: any but special ones that were added, and neither begin nor end a text."""
+    added = tokenizer.added_tokens_decoder.get(token)
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    return added is None or not added.special or token in (*ends, *tokenizer("a").input_ids)
 
 
 def load_whole(path: Path, config: Any, dtype: Any) -> Any:
@@ -78,11 +88,30 @@ def load_whole(path: Path, config: Any, dtype: Any) -> Any:
         )
     # Transformers fills missing weights at random and says so nowhere but here.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            names = sorted(str(key) for key in report[problem])
+        names = sorted(str(key) for key in report[problem])
+        if problem == "unexpected_keys":
+            names = [name for name in names if not _OLD_MASK.search(name) or not _is_mask(path, name)]
+        if names:
             kind = problem.replace("_keys", "")
             raise UserError(f"model: the weights in {path} do not fit its config, {kind}: {', '.join(names[:3])}")
     return model
+
+
+_OLD_MASK = re.compile(r"(^|\.)attn\.(masked_)?bias$")
+"""Buffers in files of GPT-2 that old releases of Transformers wrote: its causal mask, which is computed today."""
+
+
+def _is_mask(path: Path, name: str) -> bool:
+    """Whether a tensor of a checkpoint has the shape of a mask, (1, 1, n, n), or of what fills it, a single number."""
+    from safetensors import safe_open
+
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no mapping
+                if key == name or name.endswith(f".{key}") or key.endswith(f".{name}"):
+                    shape = tensors.get_slice(key).get_shape()
+                    return not shape or (len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3])
+    return False
 
 
 @contextmanager

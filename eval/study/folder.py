@@ -16,8 +16,9 @@ from hf_ibnorm.cli import OneLineParser, UserError, alone_in, bad_input
 from hf_ibnorm.families import FAMILIES
 from hf_ibnorm.files import atomic_directory, check_new_directory, sha256, write_json, write_text
 
-from ..harness import choose
+from ..choice import choose
 from ..options import add_settings
+from ..suites import SUITES
 from .plan import VALIDATION, Arm, Cell, Search, Study, flag_words, slug
 from .training import Training, mean_losses, read_json, read_training, scores_folder, with_scores
 
@@ -260,7 +261,7 @@ class Folder:
         commands = [Command(words, here / run_dir / "final")]
         for suite in suites:
             scores = scores_folder(folder, suite)
-            flags = {"model": str(run_dir), "suite": suite, "output": str(scores), **_scoring(self.study)}
+            flags = {"model": str(run_dir), "suite": suite, "output": str(scores), **_scoring(self.study, suite)}
             words = (sys.executable, "-m", "eval", "run", *flag_words(flags))
             commands.append(Command(words, here / scores / "scores.json"))
         environment = {"OMP_NUM_THREADS": str(self.study.threads)}
@@ -317,22 +318,33 @@ def searched_arm(search: Search, lam: float | None) -> Arm:
 
 def check_suites(study: Study) -> None:
     """Raise UserError for a suite or flag of scoring that does not exist, or a metric that nothing gives."""
-    names = [benchmark.name for suite in study.suites for benchmark in choose(suite)[1]]
+    names = [
+        each.name for suite in study.suites for each in choose(suite, _scoring(study, suite).get("include_path"))[1]
+    ]
     if study.metric not in (VALIDATION, *names):
         raise UserError(f"metric: got {study.metric!r}, must be {VALIDATION} or one of the suites': {', '.join(names)}")
     if study.metric in study.scoring.get("skip", ()):
         raise UserError(f"scoring: skip leaves out {study.metric}, which is the metric")
+    from ..runner import Settings
+
     parser = OneLineParser(prog="scoring")
     add_settings(parser)
     try:
-        parser.parse_args(flag_words({"model": "", "suite": "", **_scoring(study)}))
+        for suite in study.suites or ("",):
+            asked = vars(parser.parse_args(flag_words({"model": "", "suite": suite, **_scoring(study, suite)})))
+            if suite:
+                Settings(**{name: value for name, value in asked.items() if name != "model"}).benchmarks()
     except UserError as error:
         raise UserError(f"scoring: {error}") from error
 
 
-def _scoring(study: Study) -> dict[str, Any]:
-    """The flags of `eval run`; lists as it takes them."""
-    return {name: ",".join(each) if isinstance(each, list) else each for name, each in study.scoring.items()}
+def _scoring(study: Study, suite: str) -> dict[str, Any]:
+    """The flags of `eval run` for a suite; lists as it takes them. A suite of ours has no task from elsewhere."""
+    return {
+        name: ",".join(map(str, each)) if isinstance(each, list) else each
+        for name, each in study.scoring.items()
+        if name != "include_path" or suite not in SUITES
+    }
 
 
 def _resolved_recipe(study: Study, condition: str) -> str:

@@ -187,7 +187,19 @@ def read_study(name: str) -> Study:
 _FIELDS = ("about", "recipe", "set", "conditions", "norms", "baseline", "learning_rates", "tuning_seeds", "seeds")
 _FIELDS += ("suites", "metric", "scoring", "threads", "launcher", "gpus", "search")
 _ARM = ("name", "norm", "kwargs", "overrides", "set", "learning_rate_scale", "sweep")
-_SCORING = ("mirror", "limit", "batch_size", "device", "dtype", "overlong", "skip", "ignore", "cache")
+_SCORING = (
+    "include_path",
+    "num_fewshot",
+    "mirror",
+    "limit",
+    "batch_size",
+    "device",
+    "dtype",
+    "overlong",
+    "skip",
+    "ignore",
+    "cache",
+)
 _STUDYS_OWN = ("run_dir", "resume", "seed", "learning_rate", "config", "check", "push_to_hub")
 _STUDYS_OWN += ("model.norm_type", "model.norm_kwargs", "model.norm_overrides")
 
@@ -214,30 +226,28 @@ def parse_study(name: str, content: Any, source: str, folder: Path = Path()) -> 
     settings = _settings("set", given.get("set"))
     conditions = {
         _text("conditions", key): _settings(f"conditions.{key}", value)
-        for key, value in _mapping("conditions", _given(given, "conditions", {"": {}})).items()
+        for key, value in _filled("conditions", _mapping("conditions", _given(given, "conditions", {"": {}}))).items()
     }
-    arms = tuple(arm for i, entry in enumerate(_list("norms", given["norms"])) for arm in _arms(f"norms[{i}]", entry))
-    searches = tuple(
-        _search(f"search[{i}]", entry) for i, entry in enumerate(_list("search", _given(given, "search", [])))
-    )
+    norms = _filled("norms", _list("norms", given["norms"]))
+    arms = tuple(arm for i, entry in enumerate(norms) for arm in _arms(f"norms[{i}]", entry))
+    searches = tuple(_search(f"search[{i}]", entry) for i, entry in enumerate(_optional(given, "search")))
     named = [arm.name for arm in arms] + [search.name for search in searches]
     for what, names in (("norms", named), ("conditions", list(conditions))):
         slugs = [slug(each) for each in names]
         if twice := [each for each, slug in zip(names, slugs, strict=True) if slugs.count(slug) > 1]:
             raise ValueError(f"{what}: {twice[0]!r} is there more than once, or too like another name")
-    if not arms:
-        raise ValueError("norms: got an empty list, must have one or more")
     baseline = _text("baseline", _given(given, "baseline", ""))
     if baseline and baseline not in [arm.name for arm in arms]:
         allowed = ", ".join(arm.name for arm in arms)
         raise ValueError(f"baseline: got {baseline!r}, must be one of norms: {allowed}{nearest(baseline, named)}")
-    rates = tuple(_number("learning_rates", each) for each in _list("learning_rates", given["learning_rates"]))
+    rates = _filled("learning_rates", _list("learning_rates", given["learning_rates"]))
+    rates = tuple(_number("learning_rates", each) for each in rates)
     _unlike("learning_rates", tuple(f"{rate:g}" for rate in rates))  # as the folders are called
     seeds = _seeds("seeds", given["seeds"])
     tuning = _seeds("tuning_seeds", _given(given, "tuning_seeds", list(seeds[:1])))
     if shared := sorted(set(seeds) & set(tuning)) if searches else []:
         raise ValueError(f"seeds: got {shared[0]}, which is one of tuning_seeds; a search is confirmed on fresh seeds")
-    suites = tuple(_text("suites", each) for each in _list("suites", _given(given, "suites", [])))
+    suites = tuple(_text("suites", each) for each in _optional(given, "suites"))
     metric = _text("metric", _given(given, "metric", VALIDATION))
     if metric != VALIDATION and not suites:
         raise ValueError(f"metric: got {metric!r}, but there are no suites; name one, or {VALIDATION}")
@@ -256,7 +266,7 @@ def parse_study(name: str, content: Any, source: str, folder: Path = Path()) -> 
         seeds=seeds,
         suites=_unlike("suites", suites),
         metric=metric,
-        scoring=_mapping("scoring", _given(given, "scoring", {}), _SCORING),
+        scoring=_scoring(_given(given, "scoring", {})),
         threads=_whole("threads", _given(given, "threads", 1), 1),
         launcher=tuple(_text("launcher", each) for each in _list("launcher", _given(given, "launcher", []))),
         gpus=_whole("gpus", _given(given, "gpus", 0), 0),
@@ -274,8 +284,9 @@ def _arms(field: str, entry: Any) -> list[Arm]:
         raise ValueError(f"{field}.norm: is missing; must be the name of a norm")
     norm = norm_name(given["norm"], f"{field}.norm")
     base = _mapping(f"{field}.kwargs", _given(given, "kwargs", {}))
-    sweep = _mapping(f"{field}.sweep", _given(given, "sweep", {}))
-    values = [_list(f"{field}.sweep.{key}", value) for key, value in sweep.items()]
+    sweep = given.get("sweep")
+    sweep = {} if sweep is None else _filled(f"{field}.sweep", _mapping(f"{field}.sweep", sweep))
+    values = [_filled(f"{field}.sweep.{key}", _list(f"{field}.sweep.{key}", value)) for key, value in sweep.items()]
     scale = _number(f"{field}.learning_rate_scale", given.get("learning_rate_scale", 1.0))
     arms = []
     for combination in itertools.product(*values):
@@ -369,6 +380,35 @@ def _list(field: str, value: Any) -> list[Any]:
     return value
 
 
+def _filled(field: str, value: Any) -> Any:
+    """A list or mapping of which something is made for each entry: of none, nothing would be, without a word.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if not value:
+        kind = "list" if isinstance(value, list) else "mapping"
+        raise ValueError(f"{field}: got an empty {kind}, must have one or more; leave out a field that is not meant")
+    return value
+
+
+def _optional(given: Mapping[str, Any], field: str) -> list[Any]:
+    """A list that may be left out; there, it has entries."""
+    value = given.get(field)
+    return [] if value is None else _filled(field, _list(field, value))
+
+
+def _scoring(value: Any) -> dict[str, Any]:
+    """Flags of `eval run`; lists of them are not empty, nor are they null."""
+    found = _mapping("scoring", value, _SCORING)
+    for key, each in found.items():
+        if isinstance(each, list):
+            _filled(f"scoring.{key}", each)
+        elif each is None or isinstance(each, dict):
+            raise TypeError(f"scoring.{key}: got {each!r}, must be text, a number or a list")
+    return found
+
+
 def _text(field: str, value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{field}: got {value!r}, must be text")
@@ -387,14 +427,12 @@ def _number(field: str, value: Any) -> float:
 
 
 def _seeds(field: str, value: Any) -> tuple[int, ...]:
-    for each in _list(field, value):
+    for each in _filled(field, _list(field, value)):
         check_number(field, _whole(field, each, 0), 0, 2**31)
     return _unlike(field, tuple(value))
 
 
 def _unlike(field: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not values and field not in ("suites",):
-        raise ValueError(f"{field}: got an empty list, must have one or more")
     if twice := [each for each in values if values.count(each) > 1]:
         raise ValueError(f"{field}: got {twice[0]} more than once")
     return values

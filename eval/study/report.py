@@ -12,6 +12,7 @@ from hf_ibnorm.files import sha256, write_text
 from hf_ibnorm.report.tables import Table, csv_text, decimals
 
 from ..compare import BETTER, SAME, WORSE
+from ..statistics import BOOTSTRAP_FROM, TEST_FROM
 from ..tables import SMOKE
 from .figures import (
     CURVE,
@@ -43,7 +44,6 @@ from .results import (
     gather,
     lower_is_better,
 )
-from .statistics import BOOTSTRAP_FROM, SIGN_TEST_FROM
 from .training import DIVERGED, FAILED, Training
 
 VERDICTS = (
@@ -76,7 +76,7 @@ def verdict_table(groups: Sequence[Group], metric: str) -> Table:
     """The norms, a row each: verdict, metric, difference, interval, p, what could be seen."""
     most = max((group.paired.n for group in groups if group.paired), default=0)
     columns = [metric, "difference", "95 % interval", "p, corrected", "could be seen"]
-    columns += ["sign test"] * (most >= SIGN_TEST_FROM) + ["bootstrap"] * (most >= BOOTSTRAP_FROM)
+    columns += ["sign test"] * (most >= TEST_FROM) + ["bootstrap"] * (most >= BOOTSTRAP_FROM)
     table = Table(["norm", "verdict", *columns, "learning rate"], text=2)
     for group in groups:
         values, found = list(group.values(metric).values()), group.paired
@@ -87,7 +87,7 @@ def verdict_table(groups: Sequence[Group], metric: str) -> Table:
             digits = decimals(stdev(group.differences) / math.sqrt(found.n) if found.n > 1 else None)
             row += [f"{found.mean:+.{digits}f}", _interval(found.interval, digits), _p(group.adjusted)]
             row.append("-" if found.detectable is None else f"{found.detectable:.{digits}f}")
-            row += [_p(found.sign_p)] * (most >= SIGN_TEST_FROM)
+            row += [_p(found.sign_p)] * (most >= TEST_FROM)
             row += [_interval(found.bootstrap, digits)] * (most >= BOOTSTRAP_FROM)
         table.rows.append([*row, "-" if group.learning_rate is None else f"{group.learning_rate:g}"])
     return table

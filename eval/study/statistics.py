@@ -5,16 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..compare import BETTER, LEVEL, SAME, WORSE, holm
+from ..compare import BETTER, SAME, WORSE
+from ..statistics import BOOTSTRAP_FROM, DRAWS, LEVEL, TEST_FROM, holm
 
 if TYPE_CHECKING:
     import numpy as np
 
 POWER = 0.8
-SIGN_TEST_FROM, BOOTSTRAP_FROM = 6, 10
-"""Seeds from which a sign test can reach 5 % at all (2/2^6 = 3 %), and from which a bootstrap interval is worth
-showing: of three values it covers the truth 76 % of the time instead of 95 %."""
-DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Paired:
         mean: of the differences.
         interval: 95 % t-interval of the mean; None for fewer than two pairs, and where all differ by the same amount:
             without scatter there is nothing to measure it against.
-        p: of no difference, by the paired t-test (two-sided); None as above.
+        p: of no difference, by the paired t-test (two-sided); 1 where there is none at all, None as above elsewhere.
         detectable: the smallest true difference that would get a verdict with a probability of 80 %, if seeds scatter
             as they did here; None as above.
         sign_p: p of the sign test; None for fewer than six pairs.
@@ -54,8 +51,8 @@ def paired(differences: Sequence[float], norms: int = 1, seed: int = 0) -> Paire
 
     values = np.asarray(differences, dtype=float)
     n, mean = len(values), float(np.mean(values))
-    if n < 2 or (values.any() and np.ptp(values) <= 1e-12 * abs(mean)):
-        return Paired(n, mean, None, None, None, None, None)
+    if n < 2 or np.ptp(values) <= 1e-12 * abs(mean):
+        return Paired(n, mean, None, 1.0 if n > 1 and not values.any() else None, None, None, None)
     low, high = t_interval(values)
     return Paired(
         n,
@@ -63,7 +60,7 @@ def paired(differences: Sequence[float], norms: int = 1, seed: int = 0) -> Paire
         (float(low), float(high)),
         t_test(values),
         detectable(values, LEVEL / norms),
-        sign_test(values) if n >= SIGN_TEST_FROM else None,
+        sign_test(values) if n >= TEST_FROM else None,
         bootstrap_interval(values, seed) if n >= BOOTSTRAP_FROM else None,
     )
 
@@ -87,11 +84,11 @@ def t_interval(values: "np.ndarray", level: float = LEVEL) -> "np.ndarray":
 
 
 def t_test(values: "np.ndarray") -> float:
-    """Two-sided p-value of a mean of 0, for n ≥ 2 values that differ; 1 where all of them are 0."""
+    """Two-sided p-value of a mean of 0, for n ≥ 2 values that differ."""
     from scipy.stats import t
 
     n, error = len(values), values.std(ddof=1) / math.sqrt(len(values))
-    return float(2 * t.sf(abs(values.mean()) / error, n - 1)) if values.any() else 1.0
+    return float(2 * t.sf(abs(values.mean()) / error, n - 1))
 
 
 def detectable(values: "np.ndarray", level: float = LEVEL, power: float = POWER) -> float:
@@ -122,8 +119,6 @@ def bootstrap_interval(values: "np.ndarray", seed: int) -> tuple[float, float]:
     import numpy as np
     from scipy.stats import bootstrap
 
-    if not values.any():
-        return 0.0, 0.0
     found = bootstrap((values,), np.mean, n_resamples=DRAWS, confidence_level=1 - LEVEL, method="BCa", rng=seed)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 

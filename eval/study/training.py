@@ -11,6 +11,7 @@ from typing import Any
 from hf_ibnorm.cli import UserError
 from hf_ibnorm.report.runs import Run
 
+from ..store import no_json
 from .plan import VALIDATION, slug
 
 WAITING, BEGUN, FAILED, DIVERGED, TRAINED = "waiting", "begun", "failed", "diverged", "trained"
@@ -73,7 +74,7 @@ def read_json(path: Path) -> Any:
         UserError: it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=no_json)
     except ValueError as error:
         raise UserError(f"study: {path} is damaged: {error}") from error
 

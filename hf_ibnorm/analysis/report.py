@@ -163,6 +163,10 @@ def _subject(model: str, data: str, tokens: int) -> Subject:
         raise ValueError(f"tokens: got {tokens}, must be at least a block of {model}: {block}")
     text = draw_text("data", data, "test", tokenizer, tokens, context)
     training = draw_text("data", data, "train", tokenizer, tokens, context) if data in CORPORA else None
+    highest = max(int(each.ids.max()) for each in (text, training) if each is not None)
+    if highest >= config.vocab_size:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise ValueError(f"data: got {data!r}, which has the token {token!r}; {model} has no embedding for that")
     if text.ids.shape[1] < block:
         raise ValueError(
             f"data: got {data!r}, which has {text.ids.numel()} tokens for {model}; must have a block of {block}"

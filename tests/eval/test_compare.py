@@ -17,7 +17,8 @@ from eval.__main__ import main
 from eval.compare import Pairs, bootstrap_interval, compare, holm, p_of_no_difference, pair
 from eval.runner import run
 from eval.scoring import Stratum
-from eval.suites import SUITES, Benchmark
+from eval.suites import SUITES, Benchmark, passages
+from hf_ibnorm import load_corpus
 from hf_ibnorm.report.tables import decimals
 
 COVERAGE = {"items": (300, 1), "clusters": (120, 4), "two tasks": (150, 1)}
@@ -155,6 +156,51 @@ def test_a_verdict_needs_the_corrected_p():
     assert [row.verdict for row in together] == ["not distinguishable"] * 3
 
 
+def test_of_few_clusters_there_is_no_interval_and_no_test():
+    def verdict(clusters):
+        def result(right):
+            metrics = [{"exact_match,none": i % 3 == 0 or right} for i in range(2 * clusters)]
+            items = [{"doc_id": i, "doc_hash": "", "metrics": m, "cluster": str(i // 2)} for i, m in enumerate(metrics)]
+            return answered("t", items)
+
+        task = Benchmark("t", "T", ("t",), "exact_match", bounds=0.0)
+        (row,) = compare([task], result(False), result(True))
+        return row.verdict, row.p is not None, row.interval is not None
+
+    assert verdict(5) == ("not tested", False, False)  # five signs cannot reach 5 %
+    assert verdict(6)[1:] == verdict(9)[1:] == (True, False)
+    assert verdict(10) == ("better", True, True)
+
+
+def test_a_novel_is_compared_passage_by_passage(checkpoint, tmp_path, monkeypatch, command):
+    text = load_corpus("austen", "test")[0][:30_000]
+    monkeypatch.setattr("eval.suites.load_corpus", lambda name, split: [text])
+    other = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)  # of what it does not know it is twice as sure
+    other.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, tmp_path / "model")
+    for name, model in (("a", checkpoint), ("b", tmp_path / "model")):
+        score = run(str(model), "austen_test", str(tmp_path / name))["benchmarks"]["austen_test"]
+        assert score["n"] == len(passages(text)) >= 10
+        assert score["details"]["bytes"] == len(text.encode())
+        assert score["stderr"] > 0
+    words = [str(tmp_path / name) for name in ("a", "b", "out")]
+    assert command(main, "compare", *words[:2], "--output", words[2])[0] == 0
+    (row,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["differences"][words[1]]
+    assert (row["verdict"], row["losses"]) == ("worse", row["n"])
+    assert 0 < row["interval"][0] < row["difference"] < row["interval"][1]
+
+
+def test_a_novel_is_divided_into_whole_paragraphs_and_none_is_lost():
+    text = load_corpus("austen", "test")[0]
+    found = passages(text)
+    assert "".join(found) == text
+    assert all(300 <= len(each.split()) <= 800 for each in found)
+    assert all(each.endswith("\n\n") and each[0] != "\n" for each in found[:-1])
+
+
 @pytest.fixture(scope="module")
 def runs(checkpoint, tmp_path_factory):
     """Directories: a model scored twice (a, b), another model (c), and the first on fewer items (fewer)."""
@@ -186,8 +232,12 @@ def test_a_model_is_not_distinguishable_from_itself(runs, command, tmp_path):
     for row in rows:
         assert row["difference"] == 0
         assert row["wins"] == row["losses"] == 0
+        assert row["interval"] is None  # and not "+0.00 to +0.00", as if that were known exactly
         assert row["p"] in (1.0, None)
-        assert row["verdict"] in ("not distinguishable", "both at chance")
+        tested = "not tested" if row["p"] is None else "not distinguishable"
+        assert row["verdict"] in (tested, "both at chance")
+    assert rows[0]["verdict"] == "not tested"  # of one passage of the novel
+    assert "not tested: austen_test" in out
     assert "SMOKE" in out
 
 

@@ -137,6 +137,16 @@ def test_ifeval_without_punkt_is_refused_before_anything_is_generated(
     assert code == 0  # no task of it needs that
 
 
+def test_a_folder_of_punkt_with_nothing_to_read_is_refused_too(command, long_checkpoint, mirror, tmp_path, monkeypatch):
+    """Where `nltk.download` was stopped, say: IFEval would end with all answers given and none scored."""
+    (tmp_path / "nltk" / "tokenizers" / "punkt_tab" / "english").mkdir(parents=True)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+    words = ["--mirror", mirror, "--output", tmp_path / "out"]
+    line = refused(command, long_checkpoint, "leaderboard_ifeval", *words)
+    assert "punkt: IFEval needs NLTK's punkt_tab" in line
+    assert "python -m nltk.downloader punkt_tab" in line
+
+
 def test_a_short_context_is_refused_for_ifeval_and_left_out_when_asked(command, checkpoint, mirror, tmp_path):
     words = ["--mirror", mirror, "--output", tmp_path / "out"]
     rest = "leaderboard_bbh,leaderboard_math_hard,leaderboard_gpqa,leaderboard_musr,leaderboard_mmlu_pro"

@@ -130,6 +130,40 @@ def test_shards_together_are_the_whole_run(checkpoint, tmp_path, command):
     assert "it has another prompting.limit: 6, now 5" in err
 
 
+CHANGED_ITEMS = {
+    "right ones twice": (lambda items: items.extend(each for each in items[:] if each["metrics"]["acc,none"]), "times"),
+    "the last one missing": (lambda items: items.pop(), "sva_simple: item 7 is missing, 1 of 8 in all"),
+    "one more": (lambda items: items.append({**items[0], "doc_id": 8}), "sva_simple: it has 9 items, 8 were asked"),
+    "NaN": (lambda items: items[3]["metrics"].update({"acc,none": float("nan")}), "it has a number NaN"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_ITEMS)
+def test_items_that_are_not_those_that_were_answered_are_neither_scored_nor_compared(items_of, tmp_path, command, name):
+    change, message = CHANGED_ITEMS[name]
+    shutil.copytree(items_of, tmp_path / "run")
+    path = tmp_path / "run" / "results" / "sva_simple.json"
+    content = json.loads(path.read_text())
+    change(content["tasks"]["sva_simple"]["items"])
+    path.write_text(json.dumps(content))
+    before = (tmp_path / "run" / "scores.json").read_bytes()
+    run_dir, out = str(tmp_path / "run"), str(tmp_path / "out")
+    for words in (["score", run_dir], ["compare", run_dir, run_dir, "--output", out]):
+        code, _, err = command(main, *words)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert message in err
+    assert (tmp_path / "run" / "scores.json").read_bytes() == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def items_of(checkpoint, tmp_path_factory):
+    """A run on eight items of one task."""
+    out = tmp_path_factory.mktemp("items") / "run"
+    run(str(checkpoint), "sva_simple", str(out), limit=8)
+    return out
+
+
 def test_damaged_files_are_one_line(checkpoint, tmp_path, command):
     out = tmp_path / "out"
     run(str(checkpoint), "embedded", str(out), limit=2)

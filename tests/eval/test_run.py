@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from warm import python
 
 from eval.__main__ import main
@@ -204,8 +204,83 @@ def test_a_model_without_its_tokenizer_is_refused(checkpoint, tmp_path):
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "model")
     wrap_tokenizer(train_tokenizer([load_corpus("austen", "test")[0]], 400), 512).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="tokenizer: its highest token id is 399, the model's vocab_size is 300"):
+    with pytest.raises(UserError, match="tokenizer: it has the token .* with id 399, the model's vocab_size is 300"):
         run(str(tmp_path / "model"), "embedded", str(tmp_path / "out"))
+
+
+def with_tokens(checkpoint, target, special, plain=()):
+    """The checkpoint with tokens that lie beyond its embedding."""
+    shutil.copytree(checkpoint, target)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(list(plain))
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.mark.oldest
+def test_a_pad_token_beyond_the_embedding_changes_nothing(checkpoint, long_checkpoint, mirror, tmp_path):
+    """As in the first release of Llama 2: texts of several lengths are padded with a token that the model has."""
+    padded = with_tokens(long_checkpoint, tmp_path / "model", {"pad_token": "<pad>"})
+    asked = {"mirror": str(mirror), "limit": 3, "gen_kwargs": {"max_gen_toks": 4}}
+    first, second = (
+        run(str(each), "gsm8k,truthfulqa_mc1", str(tmp_path / each.name / "out"), **asked)
+        for each in (long_checkpoint, padded)
+    )
+    assert first["benchmarks"] == second["benchmarks"]
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize(
+    ("special", "plain", "token"),
+    [({}, ["  "], "  "), ({"bos_token": "<s>"}, [], "<s>"), ({"eos_token": "</s>"}, [], "</s>")],
+)
+def test_a_token_that_a_text_may_become_must_be_in_the_embedding(checkpoint, tmp_path, special, plain, token):
+    path = with_tokens(checkpoint, tmp_path / "model", special, plain)
+    with pytest.raises(
+        UserError, match=f"tokenizer: it has the token '{token}' with id 300, the model's vocab_size is 300"
+    ):
+        load_model(path, 8, "cpu", "auto")
+
+
+def test_a_prompt_that_spells_a_token_beyond_the_embedding_is_refused(checkpoint, tmp_path, monkeypatch):
+    path = with_tokens(checkpoint, tmp_path / "model", {"pad_token": "<pad>"})
+    monkeypatch.setattr("eval.suites.load_corpus", lambda name, split: ["Some text <pad> and more."])
+    with pytest.raises(UserError, match="austen_test: a prompt has the token '<pad>' with id 300, the model's vocab"):
+        run(str(path), "austen_test", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def old_gpt2(checkpoint, path, **more):
+    """A GPT-2 whose file has what old releases of Transformers wrote: every layer's causal mask, and no prefix."""
+    sizes = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, path)
+    weights = {name.removeprefix("transformer."): each for name, each in load_file(path / "model.safetensors").items()}
+    for i in range(2):
+        weights[f"h.{i}.attn.bias"] = torch.ones(64, 64).tril()[None, None]
+        weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file({**weights, **more}, path / "model.safetensors", metadata={"format": "pt"})
+    return model.eval()
+
+
+@pytest.mark.oldest
+def test_the_masks_in_old_files_of_gpt2_are_passed_over(checkpoint, tmp_path):
+    model = old_gpt2(checkpoint, tmp_path)
+    lm = load_model(tmp_path, 8, "cpu", "auto")
+    ids = torch.arange(20)[None]
+    assert torch.equal(lm.model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("name", ["h.0.attn.masked_bias", "h.0.attn.extra.bias", "h.2.ln_1.weight"])
+def test_a_tensor_of_another_shape_or_name_is_not_passed_over(checkpoint, tmp_path, name):
+    old_gpt2(checkpoint, tmp_path, **{name: torch.zeros(96)})
+    with pytest.raises(UserError, match=f"do not fit its config, unexpected: .*{name}"):
+        load_model(tmp_path, 8, "cpu", "auto")
 
 
 def test_an_item_longer_than_the_context_is_refused(checkpoint, tmp_path):
@@ -219,6 +294,12 @@ def test_an_item_longer_than_the_context_is_refused(checkpoint, tmp_path):
     [
         (["--model", "missing"], "model: missing is not a model directory"),
         (["--suite", "openllm"], "suite: got 'openllm', allowed are embedded"),
+        (["--suite", "embeded"], "(did you mean 'embedded'?)"),
+        (["--suite", "sva_simple,arc_chalenge"], "suite: got 'arc_chalenge', allowed are embedded"),
+        (["--tasks", "arc_esy"], "(did you mean 'arc_easy'?)"),
+        (["--suite", "sva_simple,sva_simple"], "suite: got 'sva_simple' more than once"),
+        (["--include_path", "nowhere"], "include_path: nowhere is no directory"),
+        (["--num_fewshot", "-1"], "argument --num_fewshot: got '-1', must be a whole number >= 0"),
         (["--shard", "3/2"], "argument --shard: got '3/2', must be i/n"),
         (["--skip", "v4"], "skip: got 'v4', allowed are austen_test"),
         (["--ignore", "all"], "ignore: got 'all', allowed are packages"),
@@ -232,6 +313,7 @@ def test_an_item_longer_than_the_context_is_refused(checkpoint, tmp_path):
 def test_bad_input_is_one_line_and_exit_2(command, flags, message, tmp_path, monkeypatch):
     (tmp_path / "mine").touch()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", None)  # which takes half a minute to tell a typo
     code, out, err = command(main, "run", "--model", ".", "--suite", "embedded", "--output", "out", *flags)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
@@ -249,7 +331,7 @@ def test_the_manifest_says_what_a_score_is_of(checkpoint, tmp_path):
     scores = run(str(checkpoint), "embedded", str(tmp_path / "out"), limit=3)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     identity = manifest["identity"]
-    assert set(identity["model"]) == {"weights", "config", "tokenizer", "dtype", "max_length"}
+    assert set(identity["model"]) == {"weights", "config", "tokenizer", "generation", "dtype", "max_length"}
     assert identity["versions"]["lm_eval"] == "0.4.13"
     assert identity["seeds"] == {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
     assert manifest["model"] == str(checkpoint)

@@ -4,7 +4,9 @@ import dataclasses
 import math
 import statistics
 
+import numpy as np
 import pytest
+from scipy.stats import binom
 
 from eval.scoring import ScoringError, check_answers, normalized, score_benchmark, score_suite
 from eval.suites import SUITES, Benchmark
@@ -69,12 +71,77 @@ def test_ties_are_those_of_the_metric_that_counts():
         assert row["raw"] == 1 - ties / 4
 
 
+def answered(right, wrong, choices=2):
+    """Answers to items with so many choices, so many right and so many wrong."""
+    values = [float(-i) for i in range(choices)]
+    return [values] * (right + wrong), [0] * right + [1] * wrong
+
+
 @pytest.mark.parametrize(("right", "level"), [(14, "at"), (16, "at"), (20, "above"), (3, "below")])
-def test_at_chance_is_within_the_standard_error_of_guessing(right, level):
-    values = [[-1.0, -2.0]] * right + [[-2.0, -1.0]] * (26 - right)
-    row = score(values, [0] * 26)
+def test_at_chance_is_what_guessing_may_well_bring(right, level):
+    row = score(*answered(right, 26 - right))
     assert row["details"]["at_chance"] == (level == "at")
     assert (row["normalized"] == 0) == (level == "below")
+
+
+@pytest.mark.parametrize("choices", [2, 4])
+@pytest.mark.parametrize("n", [2, 10, 26, 42])
+def test_a_guesser_is_at_chance_nineteen_times_in_twenty(n, choices):
+    told = sum(
+        binom.pmf(right, n, 1 / choices)
+        for right in range(n + 1)
+        if not score(*answered(right, n - right, choices))["details"]["at_chance"]
+    )
+    assert told <= 0.05
+
+
+def test_a_guesser_at_items_of_several_tasks_and_with_clusters_is_at_chance_as_often():
+    generator, told, draws = np.random.default_rng(0), {"musr": 0, "clusters": 0}, 200
+    musr, clusters = V2["leaderboard_musr"], [str(i // 3) for i in range(60)]
+    for _ in range(draws):
+        tasks = {}
+        for name, bound in musr.bounds.items():
+            right = generator.random(20) < bound
+            tasks[name] = [item(i, [0.0, -1.0], 0 if each else 1) for i, each in enumerate(right)]
+        told["musr"] += not score_benchmark(musr, result_of(**tasks))["details"]["at_chance"]
+        # Who guesses one item of a sentence right may do so at all of them.
+        right = np.repeat(generator.random(20) < 0.5, 3)
+        row = score([[0.0, -1.0]] * 60, [0 if each else 1 for each in right], clusters)
+        told["clusters"] += not row["details"]["at_chance"]
+    assert 0.01 * draws <= told["musr"] <= 0.09 * draws
+    assert told["clusters"] <= 0.09 * draws
+
+
+def test_what_cannot_be_guessed_is_above_chance_with_one_right_answer():
+    written = Benchmark("task", "Task", ("task",), "exact_match", bounds=0.0)
+    for right in (0, 1):
+        items = [{"doc_id": i, "doc_hash": "", "metrics": {"exact_match,none": i < right}} for i in range(50)]
+        assert score_benchmark(written, result_of(task=items))["details"]["at_chance"] == (right == 0)
+
+
+def test_answers_that_are_all_right_have_no_standard_error():
+    assert score(*answered(2, 0))["stderr"] is None
+    assert score(*answered(2, 1))["stderr"] > 0
+
+
+SPOILT = {
+    "twice": (lambda items: items.append(dict(items[3])), "item 3 is there 2 times"),
+    "missing": (lambda items: items.pop(3), "item 3 is missing"),
+    "NaN": (lambda items: items[3]["metrics"].update({"acc,none": math.nan}), "item 3 has a acc of nan"),
+    "too much": (lambda items: items[3]["metrics"].update({"acc,none": 7}), "item 3 has a acc of 7, must be a number"),
+    "text": (lambda items: items[3]["metrics"].update({"acc,none": "1"}), "item 3 has a acc of '1'"),
+    "likelihood": (lambda items: items[3].update(choices=[-1.0, -math.inf]), "item 3 has a log-likelihood of -inf"),
+    "chance": (lambda items: items[3].update(chance=None), "item 3 has a chance of None"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_items_that_are_not_as_they_were_answered_are_no_score(name):
+    spoil, message = SPOILT[name]
+    items = [item(i, [-1.0, -2.0], i % 2) for i in range(8)]
+    spoil(items)
+    with pytest.raises(ScoringError, match=f"task: {message}"):
+        score_benchmark(CHOICE, result_of(task=items))
 
 
 def test_bits_per_byte_counts_bytes():

@@ -33,6 +33,12 @@ def test_a_sweep_is_an_arm_for_each_combination():
     assert len({arm.family for arm in found.arms[1:]}) == 2
 
 
+def test_what_changes_nothing_may_be_empty():
+    found = study(set={}, scoring={}, norms=["rmsnorm", {"norm": "dyt", "kwargs": {}, "overrides": [], "set": {}}])
+    assert names(found) == ["rmsnorm", "dyt"]
+    assert set(study(conditions={"as it is": {}, "wide": {"block_size": 64}}).conditions) == {"as it is", "wide"}
+
+
 def test_options_are_in_the_name_where_none_is_given():
     assert names(study(norms=["rmsnorm", {"norm": "ibnorm_l", "kwargs": {"lam": 2}}])) == ["rmsnorm", "ibnorm_l lam=2"]
 
@@ -93,6 +99,18 @@ def test_a_plan_comes_back_from_json():
         ({"norms": [{"norm": "ibnorm_t", "sweep": {"lam": 1}}]}, "norms[0].sweep.lam: got 1, must be a list"),
         ({"norms": ["rmsnorm", "rmsnorm"]}, "norms: 'rmsnorm' is there more than once, or too like another name"),
         ({"norms": []}, "norms: got an empty list"),
+        (
+            {"norms": ["rmsnorm", {"norm": "ibnorm_t", "sweep": {"lam": [1, 2], "unit": []}}]},
+            "norms[1].sweep.unit: got an empty list, must have one or more",
+        ),
+        ({"norms": [{"norm": "ibnorm_t", "sweep": {}}]}, "norms[0].sweep: got an empty mapping"),
+        ({"conditions": {}}, "conditions: got an empty mapping, must have one or more"),
+        ({"search": []}, "search: got an empty list"),
+        ({"suites": []}, "suites: got an empty list"),
+        ({"seeds": []}, "seeds: got an empty list"),
+        ({"tuning_seeds": []}, "tuning_seeds: got an empty list"),
+        ({"suites": ["embedded"], "scoring": {"skip": []}}, "scoring.skip: got an empty list"),
+        ({"suites": ["embedded"], "scoring": {"limit": None}}, "scoring.limit: got None"),
         (
             {"norms": ["rmsnorm", {"norm": "dyt", "name": "rms norm"}, {"norm": "dyt", "name": "rms/norm"}]},
             "norms: 'rms norm' is there more than once",
@@ -202,6 +220,7 @@ def test_the_recipe_is_resolved_once_and_kept(tmp_path):
             {"suites": ["embedded"], "metric": "austen_test", "scoring": {"skip": ["austen_test"]}},
             "scoring: skip leaves",
         ),
+        ({"suites": ["embedded"], "scoring": {"skip": ["sva_simpl"]}}, "scoring: skip: got 'sva_simpl', allowed are"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, monkeypatch, fields, message):

@@ -47,8 +47,10 @@ def test_interval_and_p_agree_on_five_percent():
 
 
 def test_no_difference_at_all():
-    found = paired([0.0, 0.0, 0.0])
-    assert (found.mean, found.interval, found.p) == (0.0, (0.0, 0.0), 1.0)
+    """Nothing can be told apart, and no interval from 0 to 0 says how exactly that is known."""
+    found = paired([0.0] * 10)
+    assert (found.mean, found.interval, found.p) == (0.0, None, 1.0)
+    assert (found.detectable, found.sign_p, found.bootstrap) == (None, None, None)
     assert verdicts([found], lower_is_better=True, norms=1) == [(1.0, SAME)]
 
 
