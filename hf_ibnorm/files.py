@@ -1,5 +1,6 @@
 """Files and what goes into them: atomic writes, hashes, the record of the environment. Imports torch where it must."""
 
+import glob
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -201,6 +202,8 @@ def cpu_name() -> str:
 def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Fill a directory whole or not at all: yields a temporary one beside `path`, flushed and renamed at the end.
 
+    Unless it may replace one, those of processes that were killed while they filled `path` are removed first.
+
     Args:
         path: the directory to make.
         replace: whether it may take the place of one that is there.
@@ -208,7 +211,10 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` exists and is not empty, and `replace` is false.
     """
+    if not replace:
+        _remove_abandoned(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    held = _lock(temporary)
     temporary.chmod(0o777 & ~_UMASK)
     try:
         yield temporary
@@ -231,6 +237,9 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        if held is not None:
+            os.close(held)
     sync_folder(path.parent)
 
 
@@ -251,6 +260,31 @@ def remove(path: Path) -> None:
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that holds `folder` locked until it is closed or the process ends; None where that cannot be had."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # not on Windows
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed have left of `path`: temporary directories that nobody holds locked."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}"):
+        if folder.is_dir() and not folder.is_symlink() and (held := _lock(folder)) is not None:
+            with suppress(OSError):  # another's, or another process removes it as well
+                shutil.rmtree(folder)
+            os.close(held)
 
 
 def has_tokenizer(folder: Path) -> bool:

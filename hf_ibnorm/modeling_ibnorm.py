@@ -1,14 +1,17 @@
 """What every model family shares: putting its norms in place, initializing, loading and saving them, and the guards."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto import modeling_auto
 
-from .norms import NormBase, build_norm
+from .norms import NormBase, build_norm, rounded, shortest
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -54,14 +57,73 @@ def set_site(base: nn.Module, site: str, norm: nn.Module) -> None:
     setattr(base.get_submodule(parent), attribute, norm)
 
 
-def record_lam(model: PreTrainedModel) -> None:
-    """Let the config say each site's λ as it is: a norm's `set_lam`, or one on a part of the model, does not."""
-    config = model.config
-    for site in config.norm_site_table.names(config):
-        name, options = config.norm_at(site)
-        lam = getattr(model.base_model.get_submodule(site), "lam_value", None)
-        if "lam" in options and lam not in (None, options["lam"]):
-            config.norm_overrides = [*config.norm_overrides, [site, {"type": name, "kwargs": {**options, "lam": lam}}]]
+def is_lam(key: str) -> bool:
+    """Whether a state dict has the λ of a norm under this key."""
+    return key.rpartition(".")[2] == "lam"
+
+
+def norms_with_lam(model: PreTrainedModel) -> Iterator[tuple[str, Any, float]]:
+    """Of each site whose norm has a λ: its name, the norm, and the λ that the config gives it."""
+    for site in model.config.norm_site_table.names(model.config):
+        norm: Any = model.base_model.get_submodule(site)
+        if hasattr(norm, "lam_value") and "lam" in (options := model.config.norm_at(site)[1]):
+            yield site, norm, options["lam"]
+
+
+def record_lam(model: PreTrainedModel, state_dict: Mapping[str, Any] | None = None) -> None:
+    """Let the config say each site's λ as it is: in `state_dict` where that has it, else in the model.
+
+    A norm's `set_lam`, or one on a part of the model, does not change the config.
+    """
+    config, overrides = model.config, list(model.config.norm_overrides or [])
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    lams: dict[int, dict[str, float]] = {}
+    """Place of an override, -1 for the norm of all others → the sites that it decides → λ."""
+    for site, norm, _ in norms_with_lam(model):
+        lam, saved = norm.lam_value, (state_dict or {}).get(f"{prefix}{site}.lam")
+        if isinstance(saved, Tensor) and not saved.is_meta and saved.item() != rounded(lam, saved.dtype):
+            lam = shortest(saved.item())
+        place = max((i for i, (glob, _) in enumerate(overrides) if fnmatchcase(site, glob)), default=-1)
+        lams.setdefault(place, {})[site] = lam
+    for place, found in lams.items():
+        glob, entry = overrides[place] if place >= 0 else ("", {"type": config.norm_type, "kwargs": config.norm_kwargs})
+        most = Counter(found.values()).most_common(1)[0][0]
+        by_lam = {lam: {**entry, "kwargs": {**entry["kwargs"], "lam": lam}} for lam in found.values()}
+        if place >= 0:
+            overrides[place] = [glob, by_lam[most]]
+        else:
+            config.norm_kwargs = by_lam[most]["kwargs"]
+        overrides += [[site, by_lam[lam]] for site, lam in found.items() if lam != most]
+    config.norm_overrides = overrides
+
+
+def agree(wanted: float, held: Tensor) -> bool:
+    """Whether a config's λ and the one that weights hold are the same, as far as the weights tell.
+
+    Tools that cast the weights of a checkpoint cast λ with them, and leave the config.
+    """
+    return held.item() in [rounded(wanted, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+
+
+def settle_lam(model: PreTrainedModel) -> None:
+    """See to it that a model just loaded has the λ that its config says.
+
+    Where norm fields were given as arguments of loading, the config's holds. Otherwise the checkpoint's weights and its
+    config must say the same.
+
+    Raises:
+        ValueError: they do not.
+    """
+    given = model.config.norms_were_given
+    for site, norm, wanted in norms_with_lam(model):
+        if norm.lam_value == wanted or norm.lam is None:
+            continue
+        if not given and not agree(wanted, norm.lam):
+            raise ValueError(
+                f"lam: the checkpoint's config has {wanted} at {site}, its weights {norm.lam_value}: they are of "
+                f"different models; say which in loading, such as norm_kwargs={{'lam': {norm.lam_value}}}"
+            )
+        norm.set_lam(wanted)
 
 
 def token_dropout(config: Any) -> float:
@@ -122,13 +184,30 @@ class NormInitMixin:
     def from_pretrained(cls, *args, **kwargs) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        settle_lam(model)
         if model.config.norms_were_given:
             forget_origin(model)
         return loaded
 
     def save_pretrained(self, *args, **kwargs) -> Any:
+        state_dict = kwargs.get("state_dict", args[2] if len(args) > 2 else None)
+        record_lam(self, state_dict)  # type: ignore[arg-type]
+        saved = super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        if state_dict is not None:  # which Transformers has emptied
+            record_lam(self)  # type: ignore[arg-type]
+        return saved
+
+    def load_state_dict(self, *args, **kwargs) -> Any:
+        loaded = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
         record_lam(self)  # type: ignore[arg-type]
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        return loaded
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
+        # Stock and older checkpoints have no λ, and another norm that is asked for may have no place for one.
+        loading_info.missing_keys = {key for key in loading_info.missing_keys if not is_lam(key)}
+        if self.config.norms_were_given:  # type: ignore[attr-defined]
+            loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if not is_lam(key)}
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
         super()._set_gradient_checkpointing(enable, *args, **kwargs)  # type: ignore[misc]

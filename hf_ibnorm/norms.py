@@ -49,6 +49,17 @@ def _check_bool(field: str, value: Any) -> None:
         raise TypeError(f"{field}: got {value!r}, must be true or false")
 
 
+def rounded(value: float, dtype: torch.dtype = torch.float32) -> float:
+    """`value` as a tensor of `dtype` holds it."""
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
+
+
+def shortest(value: float) -> float:
+    """Of the numbers that float32 rounds as it does `value` the one with the fewest digits."""
+    digits = (float(f"{value:.{count}g}") for count in range(6, 10))
+    return next((short for short in digits if rounded(short) == rounded(value)), value)
+
+
 def _fused(name: str, backend: Any) -> Callable[..., Tensor] | None:
     """The form of `functional.<name>` that runs kernels where it can; None where `backend` is "reference".
 
@@ -136,9 +147,10 @@ class IBNorm(NormBase):
     `standardize="layer"` and `order="compress_first"` is LayerNorm with eps·lam² in place of eps. (Not the
     Instance-Batch normalization of IBN-Net.)
 
-    lam lives in a non-persistent float32 buffer that `.to(dtype)`, `.half()` and the like leave alone; checkpoints of
-    a model carry it in the config. Change it with `hf_ibnorm.set_lam`. With `learn_lam` it is a parameter instead,
-    `theta` of shape (1,), cast and saved like any other: lam = softplus(theta), for shrink sigmoid(theta).
+    lam lives in a float32 buffer of shape () that `.to(dtype)`, `.half()` and the like leave alone and that state dicts
+    hold, so that weights and lam travel together. A state dict without it, a stock model's or an older one's, loads
+    too and changes no lam. Change it with `hf_ibnorm.set_lam`. With `learn_lam` it is a parameter instead, `theta` of
+    shape (1,), cast and saved like any other: lam = softplus(theta), for shrink sigmoid(theta).
 
     Args:
         normalized_shape: N, the width of the last dimension.
@@ -163,6 +175,8 @@ class IBNorm(NormBase):
     _described = ("variant", "lam_shown", "learn_lam", "unit", "standardize", "order", "eps", "backend")
     lam: Tensor | None
     theta: nn.Parameter | None
+    initial_lam: float
+    """lam of `reset_parameters`: the one the norm was made with, or was last set to."""
 
     def __init__(
         self,
@@ -192,10 +206,10 @@ class IBNorm(NormBase):
             raise ValueError("learn_lam: got True with variant 'S'; only L, T and shrink can learn lam")
         self.variant, self.unit, self.standardize, self.order = variant, unit, standardize, order
         self.learn_lam, self.eps, self.backend = learn_lam, float(eps), backend
-        self.lam_value = self.checked_lam(DEFAULT_LAM[variant] if lam is None else lam)
+        self.initial_lam = self.checked_lam(DEFAULT_LAM[variant] if lam is None else lam)
         # float32 whatever the default dtype: bfloat16 could not hold lam = 0.3
         buffer = None if learn_lam else torch.empty((), device=device, dtype=torch.float32)
-        self.register_buffer("lam", buffer, persistent=False)
+        self.register_buffer("lam", buffer)
         theta = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learn_lam else None
         self.register_parameter("theta", theta)
         self.reset_parameters()
@@ -214,13 +228,13 @@ class IBNorm(NormBase):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.lam is not None:
-            init.constant_(self.lam, self.lam_value)
+            init.constant_(self.lam, self.initial_lam)
         if self.theta is not None:
             init.constant_(self.theta, self.initial_theta())
 
     def initial_theta(self) -> float:
-        """The theta that learning starts from, the one that gives `lam_value`."""
-        lam = self.lam_value
+        """The theta that learning starts from, the one that gives `initial_lam`."""
+        lam = self.initial_lam
         if self.variant == "shrink":
             return math.log(lam / (1 - lam))
         return lam + math.log(-math.expm1(-lam))  # log(expm1(lam)), which would overflow
@@ -233,6 +247,17 @@ class IBNorm(NormBase):
         return torch.sigmoid(theta) if self.variant == "shrink" else F.softplus(theta)
 
     @property
+    def lam_value(self) -> float:
+        """lam as a number, read from the buffer; of a learned one where learning started.
+
+        Of the numbers that float32 rounds alike it is the one that was given, or else the shortest.
+        """
+        if self.lam is None or self.lam.is_meta:
+            return self.initial_lam
+        held = self.lam.item()
+        return self.initial_lam if rounded(self.initial_lam) == held else shortest(held)
+
+    @property
     def lam_shown(self) -> float:
         """λ for `print(model)`: a learned one as it is now."""
         learned = self.theta is not None and not self.theta.is_meta
@@ -240,19 +265,68 @@ class IBNorm(NormBase):
 
     def set_lam(self, value: float) -> None:
         """Set lam in place; `hf_ibnorm.set_lam` does so for a whole model and its config."""
-        self.lam_value = self.checked_lam(value)
+        self.initial_lam = self.checked_lam(value)
         with torch.no_grad():
             if self.lam is not None:
-                self.lam.fill_(self.lam_value)
+                self.lam.fill_(self.initial_lam)
             if self.theta is not None:
                 self.theta.fill_(self.initial_theta())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IBNorm":
+        # A cast rounds lam, `to_empty` and the meta device forget it. Written anew it survives them.
+        self.initial_lam = self.lam_value
         super()._apply(fn, recurse)
-        # A cast rounds lam and `to_empty` forgets it; state dicts do not hold it. Written anew it survives both.
         if self.lam is not None:
-            self.lam = torch.full_like(self.lam, self.lam_value, dtype=torch.float32)
+            self.lam = torch.full_like(self.lam, self.initial_lam, dtype=torch.float32)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Accelerate fills a model that FSDP2 has sharded on the meta device from its state dict, and takes each tensor
+        # there for sharded. lam is not; it comes back by itself, as below.
+        if self.lam is not None and self.lam.is_meta and type(self.weight).__name__ == "DTensor":
+            del destination[f"{prefix}lam"]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mine, other = (f"{prefix}{name}" for name in (("theta", "lam") if self.learn_lam else ("lam", "theta")))
+        if other in state_dict and mine not in state_dict:
+            kind, kept = ("fixed", "learned") if self.learn_lam else ("learned", "fixed")
+            error_msgs.append(f"{other}: the state dict has a {kind} lam, the norm here a {kept} one")
+            return
+        lam, given = self.lam_value, state_dict.get(f"{prefix}lam")
+        if isinstance(given, Tensor) and given.numel() == 1 and not given.is_meta:
+            try:
+                lam = self.checked_lam(shortest(given.item()))
+            except ValueError as error:
+                error_msgs.append(f"{prefix}{error} (variant {self.variant})")
+                return
+        super()._load_from_state_dict(
+            state_dict,  # type: ignore[arg-type]
+            prefix,
+            local_metadata,  # type: ignore[arg-type]
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        if self.lam is None:
+            return
+        if mine in missing_keys:
+            missing_keys.remove(mine)  # of a stock model, or older than the buffer
+        if self.lam.is_meta and self.weight is not None and not self.weight.is_meta:
+            self.lam = torch.empty((), dtype=torch.float32, device=self.weight.device)
+        if self.lam.dtype != torch.float32:  # assigned, not copied
+            self.lam = self.lam.float()
+        self.set_lam(lam)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x` of shape (..., N) over its last dimension."""

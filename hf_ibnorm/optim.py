@@ -1,5 +1,6 @@
 """What training needs to do with a model that has these norms: decay groups, and λ as a schedule changes it."""
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,7 @@ def no_decay_parameter_names(model: nn.Module) -> list[str]:
 
 
 def set_lam(model: nn.Module, value: float) -> None:
-    """Set λ of every IBNorm in `model`, and in its config, so that a checkpoint taken now loads with it.
+    """Set λ of every IBNorm in `model`, and in its config. State dicts and checkpoints hold it beside the weights.
 
     Given a part of a model, it sets λ there, and saving the model writes that into the config. What PEFT saves of an
     adapter does not hold λ: it is the base's. A compiled model does not recompile. With `learn_lam` the parameter
@@ -37,6 +38,9 @@ def set_lam(model: nn.Module, value: float) -> None:
 
     Raises:
         ValueError, TypeError: the model has no IBNorm, or `value` is not allowed for one; nothing is changed then.
+
+    Warns:
+        UserWarning: the model has adapters of PEFT, whose checkpoints do not hold the new λ.
     """
     norms = {name: module for name, module in model.named_modules() if isinstance(module, IBNorm)}
     if not norms:
@@ -51,6 +55,12 @@ def set_lam(model: nn.Module, value: float) -> None:
             raise type(error)(f"{error} (variant {norm.variant}, {name or 'the model itself'})") from None
     for norm in norms.values():
         norm.set_lam(value)
+    if any(vars(module).get("peft_config") for module in model.modules()):
+        warnings.warn(
+            "lam: was set under adapters of PEFT, whose checkpoints do not hold it; save the base model too",
+            UserWarning,
+            stacklevel=2,
+        )
     whole: dict[int, Any] = {id(m.config): m for m in model.modules() if isinstance(m, NormInitMixin)}
     for each in whole.values():
         config = each.config

@@ -64,7 +64,7 @@ class _State:
                 set_site(target.base, site, norm)
             if isinstance(norm, IBNorm) and norm.lam_value != self.lams[site]:
                 if norm.learn_lam:
-                    norm.lam_value = self.lams[site]  # where learning began; theta is a trained parameter
+                    norm.initial_lam = self.lams[site]  # where learning began; theta is a trained parameter
                 else:
                     norm.set_lam(self.lams[site])
         for item, name, value in self.attributes:
@@ -163,8 +163,8 @@ def apply_norm(
 
     Raises:
         TypeError: a model of another family (the message names those that are known), or a misplaced argument.
-        ValueError: an unknown norm or option, a value that is not allowed, a glob that matches no site, offloaded
-            norms, or gradient checkpointing without `preserve_rng_state` for a norm that draws noise.
+        ValueError: an unknown norm or option, a value that is not allowed, a glob that matches no site, offloaded or
+            parametrized norms, or gradient checkpointing without `preserve_rng_state` for a norm that draws noise.
         RuntimeError: the model is not the architecture it says.
 
     Warns:
@@ -177,11 +177,14 @@ def apply_norm(
     registered = _registered_model(target, config)
     _check_keys(target, registered, norms)
     before = _State.of(target)
+    _check_parameters([(site, before.norms[site]) for site in norms])
     _warn_of_lost([(site, before.norms[site], new) for site, new in norms.items()])
-
-    target.model.__dict__.setdefault(_RECORD, before)
     for site, new in norms.items():
         _move(before.norms[site], new)
+
+    # From here on nothing can fail: up to here the model is as it was.
+    target.model.__dict__.setdefault(_RECORD, before)
+    for site, new in norms.items():
         set_site(target.base, site, new)
     for item, name, value in before.attributes:
         if name == "__class__":
@@ -225,6 +228,7 @@ def restore_norm(model: nn.Module) -> nn.Module:
         )
     swapped = [(site, target.base.get_submodule(site), norm) for site, norm in before.norms.items()]
     swapped = [(site, current, norm) for site, current, norm in swapped if current is not norm]
+    _check_parameters([(site, norm) for site, *pair in swapped for norm in pair])
     _warn_of_lost(swapped)
     before.put_back(target)
     for _, current, norm in swapped:
@@ -284,9 +288,7 @@ def _patched_config(
     for misplaced, right in (("norm_kwargs", "the options themselves, such as lam=2.0"), ("site", "sites=")):
         if misplaced in norm_kwargs:
             raise TypeError(f"{misplaced}: no such argument of apply_norm; write {right}")
-    globs: list[Any] = [sites] if isinstance(sites, str) or not isinstance(sites, Collection) else list(sites)
-    if sites is not None and not all(isinstance(glob, str) for glob in globs):
-        raise TypeError(f"sites: got {sites!r}, must be a glob or a list of globs")
+    globs = _relative(target, sites)
     config: Any = copy.deepcopy(target.config)
     if target.is_stock:
         config.__class__ = target.family.config
@@ -294,11 +296,10 @@ def _patched_config(
         config.norm_type, config.norm_kwargs, config.norm_overrides = target.table.stock, None, []
     name = norm_name(norm, "norm")
     kwargs = resolve_norm_kwargs(name, norm_kwargs, getattr(config, config.norm_eps_field))
-    if sites is None:
+    if globs is None:
         globs = ["*"]
         config.norm_type, config.norm_kwargs, config.norm_overrides = name, kwargs, []
     else:
-        globs = [glob.removeprefix(target.prefix) for glob in globs]
         if not globs:
             raise ValueError(f"sites: got no glob; sites are {target.table.describe(config)}")
         for glob in globs:
@@ -307,6 +308,24 @@ def _patched_config(
         config.norm_overrides = kept + [[glob, {"type": name, "kwargs": kwargs}] for glob in globs]
     config.resolve_norms()
     return config, globs
+
+
+def relative_globs(model: nn.Module, sites: str | Collection[str] | None) -> list[str] | None:
+    """`sites` of `apply_norm` as globs over names relative to the base model; None for all.
+
+    Raises:
+        TypeError: a model of another family, or no globs.
+    """
+    return _relative(_Target(model, exact=False), sites)
+
+
+def _relative(target: _Target, sites: str | Collection[str] | None) -> list[str] | None:
+    if sites is None:
+        return None
+    globs: list[Any] = [sites] if isinstance(sites, str) or not isinstance(sites, Collection) else list(sites)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"sites: got {sites!r}, must be a glob or a list of globs")
+    return [glob.removeprefix(target.prefix) for glob in globs]
 
 
 def _factory(base: nn.Module, norm: nn.Module) -> dict[str, Any]:
@@ -348,18 +367,43 @@ def _registered_model(target: _Target, config: Any) -> PreTrainedModel:
 def _check_keys(target: _Target, registered: PreTrainedModel, norms: dict[str, nn.Module]) -> None:
     """Raise RuntimeError unless the patched model will have the state of the registered one, key for key.
 
-    What would be saved could not be loaded. Adapters have keys of their own and are saved apart.
+    What would be saved could not be loaded. Adapters have keys of their own and are saved apart. Layers that were
+    quantized in loading have others than those they stand for, and loading quantizes them anew, by the config.
     """
     if any(type(module).__module__.startswith("peft.") for module in target.model.modules()):
         return
     inner = "" if target.base is target.model else f"{target.model.base_model_prefix}."
     ours = {key for key in target.model.state_dict() if not key.startswith(tuple(f"{inner}{site}." for site in norms))}
     ours |= {f"{inner}{site}.{key}" for site, norm in norms.items() for key in norm.state_dict()}
-    if differing := sorted(ours ^ set(registered.state_dict())):
+    theirs = set(registered.state_dict())
+    if getattr(target.config, "quantization_config", None) is not None:
+        modules = dict(target.model.named_modules())
+        layers = {name: layer for name, layer in registered.named_modules() if not [*layer.children()]}
+        quantized = tuple(f"{name}." for name, layer in layers.items() if type(modules.get(name)) is not type(layer))
+        norm_keys = tuple(f"{inner}{site}." for site in target.sites)
+        ours, theirs = (
+            {key for key in keys if key.startswith(norm_keys) or not key.startswith(quantized)}
+            for keys in (ours, theirs)
+        )
+    if differing := sorted(ours ^ theirs):
         raise RuntimeError(
             f"model: patched it would differ from a {type(registered).__name__} in {len(differing)} tensors "
-            f"({', '.join(differing[:5])}), so that it could not be loaded; was it changed or quantized?"
+            f"({', '.join(differing[:5])}), so that it could not be loaded; was it changed?"
         )
+
+
+def _check_parameters(norms: list[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError unless the gain and bias of each (site, norm) are parameters that another norm can take over.
+
+    Under torch's parametrizations, weight and spectral norms and pruning they are computed from others.
+    """
+    for site, norm in norms:
+        for name in _MOVED:
+            if getattr(norm, name, None) is not dict(norm.named_parameters(recurse=False)).get(name):
+                raise ValueError(
+                    f"model: the {name} of the norm {site} is computed from other tensors (parametrized or pruned); "
+                    "make it a parameter again first (remove_parametrizations, prune.remove)"
+                )
 
 
 def _move(old: nn.Module, new: nn.Module) -> None:

@@ -23,6 +23,7 @@ from ..configuration_ibnorm import NORM_FIELDS
 from ..data.text import draw_text
 from ..families import FAMILIES, Family
 from ..files import (
+    TOKENIZER_FILES,
     atomic_directory,
     environment_record,
     existing_folder,
@@ -31,20 +32,23 @@ from ..files import (
     write_json,
     write_text,
 )
-from ..modeling_ibnorm import build_site
+from ..modeling_ibnorm import agree, build_site, is_lam, norms_with_lam
 from ..norms import IDENTITY_LAM, NORMS, initial_parameters, norm_name, resolve_norm_kwargs
-from ..patching import apply_norm, norm_sites
+from ..patching import apply_norm, norm_sites, relative_globs
 from ..remote_code import add_remote_code
 from .calibrate import Errors, fit_norms, stock_norm
 from .settings import Conversion
-from .weights import INDEX, STORED, Shard, read_shards, rewrite
+from .weights import INDEX, SINGLE, STORED, Shard, cast, read_shards, rewrite
 
 RECORD = "conversion.json"
-# Weights in other formats, and what says what the source is: none of it would be true of the target.
-_LEFT = (
-    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
-    *("*.tflite", "*.ot", "adapter_*", "*.py", "config.json", "README.md", RECORD, MANIFEST, ".*"),
+_TAKEN = (
+    *TOKENIZER_FILES,
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model"),
+    *("*.tiktoken", "tekken.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
+"""What goes with a model and is copied: tokenizer, generation config, chat template, terms of use."""
+_REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md", RECORD, MANIFEST)
 TEMPLATES = "additional_chat_templates"
 """Folder in which Transformers puts named chat templates."""
 _HUB = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
@@ -91,7 +95,7 @@ class Source:
         if not has_tokenizer(self.folder):
             return None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"source: the tokenizer in {self.folder} cannot be read: {str(error)[:200]}") from error
         if len(tokenizer) > self.config.vocab_size:
@@ -113,7 +117,18 @@ class Source:
         A language model's may be named as those of the base model alone: Transformers adds the prefix when it loads.
         """
         prefix = f"{self.architecture.base_model_prefix}."
-        return prefix if f"{prefix}{self.family.config.norm_site_table.final}.weight" in self.places else ""
+        return prefix if any(name.startswith(prefix) for name in self.places) else ""
+
+    def of_norm(self, site: str) -> list[str]:
+        """The names of what the weights hold of a norm, relative to it."""
+        start = f"{self.prefix}{site}."
+        return [name.removeprefix(start) for name in self.places if name.startswith(start)]
+
+    def dtype_at(self, site: str) -> torch.dtype:
+        """In which a norm's parameters are stored; where there are none, those of the rest."""
+        here = [f"{self.prefix}{site}.{name}" for name in self.of_norm(site)]
+        kinds = (self.places[name].tensors[name]["dtype"] for name in [*here, *self.places] if not is_lam(name))
+        return next(STORED[kind] for kind in kinds if kind in STORED)
 
 
 @dataclass
@@ -181,10 +196,11 @@ def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str,
     with torch.device("meta"):
         model = found.architecture(found.config)
     _check_tensors(found, model)
+    _check_lams(found, model)
     options = dict(wanted.norm_kwargs or {})
     if wanted.init == "identity":
         options = identity_options(wanted.norm, options, found)
-    old = norm_sites(model.base_model)
+    old, globs = norm_sites(model.base_model), relative_globs(model, wanted.sites)
     apply_norm(model, wanted.norm, wanted.sites, **options)
     config = _config_of(model, found)
     if wanted.remote_code and config is not model.config:
@@ -197,12 +213,13 @@ def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str,
         "source_architecture": found.architecture.__name__,
         "architecture": config.architectures[0],
         "init": wanted.init,
-        "norm": _norm_record(model.config, wanted),
+        "norm": _norm_record(model.config, globs),
         **{name: getattr(model.config, name) for name in NORM_FIELDS},
         "dtype": wanted.dtype or "unchanged",
         "tensors_added": sorted(change.added),
         "tensors_dropped": sorted(change.dropped),
         "lost": change.lost,
+        "files_left": files_left(found.folder),
         "calibration": None if errors is None else {"data": Path(wanted.data).name, **errors},
         "environment": environment_record(),
     }
@@ -233,7 +250,7 @@ def read_source(source: str | Path, stack: ExitStack) -> Source:
     elif not folder.is_dir():
         folder = _fetched(str(source))
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"source: got {str(source)!r}, which has no readable config.json: {str(error)[:200]}"
@@ -251,7 +268,12 @@ def read_source(source: str | Path, stack: ExitStack) -> Source:
             "stock or ours"
         )
     family, architecture = classes[names[0]]
-    return Source(folder, str(source), config, family, architecture, read_shards(folder))
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"source: got {str(source)!r}, which has an adapter of PEFT: merge it, and save the model anew"
+        )
+    shards = read_shards(folder, getattr(config, "transformers_weights", None))
+    return Source(folder, str(source), config, family, architecture, shards)
 
 
 def _fetched(name: str) -> Path:
@@ -306,10 +328,24 @@ def _check_tensors(source: Source, model: PreTrainedModel) -> None:
         if name not in source.places:
             if id(value) not in there:  # not even under the name of one that it is tied to
                 raise ValueError(f"source: {source.folder} has no {name}")
+        elif (kind := source.places[name].tensors[name]["dtype"]) not in STORED:
+            raise ValueError(f"source: {source.folder} has a {name} of {kind}, must be one of {', '.join(STORED)}")
         elif (shape := source.places[name].tensors[name]["shape"]) != list(value.shape):
             raise ValueError(
                 f"source: {source.folder} has a {name} of shape {shape}, its config makes it {list(value.shape)}"
             )
+
+
+def _check_lams(source: Source, model: PreTrainedModel) -> None:
+    """Raise ValueError where the weights have another λ than the config, as `from_pretrained` does."""
+    lams = {name for name in source.places if is_lam(name)}
+    for site, _, lam in norms_with_lam(model) if isinstance(source.config, source.family.config) else ():
+        name = f"{source.prefix}{site}.lam"
+        if name in lams and not agree(lam, held := source.places[name].tensor(name)):
+            raise ValueError(f"source: {source.folder} has {held.item():g} as {name}, its config {lam:g}")
+        lams.discard(name)
+    if lams:
+        raise ValueError(f"source: {source.folder} has {sorted(lams)[0]}, its config no norm with a lam there")
 
 
 def identity_options(norm: str, given: Mapping[str, Any], source: Source) -> dict[str, Any]:
@@ -368,13 +404,16 @@ def _changes(source: Source, old_norms: Mapping[str, nn.Module], config: Any) ->
     shards, prefix = source.places, source.prefix
     change = Change()
     for site, old in old_norms.items():
-        new, initial = dict(build_site(config, site).named_parameters()), initial_parameters(old)
-        had = [name for name, _ in old.named_parameters()]
-        dtype = STORED[shards[f"{prefix}{site}.{had[0]}"].tensors[f"{prefix}{site}.{had[0]}"]["dtype"]] if had else None
-        change.added |= {f"{prefix}{site}.{name}": new[name].detach().to(dtype) for name in new.keys() - set(had)}
-        for name in sorted(set(had) - new.keys()):
+        new, initial = build_site(config, site), initial_parameters(old)
+        had, parameters = source.of_norm(site), dict(new.named_parameters())
+        for name, value in new.state_dict().items():
+            if name not in parameters:  # λ: what the config says
+                change.added[f"{prefix}{site}.{name}"] = value
+            elif name not in had:
+                change.added[f"{prefix}{site}.{name}"] = value.to(source.dtype_at(site))
+        change.dropped |= {f"{prefix}{site}.{name}" for name in set(had) - new.state_dict().keys()}
+        for name in sorted({name for name, _ in old.named_parameters()} - parameters.keys()):
             key = f"{prefix}{site}.{name}"
-            change.dropped.add(key)
             if moved := float((shards[key].tensor(key).float() - initial[name]).abs().max()):
                 change.lost[key] = moved
     return change
@@ -388,13 +427,9 @@ def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion) 
     ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, context).ids
     model = source.architecture.from_pretrained(source.folder, dtype=torch.float32).eval()
     fitted, errors = fit_norms(model, config, ids)
-    places, prefix = source.places, source.prefix
     for name, value in fitted.items():
-        weight = f"{prefix}{name.rpartition('.')[0]}.weight"  # beside which a new bias goes
-        key = f"{prefix}{name}"
-        like = key if key in places else weight
-        stored = STORED[places[like].tensors[like]["dtype"]]
-        change.added[key] = value.to(getattr(torch, wanted.dtype) if wanted.dtype else stored)
+        key, site = f"{source.prefix}{name}", name.rpartition(".")[0]
+        change.added[key] = value if wanted.dtype else cast(key, value, source.dtype_at(site))
     return {"tokens": ids.numel(), "sites": errors}
 
 
@@ -411,39 +446,52 @@ def _check_room(target: Path, source: Source, dtype: str | None) -> None:
 
 
 def _write_weights(source: Source, change: Change, folder: Path, dtype: str | None) -> None:
-    """Every part of the weights with the same name, new tensors beside others of their norm, and the index."""
+    """The weights in as many parts, new tensors beside others of their norm, and the index."""
+    homes = {name.rpartition(".")[0]: shard for name, shard in source.places.items()}
     places: dict[str, str] = {}
-    written = 0
-    for shard in source.shards:
-        norms = {name.rpartition(".")[0] for name in shard.tensors}
-        beside = {name for name in change.added.keys() - source.places.keys() if name.rpartition(".")[0] in norms}
-        mine = (shard.tensors.keys() & change.added.keys()) | (beside - places.keys())
-        added = {name: change.added[name] for name in sorted(mine)}
-        written += rewrite(
-            shard, folder / shard.path.name, change.dropped, added, getattr(torch, dtype) if dtype else None
-        )
+    written, count = 0, len(source.shards)
+    files = [SINGLE if count == 1 else shard.path.name for shard in source.shards]
+    if count > 1 and (len(set(files)) < count or SINGLE in files):  # out of several folders
+        files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for shard, file in zip(source.shards, files, strict=True):
+        added = {
+            name: value if dtype is None or is_lam(name) else cast(name, value, getattr(torch, dtype))
+            for name, value in sorted(change.added.items())
+            if source.places.get(name, homes.get(name.rpartition(".")[0], source.shards[-1])) is shard
+        }
+        written += rewrite(shard, folder / file, change.dropped, added, getattr(torch, dtype) if dtype else None)
         kept = (shard.tensors.keys() - change.dropped) | added.keys()
-        places |= dict.fromkeys(sorted(kept), shard.path.name)
-    if len(source.shards) > 1 or (source.folder / INDEX).is_file():
+        places |= dict.fromkeys(sorted(kept), file)
+    if count > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": written}, "weight_map": dict(sorted(places.items()))})
 
 
+def _is_one_of(path: Path, globs: Collection[str]) -> bool:
+    return path.is_file() and any(fnmatchcase(path.name, glob) for glob in globs)
+
+
 def _copy_rest(source: Path, folder: Path) -> None:
-    """Tokenizer, generation config, chat template and whatever else lies there that goes with a model."""
+    """What goes with a model, and nothing else: anything may lie beside it, and the target may be published."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and not any(fnmatchcase(path.name, glob) for glob in _LEFT):
+        if _is_one_of(path, _TAKEN):
             shutil.copyfile(path, folder / path.name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, folder / TEMPLATES)
+    for path in sorted((source / TEMPLATES).glob("*.jinja")):
+        (folder / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / TEMPLATES / path.name)
 
 
-def _norm_record(config: Any, wanted: Conversion) -> dict[str, Any]:
+def files_left(source: Path) -> list[str]:
+    """What lies in the source's folder that the target has neither a copy nor another version of."""
+    left = [path for path in sorted(source.iterdir()) if not _is_one_of(path, (*_TAKEN, *_REPLACED))]
+    return [f"{path.name}/" if path.is_dir() else path.name for path in left if path.name != TEMPLATES]
+
+
+def _norm_record(config: Any, globs: list[str] | None) -> dict[str, Any]:
     """The norm that was asked for, with all its options, and the globs of its sites; None for all."""
-    globs = [wanted.sites] if isinstance(wanted.sites, str) else wanted.sites
     sites = config.norm_site_table.names(config)
     site = next(site for site in sites if globs is None or any(fnmatchcase(site, glob) for glob in globs))
     name, options = config.norm_at(site)
-    return {"type": name, "kwargs": options, "sites": None if globs is None else list(globs)}
+    return {"type": name, "kwargs": options, "sites": globs}
 
 
 def card_text(record: dict[str, Any]) -> str:

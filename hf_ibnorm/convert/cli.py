@@ -29,6 +29,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"{target}: {record['architecture']} with {norm['type']} {json.dumps(norm['kwargs'])}{where}")
     if record["lost"]:
         print(f"lost: {lost_text(record)}")
+    if left := record["files_left"]:
+        print(f"not copied: {', '.join(left[:10])}{f' and {len(left) - 10} more' if len(left) > 10 else ''}")
     if report is not None:
         _print_report(report, target / NAME)
 

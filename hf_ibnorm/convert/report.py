@@ -197,7 +197,7 @@ def _check_stage(name: str, stage: Source, source: Source, length: int) -> None:
 
 
 def _loaded(folder: Path, device: torch.device) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     return model.eval().to(device)
 
 

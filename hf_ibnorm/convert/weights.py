@@ -66,28 +66,63 @@ class Shard:
         return found
 
 
-def read_shards(folder: Path) -> list[Shard]:
-    """The weights of a model directory.
+def read_shards(folder: Path, named: str | None = None) -> list[Shard]:
+    """The weights of a model directory, in the files that Transformers would read.
+
+    Args:
+        folder: the directory.
+        named: the file or index that the config names, if any; else `model.safetensors`, else the index.
 
     Raises:
-        ValueError: there are none as safetensors, or a part of them is missing or damaged.
+        ValueError: there are none as safetensors, a part is missing, damaged or outside the folder, or two parts have a
+            tensor of one name.
     """
-    if (folder / INDEX).is_file():
-        try:
-            parts = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [name for name in parts if not (folder / name).is_file()]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"source: {folder / INDEX} is damaged: {error}") from error
-    else:
-        parts = [SINGLE]
-        missing = [name for name in parts if not (folder / name).is_file()]
+    first = named or (SINGLE if (folder / SINGLE).is_file() or not (folder / INDEX).is_file() else INDEX)
+    parts = _parts_of(folder / first) if first.endswith(".json") else [first]
+    for name in parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not name.endswith(".safetensors"):
+            raise ValueError(f"source: {folder / first} names {name!r}, must be a safetensors file inside {folder}")
+    missing = [name for name in parts if not (folder / name).is_file()]
     if missing == [SINGLE]:
         others = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
         hint = f" but {others}, which may run code when it is read: save the model anew with save_pretrained"
         raise ValueError(f"source: {folder} has no {SINGLE}{hint if others else ''}; must have safetensors")
     if missing:
         raise ValueError(f"source: {folder} lacks {', '.join(missing)}: {len(missing)} of {len(parts)} parts")
-    return [Shard.read(folder / name) for name in parts]
+    shards = [Shard.read(folder / name) for name in parts]
+    places: dict[str, Path] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            if places.setdefault(name, shard.path) != shard.path:
+                raise ValueError(f"source: {name} is in two parts, {places[name]} and {shard.path}")
+    return shards
+
+
+def _parts_of(index: Path) -> list[str]:
+    try:
+        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not parts or not all(isinstance(name, str) for name in parts):
+            raise ValueError("weight_map must give each tensor the name of a file")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"source: {index} is damaged: {error}") from error
+    return parts
+
+
+def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`; `name` is what errors call it.
+
+    Raises:
+        ValueError: it has numbers that are not finite, or that `dtype` cannot hold.
+    """
+    if not value.isfinite().all():
+        raise ValueError(f"source: {name} has numbers that are not finite")
+    result = value.to(dtype)
+    if result.dtype != value.dtype and not result.isfinite().all():
+        raise ValueError(
+            f"dtype: got {str(dtype).removeprefix('torch.')}, but {name} has {float(value.abs().max()):g}, and the "
+            f"largest number of that dtype is {torch.finfo(dtype).max:g}"
+        )
+    return result
 
 
 def rewrite(
@@ -105,8 +140,11 @@ def rewrite(
         shard: what to copy.
         target: a new file.
         dropped: names of tensors to leave out.
-        added: tensors to put in, taking the place of those of the same name.
-        dtype: of the floating point tensors; None for what they have.
+        added: tensors to put in as they are, taking the place of those of the same name.
+        dtype: of the floating point tensors that are copied; None for what they have.
+
+    Raises:
+        ValueError: a tensor has numbers that are not finite, or that `dtype` cannot hold.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **shard.metadata}}
     writes: list[Callable[[BinaryIO], object]] = []
@@ -122,13 +160,13 @@ def rewrite(
         if name in dropped or name in added:
             continue
         kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype is None or kind not in STORED or STORED[kind] == dtype:
+        if kind not in STORED:
             put(name, kind, shape, end - begin, partial(_copy, shard, begin, end))
         else:
-            size = (end - begin) // STORED[kind].itemsize * dtype.itemsize
-            put(name, _NAMES[dtype], shape, size, partial(_cast, shard, begin, end, STORED[kind], dtype))
-    for name, tensor in added.items():
-        value = tensor if dtype is None else tensor.to(dtype)
+            old, new = STORED[kind], dtype or STORED[kind]
+            size = (end - begin) // old.itemsize * new.itemsize
+            put(name, _NAMES[new], shape, size, partial(_cast, shard, begin, end, name, old, new))
+    for name, value in added.items():
         put(name, _NAMES[value.dtype], list(value.shape), value.nbytes, partial(_store, value))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that tensors begin at a multiple of 8, as the library has it
@@ -144,9 +182,13 @@ def _copy(shard: Shard, begin: int, end: int, into: BinaryIO) -> None:
         into.write(piece)
 
 
-def _cast(shard: Shard, begin: int, end: int, old: torch.dtype, new: torch.dtype, into: BinaryIO) -> None:
+def _cast(shard: Shard, begin: int, end: int, name: str, old: torch.dtype, new: torch.dtype, into: BinaryIO) -> None:
     for piece in _pieces(shard, begin, end):
-        _store(torch.frombuffer(piece, dtype=old).to(new), into)
+        value = cast(name, torch.frombuffer(piece, dtype=old), new)
+        if new == old:
+            into.write(piece)
+        else:
+            _store(value, into)
 
 
 def _pieces(shard: Shard, begin: int, end: int) -> Iterator[bytearray]:

@@ -147,7 +147,7 @@ def test_a_stock_checkpoint_keeps_weights_and_gains(stock_model, family, name, t
     assert "You are using a model of type" not in transformers_log.text
     ours, theirs = model.state_dict(), stock.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours if key in theirs)
-    assert set(info["missing_keys"]) == set(ours) - set(theirs)
+    assert set(info["missing_keys"]) == {key for key in ours if not key.endswith(".lam")} - set(theirs)
     assert set(info["unexpected_keys"]) == set(theirs) - set(ours)
     for key in info["missing_keys"]:
         last = key.rpartition(".")[2]

@@ -10,12 +10,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import FAMILIES, STOCK_NORM, stock_of, tokens
+from helpers import FAMILIES, STOCK_NORM, build, shake, stock_of, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warm import python
 
-from hf_ibnorm import NORMS, apply_norm, convert_checkpoint
+from hf_ibnorm import NORMS, apply_norm, convert_checkpoint, norm_sites
 from hf_ibnorm.cli import main
 from hf_ibnorm.convert.weights import INDEX
 
@@ -75,9 +75,11 @@ def test_all_other_tensors_are_the_same_bytes_part_by_part(source, tmp_path, fam
     assert sorted(path.name for path in (tmp_path / "new").glob("*.safetensors")) == parts
     before, after = weights(folder), weights(tmp_path / "new")
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    added = sorted(after.keys() - before.keys())
+    added = {name: after[name] for name in after.keys() - before.keys()}
+    lams = [added.pop(name).item() for name in sorted(added) if name.endswith(".lam")]
+    assert lams == [3.0] * 5
     assert len(added) == (5 if family == "llama" else 0)
-    assert not any(after[name].any() for name in added)
+    assert not any(value.any() for value in added.values())
     index = json.loads((tmp_path / "new" / INDEX).read_text())
     assert sorted(index["weight_map"]) == sorted(after)
     for name, part in index["weight_map"].items():
@@ -89,7 +91,7 @@ def test_all_other_tensors_are_the_same_bytes_part_by_part(source, tmp_path, fam
 
 def test_everything_that_goes_with_the_model_comes_along(source, tmp_path):
     folder = source("llama")
-    (folder / "notes.txt").write_text("of the author")
+    (folder / "LICENSE.md").write_text("of the author")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     record = convert_checkpoint(folder, tmp_path / "new", "ibnorm_l", init="identity", remote_code=True)
@@ -98,7 +100,7 @@ def test_everything_that_goes_with_the_model_comes_along(source, tmp_path):
         "tokenizer_config.json",
         "generation_config.json",
         "chat_template.jinja",
-        "notes.txt",
+        "LICENSE.md",
     ):
         assert (tmp_path / "new" / name).read_bytes() == (folder / name).read_bytes(), name
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "new").generation_config.max_new_tokens == 7
@@ -173,14 +175,16 @@ def test_weights_take_the_dtype_that_is_asked_for(source, tmp_path, dtype):
     convert_checkpoint(folder, tmp_path / "new", "ibnorm_l", dtype=dtype)
     before, after = weights(folder), weights(tmp_path / "new")
     wanted = getattr(torch, dtype)
-    assert {value.dtype for value in after.values()} == {wanted}
+    assert {value.dtype for name, value in after.items() if not name.endswith(".lam")} == {wanted}
+    assert {value.dtype for name, value in after.items() if name.endswith(".lam")} == {torch.float32}
     assert all(torch.equal(after[name], value.to(wanted)) for name, value in before.items())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto").dtype == wanted
 
 
 def test_a_checkpoint_keeps_its_dtype_and_new_tensors_take_it(source, tmp_path):
     convert_checkpoint(source("llama", dtype=torch.bfloat16), tmp_path / "new", "ibnorm_l")
-    assert {value.dtype for value in weights(tmp_path / "new").values()} == {torch.bfloat16}
+    after = weights(tmp_path / "new")
+    assert {value.dtype for name, value in after.items() if not name.endswith(".lam")} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -223,7 +227,49 @@ def without(folder, name):
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def put(folder, name, value):
+    held = load_file(folder / "model.safetensors")
+    held[name].view(-1)[3] = value
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_index(folder, change):
+    """The weights in two parts of one name in two folders, as an index names them, or as `change` makes of that."""
+    held = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"{'ab'[i % 2]}/part.safetensors" for i, name in enumerate(held)}
+    for part in ("a/part.safetensors", "b/part.safetensors"):
+        (folder / part).parent.mkdir()
+        there = {name: value for name, value in held.items() if places[name] == part}
+        save_file(there, folder / part, metadata={"format": "pt"})
+    change(folder, places)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def outside(folder, places):
+    (folder / "b").rename(folder.parent / "b")
+    places |= {name: f"../{part}" for name, part in places.items() if part.startswith("b")}
+
+
+def twice(folder, places):
+    save_file(load_file(folder / "a" / "part.safetensors"), folder / "c.safetensors", metadata={"format": "pt"})
+    places["another"] = "c.safetensors"
+
+
 BAD = {
+    "layers.1.mlp.up_proj.weight has numbers that are not finite": lambda folder: put(
+        folder, "model.layers.1.mlp.up_proj.weight", float("nan")
+    ),
+    "layers.1.input_layernorm.weight has numbers that are not finite": lambda folder: put(
+        folder, "model.layers.1.input_layernorm.weight", float("-inf")
+    ),
+    r"names '../b/part.safetensors', must be a safetensors file inside": lambda folder: with_index(folder, outside),
+    "is in two parts": lambda folder: with_index(folder, twice),
+    "index.json is damaged: weight_map must": lambda folder: with_index(folder, lambda _, places: places.clear()),
+    "which has an adapter of PEFT: merge it": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    "has model.norm.lam, its config no norm with a lam": lambda folder: save_file(
+        load_file(folder / "model.safetensors") | {"model.norm.lam": torch.tensor(1.0)}, folder / "model.safetensors"
+    ),
     "has no model.layers.1.mlp.up_proj.weight": lambda folder: without(folder, "model.layers.1.mlp.up_proj.weight"),
     r"embed_tokens.weight of shape \[300, 32\], its config makes it \[400, 32\]": lambda folder: spoil_config(
         folder, vocab_size=400
@@ -249,7 +295,102 @@ def test_a_bad_source_is_one_line_and_leaves_nothing(source, tmp_path, command, 
     assert error.startswith("error: source: ")
     assert error.count("\n") == 1
     assert re.search(message, error), error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-source"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"llama-source", "b"}
+
+
+def test_parts_of_one_name_in_two_folders_are_all_there(source, tmp_path):
+    folder = source("llama")
+    before, expected = weights(folder), logits(folder)
+    with_index(folder, lambda *_: None)
+    convert_checkpoint(folder, tmp_path / "new", "ibnorm_l", init="identity")
+    after = weights(tmp_path / "new")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    torch.testing.assert_close(logits(tmp_path / "new"), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_the_weights_are_those_that_transformers_reads_beside_a_stale_index(source, tmp_path):
+    folder = source("llama")
+    stale = {name: torch.zeros_like(value) for name, value in weights(folder).items()}
+    save_file(stale, folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(stale, "model-00001-of-00001.safetensors")}))
+    convert_checkpoint(folder, tmp_path / "new", "rmsnorm")
+    assert sorted(path.name for path in (tmp_path / "new").glob("*.safetensors*")) == ["model.safetensors"]
+    assert torch.equal(logits(tmp_path / "new"), logits(folder))
+
+
+@pytest.mark.parametrize(("dtype", "hint"), [("float16", "65504"), ("bfloat16", None)])
+def test_numbers_that_a_dtype_cannot_hold_are_refused(source, tmp_path, dtype, hint):
+    folder = source("llama")
+    put(folder, "model.layers.1.mlp.up_proj.weight", -1e5)
+    if hint is None:
+        convert_checkpoint(folder, tmp_path / "new", "ibnorm_l", dtype=dtype)
+    else:
+        with pytest.raises(ValueError, match="dtype: got float16, but .*up_proj.weight has 100000, .* is 65504"):
+            convert_checkpoint(folder, tmp_path / "new", "ibnorm_l", dtype=dtype)
+        assert [path.name for path in tmp_path.iterdir()] == ["llama-source"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm", ["ibnorm_t", None])
+def test_norms_without_gains_are_converted_to_norms_that_have_them(tiny_config, tmp_path, family, norm):
+    norm_type = norm or STOCK_NORM[family]
+    bare = tiny_config(family, norm_type=norm_type, norm_kwargs={"elementwise_affine": False})
+    model = shake(build(bare)).bfloat16()
+    model.save_pretrained(tmp_path / "bare", max_shard_size="20KB")
+    convert_checkpoint(tmp_path / "bare", tmp_path / "new", "ibnorm_l")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    expected = apply_norm(AutoModelForCausalLM.from_pretrained(tmp_path / "bare"), "ibnorm_l")
+    assert torch.equal(loaded(tokens()).logits, expected(tokens()).logits)
+    after = weights(tmp_path / "new")
+    assert {value.dtype for name, value in after.items() if not name.endswith(".lam")} == {torch.bfloat16}
+    back = convert_checkpoint(tmp_path / "new", tmp_path / "back", norm_type, norm_kwargs={"elementwise_affine": False})
+    assert back["lost"] == {}
+    assert weights(tmp_path / "back").keys() == weights(tmp_path / "bare").keys()
+
+
+def test_going_from_one_lam_to_another_changes_it_in_weights_and_config(source, tmp_path):
+    convert_checkpoint(source("llama"), tmp_path / "two", "ibnorm_t", norm_kwargs={"lam": 2})
+    convert_checkpoint(tmp_path / "two", tmp_path / "three", "ibnorm_l", norm_kwargs={"lam": 3}, sites="layers.0.*")
+    after = {name: value.item() for name, value in weights(tmp_path / "three").items() if name.endswith(".lam")}
+    assert sorted(after.values()) == [2.0, 2.0, 2.0, 3.0, 3.0]
+    loaded = norm_sites(AutoModelForCausalLM.from_pretrained(tmp_path / "three"))
+    assert {f"{site}.lam": norm.lam_value for site, norm in loaded.items()} == after
+
+
+def test_a_source_whose_config_and_weights_have_two_lams_is_refused(source, tmp_path):
+    convert_checkpoint(source("llama"), tmp_path / "two", "ibnorm_t", norm_kwargs={"lam": 2})
+    content = json.loads((tmp_path / "two" / "config.json").read_text())
+    content["norm_kwargs"]["lam"] = 5.0
+    (tmp_path / "two" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"source: .*two has 2 as model\..*\.lam, its config 5"):
+        convert_checkpoint(tmp_path / "two", tmp_path / "new", "dyt")
+
+
+def test_sites_are_taken_by_the_names_that_norm_sites_prints(source, tmp_path):
+    folder = source("llama")
+    names = [name for name in norm_sites(AutoModelForCausalLM.from_pretrained(folder)) if ".layers.0." in name]
+    by_glob = convert_checkpoint(folder, tmp_path / "glob", "ibnorm_t", sites="model.layers.0.*")
+    by_name = convert_checkpoint(folder, tmp_path / "name", "ibnorm_t", sites=names)
+    assert by_glob["norm"] == {**by_name["norm"], "sites": ["layers.0.*"]}
+    assert torch.equal(logits(tmp_path / "glob"), logits(tmp_path / "name"))
+
+
+def test_only_what_goes_with_a_model_is_copied_and_what_stays_behind_is_named(source, tmp_path, command):
+    folder = source("llama")
+    (tmp_path / "secret").write_text("key")
+    (folder / "prod.env").write_text("TOKEN=1")
+    (folder / "training_args.bin").write_bytes(b"pickle")
+    (folder / "optimizer.pkl").write_bytes(b"pickle")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    (folder / "logs").mkdir()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "x.env").write_text("TOKEN=1")
+    code, out, _ = command(main, "convert", str(folder), str(tmp_path / "new"), "--norm", "ibnorm_l", "--no_report")
+    assert code == 0
+    assert "not copied: logs/, notes.txt, optimizer.pkl, prod.env, training_args.bin\n" in out
+    copied = {path.name for path in (tmp_path / "new").rglob("*")}
+    assert not copied & {"prod.env", "training_args.bin", "optimizer.pkl", "notes.txt", "logs", "x.env"}
+    assert {"tokenizer.json", "generation_config.json", "chat_template.jinja"} <= copied
 
 
 def test_missing_parts_are_named(source, tmp_path):
@@ -348,8 +489,10 @@ module.convert_checkpoint(sys.argv[1], sys.argv[2], "ibnorm_l")
     os.kill(begun.pid, signal.SIGKILL)
     begun.wait()
     assert not (tmp_path / "new").exists()
+    assert [*tmp_path.glob(".new.*")], "what a killed process could not remove"
     convert_checkpoint(folder, tmp_path / "new", "ibnorm_l")
     assert (tmp_path / "new" / "conversion.json").is_file()
+    assert not [*tmp_path.glob(".new.*")]
 
 
 @pytest.mark.slow

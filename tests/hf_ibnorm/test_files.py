@@ -65,6 +65,23 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
+def test_what_a_killed_process_left_is_removed_and_what_another_is_filling_stays(tmp_path):
+    (tmp_path / ".done.abcd1234").mkdir()
+    (tmp_path / ".done.abcd1234" / "half").write_text("x")
+    (tmp_path / ".done.notes").mkdir()
+    (tmp_path / ".done-2.abcd1234").mkdir()
+
+    def two_at_once():
+        with atomic_directory(tmp_path / "done") as one, atomic_directory(tmp_path / "done") as other:
+            assert one.is_dir()
+            (other / "a").write_text("x")
+
+    with pytest.raises(FileExistsError):
+        two_at_once()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".done-2.abcd1234", ".done.notes", "done"]
+
+
 def test_hashes_tell_parts_names_shapes_and_dtypes_apart():
     assert sha256(["ab", "c"]) != sha256(["a", "bc"])
     x = torch.arange(6.0)

@@ -90,8 +90,14 @@ def test_no_cast_touches_lam():
         torch.set_default_dtype(torch.float32)
 
 
-def test_lam_is_in_no_state_dict():
-    assert list(IBNorm(8).state_dict()) == ["weight", "bias"]
+def test_lam_is_in_the_state_dict_in_float32_whatever_the_weights_are():
+    state = IBNorm(8, lam=0.3).bfloat16().state_dict()
+    assert {name: value.dtype for name, value in state.items()} == {
+        "weight": torch.bfloat16,
+        "bias": torch.bfloat16,
+        "lam": torch.float32,
+    }
+    assert state["lam"] == torch.tensor(0.3)
 
 
 def test_a_module_materialized_from_meta_is_whole_after_reset():

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import FAMILIES, FAMILY, FINAL, LAST_BLOCK, STOCK_NORM, TABLES, build, shake, stock_of, tokens
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -562,6 +563,40 @@ def test_a_model_that_would_not_load_again_is_refused(stock_model, family):
     with pytest.raises(RuntimeError, match=r"would differ from a IBNorm\w+ in .*extra\.bias"):
         apply_norm(model, "ibnorm_l")
     assert model.config.model_type == family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", ["parametrized", "pruned"])
+def test_an_error_at_the_last_norm_leaves_all_as_they_were(stock_model, family, how):
+    model = stock_model(family)
+    last = norm_sites(model).popitem()[1]
+    if how == "parametrized":
+        parametrize.register_parametrization(last, "weight", nn.Identity())
+    else:
+        prune.identity(last, "weight")
+    before, state, expected = norm_sites(model), model.state_dict(), logits(model)
+    with pytest.raises(ValueError, match=rf"weight of the norm {FINAL[family]} is computed from other tensors"):
+        apply_norm(model, "ibnorm_l")
+    assert all(a is b for a, b in zip(norm_sites(model).values(), before.values(), strict=True))
+    assert type(model) is stock_of(FAMILY[family].causal_lm)
+    assert model.config.model_type == family
+    assert model.state_dict().keys() == state.keys()
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match="there is nothing to restore"):
+        restore_norm(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_error_at_the_last_norm_restores_none(stock_model, family):
+    model = apply_norm(stock_model(family), "ibnorm_l")
+    prune.identity(norm_sites(model).popitem()[1], "weight")
+    before, expected = norm_sites(model), logits(model)
+    with pytest.raises(ValueError, match="is computed from other tensors"):
+        restore_norm(model)
+    assert all(a is b for a, b in zip(norm_sites(model).values(), before.values(), strict=True))
+    assert torch.equal(logits(model), expected)
+    prune.remove(norm_sites(model).popitem()[1], "weight")
+    restore_norm(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
