@@ -6,7 +6,6 @@ revision and the hash of every file that was fetched; a mirror made by hand has 
 """
 
 import fnmatch
-import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.files import atomic_directory, sha256_file, write_json
+from hf_ibnorm.reading import check_form, parse_yaml, read_json, read_text, reading
 from hf_ibnorm.report.tables import Table
 
 from .suites import Benchmark, leaves, task_manager
@@ -71,13 +71,17 @@ def told_of(error: BaseException, *repositories: str) -> str:
 
 def _card(folder: Path) -> dict[str, Any]:
     """The front matter of a data set's README.md; empty where there is none."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except FileNotFoundError:
+    path = folder / "README.md"
+    if not path.exists():
         return {}
-    parts = text.split("---\n", 2)
-    card = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
-    return card if isinstance(card, dict) else {}
+    parts = read_text("mirror", path).split("---\n", 2)
+    with reading("mirror", path):
+        card = parse_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+    check_form(f"mirror: {path}", card or {}, _CARD)
+    return card or {}
+
+
+_CARD = {"configs?": [{"config_name": str}]}
 
 
 def patterns(card: dict[str, Any], configs: Sequence[str | None]) -> list[str]:
@@ -141,15 +145,9 @@ def _by_repository(sets: Iterable[DataSet]) -> dict[str, list[str | None]]:
 
 
 def _index(mirror: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((mirror / INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"mirror: {mirror / INDEX} is damaged: {error}") from error
-    if not isinstance(content, dict) or not all("files" in entry for entry in content.values()):
-        raise UserError(f"mirror: {mirror / INDEX} is damaged; fetch the mirror anew")
-    return content
+    path = mirror / INDEX
+    found: dict[str, Any] = read_json("mirror", path, {"*": {"files": {"*": str}}}) if path.exists() else {}
+    return found
 
 
 @dataclass(frozen=True)

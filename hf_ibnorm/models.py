@@ -1,12 +1,13 @@
 """Language models found on disk or on the Hub, and loaded whole or refused."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .cli import UserError, bad_input, quiet_libraries
+from .reading import reading
+from .room import check_model
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -40,6 +41,27 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def load(field: str, cls: Any, where: str | Path, **options: Any) -> Any:
+    """What `cls.from_pretrained(where)` gives. Code that lies there is never run, whatever anybody answers.
+
+    Args:
+        field: what errors call it.
+        cls: a class of Transformers, or one of its Auto classes.
+        where: directory, or name on the Hub.
+        **options: of `from_pretrained`.
+
+    Raises:
+        UserError: whatever goes wrong.
+    """
+    with reading(field, where):
+        try:
+            return cls.from_pretrained(where, trust_remote_code=False, **options)
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise ValueError("it needs code of its own, which lies there and is never run") from error
+            raise
+
+
 def load_tokenizer(path: Path) -> tuple[Any, Any]:
     """The config and the tokenizer of the checkpoint at `path`.
 
@@ -54,9 +76,9 @@ def load_tokenizer(path: Path) -> tuple[Any, Any]:
     quiet_libraries()
     if not any(path.glob("*token*")) and not any(path.glob("vocab.*")):
         raise UserError(f"tokenizer: {path} has none (no tokenizer.json); save it beside the model")
-    with _loading(path):
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    config = load("model", AutoConfig, path, local_files_only=True)
+    check_model("model", config)
+    tokenizer = load("tokenizer", AutoTokenizer, path, local_files_only=True)
     beyond = sorted(token for token in tokenizer.get_vocab().values() if token >= config.vocab_size)
     if beyond and (read := [token for token in beyond if _may_be_read(tokenizer, token)]):
         raise UserError(
@@ -81,11 +103,8 @@ def load_whole(path: Path, config: Any, dtype: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    auto_class: Any = AutoModelForCausalLM  # whose annotations know of no loading info
-    with _loading(path):
-        model, report = auto_class.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+    options = {"config": config, "dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    model, report = load("model", AutoModelForCausalLM, path, output_loading_info=True, **options)
     # Transformers fills missing weights at random and says so nowhere but here.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key) for key in report[problem])
@@ -112,15 +131,3 @@ def _is_mask(path: Path, name: str) -> bool:
                     shape = tensors.get_slice(key).get_shape()
                     return not shape or (len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3])
     return False
-
-
-@contextmanager
-def _loading(path: Path) -> Iterator[None]:
-    """Turn what Transformers raises for a checkpoint that it cannot load into one line of a length to read."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"model: {path} cannot be loaded: {str(error)[:400]}") from error

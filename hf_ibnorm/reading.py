@@ -3,6 +3,7 @@
 Imports nothing but the standard library and PyYAML, so that a command can read its files before it loads torch.
 """
 
+import errno
 import json
 import math
 import numbers
@@ -11,12 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .cli import UserError
+from .cli import TryAgain, UserError
 
 NODES = 100_000
 """Values that a YAML file may have, with every alias written out: a few lines of aliases can stand for 10⁹."""
 TOLD = 300
 """Characters of another library's message that are shown."""
+
+_NETWORK = ("requests", "urllib3", "httpx", "httpcore", "aiohttp")
+"""What the modules of libraries begin with whose errors, a server's answer apart, are of the network."""
+# Reasons that stay until somebody mends them. All others, such as EIO, ESTALE or ETIMEDOUT, may pass.
+_LASTING = {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
+}
 
 Form = Any
 """What a value has to be: a type or a tuple of them (`float` is any finite number, `int` a whole one, and a bool is
@@ -29,22 +37,47 @@ _WORDS: dict[Any, str] = {
 
 
 @contextmanager
-def reading(field: str, path: Path | str) -> Iterator[None]:
+def reading(field: str, path: Path | str, *kinds: type[Exception], retry: bool = False) -> Iterator[None]:
     """Around code that reads and parses a file, and nothing else: whatever it raises is the file's fault.
 
     Args:
         field: what the file was given as, such as "config".
         path: the file, as the message calls it.
+        *kinds: the exceptions that are; all where none is named.
+        retry: whether the same command may succeed later, where the reason may pass by itself.
 
     Raises:
-        UserError: for every exception inside but a UserError, which goes on as it is.
+        TryAgain: with `retry`, for a reason that may pass.
+        UserError: for any other. One from inside goes on as it is.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{field}: {path} cannot be read: {told(error)}") from error
+        if kinds and not isinstance(error, kinds):
+            raise
+        kind = TryAgain if retry and may_pass(error) else UserError
+        raise kind(f"{field}: {path} cannot be read: {told(error)}") from error
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same read may succeed later: a network or a disk failed; not: a file is missing, locked, damaged."""
+    found: BaseException | None = error
+    while found is not None:
+        status = getattr(getattr(found, "response", None), "status_code", getattr(found, "status", None))
+        if isinstance(status, int):
+            return status in (408, 425, 429) or status >= 500
+        if isinstance(found, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+            return False
+        if isinstance(found, OSError) and found.errno is not None:
+            return found.errno not in _LASTING
+        if isinstance(found, ConnectionError | TimeoutError):
+            return True
+        if type(found).__module__.startswith(_NETWORK):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def told(error: BaseException) -> str:

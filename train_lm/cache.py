@@ -23,9 +23,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from hf_ibnorm.cli import UserError, bad_input
-from hf_ibnorm.data.files import BadDocument, reading, retried
+from hf_ibnorm.data.files import BadDocument, retried
 from hf_ibnorm.data.tokens import Encoder
 from hf_ibnorm.files import atomic_directory, sha256, sha256_file, write_text
+from hf_ibnorm.reading import reading
 
 from .progress import Told, silent
 
@@ -97,7 +98,7 @@ class Cache:
                     return str(kept["text"])
             except (OSError, ValueError, KeyError, TypeError):
                 pass
-            with reading("it"):
+            with reading("corpus", "it", OSError, retry=True):
                 text = make()
             write_text(path, json.dumps({"text": text, "sha256": sha256([text])}))
             return text
@@ -112,10 +113,10 @@ class Cache:
         def read() -> Iterator[str]:
             if stat.st_size >= LARGE:
                 self.say(f"hashing {path}: {stat.st_size / 1e9:,.0f} GB")
-            with reading(path):
+            with reading("corpus", path, OSError, retry=True):
                 yield sha256_file(path)
 
-        with reading(path):
+        with reading("corpus", path, OSError, retry=True):
             stat, key = path.stat(), [str(path.resolve()), *map(str, identity(path))]
         if any(abs(time.time_ns() - then) < SETTLED for then in (stat.st_mtime_ns, stat.st_ctime_ns)):
             return next(retried(read))
@@ -185,7 +186,7 @@ def identity(path: Path) -> tuple[int, ...]:
 
 def _readable(documents: Iterable[str]) -> Iterator[str]:
     """`documents`, whose errors are theirs and not the cache's."""
-    with reading("it"):
+    with reading("corpus", "it", OSError, retry=True):
         yield from documents
 
 

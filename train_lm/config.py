@@ -11,6 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from hf_ibnorm.checks import check_choice, check_number, nearest
 from hf_ibnorm.cli import UserError, bad_input
+from hf_ibnorm.reading import read_yaml, reading
 from hf_ibnorm.report.runs import HARMLESS, flat_settings
 
 from .idle import refuse_idle
@@ -528,6 +529,11 @@ def read_command_line(argv: list[str]) -> TrainConfig:
     return config
 
 
+def _is_file(path: str) -> bool:
+    with reading("config", path[:100]):  # a name may be too long, or hold a zero byte
+        return Path(path).is_file()
+
+
 def _config_first(argv: list[str]) -> list[str]:
     """Move `--config X` to the front, or it would win over the flags before it; a bare name is a shipped recipe."""
     rest, configs, words = [], [], iter(argv)
@@ -540,8 +546,10 @@ def _config_first(argv: list[str]) -> list[str]:
         names = shipped_recipes()
         if value in names:
             value = str(RECIPES / f"{value}.yaml")
-        elif not Path(value).is_file():
+        elif not _is_file(value):
             hint = nearest(value, names)
             raise UserError(f"config: got {value!r}, no such file; shipped recipes are {', '.join(names)}{hint}")
+        else:
+            read_yaml("config", Path(value))
         configs += ["--config", value]
     return configs + rest

@@ -19,15 +19,13 @@ from hf_ibnorm.data.files import (
     BadDocument,
     find_files,
     kind_of,
-    may_pass,
     read_file,
-    reading,
     retried,
-    short,
     split_of,
     text_of,
 )
 from hf_ibnorm.files import sha256, sha256_file
+from hf_ibnorm.reading import may_pass, reading, told
 
 from .cache import identity
 from .progress import silent
@@ -174,7 +172,7 @@ class Files(Documents):
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    with reading(path):
+    with reading("corpus", path, OSError, retry=True):
         return identity(path)
 
 
@@ -210,7 +208,7 @@ class Named(Documents):
             yield from dataset
         except Exception as error:  # of many kinds: a file that is gone or damaged, a network that is down
             kind = TryAgain if may_pass(error) else UserError
-            raise kind(f"corpus: the dataset cannot be read: {short(error)}") from error
+            raise kind(f"corpus: the dataset cannot be read: {told(error)}") from error
 
     def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
         return _split(self.dataset, process, processes)
@@ -353,10 +351,8 @@ def overlap(train: Documents, validation: Documents) -> str:
 def _saved(path: Path, role: str, split: str, options: CorpusOptions) -> Documents | None:
     from datasets import DatasetDict, load_from_disk
 
-    try:
+    with reading("corpus", path, retry=True):
         dataset = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"corpus: {path} cannot be read: {short(error)}") from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             return _missing(role, split, list(dataset))
@@ -383,7 +379,7 @@ def _hub(name: str, role: str, split: str, options: CorpusOptions) -> Documents 
     except Exception as error:  # of many kinds: not found, offline, gated, a configuration that is not there
         raise UserError(
             f"corpus: got {name!r}, no embedded corpus ({', '.join(CORPORA)}), no file or folder, and no dataset that "
-            f"could be loaded{nearest(name, [*CORPORA])}: {short(error)}"
+            f"could be loaded{nearest(name, [*CORPORA])}: {told(error)}"
         ) from error
     return Named(dataset, options.field, options.allowed)
 

@@ -13,13 +13,14 @@ from hf_ibnorm.convert.checkpoint import lost_text
 from hf_ibnorm.convert.weights import Shard, read_shards
 from hf_ibnorm.families import Family
 from hf_ibnorm.modeling_ibnorm import build_site
+from hf_ibnorm.models import load
 
 
 def norms_of(family: Family, where: str) -> dict[str, nn.Module]:
     """The norms that the checkpoint `where` has, by site, as they are before training."""
-    config: Any = AutoConfig.from_pretrained(where)
+    config: Any = load("model.init_from", AutoConfig, where)
     if not isinstance(config, family.config):
-        config = family.config.from_pretrained(where, norm_type=family.config.norm_site_table.stock)
+        config = load("model.init_from", family.config, where, norm_type=family.config.norm_site_table.stock)
     return {site: build_site(config, site) for site in config.norm_site_table.names(config)}
 
 

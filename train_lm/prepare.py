@@ -15,7 +15,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -37,7 +36,10 @@ from hf_ibnorm.files import (
     write_text,
 )
 from hf_ibnorm.modeling_ibnorm import is_norm
+from hf_ibnorm.models import load
 from hf_ibnorm.norms import IDENTITY_LAM, norm_name
+from hf_ibnorm.reading import read_json
+from hf_ibnorm.room import check_model
 
 from .cache import Cache, encode_all
 from .checkpoint import Checkpoint, skeleton_of
@@ -259,13 +261,14 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
             check_vocabulary(model_config.vocab_size, len(tokenizer))
             config.check_context(model_config.max_position_embeddings)
         if start.path is not None:
-            model = family.causal_lm.from_pretrained(start.path / "model", dtype=torch.float32)
+            model = load("resume", family.causal_lm, start.path / "model", dtype=torch.float32)
             for name in NORM_FIELDS:  # the checkpoint's own say where a ramped λ stood then
                 setattr(model.config, name, getattr(model_config, name))
         elif config.model.init_from is not None:
             model, lost = load_start(family, config.model.init_from, model_config)
             start.messages.extend([lost] * bool(lost))
         else:
+            check_model("model", model_config)
             model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
@@ -292,20 +295,13 @@ def load_weights(field: str, cls: Any, where: str, **options: Any) -> tuple[PreT
     """A model of class `cls` in float32; which of its weights `where` has not, and which of `where` it has not.
 
     Raises:
-        ValueError: a file is damaged, or weights are not finite: every step would be skipped.
+        UserError, ValueError: a file is damaged, or weights are not finite: every step would be skipped.
     """
-    try:
-        model, found = cls.from_pretrained(where, dtype=torch.float32, output_loading_info=True, **options)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{field}: got {where!r}, which cannot be read: {_one_line(error)}") from error
+    model, found = load(field, cls, where, dtype=torch.float32, output_loading_info=True, **options)
     if bad := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
         raise ValueError(f"{field}: got {where!r}, whose {bad[0]} has NaN or infinity: {len(bad)} tensors in all")
     missing = {*found["missing_keys"], *map(str, found["mismatched_keys"])}
     return model, sorted(missing), sorted(found["unexpected_keys"])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def refuse_lost(field: str, where: str, lost: list[str]) -> None:
@@ -360,15 +356,12 @@ def read_config(field: str, where: str | Path) -> Any:
     Raises:
         ValueError: there is none, or it is of another family.
     """
-    try:
-        found = AutoConfig.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        here = "" if Path(where).is_dir() else "no such directory, and "
-        hint = f"; did you mean {Path(where) / 'final'}?" if (Path(where) / "final").is_dir() else ""
-        raise ValueError(
-            f"{field}: got {str(where)!r}, {here}no model could be loaded{hint}: {_one_line(error)}"
-        ) from error
+    folder = Path(where).is_dir()
+    if folder and not (Path(where) / "config.json").exists() and (Path(where) / "final").is_dir():
+        raise ValueError(f"{field}: got {str(where)!r}, which holds no model; did you mean {Path(where) / 'final'}?")
+    found = load(field if folder else f"{field}: no such directory, and the model", AutoConfig, where)
     family_of(found.model_type, field)
+    check_model(field, found)
     return found
 
 
@@ -387,7 +380,7 @@ def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any
     if saved is not None and norm_name(norms["norm_type"]) == saved["model"]["norm_type"]:
         # A checkpoint's own say where a ramped λ stood then.
         norms["norm_kwargs"] = {**saved["model"]["norm_kwargs"], **model.norm_kwargs}
-    built = family.config.from_pretrained(where, **norms)
+    built = load("model.init_from", family.config, where, **norms)
     for name in DROPOUTS[family.config.model_type.removeprefix("ibnorm_")]:
         setattr(built, name, model.dropout)
     return family, built
@@ -492,12 +485,8 @@ def check_settings(
 
 def _processes_of(run_dir: Path, unknown: int) -> int:
     """How many processes a run has begun with."""
-    try:
-        return int(json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["num_processes"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return unknown
-    except OSError as error:
-        raise UserError(f"run_dir: {run_dir} cannot be read: {error}") from error
+    path = run_dir / "environment.json"
+    return int(read_json("run_dir", path, {"num_processes": int})["num_processes"]) if path.exists() else unknown
 
 
 def norm_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -556,10 +545,7 @@ def note_resume(run_dir: Path, step: int, accelerator: Accelerator) -> None:
     """Add a line about this resume to `environment.json`."""
     path = run_dir / "environment.json"
     now = environment_record() | {"num_processes": accelerator.num_processes}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        record = now  # lost, but nothing depends on it
+    record = read_json("run_dir", path, {"resumed?": list}) if path.exists() else now
     noted = {"step": step, **{name: now[name] for name in ("date", "device", "versions", "num_processes", "command")}}
     write_json(path, {**record, "resumed": [*record.get("resumed", []), noted]})
 

@@ -4,7 +4,6 @@ The card, `README.md` and `loss.png`, is written into `RUN/final`. What is uploa
 safetensors, config, tokenizer, card and the model's code; never a pickle.
 """
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from hf_ibnorm.base.manifest import MANIFEST
 from hf_ibnorm.cli import OneLineParser, UserError, bad_input, quiet_libraries, require_extra, run_command
 from hf_ibnorm.files import write_text
+from hf_ibnorm.reading import read_json
 from hf_ibnorm.report.card import model_card
 from hf_ibnorm.report.plots import plot_losses
 from hf_ibnorm.report.runs import Run, read_scores
@@ -109,7 +109,7 @@ def push(
 
 
 def _has_code(final: Path) -> bool:
-    return "auto_map" in json.loads((final / "config.json").read_text(encoding="utf-8"))
+    return "auto_map" in read_json("run", final / "config.json")
 
 
 def _upload(final: Path, repo: str, public: bool, say: Callable[[str], None]) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from hf_ibnorm.base.manifest import MANIFEST, damage
 from hf_ibnorm.cli import TryAgain, UserError, alone_in, bad_input
 from hf_ibnorm.files import atomic_directory, check_new_directory, sha256_tensors
+from hf_ibnorm.reading import read_yaml
 
 from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_checkpoint, steps_in
 from .config import TrainConfig
@@ -84,11 +84,11 @@ def _find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"run_dir: {run_dir} is not empty and holds no run to resume; name a new directory")
     try:
-        saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):
-        saved = None
-    if not (isinstance(saved, dict) and "model" in saved):
-        saved = None  # damaged
+        saved = read_yaml("run_dir", run_dir / "config.yaml", {"model": dict})
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        saved = None  # damaged; a checkpoint has the settings, too
     if os.path.lexists(run_dir / "final"):
         if found := flaw(run_dir / "final"):
             raise UserError(

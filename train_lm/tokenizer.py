@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_ibnorm.cli import UserError
 from hf_ibnorm.files import TOKENIZER_FILES, has_tokenizer
+from hf_ibnorm.models import load
 
 END_OF_TEXT = "<|endoftext|>"
 _SENTINEL = re.compile(r"<extra_id_\d+>")
@@ -58,12 +59,11 @@ def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is none, it is not a fast one, or it has no token that ends a text.
     """
-    try:
-        if Path(where).is_dir() and not has_tokenizer(Path(where)):
-            raise FileNotFoundError(f"it has none of {', '.join(TOKENIZER_FILES)}")
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{field}: got {str(where)!r}, no tokenizer could be loaded: {str(error)[:300]}") from error
+    if Path(where).is_dir() and not has_tokenizer(Path(where)):
+        raise UserError(
+            f"{field}: got {str(where)!r}, no tokenizer could be loaded: it has none of {', '.join(TOKENIZER_FILES)}"
+        )
+    tokenizer = load(f"{field}: the tokenizer", AutoTokenizer, where)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{field}: got {str(where)!r}, a {type(tokenizer).__name__}; must be a fast tokenizer")
     if tokenizer.eos_token_id is None:

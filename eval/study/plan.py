@@ -13,6 +13,7 @@ import yaml
 
 from hf_ibnorm.checks import check_number, nearest
 from hf_ibnorm.cli import UserError, bad_input
+from hf_ibnorm.reading import read_text, read_yaml, reading
 
 STUDIES = Path(__file__).parents[1] / "studies"
 VALIDATION = "eval_loss"
@@ -170,18 +171,14 @@ def read_study(name: str) -> Study:
         UserError: no such file, or it is wrong; the message names the field, the value and what is allowed.
     """
     path = STUDIES / f"{name}.yaml" if name in shipped_studies() else Path(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except OSError:
+    with reading("study", name[:100]):
+        there = path.is_file()
+    if not there:
         known = shipped_studies()
-        raise UserError(
-            f"study: got {name!r}, no such file; shipped are {', '.join(known)}{nearest(name, known)}"
-        ) from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"study: {path} is no YAML: {error}") from error
+        raise UserError(f"study: got {name!r}, no such file; shipped are {', '.join(known)}{nearest(name, known)}")
+    content = read_yaml("study", path)
     with bad_input():
-        return parse_study(path.stem, content, text, path.parent)
+        return parse_study(path.stem, content, read_text("study", path), path.parent)
 
 
 _FIELDS = ("about", "recipe", "set", "conditions", "norms", "baseline", "learning_rates", "tuning_seeds", "seeds")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..checks import check_number
-from ..models import checkpoints_of
+from ..models import checkpoints_of, load
 from ..report.tables import Table
 from .information import HALVES, KSG, RENYI, SHUFFLES, Draws, Estimate, draw, summary
 from .noise import chosen_norms, evaluating
@@ -133,7 +133,7 @@ def run_information_plane(
     if missing := set(steps or ()) - set(paths):
         raise ValueError(f"steps: got {_listed(missing)}, of which there is no checkpoint; there are {_listed(paths)}")
     for step in sorted(paths if steps is None else set(steps)):
-        model = AutoModelForCausalLM.from_pretrained(paths[step], dtype=torch.float32)
+        model = load("run", AutoModelForCausalLM, paths[step], dtype=torch.float32)
         yield from information_plane(model, ids, step=step, **options)
 
 

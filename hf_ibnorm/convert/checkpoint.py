@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import struct
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,9 +32,12 @@ from ..files import (
     write_text,
 )
 from ..modeling_ibnorm import agree, build_site, is_lam, norms_with_lam
+from ..models import load
 from ..norms import IDENTITY_LAM, NORMS, initial_parameters, norm_name, resolve_norm_kwargs
 from ..patching import apply_norm, norm_sites, relative_globs
+from ..reading import reading
 from ..remote_code import add_remote_code
+from ..room import check_model
 from .calibrate import Errors, fit_norms, stock_norm
 from .settings import Conversion
 from .weights import INDEX, SINGLE, STORED, Shard, cast, read_shards, rewrite
@@ -94,10 +96,7 @@ class Source:
         """
         if not has_tokenizer(self.folder):
             return None
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"source: the tokenizer in {self.folder} cannot be read: {str(error)[:200]}") from error
+        tokenizer = load("source: the tokenizer in", AutoTokenizer, self.folder)
         if len(tokenizer) > self.config.vocab_size:
             raise ValueError(
                 f"source: its tokenizer has {len(tokenizer)} tokens, its embedding {self.config.vocab_size} rows; they "
@@ -193,7 +192,7 @@ def convert_checkpoint(
 def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str, Any]:
     """`convert_checkpoint` of a source that was read, for what was checked."""
     _ = found.tokenizer  # a bad one makes a bad source, whether it is needed or not
-    with torch.device("meta"):
+    with reading("source: config.json of", found.folder), torch.device("meta"):
         model = found.architecture(found.config)
     _check_tensors(found, model)
     _check_lams(found, model)
@@ -249,12 +248,8 @@ def read_source(source: str | Path, stack: ExitStack) -> Source:
         folder = _dequantized(folder, Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))))
     elif not folder.is_dir():
         folder = _fetched(str(source))
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"source: got {str(source)!r}, which has no readable config.json: {str(error)[:200]}"
-        ) from error
+    config = load("source: config.json of", AutoConfig, folder)
+    check_model("source", config, weights=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"source: got {str(source)!r}, which is quantized; load it, dequantize() it, and save that")
     classes = {
@@ -297,11 +292,8 @@ def _dequantized(file: Path, folder: Path) -> Path:
         raise ValueError(f"source: got {str(file)!r}, no such file")
     from transformers import AutoModelForCausalLM
 
-    try:
-        quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
-        raise ValueError(f"source: got {str(file)!r}, which cannot be read: {str(error)[:200]}") from error
+    quantized = load("source", AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = load("source", AutoTokenizer, file.parent, gguf_file=file.name)
     # One that came from GGUF cannot be saved; its weights can.
     config = quantized.config
     del config.quantization_config
@@ -425,7 +417,7 @@ def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion) 
         raise ValueError(f"source: {source.folder} has no tokenizer to calibrate with")
     tokens, context = wanted.calibration_tokens, config.max_position_embeddings
     ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, context).ids
-    model = source.architecture.from_pretrained(source.folder, dtype=torch.float32).eval()
+    model = load("source", source.architecture, source.folder, dtype=torch.float32).eval()
     fitted, errors = fit_norms(model, config, ids)
     for name, value in fitted.items():
         key, site = f"{source.prefix}{name}", name.rpartition(".")[0]

@@ -1,6 +1,5 @@
 """What a conversion cost: each stage of a model beside the model it was made of, as numbers, table and plot."""
 
-import json
 import math
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..checks import check_number
 from ..data.text import LEAST, Text, draw_text
 from ..files import atomic_directory, check_new_directory, environment_record, write_json, write_text
+from ..models import load
+from ..report.runs import read_scores
 from ..report.tables import Table, csv_text, score_cell
 from .checkpoint import Source, card_text, convert_source, read_source
 from .measure import measure
@@ -197,7 +198,7 @@ def _check_stage(name: str, stage: Source, source: Source, length: int) -> None:
 
 
 def _loaded(folder: Path, device: torch.device) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    model: PreTrainedModel = load("model", AutoModelForCausalLM, folder, dtype=torch.float32)
     return model.eval().to(device)
 
 
@@ -228,8 +229,7 @@ def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"scores: {(done.stderr.strip().splitlines() or ['eval failed'])[-1]}")
-        scores = json.loads((Path(folder) / "scores" / "scores.json").read_text(encoding="utf-8"))
-    benchmarks: dict[str, Any] = scores["benchmarks"]
+        benchmarks: dict[str, Any] = read_scores(Path(folder) / "scores")["benchmarks"]
     return benchmarks
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from ..reading import read_json, reading
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -48,14 +50,12 @@ class Shard:
         Raises:
             ValueError: it is no whole safetensors file.
         """
-        try:
+        with reading("source", path):
             with safe_open(path, framework="pt"):  # checks that header and size agree
                 pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"source: {path} cannot be read: {error}") from error
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
         return cls(path, header, metadata, 8 + length)
 
@@ -99,12 +99,9 @@ def read_shards(folder: Path, named: str | None = None) -> list[Shard]:
 
 
 def _parts_of(index: Path) -> list[str]:
-    try:
-        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not parts or not all(isinstance(name, str) for name in parts):
-            raise ValueError("weight_map must give each tensor the name of a file")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"source: {index} is damaged: {error}") from error
+    parts = sorted(set(read_json("source", index, {"weight_map": {"*": str}})["weight_map"].values()))
+    if not parts:
+        raise ValueError(f"source: {index}: weight_map is empty, must give each tensor the name of a file")
     return parts
 
 

@@ -5,7 +5,6 @@ first two may be packed as .gz, .xz or .zst. A document that cannot be read is g
 that one bad line need not be the end of all the others. A byte order mark at the beginning of a file is no text.
 """
 
-import errno
 import gzip
 import json
 import lzma
@@ -16,7 +15,6 @@ import time
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from io import BufferedReader
 from itertools import islice
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..cli import TryAgain, UserError, require_extra
+from ..reading import reading, told
 
 T = TypeVar("T")
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -39,66 +38,11 @@ WAITS = (1, 2, 4, 8, 16, 32)
 
 # As the `datasets` library tells splits apart by the names of files and folders.
 _OTHER_SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing", "eval", "evaluation")}
-_NETWORK = ("requests", "urllib3", "httpx", "httpcore", "aiohttp")
-"""What the modules of libraries begin with whose errors, a server's answer apart, are of the network."""
 _MAGIC = re.compile(r"[*?\[]")
-# Reasons that stay until somebody mends them. All others, such as EIO, ESTALE or ETIMEDOUT, may pass.
-_LASTING = {
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
-}
 
 
 class BadDocument(UserError):
     """A document that cannot be read, while those after it can; the message names its place."""
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether the same read may succeed later: a network or a disk failed; not: a file is missing, locked, damaged."""
-    found: BaseException | None = error
-    while found is not None:
-        status = getattr(getattr(found, "response", None), "status_code", getattr(found, "status", None))
-        if isinstance(status, int):
-            return status in (408, 425, 429) or status >= 500
-        if isinstance(found, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
-            return False
-        if isinstance(found, OSError) and found.errno is not None:
-            return found.errno not in _LASTING
-        if isinstance(found, ConnectionError | TimeoutError):
-            return True
-        if type(found).__module__.startswith(_NETWORK):
-            return True
-        found = found.__cause__ or found.__context__
-    return False
-
-
-def short(error: BaseException) -> str:
-    """The message of a library's error in a line of a length to read."""
-    return " ".join(str(error).split())[:300]
-
-
-@contextmanager
-def reading(what: object, *kinds: type[Exception], about: str = "corpus") -> Iterator[None]:
-    """Turn the errors of reading `what` into one line.
-
-    Args:
-        what: the file or dataset, for the message.
-        kinds: errors besides OSError.
-        about: the field that the message names.
-
-    Raises:
-        TryAgain: for a reason that may pass.
-        UserError: for any other.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not isinstance(error, (OSError, *kinds)):
-            raise
-        told = f"{about}: {what} cannot be read: {short(error)}"
-        kind = TryAgain if may_pass(error) else UserError
-        raise kind(told) from error
 
 
 def retried(read: Callable[[], Iterator[T]], pause: Callable[[float], Any] = time.sleep) -> Iterator[T]:
@@ -161,7 +105,7 @@ def read_file(path: Path, field: str = "text", about: str = "corpus") -> Iterato
         import pyarrow as pa
 
         damage = (*damage, pa.ArrowException)
-    with reading(path, *damage, about=about):
+    with reading(about, path, OSError, *damage, retry=True):
         if kind == ".parquet":
             yield from _rows(path, field, about)
             return
@@ -234,7 +178,7 @@ def _lines(file: Any, path: Path, field: str, about: str) -> Iterator[str | BadD
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield BadDocument(f"{about}: {where} is no JSON: {short(error)}")
+                yield BadDocument(f"{about}: {where} is no JSON: {told(error)}")
             else:
                 yield text_of(row, field, where, about)
 
@@ -318,7 +262,7 @@ def split_of(name: str) -> str:
 def _matched(folder: Path, pattern: tuple[str, ...], above: tuple[str, ...], about: str) -> Iterator[Path]:
     """The files below `folder` whose names match `pattern`, a glob for each folder on the way; `**` for any number."""
     first, rest = pattern[0], pattern[1:]
-    with reading(folder, about=about):
+    with reading(about, folder, OSError, retry=True):
         real = os.path.realpath(folder)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     if first == "**":
@@ -332,7 +276,7 @@ def _matched(folder: Path, pattern: tuple[str, ...], above: tuple[str, ...], abo
         if entry.name.startswith(".") and not first.startswith("."):
             continue
         path = folder / entry.name
-        with reading(path, about=about):
+        with reading(about, path, OSError, retry=True):
             is_folder, is_there = entry.is_dir(), path.exists()
         if not is_there:
             raise UserError(f"{about}: {path} is a link that leads nowhere; remove it, or mend it")
