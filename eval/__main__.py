@@ -119,7 +119,7 @@ def _main() -> None:
 
 def main() -> NoReturn:
     """Score models: `run --model DIR --suite embedded --output DIR`."""
-    run_command(_main)
+    run_command(_main, lower="--batch_size")
 
 
 if __name__ == "__main__":

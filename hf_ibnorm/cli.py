@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .checks import nearest
+from .room import is_out_of_memory
 from .version import __version__
 
 BAD_INPUT = 2
@@ -95,8 +96,13 @@ def alone_in(folder: Path, complaint: str, timeout: float = 0.0) -> Iterator[Non
         held.release()
 
 
-def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit with the code its ending asks for; only rank 0 of a launch speaks."""
+def run_command(main: Callable[[], None], lower: str) -> NoReturn:
+    """Run `main` and exit with the code its ending asks for; only rank 0 of a launch speaks.
+
+    Args:
+        main: the command.
+        lower: what to lower where its memory does not suffice.
+    """
     try:
         main()
     except UserError as error:
@@ -113,6 +119,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         _leave(130)
     except BrokenPipeError:  # `... | head` closed our output; point it elsewhere, or Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {' '.join(str(error).split())[:200]}; lower {lower}", file=sys.stderr)
+        _leave(BAD_INPUT)
     _leave(0)
 
 
@@ -238,7 +249,7 @@ def _main() -> None:
 
 def main() -> NoReturn:
     """The `hf-ibnorm` command."""
-    run_command(_main)
+    run_command(_main, lower="--tokens, --samples, --calibration_tokens, or use a smaller model")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def _main() -> None:
 
 def main() -> NoReturn:
     """Pretrain a model: `--config RECIPE --run_dir DIR [any field]`."""
-    run_command(_main)
+    run_command(_main, lower="per_device_train_batch_size or block_size, or set gradient_checkpointing")
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ class TrainConfig:
         """
         for name, low in _LEAST.items():
             if (value := getattr(self, name)) is not None:
-                check_number(name, value, low)
+                check_number(name, value, low, _MOST.get(name, LARGEST if isinstance(low, int) else math.inf))
         check_number("seed", self.seed, 0, 2**31)
         for name in ("adam_beta1", "adam_beta2"):
             check_number(name, getattr(self, name), 0.0, 1.0, high_allowed=False)
@@ -345,6 +345,10 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "progress_seconds"), 0.0),
 }
 """The least value of each number; an integer where only integers are allowed."""
+
+LARGEST = 2**53
+"""The largest integer: those beyond are no longer all floats."""
+_MOST = {"tokenizer_threads": 1024}
 
 _SAME_BUT_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 

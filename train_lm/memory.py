@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hf_ibnorm.room import check_model
+
 from .config import TrainConfig, build_model_config
 from .distillation import Teacher
 from .prepare import read_config, starting_config
@@ -141,6 +143,7 @@ def _model(config: TrainConfig) -> PreTrainedModel:
     else:
         built = starting_config(config, config.model.init_from, None)[1]
         config.check_context(built.max_position_embeddings)
+    check_model("model", built, weights=False)
     for name in _ATTENTION_DROPOUTS:
         if hasattr(built, name):
             setattr(built, name, 0.0)

@@ -379,7 +379,7 @@ def _main() -> None:
 
 def main() -> NoReturn:
     """Plan a run: `RECIPE --gpus N --device NAME [any field]`."""
-    run_command(_main)
+    run_command(_main, lower="the sizes of the model")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def _main() -> None:
 
 def main() -> NoReturn:
     """Draw several runs in one picture."""
-    run_command(_main)
+    run_command(_main, lower="the number of runs")
 
 
 if __name__ == "__main__":

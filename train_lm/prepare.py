@@ -50,6 +50,7 @@ from .distillation import Teacher
 from .lost import lost_message, norms_of
 from .progress import Told, silent
 from .push import is_repo
+from .sizes import check_sizes
 from .start import Start, together
 from .throughput import flops_per_token, forward_flops_per_token
 from .tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
@@ -111,6 +112,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start, say: Ca
 
 
 def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start, say: Callable[[str], None]) -> Run:
+    with bad_input():
+        check_sizes(config, accelerator.num_processes)
     checkpoint = start.checkpoint()
     if config.model.init_from is not None and checkpoint is None:
         with bad_input():

@@ -175,7 +175,7 @@ def _main() -> None:
 
 def main() -> NoReturn:
     """Write a model card, push a model."""
-    run_command(_main)
+    run_command(_main, lower="the size of a part, with save_pretrained(max_shard_size=...)")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ PARTS = ("normality", "noise", "information")
 """What can be left out; the statistics of the sites cannot."""
 PLACES = ("before", "after")
 """A norm: what goes in, what comes out."""
+DRAWS = 1000
+"""The most draws of the noise: each takes a forward pass for every site."""
 QQ_CHANNELS, QQ_POINTS = 4, 51
 """Channels of a site whose Q-Q data are kept, and points of each."""
 
@@ -65,6 +67,7 @@ class Measuring:
             check_number(name, getattr(self, name), 1)
             if getattr(self, name) != int(getattr(self, name)):
                 raise ValueError(f"{name}: got {getattr(self, name)}, must be a whole number")
+        check_number("draws", self.draws, 1, DRAWS)
         for name in ("delta", "beta"):
             check_number(name, getattr(self, name), 0.0)
         check_number("seed", self.seed, 0, 2**31)
@@ -104,7 +107,7 @@ def analyze_model(
     if set(measuring.skip) < set(PARTS):
         require_extra("analysis", "scipy", "sklearn", "pingouin")
     norms = chosen_norms(model, measuring.sites)
-    sample = 0 if "normality" in measuring.skip else measuring.rows
+    sample = 0 if "normality" in measuring.skip else min(measuring.rows, ids.numel())
     nll = 0.0
     made = ModelStatistics(model.base_model, sample=sample, sites=measuring.sites)
     with evaluating(model), torch.no_grad(), watch(model.base_model, made) as statistics:

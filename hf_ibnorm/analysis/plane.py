@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..checks import check_number
 from ..models import checkpoints_of, load
 from ..report.tables import Table
+from ..room import check_room
 from .information import HALVES, KSG, RENYI, SHUFFLES, Draws, Estimate, draw, summary
 from .noise import chosen_norms, evaluating
 
@@ -178,6 +179,7 @@ def _collected(
     rows, length = ids.shape
     places = max(0, length - 2)  # of a row
     drawn = torch.randperm(rows * places, generator=torch.Generator().manual_seed(seed))[: int(samples)].sort().values
+    check_room("samples", len(drawn), 12 * len(drawn) ** 2, "for their distances")
     row_of, place_of = drawn // max(1, places), drawn % max(1, places) + 1
     base: Any = model.base_model
     norms = chosen_norms(model, sites)

@@ -37,7 +37,7 @@ from ..norms import IDENTITY_LAM, NORMS, initial_parameters, norm_name, resolve_
 from ..patching import apply_norm, norm_sites, relative_globs
 from ..reading import reading
 from ..remote_code import add_remote_code
-from ..room import check_model
+from ..room import check_model, check_room
 from .calibrate import Errors, fit_norms, stock_norm
 from .settings import Conversion
 from .weights import INDEX, SINGLE, STORED, Shard, cast, read_shards, rewrite
@@ -417,6 +417,9 @@ def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion) 
         raise ValueError(f"source: {source.folder} has no tokenizer to calibrate with")
     tokens, context = wanted.calibration_tokens, config.max_position_embeddings
     ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, context).ids
+    # Of a block: inputs of the source and of the target, outputs of both.
+    needed = 4 * 4 * ids.numel() * config.hidden_size
+    check_room("calibration_tokens", tokens, needed, f"for the hidden states of {ids.numel():,}")
     model = load("source", source.architecture, source.folder, dtype=torch.float32).eval()
     fitted, errors = fit_norms(model, config, ids)
     for name, value in fitted.items():

@@ -45,7 +45,7 @@ def _main() -> None:
 
 def main() -> NoReturn:
     """Report on finished runs."""
-    run_command(_main)
+    run_command(_main, lower="the number of runs")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_what_may_pass_by_itself_is_one_line_and_exit_75(capsys):
         raise TryAgain("corpus: the network is down")
 
     with pytest.raises(SystemExit) as caught:
-        run_command(failing)
+        run_command(failing, lower="it")
     assert (caught.value.code, capsys.readouterr().err) == (STOPPED, "error: corpus: the network is down\n")
 
 
