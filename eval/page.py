@@ -106,8 +106,9 @@ def made_from(runs: Sequence[Scored]) -> Table:
     for field in ("dtype", "max_length"):
         row(field, [each["model"][field] for each in identities])
     row("overlong prompts", [each["overlong"] for each in identities])
-    for field in identities[0]["prompting"]:
-        row(field, [each["prompting"][field] for each in identities])
+    asked = [asdict(Prompting(**each["prompting"])) for each in identities]  # an earlier version lacks newer settings
+    for field in asked[0]:
+        row(field, [each[field] for each in asked])
     for field in identities[0]["versions"]:
         row(field, [each["versions"].get(field) for each in identities])
     return table

@@ -285,7 +285,7 @@ def _run(lm: Any, ready: Ready, asked: Settings, identity: dict[str, Any], targe
         result = {"benchmark": ready.benchmark.name, "skipped": ready.skipped}
     else:
         kept = partial(_cached, folder=Path(asked.cache), identity=identity) if asked.cache else nullcontext
-        with bad_input(ScoringError), of_its_files(ready.benchmark, "its answers cannot be scored"):
+        with bad_input(ScoringError), of_its_files(ready.benchmark, "it cannot be answered and scored"):
             result = answer(lm, ready.benchmark, ready.loaded, ready.prompts, asked.prompting, kept)
     if not is_first():
         return ""

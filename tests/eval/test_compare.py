@@ -279,6 +279,17 @@ def test_no_table_of_a_comparison_is_wider_than_its_page(runs, command, tmp_path
     check_layout(out / "comparison.html", tmp_path)
 
 
+def test_a_run_of_a_version_that_knew_fewer_settings_is_compared(runs, tmp_path, command):
+    shutil.copytree(runs / "b", tmp_path / "before")
+    path = tmp_path / "before" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["identity"]["prompting"]["shots"]
+    path.write_text(json.dumps(manifest))
+    words = [str(runs / "a"), str(tmp_path / "before"), "--output", str(tmp_path / "out")]
+    code, _, err = command(main, "compare", *words)
+    assert (code, err) == (0, "")
+
+
 def edited(runs, tmp_path, change):
     """A copy of a run with one result file changed."""
     shutil.copytree(runs / "b", tmp_path / "edited")

@@ -151,6 +151,17 @@ def test_the_choices_of_gpqa_do_not_depend_on_what_was_loaded_before(mirror, tmp
     assert all(len(set(golds)) > 1 for golds in whole.values())
 
 
+def test_a_folder_here_is_not_taken_for_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "truthfulqa" / "truthful_qa").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (benchmark,) = (each for each in SUITES["v1"] if each.name == "truthfulqa_mc2")
+    with (
+        data_from(None, tmp_path / "cache"),
+        pytest.raises(UserError, match="would be read for the Hub's data set truth"),
+    ):
+        load_tasks(benchmark)
+
+
 def test_another_definition_in_the_harness_is_refused(mirror, tmp_path):
     bbh = next(each for each in SUITES["v2"] if each.name == "leaderboard_bbh")
     changes = {

@@ -199,6 +199,26 @@ def test_parts_can_be_left_out(folder, command, tmp_path):
     assert "left out" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_token_beyond_the_embedding_is_no_matter_where_no_text_becomes_it(folder, command, tmp_path):
+    """A `<pad>` that was added; a text that spells it is read as text or refused, but ends in no error of torch's."""
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<{i}>" for i in range(100)]})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id >= 300
+    tokenizer.save_pretrained(model)
+    (tmp_path / "spelt.txt").write_text("some text to <pad> learn from " * 200, encoding="utf-8")
+    words = ["--skip", "normality", "noise", "information", "--tokens", "300", "--output"]
+    for name in (folder, model):
+        assert command(main, "analyze", "--model", f"m={name}", *words, str(tmp_path / f"{name.name}.out"))[0] == 0
+    stock, padded = ((tmp_path / f"{name.name}.out" / "sites.csv").read_bytes() for name in (folder, model))
+    assert stock == padded
+    data = ["--data", str(tmp_path / "spelt.txt")]
+    code, _, err = command(main, "analyze", "--model", str(model), *data, *words, str(tmp_path / "spelt"))
+    assert code == 0 or (code == 2 and "which has the token '<pad>'" in err)
+
+
 @pytest.mark.usefixtures(small_corpus.__name__)
 def test_of_a_run_the_checkpoints_are_looked_at_too(command, tmp_path):
     flags = ["--model.norm_type", "ibnorm_l", "--max_steps", "4", "--checkpoint_every", "1", "--keep_every", "1"]
