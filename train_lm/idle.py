@@ -34,6 +34,7 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[["TrainConfig"], bool], str], ...] 
         lambda config: config.global_batch_size is not None,
         "global_batch_size decides it",
     ),
+    (("tracker_project",), lambda config: {*config.log_with} <= {"tensorboard"}, "only other trackers have projects"),
     (("shuffle_buffer",), lambda config: not config.streaming, "streaming is false"),
     (("validation_every",), lambda config: config.validation_corpus is not None, "validation_corpus is given"),
     (("validation_every",), lambda config: config.streaming, "nothing is held out of a stream"),

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from hf_ibnorm.cli import Stopped, UserError, bad_input, require_extra
 from hf_ibnorm.files import cpu_name, sha256
 from hf_ibnorm.optim import no_decay_parameter_names
+from hf_ibnorm.report.runs import SKIPPED_SHARE
 
 from .checkpoint import Checkpointer, Snapshot
 from .config import TrainConfig, build_model_config
@@ -43,9 +44,6 @@ from .start import Start, agree, agree_on_start, alone_in_run, raise_together, t
 from .state import State
 from .throughput import peak_flops, peak_memory_gb
 from .watching import curves, read, watched
-
-SKIPPED_SHARE = 0.25
-"""Of the steps of a run: with so many skipped it has failed."""
 
 
 def train(config: TrainConfig) -> Path:

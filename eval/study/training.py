@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from hf_ibnorm.cli import UserError
-from hf_ibnorm.report.runs import Run
+from hf_ibnorm.report.runs import SKIPPED_SHARE, Run
 
 from ..store import no_json
 from .plan import VALIDATION, slug
@@ -167,6 +167,9 @@ def _divergence(run: Run, finished: bool) -> str:
     lost = [name for name in ("loss", "grad_norm", VALIDATION) if last.get(name, 0.0) is None]
     given_up = last.get("skipped", 0) >= run.config["max_skipped_steps"] or VALIDATION in lost
     if not finished:
+        steps, skipped = run.config["max_steps"], sum("skipped" in row for row in run.metrics)
+        if last["step"] == steps and skipped >= SKIPPED_SHARE * steps:
+            return f"{skipped} of {steps} steps skipped"
         return f"{lost[0]} not finite at step {last['step']}" if lost and given_up else ""
     guessing = math.log(run.config["model"]["vocab_size"])
     if last[VALIDATION] >= 0.99 * guessing:

@@ -28,6 +28,8 @@ HARMLESS = frozenset(
     }
 )
 """Settings of train_lm that change nothing in what is computed."""
+SKIPPED_SHARE = 0.25
+"""Of a run's steps: with so many skipped, for want of a finite loss and gradient, it has failed."""
 
 
 def flat_settings(config: dict[str, Any]) -> dict[str, Any]:

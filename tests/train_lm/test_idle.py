@@ -13,6 +13,7 @@ IDLE = {
     "tokenizer_documents": (["300"], ["--model.init_from", "x"], []),
     "gradient_accumulation_steps": (["4"], ["--global_batch_size", "8"], []),
     "shuffle_buffer": (["5"], [], ["--streaming", "true", "--corpus", "x"]),
+    "tracker_project": (["mine"], [], ["--log_with", "[wandb]"]),
     "validation_every": (["5"], ["--corpus", "x", "--validation_corpus", "y"], ["--corpus", "x"]),
     "corpus_config": (["en"], [], ["--corpus", "x"]),
     "text_field": (["body"], [], ["--validation_corpus", "x"]),
