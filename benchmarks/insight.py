@@ -97,7 +97,7 @@ def _noise(rows: list[Row]) -> NoiseRobustness:
         return tuple(tuple(float(cell) if cell else None for cell in line) for line in cells)
 
     options = facts()["options"]
-    return NoiseRobustness(options["delta"], options["draws"], sites, grid("zeta"), grid("spread"))
+    return NoiseRobustness(options["delta"], options["draws"], sites, grid("zeta"), grid("spread"), 0)
 
 
 def _point(row: Row) -> PlanePoint:

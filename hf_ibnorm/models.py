@@ -1,12 +1,13 @@
 """Language models found on disk or on the Hub, and loaded whole or refused."""
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .cli import UserError, bad_input, quiet_libraries
-from .reading import reading
+from .reading import reading, told
 from .room import check_model
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -53,13 +54,18 @@ def load(field: str, cls: Any, where: str | Path, **options: Any) -> Any:
     Raises:
         UserError: whatever goes wrong.
     """
-    with reading(field, where):
-        try:
+    try:
+        with reading(field, where):
             return cls.from_pretrained(where, trust_remote_code=False, **options)
-        except ValueError as error:
-            if "trust_remote_code" in str(error):
-                raise ValueError("it needs code of its own, which lies there and is never run") from error
+    except UserError as error:
+        said = told(error.__cause__ or error)
+        if "trust_remote_code" in said or "custom code" in said:
+            said = "it needs code of its own, which lies there and is never run"
+        elif os.path.isdir(where):
             raise
+        else:
+            said = f"no such directory, and the Hub gives no model: {said}"
+        raise UserError(f"{field}: got {str(where)[:200]!r}, {said}") from error
 
 
 def load_tokenizer(path: Path) -> tuple[Any, Any]:

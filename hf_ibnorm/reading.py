@@ -58,7 +58,7 @@ def reading(field: str, path: Path | str, *kinds: type[Exception], retry: bool =
         if kinds and not isinstance(error, kinds):
             raise
         kind = TryAgain if retry and may_pass(error) else UserError
-        raise kind(f"{field}: {path} cannot be read: {told(error)}") from error
+        raise kind(f"{field}: {path} cannot be read: {told(error).removesuffix(f': {path}')}") from error
 
 
 def may_pass(error: BaseException) -> bool:
@@ -92,7 +92,7 @@ def told(error: BaseException) -> str:
         case UnicodeDecodeError():
             return f"it is no UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x})"
         case OSError() if error.strerror:
-            return error.strerror
+            return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
     return " ".join(str(error).split())[:TOLD] or type(error).__name__
 
 

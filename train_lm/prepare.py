@@ -1,6 +1,7 @@
 """What a run is made of before its first step: its text, its tokenizer, its model."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -359,10 +360,10 @@ def read_config(field: str, where: str | Path) -> Any:
     Raises:
         ValueError: there is none, or it is of another family.
     """
-    folder = Path(where).is_dir()
-    if folder and not (Path(where) / "config.json").exists() and (Path(where) / "final").is_dir():
-        raise ValueError(f"{field}: got {str(where)!r}, which holds no model; did you mean {Path(where) / 'final'}?")
-    found = load(field if folder else f"{field}: no such directory, and the model", AutoConfig, where)
+    final = os.path.join(where, "final")
+    if os.path.isdir(final) and not os.path.exists(os.path.join(where, "config.json")):
+        raise ValueError(f"{field}: got {str(where)!r}, which holds no model; did you mean {final}?")
+    found = load(field, AutoConfig, where)
     family_of(found.model_type, field)
     check_model(field, found)
     return found

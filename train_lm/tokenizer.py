@@ -63,7 +63,7 @@ def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(
             f"{field}: got {str(where)!r}, no tokenizer could be loaded: it has none of {', '.join(TOKENIZER_FILES)}"
         )
-    tokenizer = load(f"{field}: the tokenizer", AutoTokenizer, where)
+    tokenizer = load(field, AutoTokenizer, where)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{field}: got {str(where)!r}, a {type(tokenizer).__name__}; must be a fast tokenizer")
     if tokenizer.eos_token_id is None:

@@ -96,7 +96,7 @@ class Source:
         """
         if not has_tokenizer(self.folder):
             return None
-        tokenizer = load("source: the tokenizer in", AutoTokenizer, self.folder)
+        tokenizer = load("source: tokenizer", AutoTokenizer, self.folder)
         if len(tokenizer) > self.config.vocab_size:
             raise ValueError(
                 f"source: its tokenizer has {len(tokenizer)} tokens, its embedding {self.config.vocab_size} rows; they "
@@ -192,7 +192,7 @@ def convert_checkpoint(
 def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str, Any]:
     """`convert_checkpoint` of a source that was read, for what was checked."""
     _ = found.tokenizer  # a bad one makes a bad source, whether it is needed or not
-    with reading("source: config.json of", found.folder), torch.device("meta"):
+    with reading("source: config.json", found.folder), torch.device("meta"):
         model = found.architecture(found.config)
     _check_tensors(found, model)
     _check_lams(found, model)
@@ -248,7 +248,7 @@ def read_source(source: str | Path, stack: ExitStack) -> Source:
         folder = _dequantized(folder, Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))))
     elif not folder.is_dir():
         folder = _fetched(str(source))
-    config = load("source: config.json of", AutoConfig, folder)
+    config = load("source: config.json", AutoConfig, folder)
     check_model("source", config, weights=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"source: got {str(source)!r}, which is quantized; load it, dequantize() it, and save that")

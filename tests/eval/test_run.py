@@ -169,13 +169,13 @@ def drop_a_weight(path):
 
 DAMAGED = {
     "missing weight": (drop_a_weight, "do not fit its config, missing: model.layers.0.mlp.up_proj.weight"),
-    "truncated": (lambda path: os.truncate(path / "model.safetensors", 1000), "model: .* cannot be loaded"),
-    "other width": (lambda path: edit_config(path, hidden_size=64), "model: .*(mismatched|cannot be loaded)"),
+    "truncated": (lambda path: os.truncate(path / "model.safetensors", 1000), "model: .* cannot be read"),
+    "other width": (lambda path: edit_config(path, hidden_size=64), "model: .*(mismatched|cannot be read)"),
     "more layers": (lambda path: edit_config(path, num_hidden_layers=3), "missing: model.layers.2"),
     "fewer layers": (lambda path: edit_config(path, num_hidden_layers=1), "unexpected: model.layers.1"),
-    "bad norm": (lambda path: edit_config(path, norm_type=3), "model: .* cannot be loaded: .*norm_type"),
-    "unknown type": (lambda path: edit_config(path, model_type="nonesuch"), "model: .* cannot be loaded"),
-    "no weights": (lambda path: (path / "model.safetensors").unlink(), "model: .* cannot be loaded"),
+    "bad norm": (lambda path: edit_config(path, norm_type=3), "model: .* cannot be read: .*norm_type"),
+    "unknown type": (lambda path: edit_config(path, model_type="nonesuch"), "model: .* cannot be read"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "model: .* cannot be read"),
 }
 
 

@@ -160,7 +160,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(UserError, match=r"study: got 'quik', no such file; shipped are .*quick.*did you mean 'quick'"):
         read_study("quik")
     (tmp_path / "broken.yaml").write_text("norms: [")
-    with pytest.raises(UserError, match=r"broken.yaml is no YAML"):
+    with pytest.raises(UserError, match=r"broken.yaml cannot be read"):
         read_study(str(tmp_path / "broken.yaml"))
 
 

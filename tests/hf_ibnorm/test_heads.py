@@ -79,6 +79,12 @@ def test_with_the_stock_norm_a_head_is_the_stock_one(tiny_config, family, cls):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def assert_same(model, expected):
+    """But for what a product of matrices rounds differently where its memory begins elsewhere."""
+    for a, b in zip(answer(model.eval()), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(("family", "cls"), HEADS)
 def test_a_patched_head_saves_loads_converts_and_is_restored(stock_model, family, cls, tmp_path):
     model = stock_model(family, stock_of(cls), pad_token_id=0).eval()
@@ -95,11 +101,11 @@ def test_a_patched_head_saves_loads_converts_and_is_restored(stock_model, family
         for load in loads:
             loaded = load.from_pretrained(tmp_path / folder)
             assert type(loaded) is cls
-            assert all(torch.equal(a, b) for a, b in zip(answer(loaded.eval()), after, strict=True))
+            assert_same(loaded, after)
     convert_checkpoint(tmp_path / "converted", tmp_path / "back", STOCK_NORM[family])
     for stock in (restore_norm(model), stock_of(cls).from_pretrained(tmp_path / "back")):
         assert type(stock) is stock_of(cls)
-        assert all(torch.equal(a, b) for a, b in zip(answer(stock.eval()), before, strict=True))
+        assert_same(stock, before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,7 +17,7 @@ def write_run(path, losses, norm="rmsnorm"):
     """A run directory with these training losses, gradient norms over six decades, and a validated end."""
     (path / "final").mkdir(parents=True)
     (path / "config.yaml").write_text(yaml.safe_dump({"seed": 0, "model": {"norm_type": norm, "norm_kwargs": {}}}))
-    facts = {"init_sha": "", "parameters": 1, "device": "cpu", "cpu_count": 2, "versions": {}, "date": ""}
+    facts = {"init_sha": "", "parameters": 1, "device": "cpu", "cpu_count": 2, "versions": {"torch": "2"}, "date": ""}
     (path / "environment.json").write_text(json.dumps(facts))
     rows = [
         {

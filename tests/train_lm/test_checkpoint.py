@@ -139,7 +139,7 @@ def test_a_file_that_cannot_be_read_is_an_error_and_no_damage(cut, name):
     shutil.move(cut / name, cut / "kept")
     (cut / name).symlink_to("/proc/self/mem")
     before = steps(cut)
-    with pytest.raises(UserError, match=r"run_dir: .* cannot be read: \[Errno 5\] Input/output error"):
+    with pytest.raises(UserError, match=r"run_dir: .* cannot be read: (\[Errno 5\] )?Input/output error"):
         resumed(cut)
     assert steps(cut) == before
     assert not (cut / "final").exists()

@@ -120,7 +120,7 @@ def test_a_global_batch_is_dealt_out_to_any_number_of_processes(processes, size,
 
 def test_one_process_takes_the_global_batch_and_says_how(tmp_path):
     run(tmp_path / "a", "--gradient_accumulation_steps", "2")
-    run(tmp_path / "b", "--global_batch_size", "8", "--gradient_accumulation_steps", "7")
+    run(tmp_path / "b", "--global_batch_size", "8")
     assert result(tmp_path / "a")[1] == result(tmp_path / "b")[1]
     recipe = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
     assert (recipe["per_device_train_batch_size"], recipe["gradient_accumulation_steps"]) == (4, 2)

@@ -153,8 +153,8 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32(tmp_path):
 
 
 STARTS = {
-    "model.init_from: got 'ABSENT', no such directory, and no model": ("ABSENT",),
-    "model.init_from: got 'RUN', no model could be loaded; did you mean RUN/final?": ("RUN",),
+    "model.init_from: got 'ABSENT', no such directory, and the Hub gives no model": ("ABSENT",),
+    "model.init_from: got 'RUN', which holds no model; did you mean RUN/final?": ("RUN",),
     "model.init_from: got a bert model, known are llama, gpt2": ("BERT",),
     "model.init_from: got 'LLAMA', no tokenizer": ("LLAMA",),
     "block_size: got 32, must be <= model.max_position_embeddings = 16": ("LLAMA", "--tokenizer", "TOKENIZER"),
@@ -197,7 +197,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_started_from(tmp_path, harm):
         "missing weights": "which lacks model.layers.1.mlp.down_proj.weight, .*: 3 in",
         "a truncated file": "cannot be read",
     }[harm]
-    with pytest.raises(UserError, match=rf"model.init_from: got .*{said}"):
+    with pytest.raises(UserError, match=rf"model.init_from: .*{said}"):
         run(tmp_path / "run", "--model.init_from", str(tmp_path / "first" / "final"))
     assert not (tmp_path / "run").exists()
 
