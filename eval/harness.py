@@ -224,6 +224,8 @@ def load_tasks(benchmark: Benchmark) -> tuple[Benchmark, dict[str, Any]]:
                 raise UserError(
                     f"num_fewshot: got {benchmark.shots}, {name} scores whole documents and has no examples"
                 )
+            if benchmark.shots and benchmark.shots >= (there := len(list(task.fewshot_docs()))):
+                raise UserError(f"num_fewshot: got {benchmark.shots}, {name} has {there} examples to draw from")
             task.set_config(key="num_fewshot", value=benchmark.shots)
         elif (shots or 0) != benchmark.shots:
             raise UserError(f"{name}: lm-eval gives {shots} examples, this suite asks for {benchmark.shots}")

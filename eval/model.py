@@ -34,7 +34,7 @@ def load_model(path: Path, batch_size: int | str, device: str | None, dtype: str
     quiet_libraries()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with bad_input(RuntimeError, AssertionError, about=f"device: got {device!r}: "):
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # a device without values, such as meta, has none to give
     config, tokenizer = load_tokenizer(path)
     model = load_whole(path, config, dtype)  # by the harness it would not be: nobody would hear of missing weights
     return wrap_model(model, tokenizer, batch_size, device)

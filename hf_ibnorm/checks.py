@@ -8,6 +8,9 @@ import math
 import numbers
 import sys
 
+LARGEST = 2**53
+"""The largest number of things: those beyond are no longer all floats."""
+
 
 def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ValueError naming `field`, `value` and the allowed values unless `value` is one of them."""

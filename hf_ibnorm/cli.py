@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .checks import nearest
-from .room import is_out_of_memory
 from .version import __version__
 
 BAD_INPUT = 2
@@ -104,6 +103,8 @@ def run_command(main: Callable[[], None], lower: str) -> NoReturn:
         lower: what to lower where its memory does not suffice.
     """
     try:
+        for word in sys.argv:
+            check_text(word)
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -120,6 +121,8 @@ def run_command(main: Callable[[], None], lower: str) -> NoReturn:
     except BrokenPipeError:  # `... | head` closed our output; point it elsewhere, or Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError) as error:
+        from .room import is_out_of_memory
+
         if not is_out_of_memory(error):
             raise
         print(f"error: out of memory: {' '.join(str(error).split())[:200]}; lower {lower}", file=sys.stderr)
@@ -137,6 +140,14 @@ def _leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def check_text(word: str) -> None:
+    """Raise UserError for a word of the command line that is no UTF-8: no file could hold it, and all are noted."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"command line: got {word.encode(errors='surrogateescape')!r}, must be UTF-8") from None
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -22,10 +22,12 @@ def find_model(model: str) -> Path:
         UserError: there is none, or the Hub gives none.
     """
     path = Path(model)
-    for candidate in (path, path / "model", path / "final"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    if path.exists() or not HUB_NAME.fullmatch(model):
+    with reading("model", model[:100]):  # a name may be too long, or hold a zero byte
+        for candidate in (path, path / "model", path / "final"):
+            if (candidate / "config.json").is_file():
+                return candidate
+        there = path.exists()
+    if there or not HUB_NAME.fullmatch(model):
         raise UserError(f"model: {path} is not a model directory (it has no config.json)")
     from huggingface_hub import snapshot_download
 

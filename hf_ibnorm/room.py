@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .cli import UserError
+
 BLOCK = 50_000
 """Bytes that the Python objects of one block of a model take at least, without its weights."""
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -27,7 +29,7 @@ def machine_memory() -> int:
 
 
 def check_room(field: str, value: Any, needed: float, for_what: str) -> None:
-    """Raise ValueError where `needed` bytes are more than the machine has.
+    """Raise UserError where `needed` bytes are more than the machine has.
 
     Args:
         field, value: what was given, and makes it so many.
@@ -35,14 +37,14 @@ def check_room(field: str, value: Any, needed: float, for_what: str) -> None:
         for_what: what they are for, such as "for the tokens of a step".
     """
     if needed > machine_memory():
-        raise ValueError(
+        raise UserError(
             f"{field}: got {value}, which takes {needed / 1e9:,.0f} GB {for_what}; this machine has "
             f"{machine_memory() / 1e9:.0f} GB"
         )
 
 
 def check_model(field: str, config: Any, weights: bool = True) -> None:
-    """Raise ValueError where a model cannot be held, before it is built.
+    """Raise UserError where a model cannot be held, before it is built.
 
     Args:
         field: what the model was given as.

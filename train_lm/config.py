@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from hf_ibnorm.checks import check_choice, check_number, nearest
+from hf_ibnorm.checks import LARGEST, check_choice, check_number, nearest
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.reading import read_yaml, reading
 from hf_ibnorm.report.runs import HARMLESS, flat_settings
@@ -346,8 +346,6 @@ _LEAST: dict[str, float] = {
 }
 """The least value of each number; an integer where only integers are allowed."""
 
-LARGEST = 2**53
-"""The largest integer: those beyond are no longer all floats."""
 _MOST = {"tokenizer_threads": 1024}
 
 _SAME_BUT_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -554,6 +552,6 @@ def _config_first(argv: list[str]) -> list[str]:
             hint = nearest(value, names)
             raise UserError(f"config: got {value!r}, no such file; shipped recipes are {', '.join(names)}{hint}")
         else:
-            read_yaml("config", Path(value))
+            read_yaml("config", Path(value), {"model?": (dict, type(None))})
         configs += ["--config", value]
     return configs + rest

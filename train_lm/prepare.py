@@ -113,8 +113,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start, say: Ca
 
 
 def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start, say: Callable[[str], None]) -> Run:
-    with bad_input():
-        check_sizes(config, accelerator.num_processes)
+    check_sizes(config, accelerator.num_processes)
     checkpoint = start.checkpoint()
     if config.model.init_from is not None and checkpoint is None:
         with bad_input():

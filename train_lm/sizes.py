@@ -9,6 +9,9 @@ _TOKEN = 4 * 8
 _COMPUTED = 2 * 257
 """Bytes of a token that a model computes at a time: its logits for the smallest vocabulary, in 16 bits."""
 
+_ENTRY = 100
+"""Bytes of an entry of a tokenizer's vocabulary, at least."""
+
 
 def check_sizes(config: TrainConfig, processes: int) -> None:
     """Refuse a step that cannot be held.
@@ -18,7 +21,7 @@ def check_sizes(config: TrainConfig, processes: int) -> None:
         processes: how many share a step.
 
     Raises:
-        ValueError: naming the field, the value and what it would take.
+        UserError: naming the field, the value and what it would take.
     """
     block = config.block_size
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
@@ -27,6 +30,7 @@ def check_sizes(config: TrainConfig, processes: int) -> None:
     accumulated = config.gradient_accumulation_steps
     step = config.per_device_train_batch_size * accumulated * processes
     check_room("gradient_accumulation_steps", accumulated, step * block * _TOKEN, "for the tokens of a step")
+    check_room("tokenizer_vocab_size", config.tokenizer_vocab_size, _ENTRY * config.tokenizer_vocab_size, "for tokens")
     if config.trainable == "lora":
         model = config.model
         needed = 2 * 4 * config.lora_rank * model.hidden_size * model.num_hidden_layers

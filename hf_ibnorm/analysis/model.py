@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..checks import check_choice, check_number
+from ..checks import LARGEST, check_choice, check_number
 from ..cli import require_extra
 from ..norms import LayerNormalNorm
 from .noise import DELTA, noise_robustness
@@ -64,7 +64,7 @@ class Measuring:
         for part in self.skip:
             check_choice("skip", part, PARTS)
         for name in ("rows", "draws", "noise_tokens", "samples"):
-            check_number(name, getattr(self, name), 1)
+            check_number(name, getattr(self, name), 1, LARGEST)
             if getattr(self, name) != int(getattr(self, name)):
                 raise ValueError(f"{name}: got {getattr(self, name)}, must be a whole number")
         check_number("draws", self.draws, 1, DRAWS)

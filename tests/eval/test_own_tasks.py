@@ -99,6 +99,8 @@ def test_the_number_of_examples_is_set_noted_and_stamps_a_suite(long_checkpoint,
     assert json.loads((tmp_path / "out" / "results" / "mine.json").read_text())["tasks"]["mine"]["shots"] == 2
     scores = run(str(long_checkpoint), "winogrande", str(tmp_path / "suite"), mirror=str(mirror), num_fewshot=2)
     assert scores["smoke"] is True
+    with pytest.raises(UserError, match=r"num_fewshot: got 1000000000, mine has \d+ examples to draw from"):
+        run(str(long_checkpoint), "mine", str(tmp_path / "many"), include_path=str(own), num_fewshot=10**9)
     with pytest.raises(UserError, match="num_fewshot: got 2, austen_test scores whole documents"):
         run(str(long_checkpoint), "austen_test", str(tmp_path / "novel"), num_fewshot=2)
 

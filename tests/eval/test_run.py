@@ -327,6 +327,13 @@ def test_a_batch_size_is_not_searched_for_on_a_cpu(checkpoint, command, tmp_path
     assert err.startswith("error: batch_size: got 'auto', on a CPU it must be a whole number")
 
 
+def test_a_device_without_values_is_refused(checkpoint, command, tmp_path):
+    words = ["--model", str(checkpoint), "--suite", "embedded", "--output", str(tmp_path / "out")]
+    code, _, err = command(main, "run", *words, "--device", "meta")
+    assert code == 2
+    assert err.startswith("error: device: got 'meta': ")
+
+
 def test_the_manifest_says_what_a_score_is_of(checkpoint, tmp_path):
     scores = run(str(checkpoint), "embedded", str(tmp_path / "out"), limit=3)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

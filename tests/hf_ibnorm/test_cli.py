@@ -33,6 +33,11 @@ def test_bad_words_are_one_line_and_exit_2(command, words, message):
     assert message in err
 
 
+def test_a_word_that_is_no_utf_8_is_one_line_and_exit_2(command):
+    code, out, err = command(main, "convert", b"\xff".decode("utf-8", "surrogateescape"), "new", "--norm", "dyt")
+    assert (code, out, err) == (2, "", "error: command line: got b'\\xff', must be UTF-8\n")
+
+
 def test_a_verb_s_error_is_one_line_when_run_as_a_module():
     words = ["convert_report", "here", "healed", "--output", "out"]
     done = subprocess.run([sys.executable, "-m", "hf_ibnorm.cli", *words], capture_output=True, text=True)
