@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..checks import LARGEST, check_choice, check_number
+from ..checks import MOST_TOKENS, check_choice, check_number
 from ..cli import require_extra
 from ..norms import LayerNormalNorm
 from .noise import DELTA, noise_robustness
@@ -23,8 +23,8 @@ PARTS = ("normality", "noise", "information")
 """What can be left out; the statistics of the sites cannot."""
 PLACES = ("before", "after")
 """A norm: what goes in, what comes out."""
-DRAWS = 1000
-"""The most draws of the noise: each takes a forward pass for every site."""
+_MOST = {"rows": 1_000_000, "draws": 1000, "noise_tokens": MOST_TOKENS, "samples": 100_000}
+"""What takes days beyond: every draw is a forward pass for each site, and samples take memory and time as n²."""
 QQ_CHANNELS, QQ_POINTS = 4, 51
 """Channels of a site whose Q-Q data are kept, and points of each."""
 
@@ -63,11 +63,10 @@ class Measuring:
         """Raise ValueError or TypeError, naming the field, for a value that is not allowed."""
         for part in self.skip:
             check_choice("skip", part, PARTS)
-        for name in ("rows", "draws", "noise_tokens", "samples"):
-            check_number(name, getattr(self, name), 1, LARGEST)
+        for name, most in _MOST.items():
+            check_number(name, getattr(self, name), 1, most)
             if getattr(self, name) != int(getattr(self, name)):
                 raise ValueError(f"{name}: got {getattr(self, name)}, must be a whole number")
-        check_number("draws", self.draws, 1, DRAWS)
         for name in ("delta", "beta"):
             check_number(name, getattr(self, name), 0.0)
         check_number("seed", self.seed, 0, 2**31)

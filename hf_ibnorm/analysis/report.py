@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checks import LARGEST, check_number
+from ..checks import LARGEST, MOST_TOKENS, check_number
 from ..cli import UserError, bad_input, require_extra
 from ..data import CORPORA
 from ..data.text import SEQUENCE, Text, draw_text
@@ -100,7 +100,7 @@ def analyze(
     measuring, folder = measuring or Measuring(), Path(output)
     with bad_input():
         measuring.check()
-        check_number("tokens", tokens, 2, LARGEST)
+        check_number("tokens", tokens, 2, MOST_TOKENS)
         check_number("checkpoints", checkpoints, 1, LARGEST)
         check_new_directory("output", folder)
         named = dict(models) if isinstance(models, Mapping) else dict(zip(_names(models), models, strict=True))

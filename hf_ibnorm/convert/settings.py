@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import LARGEST, check_choice, check_number
+from ..checks import MOST_TOKENS, check_choice, check_number
 from ..files import check_new_directory
 
 INITS = ("keep", "identity", "calibrate")
@@ -46,5 +46,5 @@ class Conversion:
         check_choice("init", self.init, INITS)
         if self.dtype is not None:
             check_choice("dtype", self.dtype, DTYPES)
-        check_number("calibration_tokens", self.calibration_tokens, LEAST, LARGEST)
+        check_number("calibration_tokens", self.calibration_tokens, LEAST, MOST_TOKENS)
         check_new_directory("target", target)
