@@ -188,7 +188,7 @@ def command(name, folder):
             "[]",
         )
     if "to convert" in name:
-        return hf_ibnorm.cli.main, "convert", final, folder / "new", "--norm", "ibnorm_l"
+        return hf_ibnorm.cli.main, "convert", final, folder / "new", "--norm", "ibnorm_l", "--no_report"
     if "to start from" in name:
         return train, *short, "--model.init_from", final
     if "to look at" in name:
