@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.files import atomic_directory, check_new_directory, environment_record, write_json, write_text
+from hf_ibnorm.reading import read_json
 from hf_ibnorm.report.tables import csv_text
 
 from .harness import Prompting
@@ -99,16 +100,27 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or damaged.
     """
-    manifest = _read(directory / MANIFEST, "identity")
-    wanted = {"suite", "benchmarks", "prompting", "model", "versions", "overlong"}
-    if missing := sorted(wanted - set(manifest["identity"])):
-        raise UserError(f"run: {directory / MANIFEST} is damaged: its identity has no {missing[0]}")
+    manifest: dict[str, Any] = read_json("run", directory / MANIFEST, _MANIFEST)
     return manifest
+
+
+_IDENTITY = {
+    **{"suite": str, "benchmarks": [str], "model": dict, "overlong": str, "versions": dict},
+    **{"prompting": {"limit": (int, type(None))}, "mirror?": (dict, type(None))},
+}
+_MANIFEST = {"identity": _IDENTITY, "model": str, "notes": [str]}
+_TASK = {"items": [dict], "hash": str, "size": int}
+_RESULT = {"tasks?": {"*": _TASK}, "skipped?": str, "definition?": {"tasks": [str]}}
+"""Forms of what a run has on disk, as far as every reader needs it."""
 
 
 def read_results(directory: Path) -> dict[str, dict[str, Any]]:
     """The result files of a run by benchmark."""
-    return {path.stem: _read(path, "tasks", "skipped") for path in sorted((directory / RESULTS).glob("[!.]*.json"))}
+    found = {path.stem: read_json("run", path, _RESULT) for path in sorted((directory / RESULTS).glob("[!.]*.json"))}
+    for name, result in found.items():
+        if not {"tasks", "skipped"} & result.keys():
+            raise UserError(f"run: {directory / RESULTS / name}.json has no tasks or skipped")
+    return found
 
 
 def read_run(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -123,19 +135,6 @@ def read_run(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
         for result in results.values():
             check_items(result.get("tasks", {}), limit)
     return manifest, results
-
-
-def _read(path: Path, *fields: str) -> dict[str, Any]:
-    with bad_input(OSError, ValueError, about=f"run: {path} cannot be read: "):
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_json)
-    if not isinstance(content, dict) or not any(field in content for field in fields):
-        raise UserError(f"run: {path} is damaged: it has no {' or '.join(fields)}")
-    return content
-
-
-def no_json(constant: str) -> None:
-    """For `json.loads`, which takes NaN and Infinity for numbers: raise ValueError."""
-    raise ValueError(f"it has a number {constant}")
 
 
 def benchmarks_of(suite: str, results: dict[str, dict[str, Any]], names: Sequence[str]) -> list[Benchmark]:

@@ -114,9 +114,14 @@ def read_json(field: str, path: Path, form: Form = dict) -> Any:
     """
     text = read_text(field, path)
     with reading(field, path):
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_no_number)
     check_form(f"{field}: {path}", content, form)
     return content
+
+
+def _no_number(constant: str) -> None:
+    """Python takes NaN and Infinity for numbers of JSON, which has none."""
+    raise ValueError(f"it has a number {constant}")
 
 
 def read_yaml(field: str, path: Path, form: Form = dict) -> Any:

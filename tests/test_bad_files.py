@@ -18,10 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import run_on_pages, small_corpus
 
+import eval.__main__
 import hf_ibnorm.cli
 import hf_ibnorm.report.__main__
 import train_lm.__main__
 import train_lm.plot
+from eval.runner import run as score
+from eval.study.plan import STUDIES, read_study
+from hf_ibnorm.cli import run_command
+from train_lm.config import RECIPES
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
@@ -96,121 +101,90 @@ def damaged(draw, name, whole):
 def answers(main, *words):
     """Run a command in this process: its exit code, 0 or 2, where an exception would be a traceback."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("sys.argv", ["command", *map(str, words)])
+        patched.setattr("sys.argv", ["command", *words])
         AcceleratorState._reset_state(True)
         with pytest.raises(SystemExit) as ending:
-            main()
+            main() if main is not study else main(*words)
     assert ending.value.code in (0, 2)
+
+
+SHORT = ["--max_steps", "4", "--eval_every", "2", "--checkpoint_every", "3", "--warmup_steps", "1", "--log_with", "[]"]
+ONE_STEP = ["--config", "tiny", "--max_steps", "1", "--warmup_steps", "0", "--log_with", "[]", "--run_dir", "NEW"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run and one that stopped before its last step."""
+    """A finished run, one that stopped before its last step, scores, text, a recipe and a study."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = [
-        "--max_steps",
-        "4",
-        "--eval_every",
-        "2",
-        "--checkpoint_every",
-        "3",
-        "--warmup_steps",
-        "1",
-        "--log_with",
-        "[]",
-    ]
-    run_on_pages(folder / "run", *flags)
-    shutil.copytree(folder / "run", folder / "stopped")
-    shutil.rmtree(folder / "stopped/final")
+    run_on_pages(folder / "run", *SHORT)
+    score(str(folder / "run"), "sva_simple", str(folder / "scores"), limit=3)
+    shutil.copytree(folder / "scores", folder / "run/scores")
+    shutil.copytree(folder / "run", folder / "stopped", ignore=lambda *_: ["final", "scores"])
+    shutil.copyfile(RECIPES / "tiny.yaml", folder / "own.yaml")
+    shutil.copyfile(STUDIES / "quick.yaml", folder / "study.yaml")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": "a line " * 200}) + "\n" for _ in range(20)))
     return folder
 
 
-FILES = {
-    "a recipe": "own.yaml",
-    "a run's settings": "run/config.yaml",
-    "a run's environment": "run/environment.json",
-    "a run's metrics": "run/metrics.jsonl",
-    "settings to resume with": "stopped/config.yaml",
-    "an environment to resume in": "stopped/environment.json",
-    "a checkpoint's manifest": "stopped/checkpoints/step-3/manifest.json",
-    "a checkpoint's state": "stopped/checkpoints/step-3/state.json",
-    "a config to convert": "run/final/config.json",
-    "weights to convert": "run/final/model.safetensors",
-    "a tokenizer to convert": "run/final/tokenizer.json",
-    "settings of a tokenizer to convert": "run/final/tokenizer_config.json",
-    "a config to start from": "run/final/config.json",
-    "a tokenizer to start from": "run/final/tokenizer.json",
-    "settings of a tokenizer to start from": "run/final/tokenizer_config.json",
-    "a config to look at": "run/final/config.json",
-    "a tokenizer to look at": "run/final/tokenizer.json",
-    "lines of text": "text.jsonl",
-}
+def study(path):
+    """Read a study's file, as every command on studies does first; what follows would train."""
+    run_command(lambda: read_study(path), lower="")
 
 
-def command(name, folder):
-    """The command that reads the file, as its main function and words."""
-    run, final = folder / "run", folder / "run/final"
-    train = train_lm.__main__.main
-    short = [
-        "--config",
-        "tiny",
-        "--max_steps",
-        "1",
-        "--warmup_steps",
-        "0",
-        "--run_dir",
-        folder / "new",
-        "--log_with",
-        "[]",
-    ]
-    if name == "a recipe":
-        return train, "--config", folder / "own.yaml", "--run_dir", folder / "new", "--check"
-    if name.startswith("a run's"):
-        plots = name == "a run's metrics"
-        return (
-            (train_lm.plot.main if plots else hf_ibnorm.report.__main__.main),
-            run,
-            "--output",
-            folder / ("a.png" if plots else "out"),
-        )
-    if "resume" in name or "checkpoint" in name:
-        flags = ["--max_steps", "4", "--eval_every", "2", "--checkpoint_every", "3", "--warmup_steps", "1"]
-        return (
-            train,
-            "--config",
-            "tiny",
-            "--run_dir",
-            folder / "stopped",
-            "--resume",
-            "auto",
-            *flags,
-            "--log_with",
-            "[]",
-        )
-    if "to convert" in name:
-        return hf_ibnorm.cli.main, "convert", final, folder / "new", "--norm", "ibnorm_l", "--no_report"
-    if "to start from" in name:
-        return train, *short, "--model.init_from", final
-    if "to look at" in name:
-        skip = ("--skip", "normality", "noise", "information")
-        return hf_ibnorm.cli.main, "analyze", "--model", final, "--tokens", "512", *skip, "--output", folder / "new"
-    return train, *short, "--corpus", folder / "text.jsonl", "--tokenizer", final, "--cache_dir", folder / "cache"
+REPORT = (hf_ibnorm.report.__main__.main, "run", "--output", "NEW")
+RESUME = (train_lm.__main__.main, "--config", "tiny", "--run_dir", "stopped", "--resume", "auto", *SHORT)
+CONVERT = (hf_ibnorm.cli.main, "convert", "run/final", "NEW", "--norm", "ibnorm_l", "--no_report")
+LOOK = (
+    hf_ibnorm.cli.main,
+    *[
+        "analyze",
+        "--tokens",
+        "512",
+        "--skip",
+        "normality",
+        "noise",
+        "information",
+        "--output",
+        "NEW",
+        "--model",
+        "run/final",
+    ],
+)
+START = (train_lm.__main__.main, *ONE_STEP, "--model.init_from", "run/final")
+TEXT = (
+    train_lm.__main__.main,
+    *ONE_STEP,
+    *["--corpus", "text.jsonl", "--tokenizer", "run/final", "--cache_dir", "cache"],
+)
+SCORE = (eval.__main__.main, "score", "scores")
+COMPARE = (eval.__main__.main, "compare", "scores", "scores", "--output", "NEW")
+MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+READERS = [
+    ("own.yaml", (train_lm.__main__.main, "--config", "own.yaml", "--run_dir", "NEW", "--check")),
+    ("study.yaml", (study, "study.yaml")),
+    *((f"run/{name}", REPORT) for name in ("config.yaml", "environment.json", "metrics.jsonl", "scores/scores.json")),
+    ("run/metrics.jsonl", (train_lm.plot.main, "run", "--output", "plot.png")),
+    *((f"stopped/{name}", RESUME) for name in ("config.yaml", "environment.json", "metrics.jsonl")),
+    *((f"stopped/checkpoints/step-3/{name}", RESUME) for name in ("manifest.json", "state.json")),
+    *((f"run/final/{name}", words) for words in (CONVERT, LOOK, START) for name in MODEL),
+    ("text.jsonl", TEXT),
+    *((f"scores/{name}", words) for words in (SCORE, COMPARE) for name in ("manifest.json", "results/sva_simple.json")),
+]
 
 
 @pytest.mark.random
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("file", "words"), READERS, ids=lambda each: each if isinstance(each, str) else "")
 @examples(20)
 @given(data=st.data())
-def test_a_damaged_file_is_no_traceback(trained, name, data):
-    if not (trained / "own.yaml").exists():
-        shutil.copyfile(Path(train_lm.__file__).parent / "recipes/tiny.yaml", trained / "own.yaml")
-        (trained / "text.jsonl").write_text("".join(json.dumps({"text": "a line " * 200}) + "\n" for _ in range(20)))
+def test_a_damaged_file_is_no_traceback(trained, file, words, data):
     folder = trained / f"case-{os.getpid()}"
     shutil.copytree(trained, folder, ignore=lambda _, names: [each for each in names if each.startswith("case")])
-    file = folder / FILES[name]
+    here = os.getcwd()
+    os.chdir(folder)
     try:
-        file.write_bytes(data.draw(damaged(FILES[name], file.read_bytes())))
-        answers(*command(name, folder))
+        Path(file).write_bytes(data.draw(damaged(file, Path(file).read_bytes())))
+        answers(words[0], *words[1:])
     finally:
+        os.chdir(here)
         torch.set_num_threads(1)
         shutil.rmtree(folder)

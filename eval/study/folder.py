@@ -15,12 +15,13 @@ import yaml
 from hf_ibnorm.cli import OneLineParser, UserError, alone_in, bad_input
 from hf_ibnorm.families import FAMILIES
 from hf_ibnorm.files import atomic_directory, check_new_directory, sha256, write_json, write_text
+from hf_ibnorm.reading import read_json, reading
 
 from ..choice import choose
 from ..options import add_settings
 from ..suites import SUITES
 from .plan import VALIDATION, Arm, Cell, Search, Study, flag_words, slug
-from .training import Training, mean_losses, read_json, read_training, scores_folder, with_scores
+from .training import Training, mean_losses, read_training, scores_folder, with_scores
 
 PLAN, SOURCE, RUNNING = "study.json", "study.yaml", "running.json"
 
@@ -130,7 +131,7 @@ class Folder:
         if not (path / PLAN).is_file():
             raise UserError(f"study: {path} holds no study (it has no {PLAN})")
         record = cls(path, None).record()  # type: ignore[arg-type]
-        with bad_input(KeyError, TypeError, about=f"study: {path / PLAN} is damaged: "):
+        with reading("study", path / PLAN):
             return cls(path, study_from(record["study"]))
 
     def record(self) -> dict[str, Any]:
@@ -139,9 +140,8 @@ class Folder:
         Raises:
             UserError: it is damaged.
         """
-        found = read_json(self.path / PLAN)
-        if not (isinstance(found, dict) and {"study", "recipes", "history", "command"} <= found.keys()):
-            raise UserError(f"study: {self.path / PLAN} is damaged: it is no study's plan")
+        form = {"study": dict, "recipes": {"*": str}, "history": list, "command": [str]}
+        found: dict[str, Any] = read_json("study", self.path / PLAN, form)
         return found
 
     def lock(self) -> AbstractContextManager[None]:
@@ -163,7 +163,7 @@ class Folder:
                 return None
         except UserError:
             path = self.path / RUNNING
-            return list(read_json(path)) if path.exists() else []
+            return list(read_json("study", path, [str])) if path.exists() else []
 
     def recipe(self, condition: str) -> Path:
         """The resolved recipe of a condition."""
@@ -180,7 +180,8 @@ class Folder:
         """
         search = next(each for each in self.study.searches if each.name == name)
         path = self.search_folder(search) / "winner.json"
-        return read_json(path) if path.exists() else None
+        number = (float, type(None))
+        return read_json("study", path, {"lam": number, "learning_rate": number}) if path.exists() else None
 
     def is_searched(self, arm: Arm) -> bool:
         """Whether an arm comes from a search."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from hf_ibnorm.cli import UserError, require_extra
 from hf_ibnorm.files import write_json
+from hf_ibnorm.reading import read_json
 
 from .folder import Folder, searched_arm
 from .jobs import Executor, outcome_of
 from .plan import VALIDATION, Search
-from .training import DIVERGED, TRAINED, Training, read_json, read_training
+from .training import DIVERGED, TRAINED, Training, read_training
 
 PRUNED = "pruned"
 LOOK = 0.5
@@ -46,7 +47,8 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
         # trials are all that a search has to remember.
         study.sampler = optuna.samplers.TPESampler(seed=1000 * folder.study.tuning_seeds[0] + number)
         where = place / f"trial-{number:03d}"
-        result = read_json(where / "result.json") if (where / "result.json").exists() else None
+        path = where / "result.json"
+        result = read_json("study", path, _RESULT) if path.exists() else None
         if result:
             study.enqueue_trial({name: result[name] for name in ("lam", "learning_rate")})
         trial = study.ask()
@@ -57,7 +59,7 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
             _tell(trial, result["validated"])
         else:
             result = _carry_out(folder, search, executor, trial, lam, rate, where, name)
-            write_json(where / "result.json", result)
+            write_json(path, result)
             say(f"{name}: {result['state']}" + (f", validation {result['loss']:.4f}" if result["loss"] else ""))
         results.append(result)
         if result["state"] == TRAINED:
@@ -70,6 +72,12 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
     write_json(place / "winner.json", {**winner, "trials": results})
     found = f"λ {winner['lam']:.4g}, validation {winner['loss']:.4f}" if trained else "none, all diverged"
     say(f"{search.name}: best of {search.trials} trials: {found}")
+
+
+_RESULT = {
+    **{"state": str, "loss": (float, type(None)), "lam": float, "learning_rate": float, "validated": list},
+}
+"""Form of a trial's result."""
 
 
 def _carry_out(

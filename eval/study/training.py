@@ -1,6 +1,5 @@
 """One training of a study, as its own files describe it: how far it is, what it has learnt, what it scored."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,10 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hf_ibnorm.cli import UserError
-from hf_ibnorm.report.runs import SKIPPED_SHARE, Run
+from hf_ibnorm.reading import read_json
+from hf_ibnorm.report.runs import SKIPPED_SHARE, Run, read_scores
 
-from ..store import no_json
+from ..store import read_manifest
 from .plan import VALIDATION, slug
 
 WAITING, BEGUN, FAILED, DIVERGED, TRAINED = "waiting", "begun", "failed", "diverged", "trained"
@@ -67,18 +66,6 @@ def mean_losses(tuning: Mapping[float, Sequence[Training]]) -> dict[float, float
     return means
 
 
-def read_json(path: Path) -> Any:
-    """The content of one of a study's files.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=no_json)
-    except ValueError as error:
-        raise UserError(f"study: {path} is damaged: {error}") from error
-
-
 def scores_folder(folder: Path, suite: str) -> Path:
     """Where a cell keeps the scores of a suite."""
     return folder / "scores" / slug(suite)
@@ -119,14 +106,14 @@ def with_scores(training: Training, folder: Path, suites: Sequence[str]) -> Trai
         return training
     places = {suite: scores_folder(folder, suite) for suite in suites}
     missing = tuple(suite for suite, place in places.items() if not (place / "scores.json").exists())
-    found = {suite: read_json(place / "scores.json") for suite, place in places.items() if suite not in missing}
+    found = {suite: read_scores(place) for suite, place in places.items() if suite not in missing}
     return replace(
         training,
         problem=_failure(folder) if missing else "",
         scores={name: row for each in found.values() for name, row in each["benchmarks"].items()},
         unscored=missing,
         smoke=any(each["smoke"] for each in found.values()),
-        scored_with={suite: _manner(read_json(places[suite] / "manifest.json")["identity"]) for suite in found},
+        scored_with={suite: _manner(read_manifest(places[suite])["identity"]) for suite in found},
     )
 
 
@@ -134,7 +121,7 @@ def _failure(folder: Path) -> str:
     """What the last try of a cell failed of, or nothing; it may have been done since, by hand or after all."""
     if not (folder / FAILURE).exists():
         return ""
-    failure = read_json(folder / FAILURE)
+    failure = read_json("study", folder / FAILURE, {"done": str, "problem": str})
     return "" if (folder / failure["done"]).exists() else str(failure["problem"])
 
 
