@@ -42,7 +42,7 @@ def check_items(tasks: Mapping[str, Any], limit: int | None = None) -> None:
         if missing := sorted(set(range(max(wanted, len(numbers)))) - set(numbers)):
             raise ScoringError(f"{name}: item {missing[0]} is missing, {len(missing)} of {wanted} in all")
         if len(numbers) > wanted:
-            raise ScoringError(f"{name}: it has {len(numbers)} items, {wanted} were asked")
+            raise ScoringError(f"{name}: it has {len(numbers)} items, {wanted} were asked for")
 
 
 def _number(task: str, item: Mapping[str, Any], what: str, value: Any, low: float, high: float) -> float:

@@ -68,8 +68,8 @@ def scores_markdown(scores: dict[str, Any], table: Table) -> str:
         f"# {scores['suite']}: {scores['model']}\n\n{smoke}{table.markdown()}\n{notes}\n"
         "Raw scores are fractions ± standard error (robust to items that share a sentence), bits per byte where lower "
         "is better; normalized puts guessing at 0 and a perfect score at 100. An item whose best choice is tied counts "
-        "as wrong. At chance: within 1.96 standard errors of guessing; below chance: further down, as a model that "
-        "prefers short answers can be.\n" + PROTOCOL.get(scores["suite"], "")
+        "as wrong. At chance: guessing would bring a score so far off with a probability of 5 % or more; below chance: "
+        "further down, as a model that prefers short answers can be.\n" + PROTOCOL.get(scores["suite"], "")
     )
 
 

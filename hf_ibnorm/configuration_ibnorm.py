@@ -5,6 +5,7 @@ with its value, so that a later change of a default never changes an old checkpo
 per site; `SiteTable` says which sites an architecture has.
 """
 
+import copy
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ class NormConfigMixin:
         if isinstance(given.get("norm_kwargs"), Mapping):
             given["norm_kwargs"] = {**(options or {}), **given["norm_kwargs"]}
         if given:
-            given[_OTHER_NORMS] = True
+            given[_OTHER_NORMS] = {key: config_dict.get(key) for key in NORM_FIELDS}
         return {**kept, "norm_kwargs": options, **given}
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,7 +194,21 @@ class NormConfigMixin:
     @property
     def norms_were_given(self) -> bool:
         """Whether this config was loaded with norm fields as arguments, so that its checkpoint may have other norms."""
-        return getattr(self, _OTHER_NORMS, False)
+        return bool(getattr(self, _OTHER_NORMS, None))
+
+    def norms_on_file(self) -> Any:
+        """This config with the norms that its checkpoint's own has; None where that is a stock one."""
+        fields = getattr(self, _OTHER_NORMS, None) or {}
+        if fields and fields["norm_type"] is None:
+            return None
+        found: Any = copy.deepcopy(self)
+        vars(found).update(fields)
+        found.resolve_norms()
+        return found
+
+    def forget_given(self) -> None:
+        """Take it that the norms are the checkpoint's: they are once it is loaded."""
+        vars(self).pop(_OTHER_NORMS, None)
 
     def _name_to_peft(self) -> None:
         """Give this model type the adapter targets PEFT has for the stock one.

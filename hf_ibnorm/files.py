@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 # Asking for the mask sets it for the whole process: once, before there are threads.
 _UMASK = os.umask(0)
+os.umask(_UMASK)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """One of which every tokenizer has that Transformers saves."""
-os.umask(_UMASK)
 
 PACKAGES = (
     "torch",

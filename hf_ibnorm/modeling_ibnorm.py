@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto import modeling_auto
 
-from .norms import NormBase, build_norm, rounded, shortest
+from .norms import IBNorm, NormBase, build_norm, rounded, shortest
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -57,16 +57,19 @@ def set_site(base: nn.Module, site: str, norm: nn.Module) -> None:
     setattr(base.get_submodule(parent), attribute, norm)
 
 
-def is_lam(key: str) -> bool:
-    """Whether a state dict has the λ of a norm under this key."""
-    return key.rpartition(".")[2] == "lam"
+def lam_keys(model: PreTrainedModel) -> dict[str, bool]:
+    """The keys that λ has or would have in the state dict of `model`, one for each site → whether it has one there."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    sites = model.config.norm_site_table.names(model.config)
+    norms = {site: model.base_model.get_submodule(site) for site in sites}
+    return {f"{prefix}{site}.lam": isinstance(norm, IBNorm) and norm.lam is not None for site, norm in norms.items()}
 
 
 def norms_with_lam(model: PreTrainedModel) -> Iterator[tuple[str, Any, float]]:
     """Of each site whose norm has a λ: its name, the norm, and the λ that the config gives it."""
     for site in model.config.norm_site_table.names(model.config):
         norm: Any = model.base_model.get_submodule(site)
-        if hasattr(norm, "lam_value") and "lam" in (options := model.config.norm_at(site)[1]):
+        if isinstance(norm, IBNorm) and "lam" in (options := model.config.norm_at(site)[1]):
             yield site, norm, options["lam"]
 
 
@@ -108,20 +111,23 @@ def agree(wanted: float, held: Tensor) -> bool:
 def settle_lam(model: PreTrainedModel) -> None:
     """See to it that a model just loaded has the λ that its config says.
 
-    Where norm fields were given as arguments of loading, the config's holds. Otherwise the checkpoint's weights and its
-    config must say the same.
+    Where an argument of loading chose another norm or another λ for a site, that holds. Elsewhere the checkpoint's
+    weights and its config must say the same.
 
     Raises:
         ValueError: they do not.
     """
-    given = model.config.norms_were_given
+    config, on_file = model.config, model.config.norms_on_file()
     for site, norm, wanted in norms_with_lam(model):
         if norm.lam_value == wanted or norm.lam is None:
             continue
-        if not given and not agree(wanted, norm.lam):
+        before, options = (None, {}) if on_file is None else on_file.norm_at(site)
+        chosen = before != config.norm_at(site)[0] or options.get("lam") != wanted
+        if not chosen and not agree(wanted, norm.lam):
             raise ValueError(
                 f"lam: the checkpoint's config has {wanted} at {site}, its weights {norm.lam_value}: they are of "
-                f"different models; say which in loading, such as norm_kwargs={{'lam': {norm.lam_value}}}"
+                f"different models; set lam in the norm_kwargs of its config.json to the one that is meant, or give it "
+                f"in loading, such as norm_kwargs={{'lam': {norm.lam_value}}}"
             )
         norm.set_lam(wanted)
 
@@ -187,15 +193,16 @@ class NormInitMixin:
         settle_lam(model)
         if model.config.norms_were_given:
             forget_origin(model)
+        model.config.forget_given()
         return loaded
 
     def save_pretrained(self, *args, **kwargs) -> Any:
         state_dict = kwargs.get("state_dict", args[2] if len(args) > 2 else None)
         record_lam(self, state_dict)  # type: ignore[arg-type]
-        saved = super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
-        if state_dict is not None:  # which Transformers has emptied
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
             record_lam(self)  # type: ignore[arg-type]
-        return saved
 
     def load_state_dict(self, *args, **kwargs) -> Any:
         loaded = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
@@ -205,9 +212,10 @@ class NormInitMixin:
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
         # Stock and older checkpoints have no λ, and another norm that is asked for may have no place for one.
-        loading_info.missing_keys = {key for key in loading_info.missing_keys if not is_lam(key)}
+        keys = lam_keys(self)  # type: ignore[arg-type]
+        loading_info.missing_keys = {key for key in loading_info.missing_keys if not keys.get(key)}
         if self.config.norms_were_given:  # type: ignore[attr-defined]
-            loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if not is_lam(key)}
+            loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if key not in keys}
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
         super()._set_gradient_checkpointing(enable, *args, **kwargs)  # type: ignore[misc]

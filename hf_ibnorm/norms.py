@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import initialization as init
 
 from .checks import check_choice, check_number, nearest
@@ -129,9 +130,11 @@ class NormBase(nn.Module):
         Returns:
             z of the shape and dtype of `x`.
         """
-        bare = copy.copy(self)
-        bare._parameters = {**self._parameters, "weight": None, "bias": None}
-        bare.training = False
+        cls: type[NormBase] = type(self).__bases__[0] if is_parametrized(self) else type(self)
+        bare = cls.__new__(cls)
+        bare.__dict__.update(self.__dict__)
+        # In the instance itself: pruned ones have them there, parametrized ones in their class.
+        bare.__dict__.update(training=False, weight=None, bias=None)
         return bare.forward(x)
 
     def extra_repr(self) -> str:

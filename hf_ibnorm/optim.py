@@ -55,7 +55,9 @@ def set_lam(model: nn.Module, value: float) -> None:
             raise type(error)(f"{error} (variant {norm.variant}, {name or 'the model itself'})") from None
     for norm in norms.values():
         norm.set_lam(value)
-    if any(vars(module).get("peft_config") for module in model.modules()):
+    saved = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "modules_to_save"]
+    adapted = any(vars(module).get("peft_config") for module in model.modules())
+    if adapted and not all(name.startswith(tuple(f"{each}." for each in saved)) for name in norms):
         warnings.warn(
             "lam: was set under adapters of PEFT, whose checkpoints do not hold it; save the base model too",
             UserWarning,

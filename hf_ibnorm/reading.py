@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli import TryAgain, UserError
+from .room import is_out_of_memory
 
 NODES = 100_000
 """Values that a YAML file may have, with every alias written out: a few lines of aliases can stand for 10⁹."""
@@ -55,7 +56,7 @@ def reading(field: str, path: Path | str, *kinds: type[Exception], retry: bool =
     except UserError:
         raise
     except Exception as error:
-        if kinds and not isinstance(error, kinds):
+        if (kinds and not isinstance(error, kinds)) or is_out_of_memory(error):
             raise
         kind = TryAgain if retry and may_pass(error) else UserError
         raise kind(f"{field}: {path} cannot be read: {told(error).removesuffix(f': {path}')}") from error
@@ -76,15 +77,13 @@ def may_pass(error: BaseException) -> bool:
             return True
         if type(found).__module__.startswith(_NETWORK):
             return True
-        found = found.__cause__ or found.__context__
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
     return False
 
 
 def told(error: BaseException) -> str:
     """What an exception says, in one line of a length to read."""
     match error:
-        case MemoryError():
-            return "it does not fit into memory"
         case RecursionError():
             return "it is nested too deeply"
         case KeyError():

@@ -3,6 +3,7 @@
 What is counted is the least that a thing takes. Whatever passes may still run out of memory, and is told so then.
 """
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,7 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 @cache
 def machine_memory() -> int:
     """Bytes of memory that this process may use: the machine's, or what its container is allowed."""
-    import psutil
-
-    found = [psutil.virtual_memory().total]
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in _LIMITS:
         try:
             found.append(int(Path(path).read_text()))

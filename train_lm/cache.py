@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ class Cache:
     def __init__(self, folder: str | None, say: Callable[[str], None] = silent) -> None:
         self.say = say
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.folder = Path(folder or os.environ.get("HF_IBNORM_CACHE") or f"{home}/hf_ibnorm").expanduser()
+        wanted = folder or os.environ.get("HF_IBNORM_CACHE") or f"{home}/hf_ibnorm"
+        self.folder = Path(os.path.expanduser(wanted))
         with self._errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK):
@@ -82,10 +83,12 @@ class Cache:
                 self.say(f"cache_dir: waiting for {who}, which makes {path}")
         try:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}", encoding="utf-8")
+            with suppress(OSError):  # a full disk may have every entry that is asked for
+                owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}", encoding="utf-8")
             yield
         finally:
-            owner.unlink(missing_ok=True)
+            with suppress(OSError):
+                owner.unlink()
             lock.release()
 
     def text(self, kind: str, key: Iterable[str], make: Callable[[], str]) -> str:

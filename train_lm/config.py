@@ -438,8 +438,9 @@ def changed_fields(then: dict[str, Any], now: dict[str, Any], processes: tuple[i
         processes: number of processes then and now. Where it changed, the batch may be split in another way.
     """
 
-    # A field that an earlier release did not have was what its default is.
-    before, after = {**flat_settings(TrainConfig("").as_recipe()), **flat_settings(then)}, flat_settings(now)
+    # A field that an earlier release did not have was what its default is, but for BOS: it set none.
+    known = {**flat_settings(TrainConfig("").as_recipe()), "add_bos": False}
+    before, after = {**known, **flat_settings(then)}, flat_settings(now)
     sizes = [
         each * math.prod(side[name] for name in _SAME_BUT_SPLIT)
         for each, side in zip(processes, (before, after), strict=True)

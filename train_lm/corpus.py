@@ -4,13 +4,14 @@ All of them are `Documents`: read from the beginning again and again, or streame
 process.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ibnorm.checks import nearest
-from hf_ibnorm.cli import TryAgain, UserError, bad_input
+from hf_ibnorm.cli import TryAgain, UserError
 from hf_ibnorm.data import CORPORA, load_corpus
 from hf_ibnorm.data.files import (
     KINDS,
@@ -294,14 +295,12 @@ def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Doc
     """
     if name in CORPORA:
         return Texts(load_corpus(name, role))
-    path = Path(name).expanduser()
-    with bad_input(
-        OSError, ValueError, about=f"corpus: got {name[:100]!r}, "
-    ):  # too long for a path, or with a zero byte
-        if not name.strip():
-            raise ValueError("must name a corpus")
-        path.exists()
-    if (path / "dataset_dict.json").is_file() or all((path / f).is_file() for f in ("state.json", "dataset_info.json")):
+    path = Path(os.path.expanduser(name))
+    if not name.strip():
+        raise UserError(f"corpus: got {name!r}, must name a corpus")
+    with reading("corpus", name[:100]):  # which may be too long for a path, hold a zero byte, or be closed to us
+        notes = [(path / file).is_file() for file in ("dataset_dict.json", "state.json", "dataset_info.json")]
+    if notes[0] or all(notes[1:]):
         return _saved(path, role, split, options)
     if files := find_files(name):
         paths = _of_split(name, files, role, options.say)
@@ -329,7 +328,11 @@ def _of_split(name: str, files: dict[str, list[Path]], role: str, say: Callable[
         )
     if role == "train" and named:
         say(f"corpus: by their names these files of {name} are not trained on: {named}")
-    if role == "train" and files["train"] == [Path(name).expanduser()] and (split := split_of(Path(name).name)) != role:
+    if (
+        role == "train"
+        and files["train"] == [Path(os.path.expanduser(name))]
+        and (split := split_of(Path(name).name)) != role
+    ):
         say(f"WARNING: corpus: {name} is trained on, while its name says {split}")
     return files.get(role, [])
 
@@ -368,6 +371,7 @@ def _saved(path: Path, role: str, split: str, options: CorpusOptions) -> Documen
 
 def _hub(name: str, role: str, split: str, options: CorpusOptions) -> Documents | None:
     from datasets import get_dataset_split_names, load_dataset
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
         splits = get_dataset_split_names(name, options.subset)
@@ -377,7 +381,8 @@ def _hub(name: str, role: str, split: str, options: CorpusOptions) -> Documents 
     except UserError:
         raise
     except Exception as error:  # of many kinds: not found, offline, gated, a configuration that is not there
-        raise UserError(
+        again = may_pass(error) and not isinstance(error, OfflineModeIsEnabled)
+        raise (TryAgain if again else UserError)(
             f"corpus: got {name!r}, no embedded corpus ({', '.join(CORPORA)}), no file or folder, and no dataset that "
             f"could be loaded{nearest(name, [*CORPORA])}: {told(error)}"
         ) from error

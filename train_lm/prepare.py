@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_ibnorm import IBNorm
-from hf_ibnorm.base.manifest import write_manifest
+from hf_ibnorm.base.manifest import is_absent, write_manifest
 from hf_ibnorm.cli import UserError, bad_input
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
 from hf_ibnorm.data.tokens import Encoder
@@ -115,7 +115,10 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start, say: Ca
 def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start, say: Callable[[str], None]) -> Run:
     check_sizes(config, accelerator.num_processes)
     checkpoint = start.checkpoint()
-    if config.model.init_from is not None and checkpoint is None:
+    if config.model.init_from is None:
+        with bad_input():
+            check_model("model", build_model_config(config))  # before a text is read
+    elif checkpoint is None:
         with bad_input():
             starting_config(config, config.model.init_from, None)  # before its tokenizer is missed
     if config.teacher is not None:
@@ -129,17 +132,16 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start, say: C
     with bad_input():
         freeze(model, config)
         teacher = None if config.teacher is None else load_teacher(config, config.teacher, tokenizer)
+        encoder = Encoder(tokenizer, config.add_bos)
     hashes = {
         "init_sha": checkpoint.state["hashes"]["init_sha"] if checkpoint else shared_weights_sha(model),
-        "tokenizer_sha": sha256([tokenizer.backend_tokenizer.to_str()]),
+        "tokenizer_sha": sha256(encoder.key),
         **{f"{split}_sha": documents.fingerprint for split, documents in texts.items()},
         **({} if teacher is None else {"teacher_sha": sha256_tensors(teacher.named_parameters())}),
     }
     check_settings(config, start, checkpoint, accelerator, hashes)
 
     size, eos, threads = config.block_size, tokenizer.eos_token_id, config.tokenizer_threads
-    with bad_input():
-        encoder = Encoder(tokenizer, config.add_bos)
     layout = Layout(
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
@@ -211,7 +213,7 @@ def saved_and_loaded(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 
     Loading adds parts that do nothing; with them from the start, a resumed run has the same tokenizer.
     """
-    with TemporaryDirectory() as folder:
+    with bad_input(Exception, about="TMPDIR: a tokenizer cannot be written there: "), TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return load_tokenizer("tokenizer", folder)
 
@@ -271,7 +273,6 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
             model, lost = load_start(family, config.model.init_from, model_config)
             start.messages.extend([lost] * bool(lost))
         else:
-            check_model("model", model_config)
             model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
@@ -300,6 +301,7 @@ def load_weights(field: str, cls: Any, where: str, **options: Any) -> tuple[PreT
     Raises:
         UserError, ValueError: a file is damaged, or weights are not finite: every step would be skipped.
     """
+    check_model(field, options.get("config") or load(field, AutoConfig, where))
     model, found = load(field, cls, where, dtype=torch.float32, output_loading_info=True, **options)
     if bad := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
         raise ValueError(f"{field}: got {where!r}, whose {bad[0]} has NaN or infinity: {len(bad)} tensors in all")
@@ -364,7 +366,7 @@ def read_config(field: str, where: str | Path) -> Any:
         raise ValueError(f"{field}: got {str(where)!r}, which holds no model; did you mean {final}?")
     found = load(field, AutoConfig, where)
     family_of(found.model_type, field)
-    check_model(field, found)
+    check_model(field, found, weights=False)
     return found
 
 
@@ -488,8 +490,24 @@ def check_settings(
 
 def _processes_of(run_dir: Path, unknown: int) -> int:
     """How many processes a run has begun with."""
-    path = run_dir / "environment.json"
-    return int(read_json("run_dir", path, {"num_processes": int})["num_processes"]) if path.exists() else unknown
+    found = _record_of(run_dir)
+    return unknown if found is None else int(found["num_processes"])
+
+
+def _record_of(run_dir: Path) -> dict[str, Any] | None:
+    """What `environment.json` of a run says; None where it is missing or damaged: nothing depends on it.
+
+    Raises:
+        UserError: it is there and cannot be read.
+    """
+    try:
+        form = {"num_processes": int, "resumed?": list}
+        found: dict[str, Any] = read_json("run_dir", run_dir / "environment.json", form)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError) and not is_absent(error.__cause__):
+            raise
+        return None
+    return found
 
 
 def norm_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -548,7 +566,7 @@ def note_resume(run_dir: Path, step: int, accelerator: Accelerator) -> None:
     """Add a line about this resume to `environment.json`."""
     path = run_dir / "environment.json"
     now = environment_record() | {"num_processes": accelerator.num_processes}
-    record = read_json("run_dir", path, {"resumed?": list}) if path.exists() else now
+    record = _record_of(run_dir) or now
     noted = {"step": step, **{name: now[name] for name in ("date", "device", "versions", "num_processes", "command")}}
     write_json(path, {**record, "resumed": [*record.get("resumed", []), noted]})
 

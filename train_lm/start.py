@@ -53,6 +53,13 @@ class Start:
         return Checkpoint(self.path, json.loads((self.path / "state.json").read_text(encoding="utf-8")))
 
 
+_SAVED = {
+    "model": {"vocab_size": int, "norm_type": str, "norm_kwargs": dict, "norm_overrides": list},
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), int),
+}
+"""Form of a run's settings, as far as a resume needs them before they are compared."""
+
+
 def alone_in_run(run_dir: Path) -> AbstractContextManager[None]:
     """Keep other runs out of a run directory.
 
@@ -84,7 +91,7 @@ def _find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"run_dir: {run_dir} is not empty and holds no run to resume; name a new directory")
     try:
-        saved = read_yaml("run_dir", run_dir / "config.yaml", {"model": dict})
+        saved = read_yaml("run_dir", run_dir / "config.yaml", _SAVED)
     except UserError as error:
         if isinstance(error.__cause__, OSError):
             raise
@@ -205,7 +212,7 @@ def send_checkpoint(path: Path, accelerator: Accelerator) -> None:
 
     def receive() -> None:
         problem = None
-        with ExitStack() as stack, bad_input(OSError, about=f"run_dir: {path} cannot be brought to every machine: "):
+        with bad_input(OSError, about=f"run_dir: {path} cannot be brought to every machine: "), ExitStack() as stack:
             folder = path
             if not has_it:
                 try:

@@ -121,7 +121,8 @@ def _train(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Path:
     progress.say(describe(run, config, accelerator))
 
     stack.enter_context(progress)
-    raise_together(run.train.trouble(), accelerator)
+    if state.step < config.max_steps:
+        raise_together(run.train.trouble(), accelerator)
     signals.finish_steps = True
     evaluated = model if spread.deepspeed else run.model  # not through DDP, which would send buffers round
     if state.row is not None and not conclude(state, evaluated, config, progress, checkpointer, signals):
@@ -468,6 +469,7 @@ def evaluate(
     share = np.arange(accelerator.process_index, -(-data.blocks // processes) * processes, processes)
     for start in range(0, len(share), size):
         if accelerator.gather(torch.tensor([asked_to_stop()], device=accelerator.device)).any():
+            reshard(model)  # or the snapshot that follows would miss what the optimizer knows by its parts
             return None
         batch = data.batch(share[start : start + size])
         inputs, targets = (tensor.to(accelerator.device) for tensor in batch)

@@ -87,6 +87,8 @@ def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
         run = Run.read(run_dir, finished)
         wrong = _damage(run) or _stranger(run, expected)
     except ValueError as error:
+        if isinstance(error.__cause__, OSError):  # which says nothing about the training
+            raise
         run, wrong = None, str(error)
     if run is None or wrong:
         begun = (run_dir / "metrics.jsonl").exists()

@@ -172,27 +172,31 @@ def relative_change(
         scales: s_k as `mean_deviations` gives it, of the training set in the paper; None: of this very run.
 
     Raises:
-        TypeError, ValueError: fewer than two sites, one module at two of them or run more than once, or a value out of
-            range.
+        TypeError, ValueError: fewer than two sites, one module at two of them or run more than once, a norm whose
+            output is no gain times what it computes, or a value out of range.
     """
     check_number("delta", delta, 0.0)
     check_number("draws", draws, 1)
     draws = operator.index(draws)
     if len(set(sites.values())) < max(2, len(sites)):
         raise ValueError(f"sites: got {', '.join(sites) or 'none'}; must be two or more, each a module of its own")
-    names = tuple(sites)
     clean: dict[str, Tensor] = {}
+    gains: dict[str, Tensor | float] = {}
 
     def keep(site: str) -> Callable[..., None]:
-        def hook(norm: nn.Module, args: Any, _output: Tensor) -> None:
+        def hook(norm: nn.Module, args: Any, output: Tensor) -> None:
             if site in clean:
                 raise ValueError(f"sites: {site} runs more than once")
             clean[site] = without_affine(norm, args[0])
+            gains[site] = _gain(site, norm, clean[site], output)
 
         return hook
 
-    with _hooked({sites[site]: keep(site) for site in names}):
+    with _hooked({sites[site]: keep(site) for site in sites}):
         run()
+    names = tuple(site for site in sites if site in clean)  # cross-attention's does not run without an encoder
+    if len(names) < 2:
+        raise ValueError(f"sites: of {', '.join(sites)} fewer than two run")
     if scales is None:
         scales = mean_deviations([run], sites)
     sizes = {site: z.abs().sum(-1, dtype=torch.float64) for site, z in clean.items()}
@@ -214,8 +218,7 @@ def relative_change(
         for _ in range(draws if later else 0):
             noise = scale * torch.randn(clean[noisy].shape, generator=generator).to(scale)
 
-            def disturb(norm: Any, _args: Any, output: Tensor, noise: Tensor = noise) -> Tensor:
-                gained = noise if getattr(norm, "weight", None) is None else noise * norm.weight
+            def disturb(_norm: Any, _args: Any, output: Tensor, gained: Tensor = noise * gains[noisy]) -> Tensor:
                 return (output + gained).to(output.dtype)
 
             with _hooked({sites[noisy]: disturb} | {sites[site]: compare(site) for site in later}):
@@ -225,6 +228,22 @@ def relative_change(
         zeta.append(tuple(None if each is None else statistics.fmean(each) for each in found))
         spread.append(tuple(None if each is None or len(each) < 2 else statistics.stdev(each) for each in found))
     return NoiseRobustness(float(delta), draws, names, tuple(zeta), tuple(spread), scales[names[0]].rows)
+
+
+def _gain(site: str, norm: Any, z: Tensor, output: Tensor) -> Tensor | float:
+    """What a norm multiplies `z` with to make its output: its weight, or as Gemma has it one more; 1 without a weight.
+
+    Raises:
+        ValueError: neither makes that output, so that noise on `z` cannot be told from its trace there.
+    """
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    tolerance = 16 * torch.finfo(output.dtype).eps
+    for gain in (1.0,) if weight is None else (weight.to(z), 1 + weight.to(z)):
+        found = z * gain if bias is None else z * gain + bias
+        size = found.abs().max() if found.numel() else 0.0
+        if not found.isfinite().all() or bool((found - output).abs().max() <= tolerance * (size + 1e-30)):
+            return gain
+    raise ValueError(f"sites: {site} is a {type(norm).__name__}, whose output is no gain times what it computes")
 
 
 @contextmanager

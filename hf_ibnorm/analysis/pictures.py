@@ -237,9 +237,9 @@ def draw_zeta(maps: Mapping[str, "NoiseRobustness"], path: Path) -> bool:
                 spine.set_visible(False)
         at = f" at δ = {next(iter(strengths)):g}" if len(strengths) == 1 else ""
         bar = panels[0].figure.colorbar(image, ax=panels, aspect=30, pad=0.02)
-        bar.set_label(f"ζ{at}, % of the output")
-        panels[0].figure.supxlabel("measured after")
-        panels[0].figure.supylabel("noise after")
+        bar.set_label(f"ζ{at}, % of the values before gain and bias")
+        panels[0].figure.supxlabel("measured at")
+        panels[0].figure.supylabel("noise at")
     return True
 
 

@@ -31,9 +31,9 @@ from ..files import (
     write_json,
     write_text,
 )
-from ..modeling_ibnorm import agree, build_site, is_lam, norms_with_lam
+from ..modeling_ibnorm import agree, build_site, norms_with_lam
 from ..models import load
-from ..norms import IDENTITY_LAM, NORMS, initial_parameters, norm_name, resolve_norm_kwargs
+from ..norms import IDENTITY_LAM, NORMS, IBNorm, initial_parameters, norm_name, resolve_norm_kwargs
 from ..patching import apply_norm, norm_sites, relative_globs
 from ..reading import reading
 from ..remote_code import add_remote_code
@@ -126,7 +126,9 @@ class Source:
     def dtype_at(self, site: str) -> torch.dtype:
         """In which a norm's parameters are stored; where there are none, those of the rest."""
         here = [f"{self.prefix}{site}.{name}" for name in self.of_norm(site)]
-        kinds = (self.places[name].tensors[name]["dtype"] for name in [*here, *self.places] if not is_lam(name))
+        # λ is in float32 whatever the rest is in.
+        others = (name for name in [*here, *self.places] if name.rpartition(".")[2] != "lam")
+        kinds = (self.places[name].tensors[name]["dtype"] for name in others)
         return next(STORED[kind] for kind in kinds if kind in STORED)
 
 
@@ -138,6 +140,8 @@ class Change:
     added: dict[str, Tensor] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
     """Dropped tensors that were trained → how far the farthest of their values is from where training begins."""
+    exact: set[str] = field(default_factory=set)
+    """Those put in that keep their dtype, whatever the others get."""
 
 
 def convert_checkpoint(
@@ -330,12 +334,14 @@ def _check_tensors(source: Source, model: PreTrainedModel) -> None:
 
 def _check_lams(source: Source, model: PreTrainedModel) -> None:
     """Raise ValueError where the weights have another λ than the config, as `from_pretrained` does."""
-    lams = {name for name in source.places if is_lam(name)}
-    for site, _, lam in norms_with_lam(model) if isinstance(source.config, source.family.config) else ():
+    ours = isinstance(source.config, source.family.config)
+    base: Any = model.base_model
+    sites = [site for site in norm_sites(base) if "lam" not in base.get_submodule(site).state_dict()]
+    lams = {name for site in sites if (name := f"{source.prefix}{site}.lam") in source.places}
+    for site, _, lam in norms_with_lam(model) if ours else ():
         name = f"{source.prefix}{site}.lam"
-        if name in lams and not agree(lam, held := source.places[name].tensor(name)):
+        if name in source.places and not agree(lam, held := source.places[name].tensor(name)):
             raise ValueError(f"source: {source.folder} has {held.item():g} as {name}, its config {lam:g}")
-        lams.discard(name)
     if lams:
         raise ValueError(f"source: {source.folder} has {sorted(lams)[0]}, its config no norm with a lam there")
 
@@ -399,10 +405,12 @@ def _changes(source: Source, old_norms: Mapping[str, nn.Module], config: Any) ->
         new, initial = build_site(config, site), initial_parameters(old)
         had, parameters = source.of_norm(site), dict(new.named_parameters())
         for name, value in new.state_dict().items():
-            if name not in parameters:  # λ: what the config says
-                change.added[f"{prefix}{site}.{name}"] = value
+            key = f"{prefix}{site}.{name}"
+            if isinstance(new, IBNorm) and name == "lam":  # the config says what it is
+                change.added[key] = value
+                change.exact.add(key)
             elif name not in had:
-                change.added[f"{prefix}{site}.{name}"] = value.to(source.dtype_at(site))
+                change.added[key] = value.to(source.dtype_at(site)) if name in parameters else value
         change.dropped |= {f"{prefix}{site}.{name}" for name in set(had) - new.state_dict().keys()}
         for name in sorted({name for name, _ in old.named_parameters()} - parameters.keys()):
             key = f"{prefix}{site}.{name}"
@@ -419,7 +427,7 @@ def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion) 
     ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, context).ids
     # Of a block: inputs of the source and of the target, outputs of both.
     needed = 4 * 4 * ids.numel() * config.hidden_size
-    check_room("calibration_tokens", tokens, needed, f"for the hidden states of {ids.numel():,}")
+    check_room("calibration_tokens", tokens, needed, f"for the hidden states of {ids.numel():,} tokens")
     model = load("source", source.architecture, source.folder, dtype=torch.float32).eval()
     fitted, errors = fit_norms(model, config, ids)
     for name, value in fitted.items():
@@ -450,7 +458,7 @@ def _write_weights(source: Source, change: Change, folder: Path, dtype: str | No
         files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for shard, file in zip(source.shards, files, strict=True):
         added = {
-            name: value if dtype is None or is_lam(name) else cast(name, value, getattr(torch, dtype))
+            name: value if dtype is None or name in change.exact else cast(name, value, getattr(torch, dtype))
             for name, value in sorted(change.added.items())
             if source.places.get(name, homes.get(name.rpartition(".")[0], source.shards[-1])) is shard
         }

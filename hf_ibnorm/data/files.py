@@ -227,7 +227,7 @@ def find_files(name: str, about: str = "corpus") -> dict[str, list[Path]]:
     Raises:
         UserError: a folder cannot be read, a link leads nowhere or round in a circle.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return {"train": [path]}
     if path.is_dir():

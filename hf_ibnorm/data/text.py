@@ -99,7 +99,7 @@ def _documents(field: str, data: str) -> Iterator[str]:
             size += len(document)
             if size >= MOST:
                 return
-    except TryAgain:
+    except (TryAgain, BadDocument):
         raise
     except (UserError, ValueError, OSError) as error:  # a name may be too long for a path, or have a zero byte
         known, why = ", ".join(CORPORA), str(error).removeprefix(f"{field}: ")
