@@ -76,6 +76,14 @@ def _refuse_strays(kwargs: Mapping[str, Any]) -> None:
         raise ValueError(f"{key}: no such config field; norm fields are {', '.join(NORM_FIELDS)}")
 
 
+def _names_lam(given: Mapping[str, Any]) -> bool:
+    """Whether norm fields name a λ, at the top or for a site."""
+    overrides = given.get("norm_overrides") or ()
+    entries = overrides.values() if isinstance(overrides, Mapping) else (entry for _, entry in overrides)
+    kwargs = [given.get("norm_kwargs"), *(entry.get("kwargs") for entry in entries if isinstance(entry, Mapping))]
+    return any("lam" in each for each in kwargs if isinstance(each, Mapping))
+
+
 class NormConfigMixin:
     """Resolves and checks the norm fields; a family's config adds where its eps and its norms are."""
 
@@ -159,6 +167,7 @@ class NormConfigMixin:
         a stock checkpoint silently take the default norm.
         """
         given = {key: kwargs.pop(key) for key in NORM_FIELDS if key in kwargs}
+        lam_given = _names_lam(given)
         source, eps = config_dict.get("model_type") or cls.model_type, cls.norm_eps_field
         if source not in (cls.model_type, cls.stock_model_type):
             raise ValueError(f"model_type: got a {source!r} checkpoint, {cls.__name__} takes {cls.stock_model_type!r}")
@@ -180,7 +189,7 @@ class NormConfigMixin:
         if isinstance(given.get("norm_kwargs"), Mapping):
             given["norm_kwargs"] = {**(options or {}), **given["norm_kwargs"]}
         if given:
-            given[_OTHER_NORMS] = {key: config_dict.get(key) for key in NORM_FIELDS}
+            given[_OTHER_NORMS] = {key: config_dict.get(key) for key in NORM_FIELDS} | {"lam": lam_given}
         return {**kept, "norm_kwargs": options, **given}
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,9 +211,14 @@ class NormConfigMixin:
         if fields and fields["norm_type"] is None:
             return None
         found: Any = copy.deepcopy(self)
-        vars(found).update(fields)
+        vars(found).update({name: value for name, value in fields.items() if name in NORM_FIELDS})
         found.resolve_norms()
         return found
+
+    @property
+    def lam_was_given(self) -> bool:
+        """Whether the arguments that this config was loaded with named a λ."""
+        return bool((getattr(self, _OTHER_NORMS, None) or {}).get("lam"))
 
     def forget_given(self) -> None:
         """Take it that the norms are the checkpoint's: they are once it is loaded."""

@@ -122,7 +122,7 @@ def settle_lam(model: PreTrainedModel) -> None:
         if norm.lam_value == wanted or norm.lam is None:
             continue
         before, options = (None, {}) if on_file is None else on_file.norm_at(site)
-        chosen = before != config.norm_at(site)[0] or options.get("lam") != wanted
+        chosen = config.lam_was_given or before != config.norm_at(site)[0] or options.get("lam") != wanted
         if not chosen and not agree(wanted, norm.lam):
             raise ValueError(
                 f"lam: the checkpoint's config has {wanted} at {site}, its weights {norm.lam_value}: they are of "

@@ -96,8 +96,8 @@ def test_diagnostics_see_it_before_gain_and_bias(stock_model):
     for site in watching.result().values():
         assert site["norm"] == "FRN"
         assert site["after"]["quantiles"]["0.001"] >= -1.5  # its tau, moved
-    found = noise_robustness(model, tokens(), delta=0.5, draws=1)
-    assert len(found.sites) == 5
+    with pytest.raises(ValueError, match=r"is a FRN, whose output is no gain times what it computes"):
+        noise_robustness(model, tokens(), draws=1)  # its threshold comes after the gain
 
 
 def test_one_that_draws_random_numbers_is_refused_where_they_would_differ(stock_model):

@@ -1,11 +1,13 @@
 """Noise robustness: exact where it can be computed by hand, the same noise for every model, and nothing left behind."""
 
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
 from helpers import FAMILIES, FINAL, FIRST_BLOCK, tokens
 from torch import nn
+from transformers import GemmaConfig, GemmaForCausalLM
 
 from hf_ibnorm import apply_norm, norm_sites
 from hf_ibnorm.analysis.noise import mean_deviations, noise_robustness, relative_change
@@ -65,6 +67,32 @@ def test_moving_a_gain_into_the_weights_behind_it_changes_no_zeta(stock_model):
     first, second = (noise_robustness(each, tokens(), draws=2).zeta for each in (model, twin))
     for ours, theirs in zip(first, second, strict=True):
         assert [each for each in ours if each] == pytest.approx([each for each in theirs if each], rel=1e-3)
+
+
+def test_a_gain_of_one_more_than_the_weight_is_no_other_gain():
+    config = GemmaConfig(
+        **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    )
+    torch.manual_seed(0)
+    model = GemmaForCausalLM(config).eval()
+    found = []
+    for weight in (0.0, 1.0):  # gains 1 and 2, with the weights behind them halved
+        twin = copy.deepcopy(model)
+        for block in twin.model.layers:
+            nn.init.constant_(block.input_layernorm.weight, weight)
+            for reader in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+                reader.weight.data /= 1 + weight
+        found.append(noise_robustness(twin, tokens(), draws=1).zeta)
+    assert found[0][0][-1] > 0.01
+    for ours, theirs in zip(*found, strict=True):
+        assert [each for each in ours if each] == pytest.approx([each for each in theirs if each], rel=1e-3)
+
+
+def test_a_site_that_does_not_run_is_left_out(stock_model):
+    found = noise_robustness(stock_model("gpt2", add_cross_attention=True), tokens(), draws=1)
+    assert not any("ln_cross_attn" in site for site in found.sites)
+    assert len(found.sites) == 5
 
 
 def test_the_scale_is_that_of_the_training_text(stock_model):

@@ -151,7 +151,7 @@ def test_heat_maps_share_one_scale(figures, tmp_path):
     assert not large.texts
     assert [label.get_text() for label in small.get_xticklabels()] == ["0.ln_2", "1.ln_1", "1.ln_2"]
     assert [label.get_text() for label in small.get_yticklabels()] == ["0.ln_1", "0.ln_2", "1.ln_1"]
-    assert bar.get_ylabel() == "ζ at δ = 0.1, % of the output"
+    assert bar.get_ylabel() == "ζ at δ = 0.1, % of the values before gain and bias"
     assert not pictures.draw_zeta({"no value": maps["no value"]}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 

@@ -220,6 +220,23 @@ def test_a_checkpoint_of_two_minds_is_refused_unless_loading_says_which_lam(mode
         assert lams(AutoModelForCausalLM.from_pretrained(tmp_path, norm_kwargs={"lam": lam})) == [lam] * 5
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"norm_kwargs": {"eps": 1e-5}}, {"norm_type": "ibnorm_l"}, {"norm_overrides": [["norm", "layernorm"]]}],
+)
+def test_what_loading_says_of_other_things_is_no_word_on_lam(tiny_config, tmp_path, given):
+    model = build(tiny_config("llama", norm_type="ibnorm_l", norm_kwargs={"lam": 0.3}))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["norm_kwargs"]["lam"] = 8.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lam: the checkpoint's config has 8.0 at"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **given)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, norm_kwargs={"lam": 8.0})
+    with pytest.raises(ValueError, match="lam: the checkpoint's config has 8.0 at"):  # what was said then is over
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=loaded.config)
+
+
 def test_a_lam_that_was_cast_with_the_weights_is_the_config_s(tiny_config, family, tmp_path):
     model = build(tiny_config(family, norm_type="ibnorm_t", norm_kwargs={"lam": 0.3}))
     model.save_pretrained(tmp_path)
