@@ -123,6 +123,8 @@ def as_tasks_ask(harness: Any) -> Iterator[dict[str, Any]]:
 
     model = harness.model
     given = getattr(model, "generation_config", None) or GenerationConfig()
+    # PEFT hands the wrapper's on to the model inside.
+    before = [(each, vars(each)["generation_config"]) for each in model.modules() if "generation_config" in vars(each)]
     model.generation_config = GenerationConfig(**{name: getattr(given, name, None) for name in ENDS})
     try:
         yield {
@@ -132,6 +134,8 @@ def as_tasks_ask(harness: Any) -> Iterator[dict[str, Any]]:
         }
     finally:
         model.generation_config = given
+        for each, its in before:
+            each.generation_config = its
 
 
 def fingerprint(harness: Any) -> dict[str, Any]:

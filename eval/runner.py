@@ -94,7 +94,7 @@ class Settings:
         from transformers import GenerationConfig
 
         for name in generation:
-            if not hasattr(GenerationConfig(), name):
+            if name not in GenerationConfig().to_dict():
                 raise UserError(f"gen_kwargs: got {name!r}, which is no option of generation")
         with bad_input(ValueError, TypeError, about="gen_kwargs: "):
             GenerationConfig(**generation).validate()

@@ -193,8 +193,9 @@ def independent(parts: Sequence[Stratum]) -> list[Stratum]:
 def p_of_chance(parts: Sequence[Stratum]) -> float:
     """p of the hypothesis that a score comes from guessing (two-sided).
 
-    Exact for answers that are right or wrong and that share nothing (`p_of_guessing`). Where items share a sentence, or
-    are not just right or wrong, by flips of the signs of what each cluster has beyond its chance.
+    Of answers that are right or wrong by `p_of_guessing`, a guess for each item, or where items share a sentence one
+    for all of them: as if they came out alike. Where items share a sentence and are guessed half of the time, or are
+    not just right or wrong, by flips of the signs of what each cluster has beyond its chance.
 
     Args:
         parts: strata with `guesses`.
@@ -206,12 +207,17 @@ def p_of_chance(parts: Sequence[Stratum]) -> float:
     if any(value > 0 and guess == 0 for value, guess in items):
         return 0.0
     alone = all(len(set(part.clusters)) == part.n for part in apart)
-    if alone and all(value in (0.0, 1.0) for value, _ in items):
-        right: dict[tuple[float, float], tuple[int, int]] = {}
+    even = all(guess == 0.5 for _, guess in items)
+    if (alone or not even) and all(value in (0.0, 1.0) for value, _ in items):
+        right: dict[tuple[float, float], tuple[int, float]] = {}
         for part in apart:
-            for value, guess in zip(part.values, part.guesses, strict=True):
-                count, hits = right.get((part.weight / part.n, guess), (0, 0))
-                right[part.weight / part.n, guess] = count + 1, hits + int(value)
+            groups: dict[tuple[str, float], list[float]] = {}
+            for value, guess, cluster in zip(part.values, part.guesses, part.clusters, strict=True):
+                groups.setdefault((cluster, guess), []).append(value)
+            for (_, guess), values in groups.items():
+                key = len(values) * part.weight / part.n, guess
+                count, hits = right.get(key, (0, 0.0))
+                right[key] = count + 1, hits + math.fsum(values) / len(values)
         return p_of_guessing(right, generator)
     beyond = [summed(np.subtract(part.values, part.guesses), part.clusters, part.weight) for part in apart]
     return p_of_no_difference(beyond, generator)

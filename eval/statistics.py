@@ -89,7 +89,7 @@ def p_of_no_difference(pairs: Sequence[Pairs], generator: "np.random.Generator",
 
 
 def p_of_guessing(
-    right: Mapping[tuple[float, float], tuple[int, int]], generator: "np.random.Generator", draws: int = DRAWS
+    right: Mapping[tuple[float, float], tuple[int, float]], generator: "np.random.Generator", draws: int = DRAWS
 ) -> float:
     """Two-sided p-value of the hypothesis that every item was guessed, of answers that are right or wrong.
 
@@ -97,7 +97,8 @@ def p_of_guessing(
     drawn again and again under the hypothesis: a Monte Carlo test, which errs no more often than it says either.
 
     Args:
-        right: (weight of an item in the score, its probability of being guessed) → (items, right ones).
+        right: (weight of an item in the score, its probability of being guessed) → (items, right ones, of which an item
+            that stands for several may be a part).
         generator: for the draws.
         draws: how many.
     """
@@ -106,7 +107,8 @@ def p_of_guessing(
 
     if len(right) == 1:
         (((_, guess), (items, hits)),) = right.items()
-        return float(binomtest(hits, items, guess).pvalue)
+        if hits == round(hits):
+            return float(binomtest(round(hits), items, guess).pvalue)
     expected = math.fsum(weight * guess * items for (weight, guess), (items, _) in right.items())
     observed = abs(math.fsum(weight * hits for (weight, _), (_, hits) in right.items()) - expected)
     drawn = np.zeros(draws)

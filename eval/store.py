@@ -105,7 +105,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 _IDENTITY = {
-    **{"suite": str, "benchmarks": [str], "model": dict, "overlong": str, "versions": dict},
+    **{"suite": str, "benchmarks": [str], "model": {"weights": str}, "overlong": str, "versions": dict},
     **{"prompting": {"limit": (int, type(None))}, "mirror?": (dict, type(None))},
 }
 _MANIFEST = {"identity": _IDENTITY, "model": str, "notes": [str]}

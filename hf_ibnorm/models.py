@@ -58,7 +58,10 @@ def load(field: str, cls: Any, where: str | Path, **options: Any) -> Any:
     """
     try:
         with reading(field, where):
-            return cls.from_pretrained(where, trust_remote_code=False, **options)
+            found = cls.from_pretrained(where, trust_remote_code=False, **options)
+            if hasattr(found, "is_fast"):
+                found("a")  # a tokenizer with a setting of the wrong type fails when it is first used
+            return found
     except UserError as error:
         said = told(error.__cause__ or error)
         if "trust_remote_code" in said or "custom code" in said:

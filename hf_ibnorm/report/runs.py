@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..cli import UserError
 from ..reading import check_form, read_json, read_text, read_yaml, reading
 from .tables import Table, score_cell
 
@@ -68,11 +69,16 @@ class Run:
         metrics = _rows(path / "metrics.jsonl", finished)
         if not metrics and not finished:
             raise ValueError(f"run: {path / 'metrics.jsonl'} has no step yet")
-        if finished and (not metrics or "eval_loss" not in metrics[-1]):
+        if finished and (not metrics or metrics[-1].get("eval_loss") is None):
             raise ValueError(f"run: {path / 'metrics.jsonl'} does not end with a validated step")
+        config = read_yaml("run", path / "config.yaml", _CONFIG)
+        for item in config["model"].get("norm_overrides") or []:
+            if not isinstance(item, list) or len(item) != 2:
+                raise UserError(f"run: {path / 'config.yaml'}: norm_overrides: got {item!r}, must be [glob, norm]")
+            check_form(f"run: {path / 'config.yaml'}: norm_overrides: {item[0]}", item[1], _NORM)
         return cls(
             name=path.name,
-            config=read_yaml("run", path / "config.yaml", _CONFIG),
+            config=config,
             environment=read_json("run", path / "environment.json", _ENVIRONMENT),
             metrics=metrics,
             scores=read_scores(scores) if (scores / "scores.json").exists() else None,
@@ -113,7 +119,11 @@ def read_scores(folder: Path) -> dict[str, Any]:
 
 
 _NUMBER = (float, type(None))
-_CONFIG = {"seed": int, "corpus?": str, "model": {"norm_type": str, "norm_kwargs": dict, "model_type?": str}}
+_NORM = {"type": str, "kwargs": {"lam?": _NUMBER}}
+_CONFIG = {
+    **{"seed": int, "corpus?": str},
+    "model": {"norm_type": str, "norm_kwargs": {"lam?": _NUMBER}, "norm_overrides?": list, "model_type?": str},
+}
 _ENVIRONMENT = {
     **{"init_sha": str, "parameters": int, "device": str, "cpu_count": int, "date": str},
     "versions": {"torch": str, "*": (str, type(None))},
@@ -121,14 +131,15 @@ _ENVIRONMENT = {
 }
 _STEP = {
     **{"step": int, "tokens": int, "tokens_per_second": float, "loss": _NUMBER, "batch_sha": str},
-    "eval_loss?": _NUMBER,
+    **dict.fromkeys(("eval_loss?", "grad_norm?", "gain_movement?", "learning_rate?", "lam_fraction?"), _NUMBER),
 }
 _SCORES = {
     "smoke": bool,
     "benchmarks": {
         "*": {
             **{"raw": _NUMBER, "normalized": _NUMBER, "n": (int, type(None))},
-            "details": {"metric": str, "tasks?": {"*": dict}},
+            **{"stderr": _NUMBER, "chance": _NUMBER},
+            "details": {"metric": str, "at_chance?": bool, "tasks?": {"*": dict}},
         }
     },
 }
@@ -144,6 +155,8 @@ def _rows(path: Path, finished: bool) -> list[dict[str, Any]]:
         with reading("run", f"{path}, line {number},"):
             rows.append(json.loads(line))
         check_form(f"run: {path}, line {number}", rows[-1], _STEP)
+        if rows[-1]["tokens_per_second"] <= 0:
+            raise UserError(f"run: {path}, line {number}: tokens_per_second: got 0 or less, must be more")
     return rows
 
 

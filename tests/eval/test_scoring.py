@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from eval.scoring import ScoringError, check_answers, normalized, score_benchmark, score_suite
+from eval.scoring import ScoringError, Stratum, check_answers, normalized, p_of_chance, score_benchmark, score_suite
 from eval.suites import SUITES, Benchmark
 
 CHOICE = Benchmark("task", "Task", ("task",), "acc")
@@ -110,6 +110,17 @@ def test_a_guesser_at_items_of_several_tasks_and_with_clusters_is_at_chance_as_o
         told["clusters"] += not row["details"]["at_chance"]
     assert 0.01 * draws <= told["musr"] <= 0.09 * draws
     assert told["clusters"] <= 0.09 * draws
+
+
+@pytest.mark.parametrize(("count", "chance"), [(6, 0.25), (8, 0.25), (6, 0.1)])
+def test_a_guesser_at_few_sentences_is_at_chance_as_often(count, chance):
+    generator, told, draws = np.random.default_rng(0), 0, 200
+    for _ in range(draws):
+        values = np.repeat(generator.random(count) < chance, 2).astype(float)
+        clusters = [str(i // 2) for i in range(2 * count)]
+        part = Stratum("task", list(values), list(values), clusters, clusters, 1.0, chance, 0, [chance] * (2 * count))
+        told += p_of_chance([part]) < 0.05
+    assert told <= 0.09 * draws
 
 
 def test_what_cannot_be_guessed_is_above_chance_with_one_right_answer():
