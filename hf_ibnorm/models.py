@@ -90,13 +90,25 @@ def load_tokenizer(path: Path) -> tuple[Any, Any]:
     config = load("model", AutoConfig, path, local_files_only=True)
     check_model("model", config)
     tokenizer = load("tokenizer", AutoTokenizer, path, local_files_only=True)
+    check_tokenizer("tokenizer", tokenizer, config, path)
+    return config, tokenizer
+
+
+def check_tokenizer(field: str, tokenizer: Any, config: Any, where: Path) -> None:
+    """Raise UserError where a text may become a token that the model's embedding has no row for.
+
+    Args:
+        field: what the error calls it.
+        tokenizer: the tokenizer at `where`.
+        config: of the model.
+        where: for the message.
+    """
     beyond = sorted(token for token in tokenizer.get_vocab().values() if token >= config.vocab_size)
     if beyond and (read := [token for token in beyond if _may_be_read(tokenizer, token)]):
         raise UserError(
-            f"tokenizer: it has the token {tokenizer.convert_ids_to_tokens(read[-1])!r} with id {read[-1]}, the "
-            f"model's vocab_size is {config.vocab_size}; the tokenizer in {path} is not this model's"
+            f"{field}: it has the token {tokenizer.convert_ids_to_tokens(read[-1])!r} with id {read[-1]}, the model's "
+            f"vocab_size is {config.vocab_size}; the tokenizer in {where} is not this model's"
         )
-    return config, tokenizer
 
 
 def _may_be_read(tokenizer: Any, token: int) -> bool:

@@ -286,7 +286,7 @@ def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Doc
 
     Args:
         name: an embedded corpus; a file, glob or folder of files; a dataset saved by `datasets`; or a dataset's name.
-        role: "train" or "validation".
+        role: "train"; "validation", of what has other splits too; or "alone", of what is only validated on.
         split: what a dataset calls that.
         options: how to read it.
 
@@ -294,7 +294,7 @@ def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Doc
         UserError: there is no such corpus, or it cannot be read.
     """
     if name in CORPORA:
-        return Texts(load_corpus(name, role))
+        return Texts(load_corpus(name, "train" if role == "train" else "validation"))
     path = Path(os.path.expanduser(name))
     if not name.strip():
         raise UserError(f"corpus: got {name!r}, must name a corpus")
@@ -303,6 +303,8 @@ def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Doc
     if notes[0] or all(notes[1:]):
         return _saved(path, role, split, options)
     if files := find_files(name):
+        if options.subset is not None:
+            raise UserError(f"corpus_config: got {options.subset!r}, which files have none of; leave it out")
         paths = _of_split(name, files, role, options.say)
         return Files(paths, options.field, options.hash_file, options.allowed) if paths else None
     if path.is_dir():
@@ -319,6 +321,8 @@ def _of_split(name: str, files: dict[str, list[Path]], role: str, say: Callable[
     Raises:
         UserError: there is none to train on.
     """
+    if role == "alone":  # all that is there, whatever its name: it was named to be validated on
+        return next(filter(None, (files.get(split) for split in ("validation", "train", "test"))), [])
     others = {split: files[split] for split in ("validation", "test") if files.get(split)}
     named = "; ".join(f"{split}: {_listed(paths)}" for split, paths in others.items())
     if not files.get("train") and not files.get(role):

@@ -180,7 +180,7 @@ def open_texts(config: TrainConfig, cache: Cache) -> dict[str, Documents]:
     assert train is not None
     if (name := config.validation_corpus) is not None:
         try:
-            validation = open_corpus(name, "validation", config.validation_split, options) or open_corpus(
+            validation = open_corpus(name, "alone", config.validation_split, options) or open_corpus(
                 name, "train", config.train_split, options
             )
         except UserError as error:

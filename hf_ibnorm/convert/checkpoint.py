@@ -32,7 +32,7 @@ from ..files import (
     write_text,
 )
 from ..modeling_ibnorm import agree, build_site, norms_with_lam
-from ..models import load
+from ..models import check_tokenizer, load
 from ..norms import IDENTITY_LAM, NORMS, IBNorm, initial_parameters, norm_name, resolve_norm_kwargs
 from ..patching import apply_norm, norm_sites, relative_globs
 from ..reading import reading
@@ -97,11 +97,7 @@ class Source:
         if not has_tokenizer(self.folder):
             return None
         tokenizer = load("source: tokenizer", AutoTokenizer, self.folder)
-        if len(tokenizer) > self.config.vocab_size:
-            raise ValueError(
-                f"source: its tokenizer has {len(tokenizer)} tokens, its embedding {self.config.vocab_size} rows; they "
-                "are of different models"
-            )
+        check_tokenizer("source: tokenizer", tokenizer, self.config, self.folder)
         return tokenizer
 
     @cached_property

@@ -173,8 +173,8 @@ def test_damaged_files_are_one_line(checkpoint, tmp_path, command):
         (result, "{}", "sva_simple.json has no tasks or skipped"),
         (result, '{"tasks": {"sva_simple": {}}}', "sva_simple has no items"),
         (result, '{"ta', "sva_simple.json cannot be read"),
-        (manifest, json.dumps({"identity": {"suite": identity["suite"]}}), "its identity has no benchmarks"),
-        (manifest, "[]", "manifest.json is damaged"),
+        (manifest, json.dumps({"identity": {"suite": identity["suite"]}}), "identity has no benchmarks"),
+        (manifest, "[]", "manifest.json: got [], must be a mapping"),
     ):
         before = path.read_text()
         path.write_text(content)

@@ -278,7 +278,7 @@ BAD = {
     "which is quantized; load it, dequantize": lambda folder: spoil_config(
         folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
     ),
-    "its tokenizer has 2.. tokens, its embedding 100 rows": many_tokens,
+    "tokenizer: it has the token .* with id 2.., the model's vocab_size is 100": many_tokens,
     "model.safetensors cannot be read": cut_header,
     "has no model.safetensors but pytorch_model.bin, which may run code": as_pickle,
     "config.json": lambda folder: (folder / "config.json").unlink(),

@@ -1,9 +1,11 @@
 """Flags that nothing would use are refused; a recipe's own fields, and taking one back, are not."""
 
 import pytest
+from training import small_corpus  # noqa: F401
 
 from hf_ibnorm.cli import UserError
 from train_lm.config import RECIPES, read_command_line, shipped_recipes
+from train_lm.train import train
 
 IDLE = {
     "lora_rank": (["8"], [], ["--trainable", "lora", "--model.init_from", "x"]),
@@ -53,3 +55,10 @@ def test_keep_every_must_be_among_the_steps_that_have_checkpoints(flags):
     with pytest.raises(UserError, match="keep_every: got 150, must be a multiple of checkpoint_every = "):
         read("--keep_every", "150", *flags)
     read("--keep_every", "150", "--checkpoint_every", "50")
+
+
+def test_a_configuration_of_a_corpus_of_files_is_refused(tmp_path, small_corpus):  # noqa: F811
+    (tmp_path / "text.txt").write_text("some words of a text. " * 2000)
+    flags = ["--config", "tiny", "--run_dir", str(tmp_path / "run"), "--corpus", str(tmp_path / "text.txt")]
+    with pytest.raises(UserError, match="corpus_config: got 'en', which files have none of"):
+        train(read_command_line([*flags, "--corpus_config", "en"]))
