@@ -551,3 +551,22 @@ def test_what_is_no_file_is_loaded_as_a_dataset_by_its_name(tmp_path, streaming)
         list(_hub(str(tmp_path), "train", "train", CorpusOptions(None, "text", streaming, sha256_file)))
     with pytest.raises(UserError, match="no embedded corpus .* and no dataset that could be loaded"):
         _hub("nobody/nothing", "train", "train", options)
+
+
+@pytest.mark.parametrize(
+    ("names", "name", "taken"),
+    [
+        (["validation.txt"], "validation.txt", ["validation.txt"]),
+        (["test-1.txt", "test-2.txt"], "*.txt", ["test-1.txt", "test-2.txt"]),
+        (["train.txt", "validation.txt", "test.txt"], "", ["validation.txt"]),
+        (["a.txt", "test.txt"], "*.txt", ["a.txt"]),
+    ],
+)
+def test_files_to_validate_on_are_taken_without_a_word_about_training(tmp_path, names, name, taken):
+    for each in names:
+        (tmp_path / each).write_text(f"text of {each}")
+    said = []
+    options = CorpusOptions(None, "text", False, sha256_file, say=said.append)
+    documents = open_corpus(str(tmp_path / name), "alone", "validation", options)
+    assert [path.name for path in documents.paths] == taken
+    assert not said
