@@ -38,6 +38,10 @@ def choose(names: str, include: str | None = None) -> tuple[str, list[Benchmark]
         chosen = list(SUITES[names])
     else:
         asked = names.split(",")
+        if alone := [name for name in asked if name in SUITES or not name]:
+            raise UserError(
+                f"suite: got {names!r}, {alone[0]!r} stands alone, or is no name; tasks are divided by commas"
+            )
         if twice := sorted({name for name in asked if asked.count(name) > 1}):
             raise UserError(f"suite: got {twice[0]!r} more than once")
         chosen = [DEFINED[name] if name in DEFINED else _named(name, include, own) for name in asked]

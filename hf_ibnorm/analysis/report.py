@@ -107,7 +107,9 @@ def analyze(
         for name in named:
             if name.startswith("_"):  # matplotlib would leave it out of the legends
                 raise ValueError(f"model: got the name {name!r}, must not begin with _; NAME=DIR chooses another")
-        subjects = {name: _subject(str(path), data, int(tokens)) for name, path in named.items()}
+        subjects = {
+            name: _subject(str(path), data, int(tokens), "noise" not in measuring.skip) for name, path in named.items()
+        }
     chosen = _chosen_sites(subjects, measuring)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {}
@@ -145,8 +147,8 @@ def _names(models: Sequence[str | Path]) -> list[str]:
     raise ValueError(f"model: got {', '.join(map(str, models))}, must be different ones")
 
 
-def _subject(model: str, data: str, tokens: int) -> Subject:
-    """Find a model, and read the text with its tokenizer."""
+def _subject(model: str, data: str, tokens: int, noise: bool) -> Subject:
+    """Find a model, and read the text with its tokenizer, for the noise the training split as well."""
     run, step = Path(model), None
     checkpoints = {} if (run / "config.json").exists() else checkpoints_of(run)
     if checkpoints and not (run / "final").exists():  # it trains still, or was stopped
@@ -162,7 +164,7 @@ def _subject(model: str, data: str, tokens: int) -> Subject:
     if tokens < block:
         raise ValueError(f"tokens: got {tokens}, must be at least a block of {model}: {block}")
     text = draw_text("data", data, "test", tokenizer, tokens, context)
-    training = draw_text("data", data, "train", tokenizer, tokens, context) if data in CORPORA else None
+    training = draw_text("data", data, "train", tokenizer, tokens, context) if noise and data in CORPORA else None
     highest = max(int(each.ids.max()) for each in (text, training) if each is not None)
     if highest >= config.vocab_size:
         token = tokenizer.convert_ids_to_tokens(highest)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..checks import check_number
+from ..checks import MOST_TOKENS, check_number
 from ..data.text import LEAST, Text, draw_text
 from ..files import atomic_directory, check_new_directory, environment_record, write_json, write_text
 from ..models import load
@@ -79,11 +79,11 @@ def prepare(source: Source, data: str, tokens: int, scores: int | None, prefix: 
     Raises:
         ValueError, TypeError: as `report_conversion`.
     """
-    check_number(f"{prefix}tokens", tokens, LEAST)
+    check_number(f"{prefix}tokens", tokens, LEAST, MOST_TOKENS)
     able = find_spec("lm_eval") is not None
     if scores is None:
         scores = 50 if able else 0
-    check_number(f"{prefix}scores", scores, 0)
+    check_number(f"{prefix}scores", scores, 0, MOST_TOKENS)
     if scores and not able:
         raise ValueError(f"{prefix}scores: got {scores}, which needs lm-eval: pip install 'hf_ibnorm[eval]'")
     _check_language_model("source", source)

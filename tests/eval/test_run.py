@@ -298,6 +298,8 @@ def test_an_item_longer_than_the_context_is_refused(checkpoint, tmp_path):
         (["--suite", "sva_simple,arc_chalenge"], "suite: got 'arc_chalenge', allowed are embedded"),
         (["--tasks", "arc_esy"], "(did you mean 'arc_easy'?)"),
         (["--suite", "sva_simple,sva_simple"], "suite: got 'sva_simple' more than once"),
+        (["--suite", "v1,arc_easy"], "suite: got 'v1,arc_easy', 'v1' stands alone"),
+        (["--suite", "embedded,"], "stands alone, or is no name"),
         (["--include_path", "nowhere"], "include_path: nowhere is no directory"),
         (["--num_fewshot", "-1"], "argument --num_fewshot: got '-1', must be a whole number >= 0"),
         (["--shard", "3/2"], "argument --shard: got '3/2', must be i/n"),
