@@ -208,9 +208,11 @@ def test_a_run_stopped_under_a_launcher_resumes_to_the_bit(tmp_path, script, kin
         time.sleep(0.01)
     begun.send_signal(signal.SIGTERM)
     begun.communicate(timeout=30)
-    stopped = len(metrics(tmp_path / "stopped"))
+    found = (name.partition("step-")[2] for name in steps(tmp_path / "stopped"))
+    stopped = max(int(step) for step in found if step)
     assert stopped < 60, "the signal came too late to test anything"
-    assert f"step-{stopped}" in steps(tmp_path / "stopped")
+    # Of a step whose validation was cut short the metrics wait in the checkpoint.
+    assert stopped - len(metrics(tmp_path / "stopped")) in (0, 1)
     done = launch(script, kind, *flags, "--run_dir", tmp_path / "stopped")
     assert f"going on after step-{stopped}" in done.stdout
     assert result(tmp_path / "stopped") == result(tmp_path / "straight")
