@@ -169,17 +169,17 @@ def _values(node: Any, known: dict[int, int]) -> int:
     if isinstance(node, yaml.SequenceNode):
         children = node.value
     elif isinstance(node, yaml.MappingNode):
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"{name} stands there twice, the second time in line {_last(node, name)}")
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ValueError(
+                        f"{key.value} stands there twice, the second time in line {key.start_mark.line + 1}"
+                    )
+                seen.add(key.value)
         children = [value for pair in node.value for value in pair]
     known[id(node)] = 1 + sum(_values(child, known) for child in children)
     return known[id(node)]
-
-
-def _last(node: Any, name: str) -> int:
-    return max(key.start_mark.line for key, _ in node.value if key.value == name) + 1
 
 
 def check_form(where: str, value: Any, form: Form) -> None:
