@@ -145,9 +145,7 @@ class Cache:
             with self._errors(), self._locked(path):
                 found = _open_tokens(path)
                 if found is None:
-                    # What a killed run left, or what is damaged; a run that has that open keeps its own.
-                    for old in (path, *self.folder.glob(f".{path.name}.*")):
-                        shutil.rmtree(old, ignore_errors=True)
+                    shutil.rmtree(path, ignore_errors=True)  # damaged; a run that has it open keeps its own
                     with atomic_directory(path) as folder:
                         self._write_tokens(folder, encoder, documents, threads)
                     found = _open_tokens(path)
