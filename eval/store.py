@@ -105,7 +105,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 _IDENTITY = {
-    **{"suite": str, "benchmarks": [str], "model": {"weights": str}, "overlong": str, "versions": dict},
+    **{"suite": str, "benchmarks": [str], "overlong": str, "versions": dict},
+    "model": {"weights": str, "config": str, "tokenizer": str, "dtype": str, "max_length": int},
     **{"prompting": {"limit": (int, type(None))}, "mirror?": (dict, type(None))},
 }
 _MANIFEST = {"identity": _IDENTITY, "model": str, "notes": [str]}
