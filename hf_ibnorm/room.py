@@ -4,11 +4,13 @@ What is counted is the least that a thing takes. Whatever passes may still run o
 """
 
 import os
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .cli import UserError
+from .files import existing_folder
 
 BLOCK = 50_000
 """Bytes that the Python objects of one block of a model take at least, without its weights."""
@@ -40,6 +42,21 @@ def check_room(field: str, value: Any, needed: float, for_what: str) -> None:
             f"{field}: got {value}, which takes {needed / 1e9:,.0f} GB {for_what}; this machine has "
             f"{machine_memory() / 1e9:.0f} GB"
         )
+
+
+def check_disk(field: str, path: Path, needed: float, for_what: str = "", advice: str = "") -> None:
+    """Raise OSError where the disk that `path` is on, or will be, has less than `needed` bytes free.
+
+    Args:
+        field: what the path was given as.
+        path: need not exist yet.
+        needed: bytes, at least.
+        for_what: what they are for, such as " for its checkpoints".
+        advice: ends the message, such as "; make room".
+    """
+    free = shutil.disk_usage(existing_folder(path)).free
+    if free < needed:
+        raise OSError(f"{field}: {path} needs {needed / 1e9:.3g} GB{for_what}, {free / 1e9:.3g} GB are free{advice}")
 
 
 def check_model(field: str, config: Any, weights: bool = True) -> None:

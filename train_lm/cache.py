@@ -152,7 +152,7 @@ class Cache:
         assert found is not None
         tokens, bad = found
         if bad["count"] > getattr(documents, "allowed", 0):
-            raise BadDocument(f"{bad['first']}; {bad['count']} such documents are more than max_bad_documents")
+            raise too_many(bad["first"], getattr(documents, "allowed", 0))
         if hasattr(documents, "bad"):
             documents.bad = bad
         return tokens
@@ -177,6 +177,13 @@ class Cache:
         bad = getattr(documents, "bad", {"count": 0, "first": ""})
         meta = {"dtype": dtype.str, "tokens": count, "sha256": digest.hexdigest(), "bad": bad}
         write_text(folder / "meta.json", json.dumps({**meta, "self": _sha_of(meta)}))
+
+
+def too_many(document: BadDocument | str, allowed: int) -> BadDocument:
+    """The error about a document that cannot be read, after `allowed` others."""
+    return BadDocument(
+        f"{document}; max_bad_documents, which says how many such documents may be left out, is {allowed}"
+    )
 
 
 def identity(path: Path) -> tuple[int, ...]:

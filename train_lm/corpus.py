@@ -28,7 +28,7 @@ from hf_ibnorm.data.files import (
 from hf_ibnorm.files import sha256, sha256_file
 from hf_ibnorm.reading import may_pass, reading, told
 
-from .cache import identity
+from .cache import identity, too_many
 from .progress import silent
 
 if TYPE_CHECKING:
@@ -41,13 +41,6 @@ _BAD = "\0bad"
 def no_bad() -> dict[str, Any]:
     """What `Documents.bad` is where every document can be read."""
     return {"count": 0, "first": ""}
-
-
-def too_many(document: BadDocument | str, allowed: int) -> BadDocument:
-    """The error about a document that cannot be read, after `allowed` others."""
-    return BadDocument(
-        f"{document}; max_bad_documents, which says how many such documents may be left out, is {allowed}"
-    )
 
 
 class Documents:

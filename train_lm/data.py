@@ -21,8 +21,8 @@ from hf_ibnorm.data.files import WAITS, BadDocument, wait_or_raise
 from hf_ibnorm.data.tokens import Encoder
 from hf_ibnorm.files import sha256
 
-from .cache import take_chunk
-from .corpus import Documents, too_many
+from .cache import take_chunk, too_many
+from .corpus import Documents
 
 IGNORE = -100
 """Target of a position that counts in no loss, as in torch's cross entropy."""

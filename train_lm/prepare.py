@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -28,7 +27,6 @@ from hf_ibnorm.families import FAMILIES, Family
 from hf_ibnorm.files import (
     atomic_directory,
     environment_record,
-    existing_folder,
     has_tokenizer,
     numerics_record,
     sha256,
@@ -40,7 +38,7 @@ from hf_ibnorm.modeling_ibnorm import is_norm
 from hf_ibnorm.models import load
 from hf_ibnorm.norms import IDENTITY_LAM, norm_name
 from hf_ibnorm.reading import read_json
-from hf_ibnorm.room import check_model
+from hf_ibnorm.room import check_disk, check_model
 
 from .cache import Cache, encode_all
 from .checkpoint import Checkpoint, skeleton_of
@@ -160,7 +158,7 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, start: Start, say: C
     for split, documents in texts.items():
         if count := documents.bad["count"]:
             first = documents.bad["first"]
-            say(f"WARNING: corpus, {split}: {count} documents that cannot be read are left out; the first: {first}")
+            say(f"WARNING: corpus, {split}: left out because they cannot be read: {count}; the first: {first}")
     validation = PackedTokens(stream, eos, size, config.max_eval_blocks)
     with bad_input():
         lams = scheduled_lams(config, model, model_config)
@@ -521,7 +519,7 @@ def shared_weights_sha(model: nn.Module) -> str:
     return sha256_tensors((name, value) for name, value in model.named_parameters() if not name.startswith(norms))
 
 
-def check_room(run_dir: Path, model: nn.Module, config: TrainConfig, resumed: bool) -> None:
+def check_space(run_dir: Path, model: nn.Module, config: TrainConfig, resumed: bool) -> None:
     """Refuse a run whose checkpoints have no room on the disk.
 
     Raises:
@@ -530,11 +528,8 @@ def check_room(run_dir: Path, model: nn.Module, config: TrainConfig, resumed: bo
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     kept = config.keep_last + 1 if config.checkpoint_every and not resumed else 1
     needed = 3 * weights * kept + 2 * weights  # AdamW has two numbers for each weight; step 0 and the final model none
-    if (free := shutil.disk_usage(existing_folder(run_dir)).free) < needed:
-        raise UserError(
-            f"run_dir: {run_dir} needs {needed / 1e9:.3g} GB for its checkpoints, {free / 1e9:.3g} GB are free; "
-            "make room or lower keep_last"
-        )
+    with bad_input(OSError):
+        check_disk("run_dir", run_dir, needed, " for its checkpoints", "; make room or lower keep_last")
 
 
 def write_run_files(run_dir: Path, run: Run, accelerator: Accelerator) -> None:

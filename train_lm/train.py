@@ -31,7 +31,7 @@ from .metrics import MetricsFile, check_trackers, start_trackers
 from .prepare import (
     Run,
     check_finished,
-    check_room,
+    check_space,
     note_resume,
     prepare,
     save_model,
@@ -268,7 +268,7 @@ def begin_writing(run_dir: Path, state: State, start: Start, config: TrainConfig
     """
     checkpoint = start.checkpoint()
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
-        check_room(run_dir, state.run.skeleton, config, resumed=checkpoint is not None)
+        check_space(run_dir, state.run.skeleton, config, resumed=checkpoint is not None)
         if checkpoint is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not start.locked:

@@ -25,7 +25,6 @@ from ..files import (
     TOKENIZER_FILES,
     atomic_directory,
     environment_record,
-    existing_folder,
     has_tokenizer,
     name_tokenizer,
     write_json,
@@ -37,7 +36,7 @@ from ..norms import IDENTITY_LAM, NORMS, IBNorm, initial_parameters, norm_name, 
 from ..patching import apply_norm, norm_sites, relative_globs
 from ..reading import reading
 from ..remote_code import add_remote_code
-from ..room import check_model, check_room
+from ..room import check_disk, check_model, check_room
 from .calibrate import Errors, fit_norms, stock_norm
 from .settings import Conversion
 from .weights import INDEX, SINGLE, STORED, Shard, cast, read_shards, rewrite
@@ -206,7 +205,7 @@ def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str,
         raise ValueError("remote_code: got True, but a stock checkpoint needs no code of ours; leave it out")
     change = _changes(found, old, model.config)
     errors = _calibrate(found, model.config, change, wanted) if wanted.init == "calibrate" else None
-    _check_room(target, found, wanted.dtype)
+    check_disk("target", target, 1.01 * _bytes(found, wanted.dtype))
     record = {
         "source": found.title,
         "source_architecture": found.architecture.__name__,
@@ -432,16 +431,13 @@ def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion) 
     return {"tokens": ids.numel(), "sites": errors}
 
 
-def _check_room(target: Path, source: Source, dtype: str | None) -> None:
-    """Raise OSError where the disk has no room for the target."""
-    needed = source.bytes
-    if dtype is not None:
-        sizes = [(entry["data_offsets"], entry["dtype"]) for shard in source.shards for entry in shard.tensors.values()]
-        width = getattr(torch, dtype).itemsize
-        needed = sum((end - begin) // STORED[kind].itemsize * width for (begin, end), kind in sizes if kind in STORED)
-    free = shutil.disk_usage(existing_folder(target)).free
-    if free < 1.01 * needed:
-        raise OSError(f"target: {target} needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+def _bytes(source: Source, dtype: str | None) -> int:
+    """Bytes of the source's tensors in `dtype`, as they are stored where that is None."""
+    if dtype is None:
+        return source.bytes
+    sizes = [(entry["data_offsets"], entry["dtype"]) for shard in source.shards for entry in shard.tensors.values()]
+    width = getattr(torch, dtype).itemsize
+    return sum((end - begin) // STORED[kind].itemsize * width for (begin, end), kind in sizes if kind in STORED)
 
 
 def _write_weights(source: Source, change: Change, folder: Path, dtype: str | None) -> None:

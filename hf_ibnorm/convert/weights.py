@@ -116,8 +116,8 @@ def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     result = value.to(dtype)
     if result.dtype != value.dtype and not result.isfinite().all():
         raise ValueError(
-            f"dtype: got {str(dtype).removeprefix('torch.')}, but {name} has {float(value.abs().max()):g}, and the "
-            f"largest number of that dtype is {torch.finfo(dtype).max:g}"
+            f"dtype: the largest number of {str(dtype).removeprefix('torch.')} is {torch.finfo(dtype).max:g}, "
+            f"but {name} has {float(value.abs().max()):g}"
         )
     return result
 

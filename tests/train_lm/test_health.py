@@ -23,7 +23,7 @@ from hf_ibnorm.data import files
 from train_lm.checkpoint import damage
 from train_lm.config import build_model_config
 from train_lm.data import PackedTokens
-from train_lm.prepare import check_room
+from train_lm.prepare import check_space
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
@@ -302,10 +302,10 @@ def test_room_is_for_the_checkpoints_that_will_be_kept(tmp_path, monkeypatch):
     for free, fits in ((14 * weights, True), (14 * weights - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
         if fits:
-            check_room(tmp_path, model, wanted, resumed=False)
+            check_space(tmp_path, model, wanted, resumed=False)
         else:
             with pytest.raises(UserError, match="lower keep_last"):
-                check_room(tmp_path, model, wanted, resumed=False)
+                check_space(tmp_path, model, wanted, resumed=False)
 
 
 def test_a_file_that_cannot_grow_ends_the_run_and_leaves_no_half_checkpoint(tmp_path):
