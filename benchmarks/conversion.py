@@ -18,8 +18,8 @@ from typing import Any
 
 from page import page
 
+from hf_ibnorm.base.files import write_text
 from hf_ibnorm.convert.report import SOURCE, mean_score, plot
-from hf_ibnorm.files import write_text
 from hf_ibnorm.report.tables import Table
 
 ROOT = Path(__file__).parent.parent

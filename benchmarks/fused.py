@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_ibnorm import apply_norm, norm_sites
-from hf_ibnorm.cli import quiet_libraries
+from hf_ibnorm.base.command import quiet_libraries
 from hf_ibnorm.functional import ib_norm as plain_ib_norm
 from hf_ibnorm.kernels import ib_norm, lacking, normal_norm
 

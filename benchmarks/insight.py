@@ -24,7 +24,7 @@ from hf_ibnorm.analysis.noise import NoiseRobustness
 from hf_ibnorm.analysis.page import qq_panels
 from hf_ibnorm.analysis.pictures import short_site
 from hf_ibnorm.analysis.plane import PlanePoint
-from hf_ibnorm.files import write_json, write_text
+from hf_ibnorm.base.files import write_json, write_text
 from hf_ibnorm.report.tables import Table
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ import csv
 import re
 from pathlib import Path
 
-from hf_ibnorm.files import write_text
+from hf_ibnorm.base.files import write_text
 from hf_ibnorm.report.plots import COLOURS, beside, figure
 from hf_ibnorm.report.tables import Table
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_ibnorm.files import cpu_name, package_versions
+from hf_ibnorm.report.environment import cpu_name, package_versions
 
 
 def machine(packages: tuple[str, ...], repeats: int, device: str = "cpu") -> dict[str, Any]:

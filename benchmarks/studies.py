@@ -33,7 +33,7 @@ from eval.study.report import (
 )
 from eval.study.results import Group, judge
 from eval.study.training import TRAINED, Training
-from hf_ibnorm.files import write_text
+from hf_ibnorm.base.files import write_text
 from hf_ibnorm.report.runs import Run
 from hf_ibnorm.report.tables import Table, csv_text
 

@@ -136,7 +136,7 @@ def loop(shape: str, folder: Path) -> list[float]:
 
 def child(kind: str, shape: str) -> None:
     """Train as `kind` and print the seconds of each step after the first ones."""
-    from hf_ibnorm.cli import quiet_libraries
+    from hf_ibnorm.base.command import quiet_libraries
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +197,7 @@ def start(repeats: int) -> dict[str, Any]:
 
 def pauses() -> None:
     """Print what checkpoints of the 58M model cost training, and their size."""
-    from hf_ibnorm.cli import quiet_libraries
+    from hf_ibnorm.base.command import quiet_libraries
     from train_lm.checkpoint import Checkpointer
     from train_lm.config import read_command_line
     from train_lm.train import State, train

@@ -75,7 +75,7 @@ def overheads(rounds: int, pairs: int = 8, recipe: str = "demo", norms: tuple[st
 
 
 def main() -> None:
-    from hf_ibnorm.cli import quiet_libraries
+    from hf_ibnorm.base.command import quiet_libraries
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4, help="trainings with each norm (default: %(default)s)")

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_ibnorm.cli import OneLineParser, Stopped, UserError, require_extra, run_command
+from hf_ibnorm.base.command import OneLineParser, require_extra, run_command
+from hf_ibnorm.base.errors import Stopped, UserError
 
 from .options import add_settings
 from .study.cli import add_study_verbs
@@ -59,7 +60,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .compare import write_comparison
+    from .page import write_comparison
 
     write_comparison([Path(run) for run in arguments.runs], Path(arguments.output))
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from hf_ibnorm.base.errors import UserError
+from hf_ibnorm.base.files import sha256_file
 from hf_ibnorm.checks import nearest
-from hf_ibnorm.cli import UserError
-from hf_ibnorm.files import sha256_file
 
 from .suites import DEFINED, SUITES, Benchmark, leaves, task_manager, tasks_root
 

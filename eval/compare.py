@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_ibnorm.cli import UserError, bad_input
+from hf_ibnorm.base.errors import UserError
 
 from .harness import Prompting
-from .scoring import DAMAGE, ScoringError, Stratum, independent, score_benchmark, strata
+from .scoring import ScoringError, Stratum, independent, score_benchmark, strata
 from .statistics import LEVEL, TEST_FROM, Pairs, bootstrap_interval, holm, p_of_no_difference, summed
 from .store import benchmarks_of, read_run
 from .suites import Benchmark
@@ -181,24 +181,3 @@ def _told(value: Any) -> str:
     if not isinstance(value, dict):
         return repr(value)
     return ", ".join(f"{name}={each}" for name, each in value.items())
-
-
-def write_comparison(paths: Sequence[Path], output: Path) -> dict[str, list[Difference]]:
-    """Compare runs with the first, print the verdicts, write the table, the forest plot and the page into `output`.
-
-    Returns:
-        The differences by name of the run.
-
-    Raises:
-        UserError: the runs cannot be compared, or the files not be written.
-    """
-    from .page import write_files
-
-    if len(paths) < 2:
-        raise UserError("compare: name two runs or more")
-    runs = [Scored.read(path) for path in paths]
-    benchmarks = comparable(runs)
-    with bad_input(*DAMAGE, about="compare: a result file is damaged: "):
-        found = {run.name: compare(benchmarks, runs[0].results, run.results) for run in runs[1:]}
-    write_files(runs, benchmarks, found, output)
-    return found

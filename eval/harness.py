@@ -14,8 +14,8 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-from hf_ibnorm.cli import UserError
-from hf_ibnorm.files import sha256
+from hf_ibnorm.base.errors import UserError
+from hf_ibnorm.base.files import sha256
 
 from .mirror import is_local, sets_of, told_of
 from .scoring import ScoringError, check_answers

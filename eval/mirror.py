@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 from huggingface_hub.utils import disable_progress_bars
 
-from hf_ibnorm.cli import UserError, bad_input
-from hf_ibnorm.files import atomic_directory, sha256_file, write_json
-from hf_ibnorm.reading import check_form, parse_yaml, read_json, read_text, reading
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import atomic_directory, sha256_file, write_json
+from hf_ibnorm.base.reading import check_form, parse_yaml, read_json, read_text, reading
 from hf_ibnorm.report.tables import Table
 
 from .suites import Benchmark, leaves, task_manager

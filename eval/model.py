@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_ibnorm.cli import UserError, bad_input, quiet_libraries
-from hf_ibnorm.files import sha256, sha256_tensors
-from hf_ibnorm.models import load_tokenizer, load_whole
+from hf_ibnorm.base.command import quiet_libraries
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import sha256, sha256_tensors
+from hf_ibnorm.swap.loading import load_tokenizer, load_whole
 
 
 def processes() -> int:

@@ -7,15 +7,16 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from hf_ibnorm.cli import bad_input
-from hf_ibnorm.files import package_versions, write_json, write_text
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import write_json, write_text
+from hf_ibnorm.report.environment import package_versions
 from hf_ibnorm.report.page import Page
 from hf_ibnorm.report.plots import COLOURS, Estimate, plot_forest
 from hf_ibnorm.report.tables import Table, csv_text, decimals, score_cell
 
-from .compare import BETTER, CHANCE, NOT_TESTED, SAME, WORSE, Difference, Scored
+from .compare import BETTER, CHANCE, NOT_TESTED, SAME, WORSE, Difference, Scored, comparable, compare
 from .harness import Prompting
-from .scoring import score_benchmark
+from .scoring import DAMAGE, score_benchmark
 from .suites import Benchmark
 from .tables import SMOKE
 
@@ -178,3 +179,22 @@ def write_files(
     for line in lines:
         print(line)
     print(f"Page: {output / 'comparison.html'}")
+
+
+def write_comparison(paths: Sequence[Path], output: Path) -> dict[str, list[Difference]]:
+    """Compare runs with the first, print the verdicts, write the table, the forest plot and the page into `output`.
+
+    Returns:
+        The differences by name of the run.
+
+    Raises:
+        UserError: the runs cannot be compared, or the files not be written.
+    """
+    if len(paths) < 2:
+        raise UserError("compare: name two runs or more")
+    runs = [Scored.read(path) for path in paths]
+    benchmarks = comparable(runs)
+    with bad_input(*DAMAGE, about="compare: a result file is damaged: "):
+        found = {run.name: compare(benchmarks, runs[0].results, run.results) for run in runs[1:]}
+    write_files(runs, benchmarks, found, output)
+    return found

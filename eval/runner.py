@@ -13,10 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
-from hf_ibnorm.cli import Stopped, UserError, alone_in, bad_input
-from hf_ibnorm.files import check_new_directory, package_versions, sha256
-from hf_ibnorm.models import find_model
+from hf_ibnorm.base.errors import Stopped, UserError, bad_input
+from hf_ibnorm.base.files import alone_in, check_new_directory, sha256
+from hf_ibnorm.report.environment import package_versions
 from hf_ibnorm.report.tables import score_cell
+from hf_ibnorm.swap.loading import find_model
 
 from .choice import choose, own_files
 from .doctor import CHECKS, Check, check_context, check_model, check_surroundings, failures, outcome

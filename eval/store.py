@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_ibnorm.cli import UserError, bad_input
-from hf_ibnorm.files import atomic_directory, check_new_directory, environment_record, write_json, write_text
-from hf_ibnorm.reading import read_json
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import atomic_directory, check_new_directory, write_json, write_text
+from hf_ibnorm.base.reading import read_json
+from hf_ibnorm.report.environment import environment_record
 from hf_ibnorm.report.tables import csv_text
 
 from .harness import Prompting

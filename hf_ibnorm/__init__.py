@@ -6,8 +6,8 @@ neither torch nor Transformers: public names, and the modules that have them, ar
 
 from typing import TYPE_CHECKING
 
-from . import families, neighbours
 from .base.lazy import on_demand
+from .swap import families, neighbours
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from .norms import IBNorm as IBNorm
     from .norms import LayerNormalNorm as LayerNormalNorm
     from .norms import build_norm as build_norm
-    from .optim import no_decay_parameter_names as no_decay_parameter_names
-    from .optim import set_lam as set_lam
-    from .patching import apply_norm as apply_norm
-    from .patching import norm_sites as norm_sites
-    from .patching import restore_norm as restore_norm
-    from .patching import swapped_norms as swapped_norms
+    from .swap.optim import no_decay_parameter_names as no_decay_parameter_names
+    from .swap.optim import set_lam as set_lam
+    from .swap.patching import apply_norm as apply_norm
+    from .swap.patching import norm_sites as norm_sites
+    from .swap.patching import restore_norm as restore_norm
+    from .swap.patching import swapped_norms as swapped_norms
 
 _HOMES = {
     "configuration_ibnorm": ("IBNormGPT2Config", "IBNormLlamaConfig"),
@@ -58,8 +58,8 @@ _HOMES = {
         "IBNormLlamaModel",
     ),
     "norms": ("NORMS", "DynamicTanh", "IBNorm", "LayerNormalNorm", "build_norm"),
-    "optim": ("no_decay_parameter_names", "set_lam"),
-    "patching": ("apply_norm", "norm_sites", "restore_norm", "swapped_norms"),
+    "swap.optim": ("no_decay_parameter_names", "set_lam"),
+    "swap.patching": ("apply_norm", "norm_sites", "restore_norm", "swapped_norms"),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 if not TYPE_CHECKING:  # a type checker would take every name for one of the package's

@@ -5,7 +5,7 @@ from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
-from hf_ibnorm.families import FAMILIES as REGISTERED
+from hf_ibnorm.swap.families import FAMILIES as REGISTERED
 
 FAMILY = {family.config.stock_model_type: family for family in REGISTERED}
 FAMILIES = tuple(FAMILY)

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-from hf_ibnorm.files import sha256_file
+from hf_ibnorm.base.files import sha256_file
 
 FIRST_COMMIT = "a" * 40
 

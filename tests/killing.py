@@ -27,7 +27,7 @@ from datasets import IterableDataset  # noqa: F401
 
 import train_lm.train
 from hf_ibnorm import load_corpus
-from hf_ibnorm.cli import quiet_libraries
+from hf_ibnorm.base.command import quiet_libraries
 from train_lm.config import read_command_line
 from train_lm.metrics import MEASURED
 

@@ -21,8 +21,8 @@ from eval.study.jobs import work
 from eval.study.plan import parse_study
 from eval.study.report import write_report
 from eval.study.run import run_study
-from hf_ibnorm.cli import UserError
-from hf_ibnorm.files import sha256
+from hf_ibnorm.base.errors import UserError
+from hf_ibnorm.base.files import sha256
 from train_lm.config import read_command_line
 from train_lm.train import train
 

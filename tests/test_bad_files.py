@@ -25,7 +25,7 @@ import train_lm.__main__
 import train_lm.plot
 from eval.runner import run as score
 from eval.study.plan import STUDIES, read_study
-from hf_ibnorm.cli import run_command
+from hf_ibnorm.base.command import run_command
 from train_lm.config import RECIPES
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_ibnorm
 from hf_ibnorm.base import lazy
-from hf_ibnorm.families import FAMILIES as REGISTERED
+from hf_ibnorm.swap.families import FAMILIES as REGISTERED
 
 pytestmark = pytest.mark.oldest
 
@@ -164,7 +164,7 @@ ORDERS = {
     "order", [pytest.param(each, marks=[pytest.mark.slow] * (i > 1)) for i, each in enumerate(ORDERS)]
 )
 def test_auto_classes_know_the_models_in_whatever_order_they_are_imported(order, tiny_config, tmp_path, monkeypatch):
-    from hf_ibnorm.remote_code import add_remote_code
+    from hf_ibnorm.swap.remote_code import add_remote_code
 
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from warm import python
 
 from hf_ibnorm import data
-from hf_ibnorm.cli import Stopped
+from hf_ibnorm.base.errors import Stopped
 from train_lm.config import read_command_line
 from train_lm.metrics import MEASURED, MetricsFile
 from train_lm.train import train

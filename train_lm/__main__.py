@@ -3,7 +3,7 @@
 import sys
 from typing import NoReturn
 
-from hf_ibnorm.cli import quiet_libraries, require_extra, run_command
+from hf_ibnorm.base.command import quiet_libraries, require_extra, run_command
 
 
 def _main() -> None:

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from hf_ibnorm.cli import UserError, bad_input
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import atomic_directory, sha256, sha256_file, write_text
+from hf_ibnorm.base.reading import reading
 from hf_ibnorm.data.files import BadDocument, retried
 from hf_ibnorm.data.tokens import Encoder
-from hf_ibnorm.files import atomic_directory, sha256, sha256_file, write_text
-from hf_ibnorm.reading import reading
 
 from .progress import Told, silent
 

@@ -35,9 +35,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_ibnorm.base.errors import bad_input
+from hf_ibnorm.base.files import atomic_directory, remove, set_aside, write_json, write_text
 from hf_ibnorm.base.manifest import damage, write_manifest
-from hf_ibnorm.cli import bad_input
-from hf_ibnorm.files import atomic_directory, remove, set_aside, write_json, write_text
 
 FORMAT = 1
 METRICS, NORMS = "metrics.jsonl.gz", "norms.jsonl.gz"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.reading import read_yaml, reading
 from hf_ibnorm.checks import LARGEST, check_choice, check_number, nearest
-from hf_ibnorm.cli import UserError, bad_input
-from hf_ibnorm.reading import read_yaml, reading
 from hf_ibnorm.report.runs import HARMLESS, flat_settings
 
 from .idle import refuse_idle

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_ibnorm.base.errors import TryAgain, UserError
+from hf_ibnorm.base.files import sha256, sha256_file
+from hf_ibnorm.base.reading import may_pass, reading, told
 from hf_ibnorm.checks import nearest
-from hf_ibnorm.cli import TryAgain, UserError
 from hf_ibnorm.data import CORPORA, load_corpus
 from hf_ibnorm.data.files import (
     KINDS,
@@ -25,8 +27,6 @@ from hf_ibnorm.data.files import (
     split_of,
     text_of,
 )
-from hf_ibnorm.files import sha256, sha256_file
-from hf_ibnorm.reading import may_pass, reading, told
 
 from .cache import identity, too_many
 from .progress import silent

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ibnorm.cli import TryAgain, UserError
+from hf_ibnorm.base.errors import TryAgain, UserError
+from hf_ibnorm.base.files import sha256
 from hf_ibnorm.data.files import WAITS, BadDocument, wait_or_raise
 from hf_ibnorm.data.tokens import Encoder
-from hf_ibnorm.files import sha256
 
 from .cache import take_chunk, too_many
 from .corpus import Documents

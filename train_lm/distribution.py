@@ -28,7 +28,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 
 from . import zero
 from .config import TrainConfig

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.data import CORPORA
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from transformers.utils import cached_file
 
 from hf_ibnorm.convert.checkpoint import lost_text
 from hf_ibnorm.convert.weights import Shard, read_shards
-from hf_ibnorm.families import Family
 from hf_ibnorm.modeling_ibnorm import build_site
-from hf_ibnorm.models import load
+from hf_ibnorm.swap.families import Family
+from hf_ibnorm.swap.loading import load
 
 
 def norms_of(family: Family, where: str) -> dict[str, nn.Module]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_ibnorm.room import check_model
+from hf_ibnorm.base.room import check_model
 
 from .config import TrainConfig, build_model_config
 from .distillation import Teacher

@@ -13,8 +13,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, get_available_trackers
 
-from hf_ibnorm.cli import UserError, bad_input
-from hf_ibnorm.files import write_bytes, write_text
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import write_bytes, write_text
 from hf_ibnorm.report.runs import flat_settings
 
 from .config import TrainConfig

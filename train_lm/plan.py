@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hf_ibnorm.base.command import OneLineParser, quiet_libraries, require_extra, run_command
+from hf_ibnorm.base.errors import bad_input
 from hf_ibnorm.checks import check_number, nearest
-from hf_ibnorm.cli import OneLineParser, bad_input, quiet_libraries, require_extra, run_command
 from hf_ibnorm.report.tables import Table
 
 from .config import RECIPES, TrainConfig, read_command_line

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import NoReturn
 
-from hf_ibnorm.cli import OneLineParser, UserError, bad_input, require_extra, run_command
+from hf_ibnorm.base.command import OneLineParser, require_extra, run_command
+from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.report.plots import plot_runs
 from hf_ibnorm.report.runs import Run
 

@@ -19,26 +19,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_ibnorm import IBNorm
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import atomic_directory, sha256, sha256_tensors, write_json, write_text
 from hf_ibnorm.base.manifest import is_absent, write_manifest
-from hf_ibnorm.cli import UserError, bad_input
+from hf_ibnorm.base.reading import read_json
+from hf_ibnorm.base.room import check_disk, check_model
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
 from hf_ibnorm.data.tokens import Encoder
-from hf_ibnorm.families import FAMILIES, Family
-from hf_ibnorm.files import (
-    atomic_directory,
-    environment_record,
-    has_tokenizer,
-    numerics_record,
-    sha256,
-    sha256_tensors,
-    write_json,
-    write_text,
-)
 from hf_ibnorm.modeling_ibnorm import is_norm
-from hf_ibnorm.models import load
 from hf_ibnorm.norms import IDENTITY_LAM, norm_name
-from hf_ibnorm.reading import read_json
-from hf_ibnorm.room import check_disk, check_model
+from hf_ibnorm.report.environment import environment_record, numerics_record
+from hf_ibnorm.swap.families import FAMILIES, Family
+from hf_ibnorm.swap.loading import has_tokenizer, load
 
 from .cache import Cache, encode_all
 from .checkpoint import Checkpoint, skeleton_of

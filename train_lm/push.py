@@ -14,10 +14,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from hf_ibnorm.base.command import OneLineParser, quiet_libraries, require_extra, run_command
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import write_text
 from hf_ibnorm.base.manifest import MANIFEST
-from hf_ibnorm.cli import OneLineParser, UserError, bad_input, quiet_libraries, require_extra, run_command
-from hf_ibnorm.files import write_text
-from hf_ibnorm.reading import read_json
+from hf_ibnorm.base.reading import read_json
 from hf_ibnorm.report.card import model_card
 from hf_ibnorm.report.plots import plot_losses
 from hf_ibnorm.report.runs import Run, read_scores

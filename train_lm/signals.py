@@ -7,7 +7,7 @@ from threading import current_thread, main_thread
 from types import FrameType, TracebackType
 from typing import Any
 
-from hf_ibnorm.cli import Stopped
+from hf_ibnorm.base.errors import Stopped
 
 _ORDERS = (signal.SIGTERM, signal.SIGINT)
 _WARNINGS = (signal.SIGHUP, signal.SIGUSR1)

@@ -1,6 +1,6 @@
 """Sizes of a run that this machine cannot hold, refused before any text is read."""
 
-from hf_ibnorm.room import check_room
+from hf_ibnorm.base.room import check_room
 
 from .config import TrainConfig
 

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from hf_ibnorm.base.errors import TryAgain, UserError, bad_input
+from hf_ibnorm.base.files import alone_in, atomic_directory, check_new_directory, sha256_tensors
 from hf_ibnorm.base.manifest import MANIFEST, damage
-from hf_ibnorm.cli import TryAgain, UserError, alone_in, bad_input
-from hf_ibnorm.files import atomic_directory, check_new_directory, sha256_tensors
-from hf_ibnorm.reading import read_yaml
+from hf_ibnorm.base.reading import read_yaml
 
 from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_checkpoint, steps_in
 from .config import TrainConfig

@@ -9,9 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_ibnorm.cli import UserError
-from hf_ibnorm.files import TOKENIZER_FILES, has_tokenizer
-from hf_ibnorm.models import load
+from hf_ibnorm.base.errors import UserError
+from hf_ibnorm.swap.loading import TOKENIZER_FILES, has_tokenizer, load
 
 END_OF_TEXT = "<|endoftext|>"
 _SENTINEL = re.compile(r"<extra_id_\d+>")

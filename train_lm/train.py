@@ -18,10 +18,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_ibnorm.cli import Stopped, UserError, bad_input, require_extra
-from hf_ibnorm.files import cpu_name, sha256
-from hf_ibnorm.optim import no_decay_parameter_names
+from hf_ibnorm.base.command import require_extra
+from hf_ibnorm.base.errors import Stopped, UserError, bad_input
+from hf_ibnorm.base.files import sha256
+from hf_ibnorm.report.environment import cpu_name
 from hf_ibnorm.report.runs import SKIPPED_SHARE
+from hf_ibnorm.swap.optim import no_decay_parameter_names
 
 from .checkpoint import Checkpointer, Snapshot
 from .config import TrainConfig, build_model_config

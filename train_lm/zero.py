@@ -17,7 +17,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor
 
-from hf_ibnorm.cli import UserError, require_extra
+from hf_ibnorm.base.command import require_extra
+from hf_ibnorm.base.errors import UserError
 
 from .config import TrainConfig
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_ibnorm.cli import OneLineParser, Stopped, UserError
+from hf_ibnorm.base.command import OneLineParser
+from hf_ibnorm.base.errors import Stopped, UserError
 
 from ..options import positive
 from .plan import shipped_studies

@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from hf_ibnorm.cli import OneLineParser, UserError, alone_in, bad_input
-from hf_ibnorm.families import FAMILIES
-from hf_ibnorm.files import atomic_directory, check_new_directory, sha256, write_json, write_text
-from hf_ibnorm.reading import read_json, reading
+from hf_ibnorm.base.command import OneLineParser
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import alone_in, atomic_directory, check_new_directory, sha256, write_json, write_text
+from hf_ibnorm.base.reading import read_json, reading
+from hf_ibnorm.swap.families import FAMILIES
 
 from ..choice import choose
 from ..options import add_settings

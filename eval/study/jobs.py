@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from hf_ibnorm.cli import STOPPED as STOPPED_CODE
-from hf_ibnorm.cli import UserError, bad_input, require_extra
-from hf_ibnorm.files import write_json
+from hf_ibnorm.base.command import require_extra
+from hf_ibnorm.base.errors import STOPPED as STOPPED_CODE
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import write_json
 
 from .folder import Job
 from .training import DIVERGED, FAILURE, read_training

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_ibnorm.files import write_text
+from hf_ibnorm.base.files import write_text
 from hf_ibnorm.report.page import Page
 from hf_ibnorm.report.tables import Table
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.reading import read_text, read_yaml, reading
 from hf_ibnorm.checks import check_number, nearest
-from hf_ibnorm.cli import UserError, bad_input
-from hf_ibnorm.reading import read_text, read_yaml, reading
 
 STUDIES = Path(__file__).parents[1] / "studies"
 VALIDATION = "eval_loss"

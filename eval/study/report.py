@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from hf_ibnorm.cli import UserError, bad_input
-from hf_ibnorm.files import sha256, write_text
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import sha256, write_text
 from hf_ibnorm.report.tables import Table, csv_text, decimals
 
 from ..compare import BETTER, SAME, WORSE

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
-from hf_ibnorm.cli import Stopped, UserError
+from hf_ibnorm.base.errors import Stopped, UserError
 
 from .folder import Folder
 from .jobs import Ending, Executor, Job, outcome_of

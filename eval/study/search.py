@@ -5,9 +5,10 @@ from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
-from hf_ibnorm.cli import UserError, require_extra
-from hf_ibnorm.files import write_json
-from hf_ibnorm.reading import read_json
+from hf_ibnorm.base.command import require_extra
+from hf_ibnorm.base.errors import UserError
+from hf_ibnorm.base.files import write_json
+from hf_ibnorm.base.reading import read_json
 
 from .folder import Folder, searched_arm
 from .jobs import Executor, outcome_of

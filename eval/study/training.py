@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hf_ibnorm.reading import read_json
+from hf_ibnorm.base.reading import read_json
 from hf_ibnorm.report.runs import SKIPPED_SHARE, Run, read_scores
 
 from ..store import read_manifest

@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..cli import UserError, bad_input, quiet_libraries
+from ..base.command import quiet_libraries
+from ..base.errors import UserError, bad_input
 
 _OF_A_PART = {
     "normality": ("rows",),

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..base.command import require_extra
 from ..checks import check_number
-from ..cli import require_extra
 
 KSG_DIMENSIONS = 4
 NEIGHBOURS = 3

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..base.command import require_extra
 from ..checks import MOST_TOKENS, check_choice, check_number
-from ..cli import require_extra
 from ..norms import LayerNormalNorm
 from .noise import DELTA, noise_robustness
 from .normality import lambda_against_likelihood, measure_normality, qq

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..base.command import require_extra
 from ..checks import check_number
-from ..cli import require_extra
 from ..functional import newton_lambda
 
 LEAST_SAMPLE = 20

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..bare import is_known
 from ..modeling_ibnorm import is_norm
-from ..patching import norm_sites
+from ..swap.patching import norm_sites
 
 AT_ONCE = 2048
 """Tokens of a forward pass, about."""

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..base.room import check_room
 from ..checks import check_number
-from ..models import checkpoints_of, load
 from ..report.tables import Table
-from ..room import check_room
+from ..swap.loading import checkpoints_of, load
 from .information import HALVES, KSG, RENYI, SHUFFLES, Draws, Estimate, draw, summary
 from .noise import chosen_norms, evaluating
 

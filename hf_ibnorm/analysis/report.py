@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
+from ..base.command import require_extra
+from ..base.errors import UserError, bad_input
+from ..base.files import atomic_directory, check_new_directory, sha256, write_json, write_text
 from ..checks import LARGEST, MOST_TOKENS, check_number
-from ..cli import UserError, bad_input, require_extra
 from ..data import CORPORA
 from ..data.text import SEQUENCE, Text, draw_text
-from ..files import atomic_directory, check_new_directory, environment_record, sha256, write_json, write_text
-from ..models import checkpoints_of, find_model, load_tokenizer, load_whole
+from ..report.environment import environment_record
 from ..report.runs import Run
 from ..report.tables import csv_text
+from ..swap.loading import checkpoints_of, find_model, load_tokenizer, load_whole
 from .model import PARTS, PLACES, Measuring, analyze_model, plane_options, spaced
 from .normality import OF_CHANNELS, OF_PAIRS
 from .page import UNKNOWN, draw, page

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..files import sha256, sha256_file, write_text
+from .files import sha256, sha256_file, write_text
 
 MANIFEST = "manifest.json"
 

@@ -17,26 +17,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from ..base.files import atomic_directory, write_json, write_text
 from ..base.manifest import MANIFEST
+from ..base.reading import reading
+from ..base.room import check_disk, check_model, check_room
 from ..configuration_ibnorm import NORM_FIELDS
 from ..data.text import draw_text
-from ..families import FAMILIES, Family
-from ..files import (
-    TOKENIZER_FILES,
-    atomic_directory,
-    environment_record,
-    has_tokenizer,
-    name_tokenizer,
-    write_json,
-    write_text,
-)
 from ..modeling_ibnorm import agree, build_site, norms_with_lam
-from ..models import check_tokenizer, load
 from ..norms import IDENTITY_LAM, NORMS, IBNorm, initial_parameters, norm_name, resolve_norm_kwargs
-from ..patching import apply_norm, norm_sites, relative_globs
-from ..reading import reading
-from ..remote_code import add_remote_code
-from ..room import check_disk, check_model, check_room
+from ..report.environment import environment_record
+from ..swap.families import FAMILIES, Family
+from ..swap.loading import TOKENIZER_FILES, check_tokenizer, has_tokenizer, load, name_tokenizer
+from ..swap.patching import apply_norm, norm_sites, relative_globs
+from ..swap.remote_code import add_remote_code
 from .calibrate import Errors, fit_norms, stock_norm
 from .settings import Conversion
 from .weights import INDEX, SINGLE, STORED, Shard, cast, read_shards, rewrite

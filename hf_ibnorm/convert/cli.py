@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..cli import OneLineParser, UserError, bad_input, quiet_libraries
+from ..base.command import OneLineParser, quiet_libraries
+from ..base.errors import UserError, bad_input
 from .settings import DATA, DTYPES, INITS, NAME, SOURCE, TOKENS, Conversion
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..bare import without_affine
 from ..data.text import Text
-from ..patching import norm_sites
+from ..swap.patching import norm_sites
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..base.files import atomic_directory, check_new_directory, write_json, write_text
 from ..checks import MOST_TOKENS, check_number
 from ..data.text import LEAST, Text, draw_text
-from ..files import atomic_directory, check_new_directory, environment_record, write_json, write_text
-from ..models import load
+from ..report.environment import environment_record
 from ..report.runs import read_scores
 from ..report.tables import Table, csv_text, score_cell
+from ..swap.loading import load
 from .checkpoint import Source, card_text, convert_source, read_source
 from .measure import measure
 from .settings import DATA, NAME, SOURCE, TOKENS, Conversion

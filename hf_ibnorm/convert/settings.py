@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base.files import check_new_directory
 from ..checks import MOST_TOKENS, check_choice, check_number
-from ..files import check_new_directory
 
 INITS = ("keep", "identity", "calibrate")
 DTYPES = ("float32", "bfloat16", "float16")

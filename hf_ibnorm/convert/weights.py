@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..reading import read_json, reading
+from ..base.reading import read_json, reading
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

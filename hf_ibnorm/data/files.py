@@ -21,8 +21,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..cli import TryAgain, UserError, require_extra
-from ..reading import reading, told
+from ..base.command import require_extra
+from ..base.errors import TryAgain, UserError
+from ..base.reading import reading, told
 
 T = TypeVar("T")
 KINDS = (".txt", ".jsonl", ".parquet")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cli import TryAgain, UserError
+from ..base.errors import TryAgain, UserError
 from . import CORPORA, load_corpus
 from .files import BadDocument, read_file, retried
 from .tokens import Encoder, begins_texts

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from ..cli import OneLineParser, bad_input, require_extra, run_command
-from ..files import write_text
+from ..base.command import OneLineParser, require_extra, run_command
+from ..base.errors import bad_input
+from ..base.files import write_text
 from .plots import plot_losses
 from .runs import Run, comparison, fairness
 

@@ -13,7 +13,7 @@ from statistics import median
 from textwrap import wrap
 from typing import Any
 
-from ..files import write_bytes
+from ..base.files import write_bytes
 from .runs import Run, labels
 
 WIDTH = 10.0

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cli import UserError
-from ..reading import check_form, read_json, read_text, read_yaml, reading
+from ..base.errors import UserError
+from ..base.reading import check_form, read_json, read_text, read_yaml, reading
 from .tables import Table, score_cell
 
 HARMLESS = frozenset(

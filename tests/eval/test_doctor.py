@@ -17,7 +17,7 @@ from eval.harness import Prompting, _measure
 from eval.model import load_model
 from eval.runner import run
 from eval.suites import SUITES
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 
 
 def doctor(command, model, suite, *words):

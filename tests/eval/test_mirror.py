@@ -13,7 +13,7 @@ from eval.__main__ import main
 from eval.harness import data_from, load_tasks
 from eval.mirror import DataSet, problems, sets_of
 from eval.suites import SUITES
-from hf_ibnorm.files import sha256_file
+from hf_ibnorm.base.files import sha256_file
 
 ROOT = Path(__file__).parents[2]
 GATED = "Idavidrein/gpqa"

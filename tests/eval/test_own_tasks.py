@@ -8,7 +8,7 @@ import pytest
 
 from eval.__main__ import main
 from eval.runner import run
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 
 CHOICE = """\
 task: {name}

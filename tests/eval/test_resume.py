@@ -20,7 +20,7 @@ from eval.__main__ import main
 from eval.model import fingerprint, load_model
 from eval.runner import run
 from eval.store import still_missing
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

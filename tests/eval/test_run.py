@@ -21,7 +21,7 @@ from eval.scoring import ScoringError
 from eval.suites import MULTIPLE_CHOICE, SUITES, embedded_rows
 from eval.tables import SMOKE
 from hf_ibnorm import load_corpus
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from studying import ask, study
 import eval.study.folder
 from eval.study.folder import Folder, study_from
 from eval.study.plan import Cell, flag_words, read_study, shipped_studies
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 from train_lm.config import build_model_config, read_command_line
 
 PAGE = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from eval.study.plan import read_study
 from eval.study.results import BASELINE, NO_BASELINE, ONE_SEED, REFUSED, UNFINISHED, Group
 from eval.study.status import print_status
 from eval.study.training import DIVERGED, FAILED, TRAINED, Training, mean_losses
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.report.runs import Run
 
 ALIAS = {"norm": "rmsnorm", "name": "another name"}

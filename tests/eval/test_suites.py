@@ -13,7 +13,7 @@ from eval.harness import _task_hash, data_from, load_tasks
 from eval.model import load_model
 from eval.runner import run
 from eval.suites import SUITES, task_manager
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 
 SIZES = {"arc_challenge": 1, "mmlu": 57, "leaderboard_bbh": 24, "leaderboard_math_hard": 7, "leaderboard_gpqa": 3}
 

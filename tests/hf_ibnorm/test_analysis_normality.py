@@ -10,10 +10,11 @@ import scipy.stats
 import torch
 
 import hf_ibnorm.analysis
-from hf_ibnorm import LayerNormalNorm, cli
+from hf_ibnorm import LayerNormalNorm
 from hf_ibnorm.analysis import SiteStatistics, lambda_against_likelihood, measure_normality, qq
 from hf_ibnorm.analysis.normality import OF_CHANNELS, OF_PAIRS, adjusted_mutual_information, anderson_darling
 from hf_ibnorm.analysis.sites import without_affine
+from hf_ibnorm.base import command, errors
 
 ROWS = 2000
 MEASURES = (*OF_CHANNELS, *OF_PAIRS)
@@ -190,9 +191,9 @@ def test_a_watched_sample_goes_straight_in():
 
 
 def test_a_missing_extra_is_one_line(monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda module: None if module == "pingouin" else True)
+    monkeypatch.setattr(command, "find_spec", lambda module: None if module == "pingouin" else True)
     for function in (measure_normality, lambda_against_likelihood, qq):
-        with pytest.raises(cli.UserError, match=r"^pingouin not installed: pip install 'hf_ibnorm\[analysis\]'$"):
+        with pytest.raises(errors.UserError, match=r"^pingouin not installed: pip install 'hf_ibnorm\[analysis\]'$"):
             function(torch.zeros(30, 30))
 
 

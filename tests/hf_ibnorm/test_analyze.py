@@ -28,7 +28,8 @@ from transformers import (
 from hf_ibnorm import apply_norm
 from hf_ibnorm.analysis import analyze, lambda_against_likelihood, measure_normality, noise_robustness, page, watch
 from hf_ibnorm.analysis.model import PARTS, Measuring, analyze_model
-from hf_ibnorm.cli import UserError, main
+from hf_ibnorm.base.errors import UserError
+from hf_ibnorm.cli import main
 from hf_ibnorm.data.text import draw_text
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
@@ -399,6 +400,6 @@ def test_a_model_without_known_norms_is_refused(folder, command, tmp_path):
 
 
 def test_without_the_extra_there_is_one_line(folder, command, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_ibnorm.cli.find_spec", lambda name: None if name == "pingouin" else object())
+    monkeypatch.setattr("hf_ibnorm.base.command.find_spec", lambda name: None if name == "pingouin" else object())
     code, _, err = command(main, "analyze", "--model", str(folder), "--output", str(tmp_path / "out"))
     assert (code, err) == (2, "error: pingouin not installed: pip install 'hf_ibnorm[analysis]'\n")

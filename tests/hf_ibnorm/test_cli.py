@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from hf_ibnorm.cli import PATIENCE, STOPPED, TryAgain, main, run_command
+from hf_ibnorm.base.command import PATIENCE, run_command
+from hf_ibnorm.base.errors import STOPPED, TryAgain
+from hf_ibnorm.cli import main
 
 
 def test_env_prints_what_a_bug_report_needs():
@@ -57,7 +59,7 @@ def test_what_may_pass_by_itself_is_one_line_and_exit_75(capsys):
 
 def test_of_several_processes_the_first_says_what_is_wrong_and_the_others_let_it(command, monkeypatch):
     waited = []
-    monkeypatch.setattr("hf_ibnorm.cli.time.sleep", waited.append)
+    monkeypatch.setattr("hf_ibnorm.base.command.time.sleep", waited.append)
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         code, out, err = command(main, "enw")

@@ -19,7 +19,7 @@ from helpers import FAMILIES, FAMILY, STOCK_NORM, smoothed_loss, tokens
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_ibnorm import apply_norm
-from hf_ibnorm.families import FAMILIES as REGISTERED
+from hf_ibnorm.swap.families import FAMILIES as REGISTERED
 
 pytestmark = pytest.mark.oldest
 
@@ -102,8 +102,8 @@ def test_every_place_that_names_llama_or_gpt2_was_decided():
                 elif not re.fullmatch(DECIDED.get(file, "-"), name):
                     undecided.append(f"{file}, {name or 'imports'}: {', '.join(sorted(words))}")
     assert not undecided, (
-        "these places know the stock models and not ours; enter ours (hf_ibnorm/families.py) and the place in ENTERED, "
-        "or say in DECIDED why not:\n" + "\n".join(undecided)
+        "these places know the stock models and not ours; enter ours (hf_ibnorm/swap/families.py) and the place in "
+        "ENTERED, or say in DECIDED why not:\n" + "\n".join(undecided)
     )
     assert len(tables["transformers/models/auto/modeling_auto.py"]) >= 6  # or it looks where nothing is
     assert len(tables["peft/utils/constants.py"]) >= 6

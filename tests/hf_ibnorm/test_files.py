@@ -8,16 +8,8 @@ import pytest
 import torch
 
 import hf_ibnorm
-from hf_ibnorm.files import (
-    atomic_directory,
-    check_new_directory,
-    environment_record,
-    numerics_record,
-    sha256,
-    sha256_tensors,
-    write_json,
-    write_text,
-)
+from hf_ibnorm.base.files import atomic_directory, check_new_directory, sha256, sha256_tensors, write_json, write_text
+from hf_ibnorm.report.environment import environment_record, numerics_record
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_ibnorm import IBNorm, norm_sites, set_lam
-from hf_ibnorm.models import load_whole
+from hf_ibnorm.swap.loading import load_whole
 
 pytestmark = pytest.mark.oldest
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from hf_ibnorm.cli import UserError
-from hf_ibnorm.reading import check_form, read_json, read_text, read_yaml, reading
+from hf_ibnorm.base.errors import UserError
+from hf_ibnorm.base.reading import check_form, read_json, read_text, read_yaml, reading
 
 # Nine lines that stand for 10⁹ values.
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))

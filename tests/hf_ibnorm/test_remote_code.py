@@ -13,7 +13,7 @@ from helpers import FAMILIES, FAMILY, FINAL, build, shake, smoothed_loss, tokens
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from hf_ibnorm.remote_code import add_remote_code
+from hf_ibnorm.swap.remote_code import add_remote_code
 
 pytestmark = pytest.mark.oldest
 

@@ -7,8 +7,9 @@ import torch
 
 import hf_ibnorm.cli
 import train_lm.__main__
-from hf_ibnorm.cli import UserError, run_command
-from hf_ibnorm.room import check_room, machine_memory
+from hf_ibnorm.base.command import run_command
+from hf_ibnorm.base.errors import UserError
+from hf_ibnorm.base.room import check_room, machine_memory
 
 TRAIN = ("--config", "tiny", "--run_dir", "NEW", "--max_steps", "1", "--warmup_steps", "0", "--log_with", "[]")
 

@@ -13,10 +13,10 @@ import pytest
 import requests
 import zstandard
 
-from hf_ibnorm.cli import TryAgain, UserError
+from hf_ibnorm.base.errors import TryAgain, UserError
+from hf_ibnorm.base.reading import may_pass
 from hf_ibnorm.data import files
 from hf_ibnorm.data.files import BadDocument, find_files, read_file, retried
-from hf_ibnorm.reading import may_pass
 
 PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
 BOM = b"\xef\xbb\xbf"

@@ -7,8 +7,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from hf_ibnorm import apply_norm, convert_checkpoint
-from hf_ibnorm.models import load_tokenizer
-from hf_ibnorm.remote_code import add_remote_code
+from hf_ibnorm.swap.loading import load_tokenizer
+from hf_ibnorm.swap.remote_code import add_remote_code
 from train_lm.tokenizer import load_tokenizer as tokenizer_to_train_with
 
 pytestmark = pytest.mark.oldest

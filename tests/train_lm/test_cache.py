@@ -15,9 +15,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
+from hf_ibnorm.base.files import sha256_file
 from hf_ibnorm.data.tokens import Encoder
-from hf_ibnorm.files import sha256_file
 from train_lm.cache import Cache, encode_all
 from train_lm.corpus import Files, HeldOut
 from train_lm.progress import Told

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from training import result, run, run_on_pages, small_corpus, steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 from train_lm.checkpoint import (
     Checkpointer,
     Snapshot,

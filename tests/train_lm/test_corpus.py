@@ -13,10 +13,10 @@ import pytest
 import zstandard
 from datasets import Dataset, DatasetDict
 
-from hf_ibnorm.cli import TryAgain, UserError
+from hf_ibnorm.base.errors import TryAgain, UserError
+from hf_ibnorm.base.files import sha256_file
 from hf_ibnorm.data import files, load_corpus
 from hf_ibnorm.data.files import PIECE, read_file
-from hf_ibnorm.files import sha256_file
 from train_lm.corpus import CorpusOptions, Files, HeldOut, Texts, open_corpus, overlap
 
 ODD = [

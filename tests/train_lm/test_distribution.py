@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from training import config, killed, metrics, result, run, small_corpus, steps, without_timing
 from transformers import AutoModelForCausalLM
 
+from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.base.manifest import damage
-from hf_ibnorm.cli import UserError
-from hf_ibnorm.optim import no_decay_parameter_names
+from hf_ibnorm.swap.optim import no_decay_parameter_names
 from train_lm.distribution import make_accelerator, sharding
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)

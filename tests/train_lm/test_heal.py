@@ -13,7 +13,7 @@ from training import config, metrics, result, run, run_stopped, small_corpus
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_ibnorm import convert_checkpoint
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.report.card import model_card
 from hf_ibnorm.report.runs import Run
 from train_lm import zero

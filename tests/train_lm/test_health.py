@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from warm import python
 
 import train_lm.train
-from hf_ibnorm.cli import BAD_INPUT, STOPPED, Stopped, TryAgain, UserError
+from hf_ibnorm.base.errors import BAD_INPUT, STOPPED, Stopped, TryAgain, UserError
 from hf_ibnorm.data import files
 from train_lm.checkpoint import damage
 from train_lm.config import build_model_config

@@ -3,7 +3,7 @@
 import pytest
 from training import small_corpus  # noqa: F401
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 from train_lm.config import RECIPES, read_command_line, shipped_recipes
 from train_lm.train import train
 

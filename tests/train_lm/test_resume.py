@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from warm import python
 
 import train_lm.train
-from hf_ibnorm.cli import STOPPED, Stopped, UserError
+from hf_ibnorm.base.errors import STOPPED, Stopped, UserError
 from train_lm.config import changed_fields
 from train_lm.metrics import MetricsFile
 from train_lm.push import push
@@ -261,7 +261,7 @@ def test_changed_text_is_refused(straight, monkeypatch):
 
 @pytest.mark.parametrize("field", ["norm_backend", "device", "torch", "threads"])
 def test_a_changed_backend_refuses_exact_resume_and_inexact_goes_on(straight, monkeypatch, field):
-    from hf_ibnorm.files import numerics_record
+    from hf_ibnorm.report.environment import numerics_record
 
     cut = cut_short(straight, "step-10")
     monkeypatch.setattr("train_lm.prepare.numerics_record", lambda: {**numerics_record(), field: "other"})

@@ -12,9 +12,9 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 
-from hf_ibnorm.cli import TryAgain, UserError
+from hf_ibnorm.base.errors import TryAgain, UserError
+from hf_ibnorm.base.files import sha256_file
 from hf_ibnorm.data.tokens import Encoder
-from hf_ibnorm.files import sha256_file
 from train_lm.corpus import CorpusOptions, Files, Named, Texts, open_corpus
 from train_lm.data import Layout, StreamedData
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.data.tokens import Encoder
 from train_lm.tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
 

@@ -18,7 +18,7 @@ from training import config, metrics, small_corpus, without_timing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warm import python
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.data.tokens import Encoder
 from train_lm.__main__ import main
 from train_lm.config import RECIPES, ModelConfig, TrainConfig, build_model_config, read_command_line, shipped_recipes

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training import config, metrics, run, run_stopped, small_corpus
 from transformers import AutoModelForCausalLM
 
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 from train_lm.config import build_model_config
 from train_lm.plot import main as plot
 from train_lm.throughput import flops_per_token, peak_flops

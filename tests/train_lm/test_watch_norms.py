@@ -12,7 +12,7 @@ from training import result, run, run_on_pages, run_stopped, small_corpus
 from transformers import AutoModelForCausalLM
 
 from hf_ibnorm.analysis import watch
-from hf_ibnorm.cli import UserError
+from hf_ibnorm.base.errors import UserError
 from train_lm.metrics import MetricsFile
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)

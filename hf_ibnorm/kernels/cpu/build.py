@@ -39,7 +39,7 @@ def flags() -> list[str]:
 def key() -> str:
     """Name of the build that this source, torch and processor need."""
     # From the package's own files only when it is asked for: they import this package.
-    from ...files import sha256
+    from ...base.files import sha256
 
     abi = f"{torch.compiled_with_cxx11_abi()}"
     return sha256([torch.__version__, abi, torch.backends.cpu.get_cpu_capability(), *flags(), SOURCE.read_bytes()])[:16]
@@ -119,11 +119,11 @@ def _try(library: Path) -> None:
     """Raise BuildError unless the library agrees with the formulas on a small input."""
     from ...functional import ib_norm
     from ..options import IBNormOptions
-    from . import Library
+    from .library import Library
 
     x = torch.linspace(-3, 3, 2 * 37).reshape(2, 37)
     try:
-        made = Library(ctypes.CDLL(str(library)))
+        made = Library(ctypes.CDLL(str(library)), key())
     except (OSError, AttributeError) as error:
         raise BuildError(f"the library just compiled cannot be loaded: {error}") from None
     y, _ = made.forward(x, None, None, IBNormOptions(torch.tensor(2.0), "T", "raw", "layer", "compress_first", 1e-6))

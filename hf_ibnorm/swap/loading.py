@@ -1,14 +1,17 @@
 """Language models found on disk or on the Hub, and loaded whole or refused."""
 
+import json
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .cli import UserError, bad_input, quiet_libraries
-from .reading import reading, told
-from .room import check_model
+from ..base.command import quiet_libraries
+from ..base.errors import UserError, bad_input
+from ..base.files import write_json
+from ..base.reading import reading, told
+from ..base.room import check_model
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -154,3 +157,36 @@ def _is_mask(path: Path, name: str) -> bool:
                     shape = tensors.get_slice(key).get_shape()
                     return not shape or (len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3])
     return False
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+"""One of which every tokenizer has that Transformers saves."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model directory has a tokenizer; some releases of Transformers make an empty one otherwise."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def name_tokenizer(folder: Path, name: str | None) -> None:
+    """Let the tokenizer in a model directory name its class, where neither it nor the model's config does.
+
+    Transformers would choose by the model type: the stock one's files may rest on that, as the Hub's gpt2 does.
+
+    Args:
+        folder: with a `config.json`; one without a tokenizer is left alone.
+        name: the class Transformers has for the stock model type; None for the general one, which needs no name.
+
+    Raises:
+        ValueError: tokenizer_config.json or config.json is no JSON object.
+    """
+    fields = {}
+    for file in ("config.json", "tokenizer_config.json"):  # in this order: what is written is the last
+        content = (folder / file).read_text(encoding="utf-8") if (folder / file).is_file() else "{}"
+        if not isinstance(found := json.loads(content), dict):
+            raise ValueError(f"{file}: {folder / file} must hold a JSON object")
+        fields[file] = found
+    if name and has_tokenizer(folder) and not any(each.get("tokenizer_class") for each in fields.values()):
+        write_json(folder / "tokenizer_config.json", {**fields["tokenizer_config.json"], "tokenizer_class": name})

@@ -10,13 +10,14 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .base.lazy import after_import
+from ..base.lazy import after_import
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .configuration_ibnorm import NormConfigMixin
+    from ..configuration_ibnorm import NormConfigMixin
 
+PACKAGE = "hf_ibnorm"
 MODEL_TYPE_PREFIX = "ibnorm_"
 
 
@@ -47,12 +48,12 @@ class Family:
     @property
     def config(self) -> type["NormConfigMixin"]:
         """Its config's class."""
-        return getattr(import_module(".configuration_ibnorm", __package__), self.config_name)
+        return getattr(import_module(f"{PACKAGE}.configuration_ibnorm"), self.config_name)
 
     @property
     def classes(self) -> tuple[type["PreTrainedModel"], ...]:
         """Its models' classes, the base model's first, the language model's second."""
-        modeling = import_module(f".modeling_ibnorm_{self.stock_model_type}", __package__)
+        modeling = import_module(f"{PACKAGE}.modeling_ibnorm_{self.stock_model_type}")
         return tuple(getattr(modeling, name) for name in self.names.values())
 
     @property
@@ -137,7 +138,7 @@ def _register_configs(auto: ModuleType) -> None:
     for family in FAMILIES:
         titles[family.model_type] = family.config_name
         table._mapping[family.model_type] = family.config_name
-        table._modules[auto.model_type_to_module_name(family.model_type)] = sys.modules[__package__]
+        table._modules[auto.model_type_to_module_name(family.model_type)] = sys.modules[PACKAGE]
         # The class of a checkpoint that carries its code, loaded before this package was: it would come first.
         table._extra_content.pop(family.model_type, None)
 
@@ -161,4 +162,4 @@ def _enter(table: Any, family: Family, name: str | None) -> None:
     if name is not None:
         table._model_mapping[family.model_type] = name
         table._reverse_config_mapping[family.config_name] = family.model_type
-        table._modules[model_type_to_module_name(family.model_type)] = sys.modules[__package__]
+        table._modules[model_type_to_module_name(family.model_type)] = sys.modules[PACKAGE]

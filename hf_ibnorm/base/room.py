@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .cli import UserError
+from .errors import UserError
 from .files import existing_folder
 
 BLOCK = 50_000

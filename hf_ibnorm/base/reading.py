@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .cli import TryAgain, UserError
+from .errors import TryAgain, UserError
 from .room import is_out_of_memory
 
 NODES = 100_000

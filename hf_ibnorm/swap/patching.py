@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .configuration_ibnorm import NORM_FIELDS, SiteTable
+from ..configuration_ibnorm import NORM_FIELDS, SiteTable
+from ..modeling_ibnorm import build_site, check_checkpointing, check_sites, forget_origin, set_site
+from ..norms import IBNorm, initial_parameters, norm_name, resolve_norm_kwargs
 from .families import FAMILIES, Family
-from .modeling_ibnorm import build_site, check_checkpointing, check_sites, forget_origin, set_site
-from .norms import IBNorm, initial_parameters, norm_name, resolve_norm_kwargs
 
 _OURS = {stock: ours for family in FAMILIES for stock, ours in family.stock_classes.items()}
 

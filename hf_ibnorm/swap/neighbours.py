@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from .base.lazy import after_import
+from ..base.lazy import after_import
 from .families import MODEL_TYPE_PREFIX
 
 

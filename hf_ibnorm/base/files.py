@@ -1,21 +1,17 @@
-"""Files and what goes into them: atomic writes, hashes, the record of the environment. Imports torch where it must."""
+"""Files and what goes into them: atomic writes, hashes, locks. Imports torch where it must."""
 
 import glob
 import hashlib
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,22 +19,6 @@ if TYPE_CHECKING:
 # Asking for the mask sets it for the whole process: once, before there are threads.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""One of which every tokenizer has that Transformers saves."""
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "tokenizers",
-    "datasets",
-    "safetensors",
-    "lm_eval",
-    "jsonargparse",
-    "numpy",
-    "scipy",
-    "triton",
-)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -106,96 +86,6 @@ def sha256_tensors(tensors: Iterable[tuple[str, "Tensor"]]) -> str:
             yield value.reshape(-1).view(torch.uint8).numpy().tobytes()
 
     return sha256(parts())
-
-
-def git_revision(folder: Path) -> str | None:
-    """Commit of the checkout that holds `folder`, with "-dirty" where tracked files differ; None outside one."""
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # Installed into some other project's checkout, that project's commit would be a lie.
-    if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
-        return None
-    commit = git("rev-parse", "HEAD")
-    return commit and commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _norm_backends() -> dict[str, str]:
-    """What runs the norms on each kind of device there is: fused kernels and their build, or "reference" and why."""
-    import torch
-
-    from .kernels import describe
-
-    return {kind: describe(kind) for kind in (("cuda", "cpu") if torch.cuda.is_available() else ("cpu",))}
-
-
-def package_versions() -> dict[str, str | None]:
-    """Versions of this package, Python and `PACKAGES`; None where one is not installed."""
-    from .version import __version__
-
-    installed = {package: _version(package) for package in PACKAGES}
-    return {"hf_ibnorm": __version__, "python": platform.python_version(), **installed}
-
-
-@cache
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def environment_record() -> dict[str, Any]:
-    """What a result depends on besides its own settings: versions, device, threads, norm backends, git revision."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": package_versions(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
-        "device_count": torch.cuda.device_count() if cuda else 1,
-        "cuda": torch.version.cuda if cuda else None,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "norm_backend": _norm_backends(),
-        "git_revision": git_revision(Path(__file__).parent),
-        "command": sys.argv,
-    }
-
-
-def numerics_record() -> dict[str, Any]:
-    """What the bits of a computation depend on besides its input: software, kind of device, threads, norm backend."""
-    import torch
-
-    versions = package_versions()
-    if torch.cuda.is_available():
-        device: dict[str, Any] = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        device = {"device": f"{cpu_name()}, {capability}", "threads": torch.get_num_threads()}
-    kept = {name: versions[name] for name in ("hf_ibnorm", "torch", "transformers", "accelerate")}
-    # The first is the device that trains. Why there are no kernels does not change what the formulas compute.
-    backend = next(iter(_norm_backends().values()))
-    return {**kept, **device, "norm_backend": backend if backend.startswith("fused") else "reference"}
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells it, else its architecture."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 @contextmanager
@@ -287,33 +177,6 @@ def _remove_abandoned(path: Path) -> None:
             os.close(held)
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model directory has a tokenizer; some releases of Transformers make an empty one otherwise."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def name_tokenizer(folder: Path, name: str | None) -> None:
-    """Let the tokenizer in a model directory name its class, where neither it nor the model's config does.
-
-    Transformers would choose by the model type: the stock one's files may rest on that, as the Hub's gpt2 does.
-
-    Args:
-        folder: with a `config.json`; one without a tokenizer is left alone.
-        name: the class Transformers has for the stock model type; None for the general one, which needs no name.
-
-    Raises:
-        ValueError: tokenizer_config.json or config.json is no JSON object.
-    """
-    fields = {}
-    for file in ("config.json", "tokenizer_config.json"):  # in this order: what is written is the last
-        content = (folder / file).read_text(encoding="utf-8") if (folder / file).is_file() else "{}"
-        if not isinstance(found := json.loads(content), dict):
-            raise ValueError(f"{file}: {folder / file} must hold a JSON object")
-        fields[file] = found
-    if name and has_tokenizer(folder) and not any(each.get("tokenizer_class") for each in fields.values()):
-        write_json(folder / "tokenizer_config.json", {**fields["tokenizer_config.json"], "tokenizer_class": name})
-
-
 def existing_folder(path: Path) -> Path:
     """`path`, or the nearest above it that exists."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -333,3 +196,28 @@ def check_new_directory(field: str, path: Path, hint: str = "") -> None:
         os.rmdir(tempfile.mkdtemp(dir=above))
     except OSError as error:
         raise type(error)(f"{field}: {path} cannot be written, {above}: {error.strerror}") from None
+
+
+@contextmanager
+def alone_in(folder: Path, complaint: str, timeout: float = 0.0) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a directory, which would take this one's files for leftovers.
+
+    Args:
+        folder: the directory; it gets a file `.lock`, which stays.
+        complaint: what is said where another process is at work in it.
+        timeout: seconds to wait for that to end.
+
+    Raises:
+        UserError: another process is at work in it.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(folder / ".lock", timeout=timeout)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(complaint) from None
+    try:
+        yield
+    finally:
+        held.release()

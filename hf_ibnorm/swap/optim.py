@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from .modeling_ibnorm import NormInitMixin
-from .norms import NORMS, IBNorm
+from ..modeling_ibnorm import NormInitMixin
+from ..norms import NORMS, IBNorm
 
 
 def no_decay_parameter_names(model: nn.Module) -> list[str]:

@@ -1,0 +1,131 @@
+"""What every command shares: one-line errors, a parser of the command line, quiet libraries, a stop in order."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+from ..checks import nearest
+from .errors import BAD_INPUT, STOPPED, Stopped, UserError
+
+PATIENCE = 5.0
+
+
+"""Seconds that the other ranks of a launch wait with an error: the launcher ends all when one has ended, and rank 0 may
+not have spoken yet."""
+
+
+def run_command(main: Callable[[], None], lower: str) -> NoReturn:
+    """Run `main` and exit with the code its ending asks for; only rank 0 of a launch speaks.
+
+    Args:
+        main: the command.
+        lower: what to lower where its memory does not suffice.
+    """
+    try:
+        for word in sys.argv:
+            check_text(word)
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            time.sleep(PATIENCE)
+        _leave(error.exit_code)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {stop}", file=sys.stderr)
+        _leave(STOPPED)
+    except KeyboardInterrupt:
+        _leave(130)
+    except BrokenPipeError:  # `... | head` closed our output; point it elsewhere, or Python complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError) as error:
+        from .base.room import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {' '.join(str(error).split())[:200]}; lower {lower}", file=sys.stderr)
+        _leave(BAD_INPUT)
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit; as one of several processes without taking the interpreter down in order.
+
+    There, torch's process group may wait for a thread of its own that waits for the interpreter: for ever.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def check_text(word: str) -> None:
+    """Raise UserError for a word of the command line that is no UTF-8: no file could hold it, and all are noted."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"command line: got {word.encode(errors='surrogateescape')!r}, must be UTF-8") from None
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, with the nearest flag where one is close.
+
+    Flags must be whole: a shortened one would change its meaning when another flag is added.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        if unknown:
+            message += nearest(unknown[0].partition("=")[0], self._flags())
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _flags(self) -> list[str]:
+        """Every flag of this parser and of its verbs: argparse leaves a verb's unknown flags to the parser above."""
+        flags: list[str] = []
+        for action in self._actions:
+            flags += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                flags += [flag for parser in action.choices.values() for flag in parser._flags()]
+        return flags
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Raise `UserError` with the pip command unless every module of an optional extra is installed."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not installed: pip install 'hf_ibnorm[{extra}]'")
+
+
+@contextmanager
+def stopping_in_order() -> Iterator[None]:
+    """While inside, SIGTERM ends this process as an exception does, so that what was half written is removed."""
+
+    def stop(*_: object) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to this program: no progress bars or advice from the libraries beneath it."""
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging
+
+    hub.set_verbosity_error()  # it tells of every try to reach the network
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
