@@ -2,86 +2,53 @@
 
 The norms are resolved when a config is made: names become the registry's spelling and every norm holds every option
 with its value, so that a later change of a default never changes an old checkpoint. What a config decides, it decides
-per site; `SiteTable` says which sites an architecture has.
+per site; `sites.PINS` says which sites an architecture has.
 """
 
 import copy
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import GPT2Config, LlamaConfig
 
-# Not used here: Transformers before 5.10 copies only those files of a checkpoint's code that this one imports itself.
-from .checks import check_number as check_number
-from .functional import ib_norm as ib_norm
 from .norms import NORMS, norm_name, resolve_norm_kwargs
+from .sites import EPS_FIELDS, PINS, Pin
 
 DEFAULT_NORM = "ibnorm_l"
 NORM_FIELDS = ("norm_type", "norm_kwargs", "norm_overrides")
 _OTHER_NORMS = "_norms_were_given"
 _ARGUMENTS = ("norm", "sites", "variant")  # of apply_norm and IBNorm
-_OPTION_NAMES = {option for entry in NORMS.values() for option in entry.defaults}
 
 
-@dataclass(frozen=True)
-class SiteTable:
-    """Where one architecture keeps its norms, relative to the base model, and which norm the stock model has there."""
-
-    blocks: str
-    in_block: tuple[str, ...]
-    final: str
-    stock: str
-    """Registry name of the stock model's norm."""
-    optional: tuple[tuple[str, str], ...] = ()
-    """Sites in a block that exist only if the config's flag is set: (attribute, flag)."""
-
-    def _in_block(self, config: PreTrainedConfig) -> tuple[str, ...]:
-        return self.in_block + tuple(site for site, flag in self.optional if getattr(config, flag))
-
-    def names(self, config: PreTrainedConfig) -> list[str]:
-        """Every site's name in a model of this config: block by block, the final norm last."""
-        blocks = range(config.num_hidden_layers)
-        return [f"{self.blocks}.{i}.{site}" for i in blocks for site in self._in_block(config)] + [self.final]
-
-    def describe(self, config: PreTrainedConfig) -> str:
-        """The same in one line, for errors."""
-        in_block = ", ".join(f"{self.blocks}.N.{site}" for site in self._in_block(config))
-        return f"{in_block} (N from 0 to {config.num_hidden_layers - 1}), {self.final}"
-
-    def check_glob(self, what: str, glob: str, config: PreTrainedConfig) -> None:
-        """Raise ValueError, beginning with `what`, unless `glob` matches a site."""
-        if not any(fnmatchcase(site, glob) for site in self.names(config)):
-            raise ValueError(f"{what} matches no site; sites are {self.describe(config)}")
-
-
-LLAMA_SITES = SiteTable("layers", ("input_layernorm", "post_attention_layernorm"), "norm", "rmsnorm")
-GPT2_SITES = SiteTable("h", ("ln_1", "ln_2"), "ln_f", "layernorm", optional=(("ln_cross_attn", "add_cross_attention"),))
+def _option_names() -> set[str]:
+    """The options of every norm there is."""
+    return {option for entry in NORMS.values() for option in entry.defaults}
 
 
 def _strays(fields: Iterable[str]) -> list[str]:
     """Those of `fields` that look like a norm's but are no field of a config."""
-    like_a_norms = [key for key in fields if key in (*_OPTION_NAMES, *_ARGUMENTS) or key.startswith("norm_")]
+    like_a_norms = [key for key in fields if key in (*_option_names(), *_ARGUMENTS) or key.startswith("norm_")]
     return [key for key in like_a_norms if key not in NORM_FIELDS]
 
 
 def _refuse_strays(kwargs: Mapping[str, Any]) -> None:
     """Raise ValueError for a misplaced norm option: Transformers would keep it as an attribute that does nothing."""
     for key in _strays(kwargs):
-        if key in _OPTION_NAMES:
+        if key in _option_names():
             raise ValueError(f"{key}: got {kwargs[key]!r} as a config field; write norm_kwargs={{{key!r}: ...}}")
         raise ValueError(f"{key}: no such config field; norm fields are {', '.join(NORM_FIELDS)}")
 
 
-def _names_lam(given: Mapping[str, Any]) -> bool:
-    """Whether norm fields name a λ, at the top or for a site."""
+def _names_ramped(given: Mapping[str, Any]) -> bool:
+    """Whether norm fields name an option that training can ramp, at the top or for a site."""
+    options = {entry.ramp for entry in NORMS.values()}
     overrides = given.get("norm_overrides") or ()
     entries = overrides.values() if isinstance(overrides, Mapping) else (entry for _, entry in overrides)
     kwargs = [given.get("norm_kwargs"), *(entry.get("kwargs") for entry in entries if isinstance(entry, Mapping))]
-    return any("lam" in each for each in kwargs if isinstance(each, Mapping))
+    return any(options & each.keys() for each in kwargs if isinstance(each, Mapping))
 
 
 class NormConfigMixin:
@@ -90,10 +57,16 @@ class NormConfigMixin:
     model_type: ClassVar[str]
     stock_model_type: ClassVar[str]
     norm_eps_field: ClassVar[str]
-    norm_site_table: ClassVar[SiteTable]
+    norm_pin: ClassVar[Pin | None]
     norm_type: str
     norm_kwargs: dict | None
     norm_overrides: list | dict | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.stock_model_type = cls.__mro__[cls.__mro__.index(NormConfigMixin) + 1].model_type  # type: ignore[attr-defined]
+        cls.norm_eps_field = next((field for field in EPS_FIELDS if hasattr(cls, field)), "")
+        cls.norm_pin = PINS.get(cls.stock_model_type)
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_strays(kwargs)
@@ -122,7 +95,7 @@ class NormConfigMixin:
         return self.norm_type, self.norm_kwargs or {}
 
     def _resolved(self) -> tuple[str, dict[str, Any], list]:
-        eps = getattr(self, self.norm_eps_field)
+        eps = getattr(self, self.norm_eps_field, None)
         name, kwargs = norm_name(self.norm_type), resolve_norm_kwargs(self.norm_type, self.norm_kwargs, eps)
         overrides = self.norm_overrides or []
         resolved = []
@@ -131,7 +104,8 @@ class NormConfigMixin:
                 raise ValueError(f"norm_overrides: got {item!r}, must be [glob, norm name or {{'type', 'kwargs'}}]")
             glob, norm = item
             field = f"norm_overrides[{glob!r}]"
-            self.norm_site_table.check_glob(f"{field}:", glob, self)  # type: ignore[arg-type]
+            if self.norm_pin is not None:  # else when the norms are put in
+                self.norm_pin.check_glob(f"{field}:", glob, self)  # type: ignore[arg-type]
             norm = {"type": norm} if isinstance(norm, str) else norm
             if not isinstance(norm, Mapping) or not {"type"} <= set(norm) <= {"type", "kwargs"}:
                 raise ValueError(f"{field}: got {norm!r}, must be a norm name or {{'type': ..., 'kwargs': {{...}}}}")
@@ -167,7 +141,7 @@ class NormConfigMixin:
         a stock checkpoint silently take the default norm.
         """
         given = {key: kwargs.pop(key) for key in NORM_FIELDS if key in kwargs}
-        lam_given = _names_lam(given)
+        ramped_given = _names_ramped(given)
         source, eps = config_dict.get("model_type") or cls.model_type, cls.norm_eps_field
         if source not in (cls.model_type, cls.stock_model_type):
             raise ValueError(f"model_type: got a {source!r} checkpoint, {cls.__name__} takes {cls.stock_model_type!r}")
@@ -189,7 +163,7 @@ class NormConfigMixin:
         if isinstance(given.get("norm_kwargs"), Mapping):
             given["norm_kwargs"] = {**(options or {}), **given["norm_kwargs"]}
         if given:
-            given[_OTHER_NORMS] = {key: config_dict.get(key) for key in NORM_FIELDS} | {"lam": lam_given}
+            given[_OTHER_NORMS] = {key: config_dict.get(key) for key in NORM_FIELDS} | {"ramped": ramped_given}
         return {**kept, "norm_kwargs": options, **given}
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,9 +190,9 @@ class NormConfigMixin:
         return found
 
     @property
-    def lam_was_given(self) -> bool:
-        """Whether the arguments that this config was loaded with named a λ."""
-        return bool((getattr(self, _OTHER_NORMS, None) or {}).get("lam"))
+    def ramped_was_given(self) -> bool:
+        """Whether the arguments that this config was loaded with named an option that training can ramp."""
+        return bool((getattr(self, _OTHER_NORMS, None) or {}).get("ramped"))
 
     def forget_given(self) -> None:
         """Take it that the norms are the checkpoint's: they are once it is loaded."""
@@ -260,9 +234,6 @@ class IBNormLlamaConfig(NormConfigMixin, LlamaConfig):
     """
 
     model_type = "ibnorm_llama"
-    stock_model_type = LlamaConfig.model_type
-    norm_eps_field = "rms_norm_eps"
-    norm_site_table = LLAMA_SITES
 
     norm_type: str = DEFAULT_NORM
     norm_kwargs: dict | None = None
@@ -277,9 +248,6 @@ class IBNormGPT2Config(NormConfigMixin, GPT2Config):
     """
 
     model_type = "ibnorm_gpt2"
-    stock_model_type = GPT2Config.model_type
-    norm_eps_field = "layer_norm_epsilon"
-    norm_site_table = GPT2_SITES
 
     norm_type: str = DEFAULT_NORM
     norm_kwargs: dict | None = None

@@ -48,7 +48,7 @@ def _sign(x: Tensor) -> Tensor:
     return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
 
 
-def _deviation(x: Tensor) -> tuple[Tensor, Tensor]:
+def centre(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over the last dimension and deviation from it; the second subtraction makes constant rows exactly 0."""
     mean = x.mean(-1, keepdim=True)
     c = x - mean
@@ -139,6 +139,25 @@ def compress(c: Tensor, *, variant: str, lam: float | Tensor, unit: str = "raw")
     return (a * _shape(c / a, variant, lam)).to(dtype)
 
 
+def slope(c: Tensor, *, variant: str, lam: float | Tensor, unit: str = "raw") -> Tensor:
+    """The derivative f'(c) of `functional.compress` (arXiv 2510.25262), element by element.
+
+    Args:
+        c: deviations, shape (..., N), float32 or float64.
+        variant, lam, unit: as in `compress`. For "mean_abs" and shrink, the unit a = mean|c| is held fast.
+
+    Returns:
+        Shape and dtype of `c`; from 0 to 1.
+    """
+    a = c.abs().mean(-1, keepdim=True)
+    if variant == "S":
+        return torch.ones_like(c) / lam
+    if variant == "shrink":
+        return (c.abs() > lam * a).to(c.dtype)
+    u = lam * (c.abs() / torch.where(a == 0, 1.0, a) if unit == "mean_abs" else c.abs())
+    return 1 / (1 + u) if variant == "L" else 1 - torch.tanh(u).square()
+
+
 def affine(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """weight·z + bias in the dtype of `z`, either of them left out where it is None."""
     if weight is not None:
@@ -195,15 +214,15 @@ def ib_norm(
     shape = x.shape[-1:]
 
     if order == "compress_first":
-        mean, c = _deviation(x)
+        mean, c = centre(x)
         f = compress(c, variant=variant, lam=lam, unit=unit)
         if standardize == "layer":  # s - mean(s) = f - mean(f): the mean is left out, it would only cost digits
             return F.layer_norm(f, shape, weight, bias, eps).to(dtype)
         return affine(F.rms_norm(mean + f, shape, eps=eps), weight, bias).to(dtype)
 
     # layer_norm of the deviation, not of x: exact for constant rows
-    h = F.layer_norm(_deviation(x)[1], shape, eps=eps) if standardize == "layer" else F.rms_norm(x, shape, eps=eps)
-    mean, c = _deviation(h)
+    h = F.layer_norm(centre(x)[1], shape, eps=eps) if standardize == "layer" else F.rms_norm(x, shape, eps=eps)
+    mean, c = centre(h)
     return affine(mean + compress(c, variant=variant, lam=lam, unit=unit), weight, bias).to(dtype)
 
 
@@ -316,7 +335,7 @@ def normal_norm_with(
 ) -> Tensor:
     """`normal_norm` with its noise given: `normals` of the shape of `x`, the rest as `resolve_noise` returns it."""
     dtype, x = x.dtype, _compute(x)
-    h = F.layer_norm(_deviation(x)[1], x.shape[-1:], eps=eps)
+    h = F.layer_norm(centre(x)[1], x.shape[-1:], eps=eps)
     p = power_transform(h, newton_lambda(h, alpha=alpha, eps=eps))
     if normals is not None and noise_mode != "none":
         if noise_mode == "dropout":

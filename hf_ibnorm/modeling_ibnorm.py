@@ -7,135 +7,163 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel, modeling_utils
 from transformers.models.auto import modeling_auto
 
-from .norms import IBNorm, NormBase, build_norm, rounded, shortest
+from .norm_base import NormBase, rounded, shortest
+from .norms import NORMS, build_resolved
+from .sites import STREAM, Pin, discover, is_norm, width_of_norm
+
+_LANGUAGE_MODELS = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+OURS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+"""Stock class → the class with our norms that stands in for it, as far as they have been imported."""
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether `module` is a norm: one of ours, torch's, or Transformers' (which it names ...RMSNorm, ...LayerNorm)."""
-    return isinstance(module, NormBase) or type(module).__name__.endswith("Norm")
-
-
-def check_sites(base: nn.Module, expected: list[str]) -> None:
-    """Raise RuntimeError unless the norms in the base model `base` are those at the `expected` names."""
-    found = [name for name, module in base.named_modules(remove_duplicate=False) if is_norm(module)]
-    if sorted(found) != sorted(expected):
-        raise RuntimeError(
-            f"{type(base).__name__}: expected {len(expected)} norms, found {len(found)} "
-            f"(unexpected or missing: {', '.join(sorted(set(found) ^ set(expected)))}); either the model was changed "
-            "(PEFT wraps norms that are trained), or this release of Transformers is not one hf_ibnorm knows"
-        )
-
-
-def install_norms(base: PreTrainedModel, config: PreTrainedConfig) -> None:
+def install_norms(base: PreTrainedModel, config: Any) -> None:
     """Put the norm that `config` chooses for it at every site of the base model `base`.
 
     Raises:
-        TypeError: `config` is a stock one.
         RuntimeError: the norms found are not the ones expected, which means that Transformers changed the architecture.
     """
-    if not hasattr(config, "norm_site_table"):
-        raise TypeError(f"config: got {type(config).__name__}, {type(base).__name__} takes one with norms")
-    sites = config.norm_site_table.names(config)
-    check_sites(base, sites)
     config.resolve_norms()  # fields may have been set since the config was made
-    for site in sites:
-        set_site(base, site, build_site(config, site))
+    for site in check_sites(base, config, config.norm_pin):
+        set_site(base, site, build_site(config, site, width_of_norm(base.get_submodule(site))))
 
 
-def build_site(config: PreTrainedConfig, site: str, **factory: Any) -> nn.Module:
-    """The norm that `config` chooses for `site`; `factory` is device and dtype."""
+def site_names(base: nn.Module, config: Any, pin: Pin | None) -> list[str]:
+    """The sites of a base model whose norms its config chooses, relative to it, in order of execution.
+
+    Args:
+        base: stock or ours.
+        config: of `base`.
+        pin: of its architecture, if that is pinned.
+    """
+    if pin is not None:
+        return pin.names(config)
+    return [site.name for site in discover(base) if site.kind == STREAM]
+
+
+def _sites(model: PreTrainedModel) -> list[str]:
+    """The sites of one of our models."""
+    return site_names(model.base_model, model.config, model.config.norm_pin)
+
+
+def check_sites(base: nn.Module, config: Any, pin: Pin | None) -> list[str]:
+    """`site_names`, which must be there.
+
+    Raises:
+        RuntimeError: the norms of the model are not what is pinned for its architecture.
+        ValueError: a glob of the config matches no site.
+    """
+    pinned = site_names(base, config, pin)
+    if pin is None:
+        for glob, _ in getattr(config, "norm_overrides", None) or []:
+            if not any(fnmatchcase(site, glob) for site in pinned):
+                raise ValueError(f"norm_overrides[{glob!r}]: matches no site; sites are {', '.join(pinned)}")
+        return pinned
+    sites = [name for name, module in base.named_modules(remove_duplicate=False) if is_norm(module)]
+    if sorted(sites) != sorted(pinned):
+        raise RuntimeError(
+            f"{type(base).__name__}: expected {len(pinned)} norms, found {len(sites)} "
+            f"(unexpected or missing: {', '.join(sorted(set(sites) ^ set(pinned)))}); either the model was changed "
+            "(PEFT wraps norms that are trained), or this release of Transformers is not one hf_ibnorm knows"
+        )
+    return pinned
+
+
+def build_site(config: Any, site: str, width: int | None = None, **factory: Any) -> nn.Module:
+    """The norm that `config` chooses for `site`; of the model's width by default, `factory` is device and dtype."""
     name, options = config.norm_at(site)
-    return build_norm(name, config.hidden_size, **options, **factory)
+    return build_resolved(name, width or config.hidden_size, options, **factory)
 
 
 def set_site(base: nn.Module, site: str, norm: nn.Module) -> None:
+    """Put `norm` at a site of the base model."""
     parent, _, attribute = site.rpartition(".")
     setattr(base.get_submodule(parent), attribute, norm)
 
 
-def lam_keys(model: PreTrainedModel) -> dict[str, bool]:
-    """The keys that λ has or would have in the state dict of `model`, one for each site → whether it has one there."""
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    sites = model.config.norm_site_table.names(model.config)
-    norms = {site: model.base_model.get_submodule(site) for site in sites}
-    return {f"{prefix}{site}.lam": isinstance(norm, IBNorm) and norm.lam is not None for site, norm in norms.items()}
-
-
-def norms_with_lam(model: PreTrainedModel) -> Iterator[tuple[str, Any, float]]:
-    """Of each site whose norm has a λ: its name, the norm, and the λ that the config gives it."""
-    for site in model.config.norm_site_table.names(model.config):
+def ramped_norms(model: PreTrainedModel) -> Iterator[tuple[str, NormBase, float]]:
+    """Of each site whose norm has an option that training can ramp: its name, the norm, the value in the config."""
+    for site in _sites(model):
         norm: Any = model.base_model.get_submodule(site)
-        if isinstance(norm, IBNorm) and "lam" in (options := model.config.norm_at(site)[1]):
-            yield site, norm, options["lam"]
+        norm = getattr(norm, "original_module", norm)  # PEFT wraps norms that are trained
+        if isinstance(norm, NormBase) and norm.ramp is not None:
+            yield site, norm, model.config.norm_at(site)[1][norm.ramp]
 
 
-def record_lam(model: PreTrainedModel, state_dict: Mapping[str, Any] | None = None) -> None:
-    """Let the config say each site's λ as it is: in `state_dict` where that has it, else in the model.
+def _keys_of_ramped(model: PreTrainedModel) -> dict[str, bool]:
+    """The keys that ramped options have or would have in the state dict → whether the model has one there."""
+    prefix = _prefix(model)
+    options = {entry.ramp for entry in NORMS.values() if entry.ramp}
+    keys = {f"{prefix}{site}.{o}": False for site in _sites(model) for o in options}
+    return keys | {f"{prefix}{site}.{norm.ramp}": norm.held is not None for site, norm, _ in ramped_norms(model)}
 
-    A norm's `set_lam`, or one on a part of the model, does not change the config.
+
+def _prefix(model: PreTrainedModel) -> str:
+    """What names of the base model's tensors begin with in the state dict of `model`."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+def record_ramped(model: PreTrainedModel, state_dict: Mapping[str, Any] | None = None) -> None:
+    """Let the config say each site's ramped option as it is: in `state_dict` where that has it, else in the model.
+
+    The norms own it: a norm's `set_ramped`, or `set_lam` on a part of the model, does not change the config.
     """
     config, overrides = model.config, list(model.config.norm_overrides or [])
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    lams: dict[int, dict[str, float]] = {}
-    """Place of an override, -1 for the norm of all others → the sites that it decides → λ."""
-    for site, norm, _ in norms_with_lam(model):
-        lam, saved = norm.lam_value, (state_dict or {}).get(f"{prefix}{site}.lam")
-        if isinstance(saved, Tensor) and not saved.is_meta and saved.item() != rounded(lam, saved.dtype):
-            lam = shortest(saved.item())
+    prefix = _prefix(model)
+    values: dict[int, dict[str, float]] = {}
+    """Place of an override, -1 for the norm of all other sites → the sites that it decides → value."""
+    options: dict[int, str] = {}
+    for site, norm, _ in ramped_norms(model):
+        value, saved = norm.ramped, (state_dict or {}).get(f"{prefix}{site}.{norm.ramp}")
+        if isinstance(saved, Tensor) and not saved.is_meta and saved.item() != rounded(value, saved.dtype):
+            value = shortest(saved.item())
         place = max((i for i, (glob, _) in enumerate(overrides) if fnmatchcase(site, glob)), default=-1)
-        lams.setdefault(place, {})[site] = lam
-    for place, found in lams.items():
+        values.setdefault(place, {})[site] = value
+        options[place] = str(norm.ramp)
+    for place, of_sites in values.items():
         glob, entry = overrides[place] if place >= 0 else ("", {"type": config.norm_type, "kwargs": config.norm_kwargs})
-        most = Counter(found.values()).most_common(1)[0][0]
-        by_lam = {lam: {**entry, "kwargs": {**entry["kwargs"], "lam": lam}} for lam in found.values()}
+        most = Counter(of_sites.values()).most_common(1)[0][0]
+        entries = {v: {**entry, "kwargs": {**entry["kwargs"], options[place]: v}} for v in of_sites.values()}
         if place >= 0:
-            overrides[place] = [glob, by_lam[most]]
+            overrides[place] = [glob, entries[most]]
         else:
-            config.norm_kwargs = by_lam[most]["kwargs"]
-        overrides += [[site, by_lam[lam]] for site, lam in found.items() if lam != most]
+            config.norm_kwargs = entries[most]["kwargs"]
+        overrides += [[site, entries[value]] for site, value in of_sites.items() if value != most]
     config.norm_overrides = overrides
 
 
 def agree(wanted: float, held: Tensor) -> bool:
-    """Whether a config's λ and the one that weights hold are the same, as far as the weights tell.
+    """Whether a config's ramped option and the one that weights hold are the same, as far as the weights tell.
 
-    Tools that cast the weights of a checkpoint cast λ with them, and leave the config.
+    Tools that cast the weights of a checkpoint cast the option with them, and leave the config.
     """
     return held.item() in [rounded(wanted, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
-def settle_lam(model: PreTrainedModel) -> None:
-    """See to it that a model just loaded has the λ that its config says.
+def settle_ramped(model: PreTrainedModel) -> None:
+    """See to it that a model just loaded has the ramped option that its config says.
 
-    Where an argument of loading chose another norm or another λ for a site, that holds. Elsewhere the checkpoint's
+    Where an argument of loading chose another norm or another value for a site, that holds. Elsewhere the checkpoint's
     weights and its config must say the same.
 
     Raises:
         ValueError: they do not.
     """
     config, on_file = model.config, model.config.norms_on_file()
-    for site, norm, wanted in norms_with_lam(model):
-        if norm.lam_value == wanted or norm.lam is None:
+    for site, norm, wanted in ramped_norms(model):
+        if norm.ramped == wanted or norm.held is None:
             continue
         before, options = (None, {}) if on_file is None else on_file.norm_at(site)
-        chosen = config.lam_was_given or before != config.norm_at(site)[0] or options.get("lam") != wanted
-        if not chosen and not agree(wanted, norm.lam):
+        chosen = config.ramped_was_given or before != config.norm_at(site)[0] or options.get(norm.ramp) != wanted
+        if not chosen and not agree(wanted, norm.held):
             raise ValueError(
-                f"lam: the checkpoint's config has {wanted} at {site}, its weights {norm.lam_value}: they are of "
-                f"different models; set lam in the norm_kwargs of its config.json to the one that is meant, or give it "
-                f"in loading, such as norm_kwargs={{'lam': {norm.lam_value}}}"
+                f"{norm.ramp}: the checkpoint's config has {wanted} at {site}, its weights {norm.ramped}: they are of "
+                f"different models; set {norm.ramp} in the norm_kwargs of its config.json to the one that is meant, or "
+                f"give it in loading, such as norm_kwargs={{'{norm.ramp}': {norm.ramped}}}"
             )
-        norm.set_lam(wanted)
-
-
-def token_dropout(config: Any) -> float:
-    """The share that a stock token classifier drops of what goes into its head."""
-    given = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
-    return next((share for share in given if share is not None), 0.1)
+        norm.set_ramped(wanted)
 
 
 def forget_origin(model: PreTrainedModel) -> None:
@@ -157,8 +185,12 @@ def _name_beside_stock(cls: Any) -> None:
             table.setdefault(config.model_type, cls.__name__)
 
 
-class NormInitMixin:
-    """Our norms inside Transformers: initialization, loading, saving. On base models and on every class with a head.
+class NormModelMixin:
+    """Our norms inside Transformers: building, initialization, loading, saving. On base models and classes with a head.
+
+    A class of ours derives from this one and the stock class, and has a config of ours as its `config_class`. The stock
+    model is built first, as it always is; then models nested in it become instances of our classes, and the norms of
+    the config take the places of the stock ones. No random number is drawn for them.
 
     Loading builds models on the meta device and lets the nearest enclosing PreTrainedModel fill what the checkpoint
     lacks, non-persistent buffers included.
@@ -166,17 +198,38 @@ class NormInitMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if NormInitMixin in cls.__bases__:
+        if NormModelMixin in cls.__bases__:
+            stock: Any = cls.__bases__[1]
+            OURS[stock] = cls  # type: ignore[assignment]
+            # Transformers records hidden states by class name, noted in the constructor: a nested model is none of ours
+            # by then.
+            registry: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})
+            dict.__setitem__(registry, str(cls), getattr(stock, "_can_record_outputs", None))
             _name_beside_stock(cls)
 
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if not hasattr(config, "norm_at"):
+            raise TypeError(f"config: got {type(config).__name__}, {type(self).__name__} takes one with norms")
+        if type(config) not in MODEL_MAPPING:  # of a checkpoint's own code; some heads ask AutoModel for their model
+            name = modeling_auto.MODEL_MAPPING_NAMES[config.stock_model_type]
+            AutoModel.register(type(config), next(o for s, o in OURS.items() if s.__name__ == name), exist_ok=True)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        model: Any = self
+        base = model.base_model
+        is_new = base is self or type(base) in OURS  # AutoModel makes one of ours
+        for module in model.modules():
+            module.__class__ = OURS.get(type(module), type(module))
+        stock = type(self).__mro__[type(self).__mro__.index(NormModelMixin) + 1].__name__
+        if model.loss_type is None and stock == _LANGUAGE_MODELS.get(config.stock_model_type):
+            # Transformers picks a loss by class name and would warn, breaking torch.compile(fullgraph=True).
+            model.loss_type = "ForCausalLM"
+        if is_new:
+            install_norms(base, config)
+        model.post_init()  # touches the new norms only
+
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, NormBase):
-            module.reset_parameters()
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            # Some releases of Transformers take it that these have a gain and a bias.
-            for name, fill in (("weight", init.ones_), ("bias", init.zeros_)):
-                if getattr(module, name, None) is not None:
-                    fill(getattr(module, name))
+        if is_norm(module) and hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]  # Transformers takes it that some norms have a gain and a bias
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
@@ -190,7 +243,7 @@ class NormInitMixin:
     def from_pretrained(cls, *args, **kwargs) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        settle_lam(model)
+        settle_ramped(model)
         if model.config.norms_were_given:
             forget_origin(model)
         model.config.forget_given()
@@ -198,21 +251,21 @@ class NormInitMixin:
 
     def save_pretrained(self, *args, **kwargs) -> Any:
         state_dict = kwargs.get("state_dict", args[2] if len(args) > 2 else None)
-        record_lam(self, state_dict)  # type: ignore[arg-type]
+        record_ramped(self, state_dict)  # type: ignore[arg-type]
         try:
             return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
         finally:
-            record_lam(self)  # type: ignore[arg-type]
+            record_ramped(self)  # type: ignore[arg-type]
 
     def load_state_dict(self, *args, **kwargs) -> Any:
         loaded = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
-        record_lam(self)  # type: ignore[arg-type]
+        record_ramped(self)  # type: ignore[arg-type]
         return loaded
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
-        # Stock and older checkpoints have no λ, and another norm that is asked for may have no place for one.
-        keys = lam_keys(self)  # type: ignore[arg-type]
+        # Stock and older checkpoints have no ramped option, and another norm that is asked for may have none.
+        keys = _keys_of_ramped(self)  # type: ignore[arg-type]
         loading_info.missing_keys = {key for key in loading_info.missing_keys if not keys.get(key)}
         if self.config.norms_were_given:  # type: ignore[attr-defined]
             loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if key not in keys}
@@ -234,7 +287,7 @@ def check_checkpointing(model: nn.Module, norms: Iterable[nn.Module]) -> None:
     Raises:
         ValueError: one of `norms` draws noise and `model` checkpoints with `preserve_rng_state=False`.
     """
-    noisy = any(isinstance(norm, NormBase) and norm.draws_noise for norm in norms)
+    noisy = any(getattr(norm, "draws_noise", False) for norm in norms)
     for module in model.modules() if noisy else ():
         function: Callable | None = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(module, "gradient_checkpointing", False) and (

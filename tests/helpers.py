@@ -9,7 +9,7 @@ from hf_ibnorm.swap.families import FAMILIES as REGISTERED
 
 FAMILY = {family.config.stock_model_type: family for family in REGISTERED}
 FAMILIES = tuple(FAMILY)
-TABLES = {name: family.config.norm_site_table for name, family in FAMILY.items()}
+TABLES = {name: family.config.norm_pin for name, family in FAMILY.items()}
 FINAL = {name: table.final for name, table in TABLES.items()}
 FIRST_BLOCK = {name: f"{table.blocks}.0.*" for name, table in TABLES.items()}
 LAST_BLOCK = {name: f"{table.blocks}.1.*" for name, table in TABLES.items()}

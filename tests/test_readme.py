@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from hf_ibnorm import NORMS
-from hf_ibnorm.norms import DEFAULT_LAM
+from hf_ibnorm.norms_ibnorm import DEFAULT_LAM
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -121,7 +121,7 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         training = step(config.per_device_train_batch_size)
         activations = max(training - gradients, validation - (gradients if not gradients_stay else 0))
         count = sum(each.numel() for each in parameters)
-        block = model.base_model.get_submodule(f"{model.config.norm_site_table.blocks}.0")
+        block = model.base_model.get_submodule(f"{model.config.norm_pin.blocks}.0")
         in_block = sum(each.numel() for each in block.parameters())
         return StepMemory(
             weights=4 * count + sum(each.nbytes for each in model.buffers()),

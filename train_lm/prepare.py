@@ -18,7 +18,6 @@ from accelerate.utils import gather_object, set_seed
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_ibnorm import IBNorm
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import atomic_directory, sha256, sha256_tensors, write_json, write_text
 from hf_ibnorm.base.manifest import is_absent, write_manifest
@@ -26,9 +25,10 @@ from hf_ibnorm.base.reading import read_json
 from hf_ibnorm.base.room import check_disk, check_model
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
 from hf_ibnorm.data.tokens import Encoder
-from hf_ibnorm.modeling_ibnorm import is_norm
-from hf_ibnorm.norms import IDENTITY_LAM, norm_name
+from hf_ibnorm.modeling_ibnorm import ramped_norms
+from hf_ibnorm.norms import norm_name
 from hf_ibnorm.report.environment import environment_record, numerics_record
+from hf_ibnorm.sites import is_norm
 from hf_ibnorm.swap.families import FAMILIES, Family
 from hf_ibnorm.swap.loading import has_tokenizer, load
 
@@ -83,7 +83,7 @@ class Run:
         """Set every λ to where it is after this fraction of its way."""
         for site, (start, end) in self.lams.items():
             for model in (self.model, self.skeleton):
-                model.base_model.get_submodule(site).set_lam((1 - fraction) * start + fraction * end)
+                model.base_model.get_submodule(site).set_ramped((1 - fraction) * start + fraction * end)
 
 
 def prepare(config: TrainConfig, accelerator: Accelerator, start: Start, say: Callable[[str], None] = silent) -> Run:
@@ -371,7 +371,7 @@ def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any
     elif saved is not None:
         norms |= {name: saved["model"][name] for name in ("norm_type", "norm_overrides")}
     elif not isinstance(found, family.config):
-        norms["norm_type"] = family.config.norm_site_table.stock
+        norms["norm_type"] = family.config.norm_pin.stock
     if saved is not None and norm_name(norms["norm_type"]) == saved["model"]["norm_type"]:
         # A checkpoint's own say where a ramped λ stood then.
         norms["norm_kwargs"] = {**saved["model"]["norm_kwargs"], **model.norm_kwargs}
@@ -390,12 +390,10 @@ def scheduled_lams(config: TrainConfig, model: PreTrainedModel, model_config: An
     if config.lam_schedule == "constant":
         return {}
     lams = {}
-    for site in model_config.norm_site_table.names(model_config):
-        norm = model.base_model.get_submodule(site)
-        if isinstance(norm, IBNorm):
-            if norm.learn_lam:
-                raise ValueError(f"lam_schedule: got 'linear', but {site} learns its lam (learn_lam)")
-            lams[site] = (IDENTITY_LAM[norm.variant], float(model_config.norm_at(site)[1]["lam"]))
+    for site, norm, end in ramped_norms(model):
+        if norm.held is None:
+            raise ValueError(f"lam_schedule: got 'linear', but {site} learns its {norm.ramp} (learn_{norm.ramp})")
+        lams[site] = (norm.ramp_start, float(end))
     if not lams:
         raise ValueError("lam_schedule: got 'linear', but the model has no IBNorm; must be constant")
     if all(start == end for start, end in lams.values()):

@@ -12,8 +12,8 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_ibnorm.modeling_ibnorm import is_norm
 from hf_ibnorm.report.environment import numerics_record
+from hf_ibnorm.sites import is_norm
 
 from .checkpoint import Checkpoint, Checkpointer, Snapshot, copy_model, process_state, restore_random_states
 from .distribution import Spread, mine, my_part, on_host, whole

@@ -243,7 +243,7 @@ def speed_up(model: PreTrainedModel, config: TrainConfig) -> None:
             # With the generators' states kept, noise norms and dropout draw the same again.
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True})
     if config.compile:
-        for block in model.base_model.get_submodule(model.config.norm_site_table.blocks):
+        for block in model.base_model.get_submodule(model.config.norm_pin.blocks):
             block.compile()
 
 

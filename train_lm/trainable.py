@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_ibnorm.modeling_ibnorm import is_norm
+from hf_ibnorm.sites import is_norm
 
 from .config import TrainConfig
 
@@ -49,7 +49,7 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> None:
         return
     from peft import LoraConfig, inject_adapter_in_model
 
-    blocks = model.base_model.get_submodule(model.config.norm_site_table.blocks)
+    blocks = model.base_model.get_submodule(model.config.norm_pin.blocks)
     layers = (name for name, module in blocks.named_modules() if isinstance(module, nn.Linear | Conv1D))
     known = sorted({name.rpartition(".")[2] for name in layers})
     targets = known if config.lora_targets is None else config.lora_targets

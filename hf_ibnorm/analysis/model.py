@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..base.command import require_extra
 from ..checks import MOST_TOKENS, check_choice, check_number
-from ..norms import LayerNormalNorm
+from ..sites import contract
 from .noise import DELTA, noise_robustness
 from .normality import lambda_against_likelihood, measure_normality, qq
 from .places import batches, chosen_norms, evaluating
@@ -89,7 +89,7 @@ def analyze_model(
         * `sites`: site → what `SiteStatistics.result` says
         * `normality`: site → `before` (what goes in) and `after` (what comes out, without gain and bias), each what
           `measure_normality` says with `qq`, the Q-Q data of a few channels
-        * `likelihood`: site with a LayerNormalNorm → what `lambda_against_likelihood` says
+        * `likelihood`: site with a norm of a `newton` step → what `lambda_against_likelihood` says
         * `noise`: the fields of `NoiseRobustness`
         * `plane`: those of `PlanePoint`, a point each
         * `reasons`: part that is None → why
@@ -124,9 +124,8 @@ def analyze_model(
             each = statistics.sites[site]
             rows_of = {place: getattr(each, place).sample.rows() for place in PLACES}
             found["normality"][site] = {place: normality_of(kept, measuring.seed) for place, kept in rows_of.items()}
-            if isinstance(norm, LayerNormalNorm):
-                before = rows_of["before"]
-                found["likelihood"][site] = lambda_against_likelihood(before, alpha=norm.alpha, eps=norm.eps)
+            if (newton := contract(norm).newton) is not None:
+                found["likelihood"][site] = lambda_against_likelihood(rows_of["before"], **newton)
     if "noise" not in measuring.skip:
         some = _spread_out(ids, measuring.noise_tokens)
         options: dict[str, Any] = {name: getattr(measuring, name) for name in ("sites", "delta", "draws", "seed")}

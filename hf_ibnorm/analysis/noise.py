@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..bare import without_affine
 from ..checks import check_number
 from ..report.tables import Table
+from ..sites import contract
 from .places import batches, chosen_norms, evaluating
 
 DELTA = 0.5
@@ -117,7 +117,7 @@ def mean_deviations(runs: Sequence[Callable[[], Any]], sites: Mapping[str, nn.Mo
 
     Args:
         runs: forward passes; each is called twice, for the mean first.
-        sites: norms as `without_affine` takes them; one that does not run is left out.
+        sites: norms as `contract` takes them; one that does not run is left out.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -128,7 +128,7 @@ def mean_deviations(runs: Sequence[Callable[[], Any]], sites: Mapping[str, nn.Mo
 
         def hook_of(site: str) -> Callable[..., None]:
             def hook(norm: nn.Module, args: Any, _output: Tensor) -> None:
-                rows = measure(site, without_affine(norm, args[0]).flatten(0, -2).double())
+                rows = measure(site, contract(norm).core(args[0]).flatten(0, -2).double())
                 sums[site] = sums.get(site, 0) + rows.sum(0)
                 counts[site] = counts.get(site, 0) + len(rows)
 
@@ -164,7 +164,7 @@ def relative_change(
 
     Args:
         run: a forward pass; must do the same each time.
-        sites: norms as `without_affine` takes them, which `run` calls once each, in this order.
+        sites: norms as `contract` takes them, which `run` calls once each, in this order.
         delta: δ ≥ 0.
         draws: T ≥ 1.
         seed: the normals n at a site are `torch.randn(z_k.shape)`, one after the other, of a CPU generator with this
@@ -187,7 +187,7 @@ def relative_change(
         def hook(norm: nn.Module, args: Any, output: Tensor) -> None:
             if site in clean:
                 raise ValueError(f"sites: {site} runs more than once")
-            clean[site] = without_affine(norm, args[0])
+            clean[site] = contract(norm).core(args[0])
             gains[site] = _gain(site, norm, clean[site], output)
 
         return hook
@@ -208,7 +208,7 @@ def relative_change(
 
         def compare(site: str, changes: dict[str, list[float]] = changes) -> Callable[..., None]:
             def hook(norm: nn.Module, args: Any, _output: Tensor) -> None:
-                change = (without_affine(norm, args[0]) - clean[site]).abs().sum(-1, dtype=torch.float64)
+                change = (contract(norm).core(args[0]) - clean[site]).abs().sum(-1, dtype=torch.float64)
                 changes[site].append((change / sizes[site])[sizes[site] > 0].mean().item())
 
             return hook

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ..bare import is_known
-from ..modeling_ibnorm import is_norm
+from ..norm_base import NormBase
+from ..sites import identify, is_norm
 from ..swap.patching import norm_sites
 
 AT_ONCE = 2048
@@ -32,7 +32,7 @@ def known_norms(model: nn.Module) -> dict[str, nn.Module]:
     try:
         return norm_sites(model)
     except TypeError:  # of another family
-        found = {module: name for name, module in model.named_modules() if is_norm(module) and is_known(module)}
+        found = {module: name for name, module in model.named_modules() if _is_known(module)}
     order: dict[str, nn.Module] = {}
 
     def note(norm: nn.Module, *_: object) -> None:
@@ -74,11 +74,12 @@ def matching(norms: dict[str, nn.Module], sites: str | Collection[str] | None) -
 
 def unknown_norms(model: nn.Module) -> list[str]:
     """Names of modules that are called norms and that `known_norms` does not know, such as norms with a gate."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if "Norm" in type(module).__name__ and not is_known(module) and not any(module.children())
-    ]
+    return [name for name, module in model.named_modules() if is_norm(module) and not _is_known(module)]
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module is a norm of a known formula."""
+    return isinstance(module, NormBase) or (is_norm(module) and not isinstance(identify(module), str))
 
 
 def batches(ids: Tensor) -> tuple[Tensor, ...]:

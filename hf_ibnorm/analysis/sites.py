@@ -11,19 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bare import without_affine
-from ..functional import compress, newton_lambda, power_transform
-from ..norms import IBNorm, LayerNormalNorm
+from ..norms import NORMS, Measure
+from ..sites import contract
 from .moments import Covariance, Histogram, Moments, QuantileSketch, RowSample, RowStatistics, finite_rows
 from .places import known_norms, matching
 
 NEAR_ZERO = 0.1
 """An element is near zero when it is smaller than this share of its row's mean absolute value: 6.4 % of a Gaussian."""
-SATURATED = 0.1
-"""An element is saturated when the slope of the compression there is below this."""
 LEAST_ROWS = 30
 """Rows a site must have seen before anything is said about it."""
 RANK_WIDTH = 1024
@@ -31,30 +27,8 @@ RANK_WIDTH = 1024
 RANK_ROWS = 4
 """Rows for each channel that the effective rank needs; with so few it is too low by an eighth."""
 QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
-LAM_HAT_RANGE, LAM_HAT_BINS = (-4.0, 6.0), 100
 
 _OF_A_ROW = ("near_zero", "hoyer", "massive", "row_skewness", "row_excess_kurtosis")
-_OF_IBNORM = ("contraction", "saturation", "slope")
-_OF_NORMALNORM = ("lam_hat", "lam_hat_outside", "p_std")
-
-
-def slope(c: Tensor, *, variant: str, lam: float | Tensor, unit: str = "raw") -> Tensor:
-    """The derivative f'(c) of `functional.compress` (arXiv 2510.25262), element by element.
-
-    Args:
-        c: deviations, shape (..., N), float32 or float64.
-        variant, lam, unit: as in `compress`. For "mean_abs" and shrink, the unit a = mean|c| is held fast.
-
-    Returns:
-        Shape and dtype of `c`; from 0 to 1.
-    """
-    a = c.abs().mean(-1, keepdim=True)
-    if variant == "S":
-        return torch.ones_like(c) / lam
-    if variant == "shrink":
-        return (c.abs() > lam * a).to(c.dtype)
-    u = lam * (c.abs() / torch.where(a == 0, 1.0, a) if unit == "mean_abs" else c.abs())
-    return 1 / (1 + u) if variant == "L" else 1 - torch.tanh(u).square()
 
 
 class ValueStatistics:
@@ -167,19 +141,18 @@ class SiteStatistics:
         self.norm, self.rows, self.sample, self.seed, self.rank_width = norm, rows, sample, seed, rank_width
         self.before: ValueStatistics | None = None
         self.after: ValueStatistics | None = None
-        self.ibnorm: RowStatistics | None = None
-        self.normal: RowStatistics | None = None
-        self.lam_hat: Histogram | None = None
+        self.own: RowStatistics | None = None
+        """Of the diagnostics that the norm brings, if it brings any."""
+        self.histograms: dict[str, Histogram] = {}
+        self.measures: tuple[Measure, ...] = contract(norm).measures
 
     def _start(self, width: int, device: torch.device) -> tuple[ValueStatistics, ValueStatistics]:
         if self.before is None or self.after is None:
             options = (width, device, self.sample, self.seed, self.rank_width)
             self.before, self.after = (ValueStatistics(*options) for _ in range(2))
-            if isinstance(self.norm, IBNorm):
-                self.ibnorm = RowStatistics(_OF_IBNORM, device)
-            if isinstance(self.norm, LayerNormalNorm):
-                self.normal = RowStatistics(_OF_NORMALNORM, device)
-                self.lam_hat = Histogram(*LAM_HAT_RANGE, LAM_HAT_BINS, device)
+            if self.measures:
+                self.own = RowStatistics(tuple(each.name for each in self.measures), device)
+                self.histograms = {each.name: Histogram(*each.bins, device) for each in self.measures if each.bins}
         return self.before, self.after
 
     def update(self, x: Tensor) -> None:
@@ -192,41 +165,12 @@ class SiteStatistics:
                 rows = rows[:: max(1, -(-len(rows) // self.rows))]
             rows = finite_rows(rows if rows.dtype == torch.float64 else rows.float())
             before.update(rows)
-            if isinstance(self.norm, LayerNormalNorm):  # whose λ̂ takes longest, and is wanted, too
-                z = self._update_normal(self.norm, rows)
-            else:
-                z = without_affine(self.norm, rows)
+            z, numbers = contract(self.norm).measured(rows)
             after.update(finite_rows(z))
-            if isinstance(self.norm, IBNorm):
-                self._update_ibnorm(self.norm, rows)
-
-    def _update_ibnorm(self, norm: IBNorm, rows: Tensor) -> None:
-        assert self.ibnorm is not None
-        if norm.order == "standardize_first":
-            normalize = F.layer_norm if norm.standardize == "layer" else F.rms_norm
-            rows = normalize(rows, rows.shape[-1:], eps=norm.eps)
-        c = _deviation(rows)
-        options: dict[str, Any] = {"variant": norm.variant, "lam": norm.current_lam(), "unit": norm.unit}
-        slopes = slope(c, **options)
-        saturated = torch.where(slopes.isnan(), torch.nan, (slopes < SATURATED).to(c.dtype))
-        self.ibnorm.update(
-            contraction=compress(c, **options).var(-1, correction=0) / c.var(-1, correction=0),
-            saturation=saturated.mean(-1),
-            slope=slopes.mean(-1),
-        )
-
-    def _update_normal(self, norm: LayerNormalNorm, rows: Tensor) -> Tensor:
-        """Returns what `without_affine` would."""
-        assert self.normal is not None
-        assert self.lam_hat is not None
-        h = F.layer_norm(_deviation(rows), rows.shape[-1:], eps=norm.eps)
-        lam = newton_lambda(h, alpha=norm.alpha, eps=norm.eps)
-        outside = torch.where(lam.isnan(), torch.nan, ((lam < 0) | (lam > 2)).to(h.dtype))
-        p = power_transform(h, lam)
-        spread = p.std(-1, correction=0)
-        self.normal.update(lam_hat=lam[:, 0], lam_hat_outside=outside[:, 0], p_std=spread)
-        self.lam_hat.update(lam)
-        return p
+            if self.own is not None:
+                self.own.update(**numbers)
+            for name, histogram in self.histograms.items():
+                histogram.update(numbers[name])
 
     def merge(self, other: "SiteStatistics") -> None:
         """Take in all that `other`, of the same site, has seen: in another process, or on other text."""
@@ -235,9 +179,10 @@ class SiteStatistics:
         before, after = self._start(other.before.width, other.before.moments.mean.device)
         before.merge(other.before)
         after.merge(other.after)
-        for name in ("ibnorm", "normal", "lam_hat"):
-            if getattr(self, name) is not None:
-                getattr(self, name).merge(getattr(other, name))
+        if self.own is not None and other.own is not None:
+            self.own.merge(other.own)
+        for name, histogram in self.histograms.items():
+            histogram.merge(other.histograms[name])
 
     def packed(self) -> Tensor | None:
         """All that was measured, but for a sample, to be sent to another process and merged there after `unpacked`.
@@ -258,11 +203,32 @@ class SiteStatistics:
             each.copy_(values.view_as(each))
         return other
 
+    def _own_cells(self) -> dict[str, Any]:
+        """Cells of the diagnostics that the norm brings."""
+        cells: dict[str, Any] = {}
+        numbers = {} if self.own is None else self.own.read()
+        for each in self.measures:
+            of_rows = numbers[each.name]
+            parent, _, part = each.name.rpartition(".")
+            if parent:
+                if cells[parent] is not None:
+                    cells[parent][part] = of_rows["mean"]
+            elif not each.spread:
+                cells[each.name] = of_rows["mean"]
+            else:
+                keys = ("mean", "least", "most")
+                cells[each.name] = {key: of_rows[key] for key in keys} if of_rows["rows"] else None
+        for name, histogram in self.histograms.items():
+            if cells[name] is not None:
+                cells[name] |= {"edges": histogram.edges, "counts": histogram.inside.tolist()}
+                cells[name] |= {"below": int(histogram.below), "above": int(histogram.above)}
+        return cells
+
     def _tensors(self) -> list[Tensor]:
         """What was measured, in an order that depends on the kind of norm only."""
         if self.before is None or self.after is None:
             return []
-        parts: list[Any] = [self.ibnorm, self.normal, self.lam_hat]
+        parts: list[Any] = [self.own, *self.histograms.values()]
         for place in (self.before, self.after):
             parts += [place.moments, place.quantiles, place.of_rows, place.covariance]
         held = [value for part in parts if part is not None for value in vars(part).values()]
@@ -290,7 +256,8 @@ class SiteStatistics:
             * `reasons`: for every cell that is None, under "cell" or "before.cell", why
         """
         site: dict[str, Any] = {"norm": type(self.norm).__name__, "rows": 0, "skipped": 0}
-        empty = ("width", "before", "after", *_OF_IBNORM, "lam_hat", "p_std")
+        foreign = {name: norms for name, norms in _measured_by().items() if name not in _cells(self.measures)}
+        empty = ("width", "before", "after", *_cells(self.measures), *foreign)
         site |= dict.fromkeys(empty)
         if self.before is None or self.after is None:
             return {**site, "reasons": dict.fromkeys(empty, "the norm has not run")}
@@ -302,34 +269,30 @@ class SiteStatistics:
         for place, statistics in (("before", self.before), ("after", self.after)):
             site[place], why = statistics.result()
             reasons |= {f"{place}.{cell}": reason for cell, reason in why.items()}
-        if self.ibnorm is not None:
-            site |= {name: numbers["mean"] for name, numbers in self.ibnorm.read().items()}
-        if self.normal is not None and self.lam_hat is not None:
-            read = self.normal.read()
-            site["lam_hat"], site["p_std"] = _spread(read["lam_hat"]), _spread(read["p_std"])
-            if site["lam_hat"] is not None:
-                site["lam_hat"] |= {
-                    "outside": read["lam_hat_outside"]["mean"],
-                    "edges": self.lam_hat.edges,
-                    "counts": self.lam_hat.inside.tolist(),
-                    "below": int(self.lam_hat.below),
-                    "above": int(self.lam_hat.above),
-                }
-        no = "all rows are constant" if self.ibnorm is not None else "only an IBNorm has one"
-        none = "no row has a finite one" if self.normal is not None else "only a LayerNormalNorm has one"
-        why_empty = dict.fromkeys(_OF_IBNORM, no) | dict.fromkeys(("lam_hat", "p_std"), none)
+        site |= self._own_cells()
+        why_empty = {name: f"only {_a(norms)} has one" for name, norms in foreign.items()}
+        why_empty |= {each.name: each.missing for each in self.measures if each.name in site}
         site, why = _emptied(site, why_empty)
         return {**site, "reasons": reasons | why}
 
 
-def _deviation(rows: Tensor) -> Tensor:
-    """Deviations from each row's mean, of a constant row 0 to the bit, as the norms take them."""
-    c = rows - rows.mean(-1, keepdim=True)
-    return c - c.mean(-1, keepdim=True)
+def _cells(measures: tuple[Measure, ...]) -> list[str]:
+    """The cells that results have for these diagnostics."""
+    return [each.name for each in measures if "." not in each.name]
 
 
-def _spread(numbers: dict[str, float]) -> dict[str, Any] | None:
-    return {key: numbers[key] for key in ("mean", "least", "most")} if numbers["rows"] else None
+def _measured_by() -> dict[str, list[str]]:
+    """Cell → the classes of norms that bring it, of every norm that is known."""
+    norms: dict[str, list[str]] = {}
+    for entry in NORMS.values():
+        for name in _cells(entry.measures):
+            if entry.cls.__name__ not in norms.setdefault(name, []):
+                norms[name].append(entry.cls.__name__)
+    return norms
+
+
+def _a(names: list[str]) -> str:
+    return " or ".join(f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names)
 
 
 def _emptied(cells: dict[str, Any], reasons: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..bare import without_affine
 from ..modeling_ibnorm import build_site, set_site
 from ..norms import resolve_norm_kwargs
+from ..sites import contract
 
 BATCH = 4
 """Sequences at a time."""
@@ -80,7 +80,7 @@ def fit_norms(model: PreTrainedModel, config: Any, ids: Tensor) -> tuple[dict[st
         ValueError: the model gives numbers that are not finite.
     """
     base: Any = model.base_model
-    table = config.norm_site_table
+    table = config.norm_pin
     sites = [site for site in table.names(config) if config.norm_at(site) != _old_norm(config, model, site)]
     news = {site: _like(base.get_submodule(site), build_site(config, site).eval()) for site in sites}
     calls = [_first_block(base, table.blocks, rows) for rows in ids.split(BATCH)]
@@ -93,7 +93,7 @@ def fit_norms(model: PreTrainedModel, config: Any, ids: Tensor) -> tuple[dict[st
         norm = news[site]
         if getattr(norm, "weight", None) is None:
             return
-        sums = Sums.of((without_affine(norm, x), y) for x, y in zip(inputs, targets, strict=True))
+        sums = Sums.of((contract(norm).core(x), y) for x, y in zip(inputs, targets, strict=True))
         if not (sums.zz.isfinite() & sums.yy.isfinite()).all():
             raise ValueError(f"source: at {site} it gives numbers that are not finite")
         own_bias = getattr(norm, "bias", None)
@@ -128,7 +128,7 @@ def fit_norms(model: PreTrainedModel, config: Any, ids: Tensor) -> tuple[dict[st
 
 def stock_norm(config: Any) -> tuple[str, dict[str, Any]]:
     """Name and options of the norm that the stock model of one of our configs has, as `norm_at` gives them."""
-    name = config.norm_site_table.stock
+    name = config.norm_pin.stock
     return name, resolve_norm_kwargs(name, None, getattr(config, config.norm_eps_field))
 
 

@@ -23,9 +23,10 @@ from ..base.reading import reading
 from ..base.room import check_disk, check_model, check_room
 from ..configuration_ibnorm import NORM_FIELDS
 from ..data.text import draw_text
-from ..modeling_ibnorm import agree, build_site, norms_with_lam
-from ..norms import IDENTITY_LAM, NORMS, IBNorm, initial_parameters, norm_name, resolve_norm_kwargs
+from ..modeling_ibnorm import agree, build_site, ramped_norms
+from ..norms import NORMS, norm_name
 from ..report.environment import environment_record
+from ..sites import contract
 from ..swap.families import FAMILIES, Family
 from ..swap.loading import TOKENIZER_FILES, check_tokenizer, has_tokenizer, load, name_tokenizer
 from ..swap.patching import apply_norm, norm_sites, relative_globs
@@ -114,8 +115,9 @@ class Source:
     def dtype_at(self, site: str) -> torch.dtype:
         """In which a norm's parameters are stored; where there are none, those of the rest."""
         here = [f"{self.prefix}{site}.{name}" for name in self.of_norm(site)]
-        # λ is in float32 whatever the rest is in.
-        others = (name for name in [*here, *self.places] if name.rpartition(".")[2] != "lam")
+        # A ramped option is in float32 whatever the rest is in.
+        ramped = {entry.ramp for entry in NORMS.values()}
+        others = (name for name in [*here, *self.places] if name.rpartition(".")[2] not in ramped)
         kinds = (self.places[name].tensors[name]["dtype"] for name in others)
         return next(STORED[kind] for kind in kinds if kind in STORED)
 
@@ -187,7 +189,7 @@ def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str,
     with reading("source: config.json", found.folder), torch.device("meta"):
         model = found.architecture(found.config)
     _check_tensors(found, model)
-    _check_lams(found, model)
+    _check_ramped(found, model)
     options = dict(wanted.norm_kwargs or {})
     if wanted.init == "identity":
         options = identity_options(wanted.norm, options, found)
@@ -320,18 +322,17 @@ def _check_tensors(source: Source, model: PreTrainedModel) -> None:
             )
 
 
-def _check_lams(source: Source, model: PreTrainedModel) -> None:
+def _check_ramped(source: Source, model: PreTrainedModel) -> None:
     """Raise ValueError where the weights have another λ than the config, as `from_pretrained` does."""
-    ours = isinstance(source.config, source.family.config)
-    base: Any = model.base_model
-    sites = [site for site in norm_sites(base) if "lam" not in base.get_submodule(site).state_dict()]
-    lams = {name for site in sites if (name := f"{source.prefix}{site}.lam") in source.places}
-    for site, _, lam in norms_with_lam(model) if ours else ():
-        name = f"{source.prefix}{site}.lam"
-        if name in source.places and not agree(lam, held := source.places[name].tensor(name)):
-            raise ValueError(f"source: {source.folder} has {held.item():g} as {name}, its config {lam:g}")
-    if lams:
-        raise ValueError(f"source: {source.folder} has {sorted(lams)[0]}, its config no norm with a lam there")
+    options = {entry.ramp for entry in NORMS.values() if entry.ramp}
+    for site, norm in norm_sites(model.base_model).items():
+        for option in sorted(options - norm.state_dict().keys()):
+            if (name := f"{source.prefix}{site}.{option}") in source.places:
+                raise ValueError(f"source: {source.folder} has {name}, its config no norm with a {option} there")
+    for site, norm, value in ramped_norms(model) if isinstance(source.config, source.family.config) else ():
+        name = f"{source.prefix}{site}.{norm.ramp}"
+        if name in source.places and not agree(value, held := source.places[name].tensor(name)):
+            raise ValueError(f"source: {source.folder} has {held.item():g} as {name}, its config {value:g}")
 
 
 def identity_options(norm: str, given: Mapping[str, Any], source: Source) -> dict[str, Any]:
@@ -340,45 +341,34 @@ def identity_options(norm: str, given: Mapping[str, Any], source: Source) -> dic
     Raises:
         ValueError: there are none, an option is given that they decide, or the source has other norms already.
     """
-    name, table = norm_name(norm, "norm"), source.family.config.norm_site_table
+    name, stock = norm_name(norm, "norm"), source.family.pin.stock
     if isinstance(source.config, source.family.config):
         raise ValueError(
             "init: got 'identity' for a source with norms of this package; it takes a stock Llama or GPT-2"
         )
-    rms = table.stock == "rmsnorm"
-    decided: dict[str, Any]
-    if name.startswith("ibnorm_"):
-        decided = {"lam": IDENTITY_LAM[NORMS[name].fixed["variant"]], "standardize": "rms" if rms else "layer"}
-        decided |= {"learn_lam": False}  # unit and order make no difference as long as nothing is compressed
-    elif name == "layernormalnorm" and not rms:
-        decided = {"alpha": 0.0}
-        given = {"noise": 0.0, **given}  # or in training it would not be the old norm
-    elif name == table.stock:
-        decided = {}
-    else:
-        raise ValueError(f"init: got 'identity', but no options make {name} a {table.stock}; use keep")
+    entry = NORMS[name]
+    options = ({}, {}) if name == stock else entry.identity_for(stock)
+    if options is None:
+        raise ValueError(f"init: got 'identity', but no options make {name} a {stock}; use keep")
+    decided, given = options[0], {**options[1], **given}
     decided["eps"] = getattr(source.config, source.family.config.norm_eps_field)
     decided["elementwise_affine"] = True
     for option, value in given.items():
-        if (option in decided and value != decided[option]) or option == "lam":
+        if (option in decided and value != decided[option]) or option == entry.ramp:
             raise ValueError(
                 f"norm_kwargs.{option}: got {value!r} with init 'identity', which sets it to {decided.get(option)!r}; "
                 "leave it out, or use init 'keep'"
             )
-    return {**given, **{key: value for key, value in decided.items() if key in _options_of(name)}}
-
-
-def _options_of(name: str) -> dict[str, Any]:
-    return resolve_norm_kwargs(name, {})
+    return {**given, **{key: value for key, value in decided.items() if key in entry.defaults}}
 
 
 def _config_of(model: PreTrainedModel, source: Source) -> Any:
     """The config to save: a stock one where every norm is what the architecture has."""
     config: Any = model.config
-    table, ours = source.family.config.norm_site_table, type(model)
+    pin, ours = source.family.pin, type(model)
     stock = next(stock for stock, cls in source.family.stock_classes.items() if cls is ours)
     config.architectures = [ours.__name__]
-    if all(config.norm_at(site) == stock_norm(config) for site in table.names(config)):
+    if all(config.norm_at(site) == stock_norm(config) for site in pin.names(config)):
         dropped = (*NORM_FIELDS, "model_type", "architectures", "auto_map")
         fields = {name: value for name, value in config.to_dict().items() if name not in dropped}
         config = source.family.config.__bases__[1](**fields, architectures=[stock.__name__])
@@ -390,11 +380,11 @@ def _changes(source: Source, old_norms: Mapping[str, nn.Module], config: Any) ->
     shards, prefix = source.places, source.prefix
     change = Change()
     for site, old in old_norms.items():
-        new, initial = build_site(config, site), initial_parameters(old)
+        new, initial = build_site(config, site), contract(old).initial_values()
         had, parameters = source.of_norm(site), dict(new.named_parameters())
         for name, value in new.state_dict().items():
             key = f"{prefix}{site}.{name}"
-            if isinstance(new, IBNorm) and name == "lam":  # the config says what it is
+            if name == contract(new).ramp:  # the config says what it is
                 change.added[key] = value
                 change.exact.add(key)
             elif name not in had:
@@ -476,7 +466,7 @@ def files_left(source: Path) -> list[str]:
 
 def _norm_record(config: Any, globs: list[str] | None) -> dict[str, Any]:
     """The norm that was asked for, with all its options, and the globs of its sites; None for all."""
-    sites = config.norm_site_table.names(config)
+    sites = config.norm_pin.names(config)
     site = next(site for site in sites if globs is None or any(fnmatchcase(site, glob) for glob in globs))
     name, options = config.norm_at(site)
     return {"type": name, "kwargs": options, "sites": globs}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..bare import without_affine
 from ..data.text import Text
+from ..sites import contract
 from ..swap.patching import norm_sites
 
 
@@ -65,7 +65,7 @@ def _watched(model: PreTrainedModel) -> Iterator[_Seen]:
     def note(site: str) -> Any:
         def hook(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen.outputs[site] = output[0]
-            seen.spreads[site] = without_affine(norm, args[0])[0].std(-1, correction=0)
+            seen.spreads[site] = contract(norm).core(args[0])[0].std(-1, correction=0)
 
         return hook
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..configuration_ibnorm import NormConfigMixin
+    from ..sites import Pin
 
 PACKAGE = "hf_ibnorm"
 MODEL_TYPE_PREFIX = "ibnorm_"
@@ -51,6 +52,12 @@ class Family:
         return getattr(import_module(f"{PACKAGE}.configuration_ibnorm"), self.config_name)
 
     @property
+    def pin(self) -> "Pin":
+        """Where the norms of the stock model are, and which they are."""
+        pins: dict[str, Pin] = import_module(f"{PACKAGE}.sites").PINS
+        return pins[self.stock_model_type]
+
+    @property
     def classes(self) -> tuple[type["PreTrainedModel"], ...]:
         """Its models' classes, the base model's first, the language model's second."""
         modeling = import_module(f"{PACKAGE}.modeling_ibnorm_{self.stock_model_type}")
@@ -84,7 +91,7 @@ class Family:
 
     @property
     def stock_classes(self) -> dict[type["PreTrainedModel"], type["PreTrainedModel"]]:
-        """Stock class → ours; each of ours derives from (NormInitMixin, stock class)."""
+        """Stock class → ours; each of ours derives from (NormModelMixin, stock class)."""
         return {cls.__bases__[1]: cls for cls in self.classes}
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from ..modeling_ibnorm import NormInitMixin
-from ..norms import NORMS, IBNorm
+from ..modeling_ibnorm import NormModelMixin, record_ramped
+from ..norm_base import NormBase
 
 
 def no_decay_parameter_names(model: nn.Module) -> list[str]:
@@ -30,7 +30,7 @@ def set_lam(model: nn.Module, value: float) -> None:
 
     Given a part of a model, it sets λ there, and saving the model writes that into the config. What PEFT saves of an
     adapter does not hold λ: it is the base's. A compiled model does not recompile. With `learn_lam` the parameter
-    `theta` is set; it goes on learning from there.
+    `theta` is set; it goes on learning from there. Norms of your own whose ramped option is called `lam` are set, too.
 
     Args:
         model: any module with `IBNorm`s in it (arXiv 2510.25262), wrapped or not.
@@ -42,7 +42,7 @@ def set_lam(model: nn.Module, value: float) -> None:
     Warns:
         UserWarning: the model has adapters of PEFT, whose checkpoints do not hold the new λ.
     """
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, IBNorm)}
+    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, NormBase) and norm.ramp == "lam"}
     if not norms:
         raise ValueError(
             f"model: {type(model).__name__} has no IBNorm, so there is no lam to set"
@@ -50,11 +50,11 @@ def set_lam(model: nn.Module, value: float) -> None:
         )
     for name, norm in norms.items():
         try:
-            norm.checked_lam(value)
+            norm.checked_ramped(value)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{error} (variant {norm.variant}, {name or 'the model itself'})") from None
+            raise type(error)(f"{error} ({norm.variant_shown}, {name or 'the model itself'})") from None
     for norm in norms.values():
-        norm.set_lam(value)
+        norm.set_ramped(value)
     saved = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "modules_to_save"]
     adapted = any(vars(module).get("peft_config") for module in model.modules())
     if adapted and not all(name.startswith(tuple(f"{each}." for each in saved)) for name in norms):
@@ -63,14 +63,6 @@ def set_lam(model: nn.Module, value: float) -> None:
             UserWarning,
             stacklevel=2,
         )
-    whole: dict[int, Any] = {id(m.config): m for m in model.modules() if isinstance(m, NormInitMixin)}
+    whole: dict[int, Any] = {id(m.config): m for m in model.modules() if isinstance(m, NormModelMixin)}
     for each in whole.values():
-        config = each.config
-        if NORMS[config.norm_type].cls is IBNorm:
-            config.norm_kwargs = {**config.norm_kwargs, "lam": float(value)}
-        config.norm_overrides = [
-            [glob, {**norm, "kwargs": {**norm["kwargs"], "lam": float(value)}}]
-            if NORMS[norm["type"]].cls is IBNorm
-            else [glob, norm]
-            for glob, norm in config.norm_overrides
-        ]
+        record_ramped(each)

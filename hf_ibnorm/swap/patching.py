@@ -17,12 +17,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration_ibnorm import NORM_FIELDS, SiteTable
-from ..modeling_ibnorm import build_site, check_checkpointing, check_sites, forget_origin, set_site
-from ..norms import IBNorm, initial_parameters, norm_name, resolve_norm_kwargs
+from ..configuration_ibnorm import NORM_FIELDS
+from ..modeling_ibnorm import OURS, build_site, check_checkpointing, check_sites, forget_origin, set_site
+from ..norms import norm_name, resolve_norm_kwargs
+from ..sites import Pin, contract
 from .families import FAMILIES, Family
-
-_OURS = {stock: ours for family in FAMILIES for stock, ours in family.stock_classes.items()}
 
 _RECORD = "_norms_before"
 _ADAPTER_BASE = "base_model_name_or_path"
@@ -37,8 +36,8 @@ _INITIALIZING = threading.Lock()
 class _State:
     """All that patching changes in a model."""
 
-    norms: dict[str, nn.Module]
-    lams: dict[str, float]
+    norms: dict[str, Any]
+    ramped: dict[str, float]
     attributes: list[tuple[Any, str, Any]]
     """(object, name, value): classes, configs, and where the weights came from."""
 
@@ -51,8 +50,8 @@ class _State:
         ]
         attributes += [(m, "config", m.config) for m in target.root.modules() if "config" in vars(m)]
         attributes += [(adapter, _ADAPTER_BASE, getattr(adapter, _ADAPTER_BASE)) for adapter in target.adapters]
-        lams = {site: norm.lam_value for site, norm in norms.items() if isinstance(norm, IBNorm)}
-        return cls(norms, lams, attributes)
+        ramped = {site: norm.ramped for site, norm in norms.items() if getattr(norm, "ramp", None)}
+        return cls(norms, ramped, attributes)
 
     def put_back(self, target: "_Target") -> None:
         """Undo the changes; what else was changed in the config (attention, vocabulary) stays changed."""
@@ -62,11 +61,11 @@ class _State:
                 norm.train(current.training)
                 norm.to(**_factory(target.base, current if [*current.parameters()] else norm))
                 set_site(target.base, site, norm)
-            if isinstance(norm, IBNorm) and norm.lam_value != self.lams[site]:
-                if norm.learn_lam:
-                    norm.initial_lam = self.lams[site]  # where learning began; theta is a trained parameter
+            if site in self.ramped and norm.ramped != self.ramped[site]:
+                if norm.held is None:  # learned: where learning began; the parameter itself was trained
+                    norm.initial_ramped = self.ramped[site]
                 else:
-                    norm.set_lam(self.lams[site])
+                    norm.set_ramped(self.ramped[site])
         for item, name, value in self.attributes:
             setattr(item, name, value)
         config = target.model.config
@@ -84,9 +83,8 @@ class _Target:
         self.family = _family(self.model, exact)
         self.base: Any = self.model.base_model
         self.config: Any = self.model.config
-        self.table: SiteTable = self.family.config.norm_site_table
-        self.sites = self.table.names(self.config)
-        check_sites(self.base, self.sites)
+        self.pin: Pin = self.family.pin
+        self.sites = check_sites(self.base, self.config, self.pin)
         self.prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is self.base)
 
     @property
@@ -188,7 +186,7 @@ def apply_norm(
         set_site(target.base, site, new)
     for item, name, value in before.attributes:
         if name == "__class__":
-            item.__class__ = _OURS.get(value, value)
+            item.__class__ = OURS.get(value, value)
     target.point_at(config)
     target.model.loss_type = registered.loss_type
     forget_origin(target.model)
@@ -293,7 +291,7 @@ def _patched_config(
     if target.is_stock:
         config.__class__ = target.family.config
         vars(config).pop("model_type", None)  # a loaded config has it as an attribute, which would hide the class's
-        config.norm_type, config.norm_kwargs, config.norm_overrides = target.table.stock, None, []
+        config.norm_type, config.norm_kwargs, config.norm_overrides = target.pin.stock, None, []
     name = norm_name(norm, "norm")
     kwargs = resolve_norm_kwargs(name, norm_kwargs, getattr(config, config.norm_eps_field))
     if globs is None:
@@ -301,9 +299,9 @@ def _patched_config(
         config.norm_type, config.norm_kwargs, config.norm_overrides = name, kwargs, []
     else:
         if not globs:
-            raise ValueError(f"sites: got no glob; sites are {target.table.describe(config)}")
+            raise ValueError(f"sites: got no glob; sites are {target.pin.describe(config)}")
         for glob in globs:
-            target.table.check_glob(f"sites: {glob!r}", glob, config)
+            target.pin.check_glob(f"sites: {glob!r}", glob, config)
         kept = [override for override in config.norm_overrides if override[0] not in globs]
         config.norm_overrides = kept + [[glob, {"type": name, "kwargs": kwargs}] for glob in globs]
     config.resolve_norms()
@@ -361,7 +359,7 @@ def _registered_model(target: _Target, config: Any) -> PreTrainedModel:
     Building it makes its class known to Transformers' recorder of hidden states, which would give None otherwise.
     """
     with _INITIALIZING, torch.device("meta"):
-        return _OURS.get(type(target.model), type(target.model))(copy.deepcopy(config))
+        return OURS.get(type(target.model), type(target.model))(copy.deepcopy(config))
 
 
 def _check_keys(target: _Target, registered: PreTrainedModel, norms: dict[str, nn.Module]) -> None:
@@ -427,7 +425,7 @@ def _warn_of_lost(swaps: list[tuple[str, nn.Module, nn.Module]]) -> None:
     """Warn of trained parameters of `old` that have no place in `new`, for each (site, old, new)."""
     lost = []
     for site, old, new in swaps:
-        initial = initial_parameters(old)
+        initial = contract(old).initial_values()
         for name, parameter in old.named_parameters(recurse=False):
             kept = name in _MOVED and getattr(new, name, None) is not None
             if not (kept or parameter.is_meta or torch.equal(parameter, initial[name].to(parameter.device))):

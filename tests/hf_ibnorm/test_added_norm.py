@@ -11,7 +11,7 @@ from transformers import initialization as init
 from hf_ibnorm import NORMS, apply_norm, convert_checkpoint, norm_sites, restore_norm, swapped_norms
 from hf_ibnorm.analysis import noise_robustness, watch
 from hf_ibnorm.modeling_ibnorm import check_checkpointing
-from hf_ibnorm.norms import NormBase, NormEntry, _options, build_norm
+from hf_ibnorm.norms import NormBase, build_norm, register_norm
 
 
 class FRN(NormBase):
@@ -40,8 +40,10 @@ class FRN(NormBase):
 
 
 @pytest.fixture(autouse=True)
-def frn(monkeypatch):
-    monkeypatch.setitem(NORMS, "frn", NormEntry(FRN, {}, _options(FRN)))
+def frn():
+    register_norm("frn", FRN)
+    yield
+    del NORMS["frn"]
 
 
 def logits(model):

@@ -11,7 +11,7 @@ from transformers import GemmaConfig, GemmaForCausalLM
 
 from hf_ibnorm import apply_norm, norm_sites
 from hf_ibnorm.analysis.noise import mean_deviations, noise_robustness, relative_change
-from hf_ibnorm.bare import without_affine
+from hf_ibnorm.sites import contract
 
 
 def chain(*widths):
@@ -103,7 +103,7 @@ def test_the_scale_is_that_of_the_training_text(stock_model):
     assert other.zeta != own.zeta
     site, norm = next(iter(norm_sites(model).items()))
     seen = []
-    handle = norm.register_forward_hook(lambda _, args, __: seen.append(without_affine(norm, args[0]).flatten(0, 1)))
+    handle = norm.register_forward_hook(lambda _, args, __: seen.append(contract(norm).core(args[0]).flatten(0, 1)))
     model(train)
     handle.remove()
     expected = (seen[0] - seen[0].mean(0)).abs().mean(0)

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_ibnorm import build_norm, norm_sites
 from hf_ibnorm.analysis import ModelStatistics, SiteStatistics, watch
-from hf_ibnorm.analysis.sites import QUANTILES, slope, without_affine
-from hf_ibnorm.functional import compress, newton_lambda, power_transform
+from hf_ibnorm.analysis.sites import QUANTILES
+from hf_ibnorm.functional import compress, newton_lambda, power_transform, slope
+from hf_ibnorm.sites import contract
 
 NORMS = {
     "ibnorm_s": {},
@@ -79,7 +80,7 @@ def test_cells_before_and_after_are_those_of_numpy(name):
     norm, x = build_norm(name, 16, **NORMS[name]), rows_of()
     site = measured(norm, x)
     assert (site["rows"], site["skipped"], site["width"]) == (200, 0, 16)
-    z = without_affine(norm, x).detach()
+    z = contract(norm).core(x).detach()
     for place, rows in (("before", x.numpy()), ("after", z.numpy())):
         assert_cells(site[place], by_numpy(rows))
         expected = np.quantile(rows, QUANTILES, method="inverted_cdf")
@@ -95,12 +96,12 @@ def test_what_comes_out_is_taken_before_gain_and_bias_and_noise(name):
         for parameter in (norm.weight, getattr(norm, "bias", None)):
             if parameter is not None:
                 parameter.uniform_(-3, 3)
-    torch.testing.assert_close(without_affine(norm.train(), x), plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(contract(norm.train()).core(x), plain, rtol=1e-5, atol=1e-6)
 
 
 def test_a_norm_that_is_not_known_is_refused():
     with pytest.raises(TypeError, match="norm: got BatchNorm1d, must be"):
-        without_affine(nn.BatchNorm1d(4), torch.zeros(2, 4))
+        contract(nn.BatchNorm1d(4)).core(torch.zeros(2, 4))
 
 
 @pytest.mark.parametrize("name", [name for name in NORMS if name.startswith("ibnorm")])
@@ -214,7 +215,7 @@ def test_every_site_of_a_model_is_measured(tiny_config, stock_model, family, nor
     assert list(result) == list(norm_sites(model))
     for site, cells in result.items():
         x = torch.cat([each.reshape(-1, 32) for each in inputs[site]]).double()
-        z = without_affine(norm_sites(model)[site], x).detach()
+        z = contract(norm_sites(model)[site]).core(x).detach()
         assert cells["rows"] == len(x) == 160
         assert_cells(cells["before"], by_numpy(x.numpy()))
         assert_cells(cells["after"], by_numpy(z.numpy()))

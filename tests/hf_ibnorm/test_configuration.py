@@ -169,7 +169,7 @@ def test_a_stock_checkpoint_takes_its_eps_and_other_fields_from_the_arguments_to
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stock_config_object_is_refused(stock_model, tiny_config, family):
-    with pytest.raises(TypeError, match=r"config: got \w+Config, IBNorm\w+Model takes one with norms"):
+    with pytest.raises(TypeError, match=r"config: got \w+Config, IBNorm\w+ takes one with norms"):
         FAMILY[family].causal_lm(stock_model(family).config)
     config = type(tiny_config(family))(**stock_model(family).config.to_dict())
     assert config.model_type == config.to_dict()["model_type"] == f"ibnorm_{family}"

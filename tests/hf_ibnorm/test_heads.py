@@ -9,7 +9,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFas
 from transformers.models.auto import modeling_auto
 
 from hf_ibnorm import apply_norm, convert_checkpoint, restore_norm
-from hf_ibnorm.modeling_ibnorm import is_norm
+from hf_ibnorm.sites import is_norm
 
 pytestmark = pytest.mark.oldest
 

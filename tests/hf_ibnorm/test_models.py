@@ -16,8 +16,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_ibnorm import NORMS, IBNormGPT2Config, IBNormLlamaConfig, IBNormLlamaModel, no_decay_parameter_names
-from hf_ibnorm.modeling_ibnorm import is_norm
 from hf_ibnorm.norms import NormBase
+from hf_ibnorm.sites import is_norm
 
 pytestmark = pytest.mark.oldest
 

@@ -152,7 +152,7 @@ def test_half_precision_loads_compute_in_it_and_keep_lam(model, dtype, tmp_path)
 
 def test_a_device_map_and_offloading_to_disk_change_nothing(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    one_block = f"{model.base_model_prefix}.{model.config.norm_site_table.blocks}.1"
+    one_block = f"{model.base_model_prefix}.{model.config.norm_pin.blocks}.1"
     leaves = [name for name, module in model.named_modules() if not [*module.children()]]
     spread = {name: "disk" if name.startswith(one_block) else "cpu" for name in leaves}
     for device_map in ("cpu", "auto", spread):

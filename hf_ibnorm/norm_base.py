@@ -1,0 +1,418 @@
+"""What a norm is: the contract that every norm answers, and the one registry that names norms.
+
+Whatever the rest of the package wants to know about a norm it asks the norm: `NormBase` has the questions with the
+answers of an ordinary norm, a subclass gives its own. `register_norm` makes a class known by a name.
+"""
+
+import copy
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import initialization as init
+
+from .checks import check_choice, check_number
+
+BACKENDS = ("auto", "reference", "fused")
+
+
+def width_of(normalized_shape: Any) -> tuple[int]:
+    """`normalized_shape` as a 1-tuple: every norm here works over the last dimension only."""
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    if len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
+        raise ValueError(f"normalized_shape: got {normalized_shape!r}, must be one width >= 1 (the last dimension)")
+    return shape
+
+
+def check_bool(field: str, value: Any) -> None:
+    """Raise TypeError naming `field` unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{field}: got {value!r}, must be true or false")
+
+
+def rounded(value: float, dtype: torch.dtype = torch.float32) -> float:
+    """`value` as a tensor of `dtype` holds it."""
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
+
+
+def shortest(value: float) -> float:
+    """Of the numbers that float32 rounds as it does `value` the one with the fewest digits."""
+    digits = (float(f"{value:.{count}g}") for count in range(6, 10))
+    return next((short for short in digits if rounded(short) == rounded(value)), value)
+
+
+def kernel_of(formula: str, backend: Any) -> Callable[..., Tensor] | None:
+    """The form of `functional.<formula>` that runs kernels where it can; None where `backend` is "reference".
+
+    By name, for this file travels with checkpoints: where nobody has imported the package the formulas run.
+
+    Raises:
+        ValueError: no such backend, or "fused" without the package.
+    """
+    check_choice("backend", backend, BACKENDS)
+    package = sys.modules.get("hf_ibnorm")
+    if package is None and backend == "fused":
+        raise ValueError("backend: got 'fused', which needs the package: import hf_ibnorm first, or use 'auto'")
+    return None if package is None or backend == "reference" else getattr(import_module("hf_ibnorm.kernels"), formula)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A diagnostic that a norm brings: one number for each row that the norm is given.
+
+    Args:
+        name: its key in what `norm.measured` returns, and in the results of `hf-ibnorm analyze`; "a.b" is "b" of "a"
+            there, for an "a" with `spread`.
+        title: what tables and pictures call it.
+        reference: where it is defined.
+        missing: why results have none where no row has one.
+        spread: whether results keep its least and greatest row beside the mean.
+        bins: (low, high, count) of a histogram of the rows that results keep; None for none.
+    """
+
+    name: str
+    title: str
+    reference: str
+    missing: str = "no row has a finite one"
+    spread: bool = False
+    bins: tuple[float, float, int] | None = None
+
+
+class NormBase(nn.Module):
+    """What every norm answers, with the answers of an ordinary one: `weight` and `bias` of shape (N,), or None.
+
+    A subclass calls `super().__init__`, makes its own parameters and buffers, calls `reset_parameters`, and has a
+    `forward`. Everything else it inherits, or answers in its own way:
+
+    * `reset_parameters`: initial values; called with what a checkpoint has just filled, which `transformers.
+      initialization` leaves alone
+    * `core`: the output before gain, bias and training noise
+    * `ramp`, `ramp_start`: the option that training can ramp, and where a ramp of it begins
+    * `identity_for`: options with which it computes what a stock norm does
+    * `draws_noise`, `updates_state`: random numbers and running statistics, which checkpointing and evaluation mind
+    * `measures`, `measured`: its diagnostics
+    * `option_defaults`, `takes_model_eps`: what the registry takes its options to be where none are given
+
+    Args:
+        normalized_shape: N, the width of the last dimension (an int or a 1-tuple).
+        elementwise_affine: learn `weight` (and `bias`).
+        bias: learn `bias`; without effect if `elementwise_affine` is False.
+        device, dtype: of the parameters.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    _described: tuple[str, ...] = ()
+    """Attributes that `print(model)` shows."""
+
+    ramp: ClassVar[str | None] = None
+    """The option that training can ramp, such as "lam"; `hold` keeps it in a buffer of that name. None for none."""
+    measures: ClassVar[tuple[Measure, ...]] = ()
+    """The diagnostics that `measured` computes."""
+    takes_model_eps: ClassVar[bool] = True
+    """Inside a model, `eps` defaults to the model's own (False: the norm's own default stays)."""
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int],
+        *,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_bool("elementwise_affine", elementwise_affine)
+        check_bool("bias", bias)
+        self.normalized_shape = width_of(normalized_shape)
+        self.elementwise_affine = elementwise_affine
+        for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
+            tensor = torch.empty(self.normalized_shape, device=device, dtype=dtype) if wanted else None
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+
+    def reset_parameters(self) -> None:
+        """Set every parameter and buffer to its initial value, except those a checkpoint has just filled."""
+        if self.weight is not None:
+            init.ones_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+        if self.held is not None:
+            init.constant_(self.held, self.initial_ramped)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """What each parameter of this norm is before training, by name: on the CPU, of its shape and dtype."""
+        return initial_values(self)
+
+    def core(self, x: Tensor) -> Tensor:
+        """`forward` before gain and bias, and as in eval mode.
+
+        Args:
+            x: shape (..., N).
+
+        Returns:
+            z of the shape of `x`, float32 (float64 for float64).
+        """
+        cls: type[NormBase] = type(self).__bases__[0] if is_parametrized(self) else type(self)
+        bare = cls.__new__(cls)
+        bare.__dict__.update(self.__dict__)
+        # In the instance itself: pruned ones have them there, parametrized ones in their class.
+        bare.__dict__.update(training=False, weight=None, bias=None)
+        return bare.forward(x if x.dtype == torch.float64 else x.float())
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether training mode draws random numbers."""
+        return False
+
+    @property
+    def updates_state(self) -> bool:
+        """Whether training mode changes buffers, such as running statistics."""
+        return False
+
+    @property
+    def newton(self) -> dict[str, float] | None:
+        """Options of `functional.newton_lambda` of a norm that raises to a power estimated row by row; None else."""
+        return None
+
+    def measured(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The norm's own diagnostics of what it is given.
+
+        Args:
+            rows: shape (R, N), float32 or float64; a row that is not finite is NaN throughout.
+
+        Returns:
+            What `core` makes of the rows; and name of each of `measures` → a number for each row, shape (R,), NaN where
+            a row has none.
+        """
+        return self.core(rows), {}
+
+    @classmethod
+    def identity_for(cls, stock: str, **fixed: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Options with which this norm computes what a stock norm does.
+
+        Args:
+            stock: the stock norm's name in the registry, "layernorm" or "rmsnorm".
+            **fixed: what the norm's own name in the registry fixes.
+
+        Returns:
+            Options that decide it, and options that are the better choice for it but may be others; None where no
+            options do it. `eps` is the stock norm's, and need not be named.
+        """
+        return None
+
+    @classmethod
+    def option_defaults(cls, **fixed: Any) -> dict[str, Any]:
+        """Options with their defaults, as the signature has them; `fixed` is what a name in the registry fixes."""
+        parameters = inspect.signature(cls).parameters
+        left_out = {"normalized_shape", "device", "dtype", *fixed}
+        return {name: parameter.default for name, parameter in parameters.items() if name not in left_out}
+
+    # The ramped option: a float32 buffer of shape () that no cast touches and that state dicts hold, so that weights
+    # and option travel together. A state dict without it, a stock model's or an older one's, loads too.
+
+    initial_ramped: float
+    """The ramped option as `reset_parameters` sets it: as the norm was made with, or was last set to."""
+
+    def hold(self, value: float, device: torch.device | str | None = None) -> None:
+        """Keep the ramped option in a buffer; for the `__init__` of a norm with a `ramp`, before `reset_parameters`."""
+        assert self.ramp is not None
+        self.initial_ramped = self.checked_ramped(value)
+        # float32 whatever the default dtype: bfloat16 could not hold 0.3
+        self.register_buffer(self.ramp, torch.empty((), device=device, dtype=torch.float32))
+
+    @property
+    def held(self) -> Tensor | None:
+        """The buffer with the ramped option; None for a norm that has none, or learns it."""
+        return None if self.ramp is None else self._buffers.get(self.ramp)
+
+    @property
+    def ramp_start(self) -> float:
+        """Where a ramp begins: the value with which the norm is as near to a stock one as it can be."""
+        return 0.0
+
+    def checked_ramped(self, value: Any) -> float:
+        """`value` as a float, if it can be this norm's ramped option; it must be a finite number.
+
+        Raises:
+            ValueError, TypeError: naming the value and what is allowed.
+        """
+        check_number(str(self.ramp), value, -float("inf"))
+        return float(value)
+
+    @property
+    def ramped(self) -> float:
+        """The ramped option as a number, read from the buffer; of a learned one where learning started.
+
+        Of the numbers that float32 rounds alike it is the one that was given, or else the shortest.
+        """
+        if self.held is None or self.held.is_meta:
+            return self.initial_ramped
+        held = self.held.item()
+        return self.initial_ramped if rounded(self.initial_ramped) == held else shortest(held)
+
+    def set_ramped(self, value: float) -> None:
+        """Set the ramped option in place.
+
+        Raises:
+            ValueError, TypeError: as `checked_ramped`.
+        """
+        self.initial_ramped = self.checked_ramped(value)
+        if self.held is not None:
+            with torch.no_grad():
+                self.held.fill_(self.initial_ramped)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.ramp is None:
+            return super()._apply(fn, recurse)
+        # A cast rounds the option, `to_empty` and the meta device forget it. Written anew it survives them.
+        self.initial_ramped = self.ramped
+        super()._apply(fn, recurse)
+        if self.held is not None:
+            self._buffers[self.ramp] = torch.full_like(self.held, self.initial_ramped, dtype=torch.float32)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Accelerate fills a model that FSDP2 has sharded on the meta device from its state dict, and takes each tensor
+        # there for sharded. The option is not; it comes back by itself, as below.
+        if self.held is not None and self.held.is_meta and type(self.weight).__name__ == "DTensor":
+            del destination[f"{prefix}{self.ramp}"]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        value = None if self.ramp is None else self.ramped
+        given = state_dict.get(f"{prefix}{self.ramp}")
+        if self.ramp is not None and isinstance(given, Tensor) and given.numel() == 1 and not given.is_meta:
+            try:
+                value = self.checked_ramped(shortest(given.item()))
+            except ValueError as error:
+                error_msgs.append(f"{prefix}{error} ({self.variant_shown})")
+                return
+        super()._load_from_state_dict(
+            state_dict,  # type: ignore[arg-type]
+            prefix,
+            local_metadata,  # type: ignore[arg-type]
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        if self.held is None or self.ramp is None or value is None:
+            return
+        if (key := f"{prefix}{self.ramp}") in missing_keys:
+            missing_keys.remove(key)  # of a stock model, or older than the buffer
+        if self.held.is_meta and self.weight is not None and not self.weight.is_meta:
+            self._buffers[self.ramp] = torch.empty((), dtype=torch.float32, device=self.weight.device)
+        if self.held.dtype != torch.float32:  # assigned, not copied
+            self._buffers[self.ramp] = self.held.float()
+        self.set_ramped(value)
+
+    @property
+    def variant_shown(self) -> str:
+        """How errors about this norm call its kind."""
+        return type(self).__name__
+
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{name.removesuffix('_shown')}={getattr(self, name)}" for name in self._described)
+        affine = f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}"
+        return f"{self.normalized_shape}, {options}, {affine}"
+
+
+def initial_values(norm: nn.Module) -> dict[str, Tensor]:
+    """What the parameters of a norm's own are before training, by name.
+
+    Args:
+        norm: on any device, "meta" too; one without `reset_parameters` begins with ones.
+
+    Returns:
+        Tensors on the CPU, of each parameter's shape and dtype.
+    """
+    fresh = copy.copy(norm)
+    fresh._parameters = {
+        name: None if value is None else nn.Parameter(torch.ones_like(value, device="cpu"))
+        for name, value in norm._parameters.items()
+    }
+    fresh._buffers = {
+        name: None if value is None else torch.zeros_like(value, device="cpu") for name, value in norm._buffers.items()
+    }
+    reset: Callable[[], None] | None = getattr(fresh, "reset_parameters", None)
+    if reset is not None:
+        reset()
+    return {name: value.detach() for name, value in fresh.named_parameters(recurse=False)}
+
+
+@dataclass(frozen=True)
+class NormEntry:
+    """One row of the registry: the class, what the name itself fixes, and every option with its default."""
+
+    cls: type[nn.Module]
+    fixed: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+
+    @property
+    def model_eps(self) -> bool:
+        """Whether `eps` defaults to the model's own inside a model."""
+        return bool(getattr(self.cls, "takes_model_eps", True))
+
+    @property
+    def ramp(self) -> str | None:
+        """The option that training can ramp."""
+        return getattr(self.cls, "ramp", None)
+
+    def identity_for(self, stock: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """`NormBase.identity_for` of the norm with what its name fixes."""
+        answer = getattr(self.cls, "identity_for", None)
+        return None if answer is None else answer(stock, **self.fixed)
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The diagnostics that the norm brings."""
+        return getattr(self.cls, "measures", ())
+
+
+NORMS: dict[str, NormEntry] = {}
+"""Name → norm, for every norm that configs, commands and `apply_norm` can name."""
+
+
+def register_norm(name: str, cls: type[nn.Module], **fixed: Any) -> None:
+    """Let configs, `apply_norm`, training, conversion and diagnostics know a norm by a name.
+
+    Registering the same class again under its name replaces the row, so that a notebook's cell can be run twice.
+
+    Args:
+        name: lower-case letters, digits and "_"; unlike any other name but for "_".
+        cls: a subclass of `NormBase`. Every argument of its `__init__` but `normalized_shape`, `device` and `dtype`
+            is an option, and needs a default that JSON can hold.
+        **fixed: arguments that the name fixes, which are then no options.
+
+    Raises:
+        ValueError, TypeError: the name or the class cannot be taken; the message says why.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"name: got {name!r}, must be lower-case letters, digits and _")
+    for known, entry in NORMS.items():
+        if known.replace("_", "") == name.replace("_", "") and (
+            known != name or (entry.cls.__module__, entry.cls.__qualname__) != (cls.__module__, cls.__qualname__)
+        ):
+            raise ValueError(f"name: got {name!r}, which is taken by {entry.cls.__name__}")
+    if not (isinstance(cls, type) and issubclass(cls, NormBase)):
+        raise TypeError(f"cls: got {cls!r}, must be a subclass of hf_ibnorm.NormBase")
+    defaults = cls.option_defaults(**fixed)
+    if without := [option for option, default in defaults.items() if default is inspect.Parameter.empty]:
+        raise TypeError(f"cls: {cls.__name__} has no default for {', '.join(without)}; every option needs one")
+    NORMS[name] = NormEntry(cls, fixed, defaults)
