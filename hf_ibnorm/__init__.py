@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from .norms import DynamicTanh as DynamicTanh
     from .norms import IBNorm as IBNorm
     from .norms import LayerNormalNorm as LayerNormalNorm
+    from .norms import Measure as Measure
+    from .norms import NormBase as NormBase
     from .norms import build_norm as build_norm
+    from .norms import register_norm as register_norm
     from .swap.optim import no_decay_parameter_names as no_decay_parameter_names
     from .swap.optim import set_lam as set_lam
     from .swap.patching import apply_norm as apply_norm
@@ -57,7 +60,9 @@ _HOMES = {
         "IBNormLlamaForTokenClassification",
         "IBNormLlamaModel",
     ),
-    "norms": ("NORMS", "DynamicTanh", "IBNorm", "LayerNormalNorm", "build_norm"),
+    "norms": (
+        *("NORMS", "DynamicTanh", "IBNorm", "LayerNormalNorm", "Measure", "NormBase", "build_norm", "register_norm"),
+    ),
     "swap.optim": ("no_decay_parameter_names", "set_lam"),
     "swap.patching": ("apply_norm", "norm_sites", "restore_norm", "swapped_norms"),
 }

@@ -4,7 +4,10 @@ A norm is a class of `NormBase` (`norm_base`) that `register_norm` gives a name;
 `norms_ibnorm`, `norms_normality` and `norms_classic`.
 """
 
+import importlib.util
 import numbers
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,3 +132,19 @@ def build_norm(
     """
     name = norm_name(name)
     return _build(NORMS[name], normalized_shape, resolve_norm_kwargs(name, kwargs), device=device, dtype=dtype)
+
+
+def import_own() -> None:
+    """Import the files that the environment variable HF_IBNORM_NORMS names: norms of the user's own for every command.
+
+    Several are separated as those of PATH are.
+    """
+    for file in filter(None, os.environ.get("HF_IBNORM_NORMS", "").split(os.pathsep)):
+        name = os.path.splitext(os.path.basename(file))[0]
+        if name not in sys.modules and (spec := importlib.util.spec_from_file_location(name, file)) and spec.loader:
+            sys.modules[name] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+
+
+if __name__ == "hf_ibnorm.norms":  # not the copy that travels with a checkpoint
+    import_own()

@@ -64,7 +64,7 @@ def circle(start):
 
 
 def test_the_graph_is_seen():
-    assert "hf_ibnorm.functional" in GRAPH["hf_ibnorm.norms"]
+    assert "hf_ibnorm.functional" in GRAPH["hf_ibnorm.norms_ibnorm"]
     assert "eval.study.cli" in GRAPH["eval.__main__"]  # imported in a function
 
 

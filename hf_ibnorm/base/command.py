@@ -30,6 +30,9 @@ def run_command(main: Callable[[], None], lower: str) -> NoReturn:
     try:
         for word in sys.argv:
             check_text(word)
+        for file in filter(None, os.environ.get("HF_IBNORM_NORMS", "").split(os.pathsep)):  # see norms.import_own
+            if not os.path.isfile(file):
+                raise UserError(f"HF_IBNORM_NORMS: got {file!r}, no such file")
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":

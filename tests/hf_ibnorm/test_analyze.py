@@ -389,14 +389,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, command, tmp_path, mon
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_model_without_known_norms_is_refused(folder, command, tmp_path):
+def test_a_norm_of_another_family_is_known_by_what_it_computes(folder, command, tmp_path):
     cohere = other(folder, CohereForCausalLM(CohereConfig(**SIZES, max_position_embeddings=64)), tmp_path / "cohere")
     code, _, err = command(
         main, "analyze", "--model", str(folder), str(cohere), "--output", str(tmp_path / "out"), *QUICK
     )
-    assert code == 2
-    assert "error: cohere: model: got CohereModel, which runs no known norm" in err
-    assert not (tmp_path / "out").exists()
+    assert (code, err) == (0, "")
+    sites = json.loads((tmp_path / "out/analysis.json").read_text())["models"]["cohere"]["sites"]
+    assert {site["norm"] for site in sites.values()} == {"CohereLayerNorm"}
 
 
 def test_without_the_extra_there_is_one_line(folder, command, tmp_path, monkeypatch):
