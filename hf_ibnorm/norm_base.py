@@ -212,7 +212,8 @@ class NormBase(nn.Module):
         """Options with their defaults, as the signature has them; `fixed` is what a name in the registry fixes."""
         parameters = inspect.signature(cls).parameters
         left_out = {"normalized_shape", "device", "dtype", *fixed}
-        return {name: parameter.default for name, parameter in parameters.items() if name not in left_out}
+        named = {n: each for n, each in parameters.items() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+        return {name: parameter.default for name, parameter in named.items() if name not in left_out}
 
     # The ramped option: a float32 buffer of shape () that no cast touches and that state dicts hold, so that weights
     # and option travel together. A state dict without it, a stock model's or an older one's, loads too.

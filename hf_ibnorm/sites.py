@@ -128,9 +128,9 @@ def identify(norm: nn.Module) -> Formula | str:
 
 def _identified(norm: nn.Module) -> Formula | str:
     try:
-        x = _rows(width_of_norm(norm) or 8)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            x = _rows(width_of_norm(norm) or 8)
             probe = _probe(norm)
             y = type(probe).forward(probe, x)
             weight, bias = (getattr(probe, name, None) for name in ("weight", "bias"))
@@ -138,23 +138,23 @@ def _identified(norm: nn.Module) -> Formula | str:
         return f"it does not run on rows alone ({type(error).__name__})"
     if not isinstance(y, Tensor) or y.shape != x.shape:
         return "it gives something else than rows of the same width"
-    given = next((getattr(norm, name) for name in EPS_ATTRIBUTES if getattr(norm, name, None) is not None), None)
-    for eps in (given, torch.finfo(torch.float32).eps) if given is None or isinstance(given, float | int) else ():
-        if eps is None:
-            continue
+    given = [getattr(norm, name, None) for name in EPS_ATTRIBUTES]
+    # torch's RMSNorm without one takes the machine's, of the dtype of its input.
+    candidates = {float(eps): float(eps) for eps in given if isinstance(eps, float | int)}
+    for eps, reported in (candidates or {torch.finfo(x.dtype).eps: torch.finfo(torch.float32).eps}).items():
         for computes, normalize in (("layernorm", F.layer_norm), ("rmsnorm", F.rms_norm)):
             z = normalize(x, x.shape[-1:], eps=float(eps))
             gains = {"": z} if weight is None else {"w": z * weight, "1+w": z * (1 + weight)}
             for gain, scaled in gains.items():
                 expected = scaled if bias is None else scaled + bias
                 if torch.allclose(y.double(), expected, rtol=1e-4, atol=1e-5):  # some compute in float32
-                    return Formula(computes, gain, float(eps))
+                    return Formula(computes, gain, reported)
     return "it computes neither a LayerNorm nor an RMSNorm of its rows"
 
 
 def _rows(width: int) -> Tensor:
     """Rows that tell formulas apart, (2, 3, N): of three one has a mean, one is so small that ε counts."""
-    x = torch.randn(2, 3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 3, width, dtype=torch.float64)
     return x * torch.tensor([[1.0], [1e-3], [3.0]], dtype=torch.float64) + torch.tensor([[2.0], [0.0], [0.0]])
 
 
