@@ -16,7 +16,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Asking for the mask sets it for the whole process: once, before there are threads.
+# os.umask sets the mask of the whole process while it reads it: so it is read once, before there are threads.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 

@@ -162,11 +162,11 @@ def _is_mask(path: Path, name: str) -> bool:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-"""One of which every tokenizer has that Transformers saves."""
+"""Every tokenizer that Transformers saves has one of these files."""
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model directory has a tokenizer; some releases of Transformers make an empty one otherwise."""
+    """Whether a model directory has a tokenizer; without one, some releases of Transformers make an empty tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
