@@ -1,5 +1,6 @@
 """What the version before wrote (tests/fixtures/before, by make_before.py) loads, goes on and is reported as it was."""
 
+import csv
 import json
 import shutil
 from importlib.metadata import version
@@ -25,6 +26,12 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 def content(path):
     return json.loads(path.read_text())
+
+
+def cells(table):
+    """The cells of a CSV file by row and column."""
+    with table.open(newline="") as file:
+        return {(i, name): cell for i, row in enumerate(csv.DictReader(file)) for name, cell in row.items()}
 
 
 @pytest.fixture
@@ -109,7 +116,11 @@ def test_a_study_gets_the_same_verdicts(before, command):
     code, _, err = command(eval.__main__.main, "study", "report", "study", "--output", "again")
     assert code == 0, err
     for name in ("verdicts.csv", "cells.csv", "curves.csv"):
-        assert (before / "again" / name).read_text() == (before / "study" / "report" / name).read_text(), name
+        now, then = (cells(folder / name) for folder in (before / "again", before / "study" / "report"))
+        assert now.keys() == then.keys()
+        for place, value in then.items():
+            # Libraries of statistics round the last digit of a p-value in their own way.
+            assert now[place] == value or float(now[place]) == pytest.approx(float(value), rel=1e-9), (name, place)
 
 
 @pytest.mark.slow
