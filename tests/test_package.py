@@ -13,6 +13,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import yaml
 
 import hf_ibnorm
 from hf_ibnorm import functional
@@ -116,6 +117,14 @@ def wheel(tmp_path_factory):
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".venv", ".git", "demo", "runs", "build", "dist"))
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(tree)], check=True)
     return next(out.glob("*.whl"))
+
+
+def test_a_commit_is_checked_by_what_make_lint_runs():
+    (hooks,) = (repo["hooks"] for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"])
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert [hook["entry"] for hook in hooks] == [
+        line.replace("$(PY)", "python").strip() for line in recipe.splitlines()
+    ]
 
 
 @pytest.mark.slow

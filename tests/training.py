@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import PreTrainedModel
 from warm import python
 
 from hf_ibnorm import data
 from hf_ibnorm.base.errors import Stopped
 from train_lm.config import read_command_line
-from train_lm.metrics import MEASURED, MetricsFile
+from train_lm.metrics import MEASURED
 from train_lm.train import train
 
 
@@ -63,19 +65,20 @@ def result(run_dir):
     return without_timing(metrics(run_dir)), {path.name: path.read_bytes() for path in final.iterdir()}
 
 
-def run_stopped(monkeypatch, step, run_dir, *flags, number=signal.SIGTERM):
-    """Run until a signal that comes when `step` is noted down; the checkpoint is one of the step after it."""
-    append = MetricsFile.append
+def run_stopped(step, run_dir, *flags, number=signal.SIGTERM):
+    """Run until a signal that comes once `step` is noted down; the checkpoint is one of the step after it."""
 
-    def and_signal(self, row):
-        append(self, row)
-        if row["step"] == step:
+    def send_signal(module, _inputs):
+        if isinstance(module, PreTrainedModel) and module.training and len(metrics(run_dir)) == step:
+            hook.remove()
             os.kill(os.getpid(), number)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(MetricsFile, "append", and_signal)
+    hook = register_module_forward_pre_hook(send_signal)
+    try:
         with pytest.raises(Stopped, match=f"after step {step + 1}"):
             run(run_dir, *flags)
+    finally:
+        hook.remove()
 
 
 def steps(run_dir):

@@ -3,8 +3,13 @@
 Apart from the norms, which are marked for torch.compile: to mark a function imports torch._dynamo, as long as torch.
 """
 
+import functools
+import logging
+import os
+
 from . import ops
 
+_log = logging.getLogger(__name__)
 _REASONS: dict[str, str | None] = {}
 
 
@@ -31,7 +36,15 @@ def describe(device_type: str) -> str:
     return f"fused ({ops.library(device_type).build_name()})" if reason is None else f"reference ({reason})"
 
 
+@functools.cache
+def warn_once(device_type: str, reason: str) -> None:
+    """Log that a kind of device has no kernels; of several processes only the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        _log.warning("hf_ibnorm: norms run as plain PyTorch, no fused kernels for %s: %s", device_type, reason)
+
+
 def forget() -> None:
-    """Look for kernels again at the next use: after they have been built."""
+    """Look for kernels again at the next use, and warn again where there are none: after they have been built."""
     ops.forget()
     _REASONS.clear()
+    warn_once.cache_clear()

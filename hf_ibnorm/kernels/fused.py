@@ -1,27 +1,16 @@
 """`ib_norm` and `normal_norm` of `hf_ibnorm.functional`, by fused kernels where there are any."""
 
-import functools
-import logging
-import os
-
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import functional
 from . import ops
-from .available import lacking
+from .available import lacking, warn_once
 from .options import IBNormOptions, NormalNormOptions
 
-_log = logging.getLogger(__name__)
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # of the last, which has no values, the ops know the shapes
 _lacking = torch.compiler.assume_constant_result(lacking)
-
-
-@functools.cache
-def _say(device_type: str, reason: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        _log.warning("hf_ibnorm: norms run as plain PyTorch, no fused kernels for %s: %s", device_type, reason)
 
 
 def _by_formula(backend: str, x: Tensor, *tensors: Tensor | None) -> bool:
@@ -50,7 +39,7 @@ def _by_formula(backend: str, x: Tensor, *tensors: Tensor | None) -> bool:
     if backend == "fused":
         raise RuntimeError(f"backend: got 'fused', but there are no kernels for {device_type}: {reason}")
     if not torch.compiler.is_compiling():
-        _say(device_type, reason)
+        warn_once(device_type, reason)
     return True
 
 

@@ -29,7 +29,7 @@ MARKS = "os^Dv<>P"
 FAR_OFF = 3.0
 """How many times as far from the middle as the next one something must be to be left off an axis."""
 Ends = tuple[float, float]
-_SETTINGS: Any = {
+SETTINGS: Any = {
     "figure.dpi": 144,
     "figure.constrained_layout.use": True,
     "font.size": TEXT,
@@ -66,7 +66,7 @@ def figure(path: Path, rows: int = 1, columns: int = 1, height: float = 3.6) -> 
 
     from .ticks import plain_ticks
 
-    with plt.rc_context(_SETTINGS):
+    with plt.rc_context(SETTINGS):
         fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, height * rows))
         try:
             yield axes

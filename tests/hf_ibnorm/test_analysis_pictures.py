@@ -25,7 +25,7 @@ NOTHING = Estimate(None, None, None, 5, "5 samples")
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Fewer pixels, to be fast."""
-    monkeypatch.setitem(plots._SETTINGS, "figure.dpi", 40)
+    monkeypatch.setitem(plots.SETTINGS, "figure.dpi", 40)
 
 
 @pytest.fixture
@@ -109,13 +109,26 @@ def test_names_on_axes():
     assert [pictures.short_site(site) for site in SITES] == ["0.input", "0.post", "norm"]
     names = ["transformer.h.11.ln_2", "h.0.ln_1", "ln_f", "base_model.model.model.norm", "my norm, step 0.5"]
     assert [pictures.short_site(name) for name in names] == ["11.ln_2", "0.ln_1", "ln_f", "norm", "my norm, step 0.5"]
-    assert pictures._thinned(12, 12) == list(range(12))
-    for count in range(13, 130, 2):
-        shown = pictures._thinned(count, 12)
-        assert len(shown) <= 13
-        assert shown[0] == 0
-        assert shown[-1] == count - 1
-        assert all(i % 2 == 0 for i in shown)
+
+
+def lam_hat(**fields):
+    """A site with a mean of λ̂ and these fields of its distribution."""
+    return {"lam_hat": {"mean": 2.5, "least": 0.0, "most": 5.0, "outside": 0.0, **fields}}
+
+
+@pytest.mark.parametrize("count", [12, 13, 29, 127])
+def test_of_many_sites_every_second_or_later_one_is_named_and_the_last(count, figures, tmp_path):
+    sites = {f"layers.{i}.input_layernorm": lam_hat() for i in range(count)}
+    assert pictures.draw_lam_hat({"deep": sites}, tmp_path / "deep.png")
+    (panel,) = figures[0].axes
+    named = panel.get_xticks().tolist()
+    assert [label.get_text() for label in panel.get_xticklabels()] == [f"{i}.input" for i in named]
+    if count <= pictures.NAMED:
+        assert named == list(range(count))
+    else:
+        assert len(named) <= pictures.NAMED + 1
+        assert (named[0], named[-1]) == (0, count - 1)
+        assert all(i % 2 == 0 for i in named)
 
 
 def test_qq_draws_each_channel_in_units_of_its_line(figures, tmp_path):
@@ -177,18 +190,16 @@ def test_lam_hat_of_every_norm_is_in_one_panel(measured, figures, tmp_path):
     assert panel.get_ylim()[0] > -5
     assert "some longer than shown (triangles)" in panel.get_title(loc="left")
     assert [text.get_text() for text in figures[1].legends[0].texts] == ["normal", "other", "no transformation"]
-    deep = {f"layers.{i}.input_layernorm": site for i in range(61)}
-    assert pictures.draw_lam_hat({"deep": deep}, tmp_path / "deep.png")
-    assert len(figures[2].axes[0].get_xticklabels()) <= pictures.NAMED + 1
     assert not pictures.draw_lam_hat({"stock": models["stock"]}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
-def test_nine_in_ten_rows_of_a_histogram():
+def test_thick_bars_are_nine_in_ten_rows_of_a_histogram(figures, tmp_path):
     histogram = {"counts": [5, 0, 80, 10, 5], "edges": [0, 1, 2, 3, 4, 5], "below": 0, "above": 0}
-    assert pictures._most_rows(histogram) == (1, 4)
-    assert pictures._most_rows(histogram | {"below": 95}) is None
-    assert pictures._most_rows({"mean": 1.0}) is None
+    sites = {"known": lam_hat(**histogram), "far below": lam_hat(**histogram | {"below": 95}), "unknown": lam_hat()}
+    assert pictures.draw_lam_hat({"model": sites}, tmp_path / "bars.png")
+    thick = [line for line in figures[0].axes[0].lines if line.get_linewidth() == 5]
+    assert [(line.get_xdata()[0], tuple(line.get_ydata())) for line in thick] == [(0, (1, 4))]
 
 
 def test_how_far_newton_is_from_the_likelihood(figures, tmp_path):

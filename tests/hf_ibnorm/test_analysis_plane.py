@@ -9,7 +9,7 @@ from helpers import FAMILIES, FINAL
 
 from hf_ibnorm import apply_norm, norm_sites
 from hf_ibnorm.analysis import information_plane, run_information_plane
-from hf_ibnorm.analysis.plane import _collected, plane_table
+from hf_ibnorm.analysis.plane import plane_table
 
 FEW = {"resamples": 20, "shuffles": 1}
 
@@ -96,9 +96,16 @@ def test_options_that_cannot_be_are_named(stock_model, options, message):
 
 
 def test_first_and_last_positions_are_left_out(stock_model):
-    ids = torch.randint(50, (6, 20), generator=torch.Generator().manual_seed(0))
-    ids[:, 0], ids[:, -1] = 59, 60
-    x, y, outputs = _collected(stock_model("llama"), ids, "norm", 10**6, 0)
-    assert sorted(x) == sorted(ids[:, 1:-1].flatten().tolist())
-    assert sorted(y) == sorted(ids[:, 2:].flatten().tolist())
-    assert len(outputs["norm"]) == len(x)
+    model, ids = stock_model("llama"), text(30, 20)
+    site = "layers.0.input_layernorm"  # what it gives at a position depends on the token there alone
+
+    def point(ids):
+        return information_plane(model, ids, sites=site, estimators=["renyi"], samples=10**6, **FEW)[0]
+
+    with_other_first, with_other_last = ids.clone(), ids.clone()
+    with_other_first[:, 0], with_other_last[:, -1] = 59, 60
+    expected = point(ids)
+    assert expected.input.n == expected.output.n == 30 * 18
+    assert point(with_other_first) == expected
+    assert point(with_other_last).input == expected.input
+    assert point(with_other_last).output.value != expected.output.value  # it is what comes after the one before

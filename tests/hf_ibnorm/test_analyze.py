@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -400,6 +401,6 @@ def test_a_norm_of_another_family_is_known_by_what_it_computes(folder, command, 
 
 
 def test_without_the_extra_there_is_one_line(folder, command, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_ibnorm.base.command.find_spec", lambda name: None if name == "pingouin" else object())
+    monkeypatch.setitem(sys.modules, "pingouin", None)
     code, _, err = command(main, "analyze", "--model", str(folder), "--output", str(tmp_path / "out"))
     assert (code, err) == (2, "error: pingouin not installed: pip install 'hf_ibnorm[analysis]'\n")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_what_may_pass_by_itself_is_one_line_and_exit_75(capsys):
 
 def test_of_several_processes_the_first_says_what_is_wrong_and_the_others_let_it(command, monkeypatch):
     waited = []
-    monkeypatch.setattr("hf_ibnorm.base.command.time.sleep", waited.append)
+    monkeypatch.setattr(time, "sleep", waited.append)
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         code, out, err = command(main, "enw")

@@ -7,7 +7,7 @@ import stat
 import pytest
 import torch
 
-import hf_ibnorm
+from hf_ibnorm import kernels
 from hf_ibnorm.base.files import atomic_directory, check_new_directory, sha256, sha256_tensors, write_json, write_text
 from hf_ibnorm.report.environment import environment_record, numerics_record
 
@@ -110,8 +110,12 @@ def test_environment_record_is_json_and_names_the_versions():
     assert record["norm_backend"]["cpu"].startswith(("fused (C++", "reference ("))
 
 
-def test_the_numerics_of_a_run_name_the_build_of_the_kernels_but_not_why_there_are_none(monkeypatch):
-    monkeypatch.setattr(hf_ibnorm.kernels, "describe", lambda kind: f"fused ({kind} build 1)")
-    assert numerics_record()["norm_backend"] == "fused (cpu build 1)"
-    monkeypatch.setattr(hf_ibnorm.kernels, "describe", lambda kind: "reference (no compiler)")
-    assert numerics_record()["norm_backend"] == "reference"
+def test_the_numerics_of_a_run_name_the_build_of_the_kernels_but_not_why_there_are_none(monkeypatch, tmp_path):
+    if kernels.lacking("cpu") is None:
+        assert numerics_record()["norm_backend"] == kernels.describe("cpu")
+    with monkeypatch.context() as patched:
+        patched.setenv("HF_IBNORM_KERNELS", str(tmp_path))
+        kernels.forget()
+        assert kernels.describe("cpu").startswith("reference (not built")
+        assert numerics_record()["norm_backend"] == "reference"
+    kernels.forget()

@@ -96,10 +96,10 @@ def test_an_identity_is_ramped_to_the_lam_that_is_named_in_its_own_standardizati
 
 
 @pytest.mark.parametrize("given", [("--model.norm_type", "null"), ("--model.norm_type", "ibnorm_t")])
-def test_a_ramp_over_a_checkpoints_own_norm_resumes_to_the_bit(sources, tmp_path, monkeypatch, given):
+def test_a_ramp_over_a_checkpoints_own_norm_resumes_to_the_bit(sources, tmp_path, given):
     flags = ("--model.init_from", str(sources / "llama-t"), *QUICK, *RAMP, *given)
     run(tmp_path / "straight", *flags)
-    run_stopped(monkeypatch, 1, tmp_path / "stopped", *flags)
+    run_stopped(1, tmp_path / "stopped", *flags)
     run(tmp_path / "stopped", *flags, "--resume", "auto")
     assert result(tmp_path / "stopped") == result(tmp_path / "straight")
     with pytest.raises(UserError, match=r"resume: model.norm_kwargs was"):
@@ -210,12 +210,12 @@ HEALINGS = {
 
 
 @pytest.mark.parametrize("name", HEALINGS)
-def test_a_stopped_healing_resumes_as_if_never_stopped(sources, tmp_path, monkeypatch, name):
+def test_a_stopped_healing_resumes_as_if_never_stopped(sources, tmp_path, name):
     places = {"TEACHER": str(sources / "llama"), "GPT2": str(sources / "gpt2-t")}
     flags = [places.get(flag, flag) for flag in HEALINGS[name]]
     flags = ["--model.init_from", str(sources / "llama-t"), "--model.norm_type", "null", *QUICK, *flags]
     run(tmp_path / "straight", *flags)
-    run_stopped(monkeypatch, 1, tmp_path / "stopped", *flags)
+    run_stopped(1, tmp_path / "stopped", *flags)
     torch.manual_seed(123)
     run(tmp_path / "stopped", *flags, "--resume", "auto")
     assert result(tmp_path / "stopped") == result(tmp_path / "straight")
@@ -330,12 +330,11 @@ def bad_teacher(flag, sources, folder):
     return str(folder)
 
 
-def test_another_teacher_does_not_go_on(sources, tmp_path, monkeypatch):
+def test_another_teacher_does_not_go_on(sources, tmp_path):
     shutil.copytree(sources / "llama", tmp_path / "teacher")
     flags = ("--teacher", str(tmp_path / "teacher"))
-    with pytest.MonkeyPatch.context() as patched:
-        flags = ("--model.init_from", str(sources / "llama-t"), "--model.norm_type", "null", *QUICK, *flags)
-        run_stopped(patched, 1, tmp_path / "run", *flags)
+    flags = ("--model.init_from", str(sources / "llama-t"), "--model.norm_type", "null", *QUICK, *flags)
+    run_stopped(1, tmp_path / "run", *flags)
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert len(environment["teacher_sha"]) == 64
     model = LlamaForCausalLM.from_pretrained(tmp_path / "teacher")

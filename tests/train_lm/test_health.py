@@ -82,7 +82,7 @@ def test_skipped_steps_are_counted_across_a_resume(tmp_path, monkeypatch):
     flags = ["--max_skipped_steps", "6", "--eval_every", "50"]
     with monkeypatch.context() as patched:
         poisoned(patched, range(2, 100))
-        run_stopped(patched, 3, tmp_path / "run", *flags)
+        run_stopped(3, tmp_path / "run", *flags)
     poisoned(monkeypatch, range(100))
     with pytest.raises(UserError, match="at step 7, 6 steps in a row"):
         run(tmp_path / "run", *flags, "--resume", "auto")

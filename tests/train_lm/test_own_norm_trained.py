@@ -17,10 +17,10 @@ def tempered():
     del NORMS["tempered"]
 
 
-def test_its_own_option_is_ramped_and_goes_on_where_a_run_was_stopped(tmp_path, monkeypatch):
+def test_its_own_option_is_ramped_and_goes_on_where_a_run_was_stopped(tmp_path):
     flags = ["--model.norm_type", "tempered", "--lam_schedule", "linear", "--lam_warmup_steps", "4", "--max_steps", "6"]
     run(tmp_path / "whole", *flags)
-    run_stopped(monkeypatch, 2, tmp_path / "cut", *flags)
+    run_stopped(2, tmp_path / "cut", *flags)
     step = max((tmp_path / "cut/checkpoints").glob("step-*"), key=lambda each: int(each.name[5:]))
     between = AutoConfig.from_pretrained(step / "model").norm_kwargs["temper"]
     assert 1.0 < between < 1.5

@@ -61,12 +61,12 @@ RUNS = {
 
 @pytest.mark.oldest
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_stopped_by_sigterm_resumes_as_if_never_stopped(name, tmp_path, monkeypatch):
+def test_a_run_stopped_by_sigterm_resumes_as_if_never_stopped(name, tmp_path):
     flags = [str(stock_gpt2(tmp_path / "gpt2")) if flag == "GPT2" else flag for flag in RUNS[name]]
     run(tmp_path / "straight", *flags)
-    run_stopped(monkeypatch, 3, tmp_path / "stopped", *flags)  # not at a multiple of checkpoint_every
+    run_stopped(3, tmp_path / "stopped", *flags)  # not at a multiple of checkpoint_every
     assert len(metrics(tmp_path / "stopped")) == 4
-    run_stopped(monkeypatch, 6, tmp_path / "stopped", *flags, "--resume", "auto", number=signal.SIGINT)
+    run_stopped(6, tmp_path / "stopped", *flags, "--resume", "auto", number=signal.SIGINT)
     torch.manual_seed(123)
     run(tmp_path / "stopped", *flags, "--resume", "auto")
     assert result(tmp_path / "stopped") == result(tmp_path / "straight")
@@ -90,11 +90,11 @@ def test_a_warning_that_the_end_is_near_ends_a_run_in_order_however_often_it_com
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
-def test_a_warning_that_a_run_was_started_to_ignore_is_ignored(tmp_path, monkeypatch):
+def test_a_warning_that_a_run_was_started_to_ignore_is_ignored(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with pytest.raises(pytest.fail.Exception):
-            run_stopped(monkeypatch, 3, tmp_path / "run", number=signal.SIGHUP)
+            run_stopped(3, tmp_path / "run", number=signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
     assert len(metrics(tmp_path / "run")) == 10
@@ -130,8 +130,8 @@ def test_a_signal_is_not_kept_waiting_by_a_validation_which_the_resumed_run_make
 
 
 @pytest.mark.parametrize(("flags", "older"), [((), []), (("--keep_every", "5"), ["step-5"])])
-def test_before_it_stops_a_run_writes_one_checkpoint_and_not_the_one_before(tmp_path, monkeypatch, flags, older):
-    run_stopped(monkeypatch, 5, tmp_path / "run", *flags)  # where step-5 waits to be shown good by a step more
+def test_before_it_stops_a_run_writes_one_checkpoint_and_not_the_one_before(tmp_path, flags, older):
+    run_stopped(5, tmp_path / "run", *flags)  # where step-5 waits to be shown good by a step more
     assert steps(tmp_path / "run") == ["latest", "step-0", *older, "step-6"]
 
 
@@ -139,7 +139,7 @@ def test_a_signal_in_a_step_that_is_to_be_validated_leaves_that_to_the_resumed_r
     run(tmp_path / "straight", *NOISE)
     with monkeypatch.context() as patched:
         patched.setattr(train_lm.train, "evaluate", None)  # not called
-        run_stopped(patched, 4, tmp_path / "run", *NOISE)
+        run_stopped(4, tmp_path / "run", *NOISE)
     run(tmp_path / "run", *NOISE, "--resume", "auto")
     assert result(tmp_path / "run") == result(tmp_path / "straight")
 

@@ -28,8 +28,8 @@ def scalars(run_dir):
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_has_every_step_once_across_a_resume(tmp_path, monkeypatch):
-    run_stopped(monkeypatch, 3, tmp_path / "run", "--checkpoint_every", "2")
+def test_tensorboard_has_every_step_once_across_a_resume(tmp_path):
+    run_stopped(3, tmp_path / "run", "--checkpoint_every", "2")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-4")
     run(tmp_path / "run", "--checkpoint_every", "2", "--resume", "auto")
     logged, rows = scalars(tmp_path / "run"), metrics(tmp_path / "run")
@@ -85,9 +85,9 @@ def wandb(monkeypatch):
     return module
 
 
-def test_a_resumed_run_is_the_same_one_at_wandb(tmp_path, monkeypatch, wandb):
+def test_a_resumed_run_is_the_same_one_at_wandb(tmp_path, wandb):
     flags = ["--log_with", "[tensorboard, wandb]", "--tracker_project", "mine"]
-    run_stopped(monkeypatch, 3, tmp_path / "run", *flags)
+    run_stopped(3, tmp_path / "run", *flags)
     run(tmp_path / "run", *flags, "--resume", "auto")
     run(tmp_path / "other", *flags, "--max_steps", "2")
     first, second, other = wandb.given

@@ -128,9 +128,9 @@ def straight(tmp_path_factory):
 
 
 @pytest.fixture
-def stopped(straight, tmp_path, monkeypatch):
+def stopped(straight, tmp_path):
     """The same run, stopped after step 5."""
-    run_stopped(monkeypatch, 4, tmp_path / "run", *WATCHED)
+    run_stopped(4, tmp_path / "run", *WATCHED)
     return tmp_path / "run"
 
 
@@ -153,15 +153,15 @@ def test_a_resumed_run_may_watch_other_steps_or_none_and_keeps_what_it_saw(strai
     assert result(stopped) == result(straight)
 
 
-def test_a_run_that_watched_nothing_may_begin_to(straight, tmp_path, monkeypatch):
-    run_stopped(monkeypatch, 4, tmp_path / "run", *NOISE, *QUICK)
+def test_a_run_that_watched_nothing_may_begin_to(straight, tmp_path):
+    run_stopped(4, tmp_path / "run", *NOISE, *QUICK)
     assert not (tmp_path / "run" / "norms.jsonl").exists()
     run(tmp_path / "run", *WATCHED, "--resume", "auto")
     assert norms(tmp_path / "run") == norms(straight)[2:]
 
 
-def test_rows_after_the_checkpoint_do_not_outlive_a_resume_that_watches_nothing(tmp_path, monkeypatch):
-    run_stopped(monkeypatch, 1, tmp_path / "run", *QUICK, "--max_steps", "3")
+def test_rows_after_the_checkpoint_do_not_outlive_a_resume_that_watches_nothing(tmp_path):
+    run_stopped(1, tmp_path / "run", *QUICK, "--max_steps", "3")
     (tmp_path / "run" / "norms.jsonl").write_text('{"step": 3, "sites": {}}\n')
     run(tmp_path / "run", *QUICK, "--max_steps", "3", "--resume", "auto")
     assert not (tmp_path / "run" / "norms.jsonl").exists()
