@@ -1,5 +1,7 @@
 """`ib_norm` and `normal_norm` of `hf_ibnorm.functional`, by fused kernels where there are any."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -10,6 +12,7 @@ from .available import lacking, warn_once
 from .options import IBNormOptions, NormalNormOptions
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # of the last, which has no values, the ops know the shapes
+_DEFAULTS: dict[str, Any] = functional.normal_norm.__kwdefaults__ or {}
 _lacking = torch.compiler.assume_constant_result(lacking)
 
 
@@ -92,18 +95,7 @@ def ib_norm(
 
 
 def normal_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    noise: float = 0.0,
-    noise_mode: str = "scaled",
-    keep_prob: float | None = None,
-    alpha: float = 1.0,
-    eps: float = 1e-5,
-    training: bool = False,
-    generator: torch.Generator | None = None,
-    backend: str = "auto",
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, backend: str = "auto", **options: Any
 ) -> Tensor:
     """`hf_ibnorm.functional.normal_norm`, by fused kernels where there are any for `x`.
 
@@ -112,28 +104,19 @@ def normal_norm(
 
     Args:
         backend: "auto"; "fused", an error where the device has no kernels; "reference", the formulas.
+        **options: of `functional.normal_norm`.
 
     Raises:
         RuntimeError: `backend` is "fused" and there are no kernels for the device.
         ValueError, TypeError: as the formulas.
     """
     if backend == "reference" or _by_formula(backend, x, weight, bias) or _misfits(x, weight, bias):
-        return functional.normal_norm(
-            x,
-            weight,
-            bias,
-            noise=noise,
-            noise_mode=noise_mode,
-            keep_prob=keep_prob,
-            alpha=alpha,
-            eps=eps,
-            training=training,
-            generator=generator,
-        )
-    scale, mode = functional.resolve_noise(noise, noise_mode, keep_prob, training)
-    functional.check_number("alpha", alpha, 0.0, 1.0)
-    functional.check_number("eps", eps, 0.0)
+        return functional.normal_norm(x, weight, bias, **options)
+    given = {**_DEFAULTS, **options}
+    scale, mode = functional.resolve_noise(*(given[name] for name in ("noise", "noise_mode", "keep_prob", "training")))
+    functional.check_number("alpha", given["alpha"], 0.0, 1.0)
+    functional.check_number("eps", given["eps"], 0.0)
     seed = None
     if mode != "none":
-        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device, generator=generator)
-    return ops.run(x, weight, bias, NormalNormOptions(seed, None, scale, mode, alpha, eps))
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device, generator=given["generator"])
+    return ops.run(x, weight, bias, NormalNormOptions(seed, None, scale, mode, given["alpha"], given["eps"]))

@@ -6,7 +6,7 @@ where it is to be differentiated itself (create_graph), the formulas of `hf_ibno
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import functional
 from . import cpu
-from .options import STATS, IBNormOptions, NormalNormOptions, Options
+from .options import STATS, IBNormOptions, Kept, NormalNormOptions, Options
 
 _LIBRARIES: dict[str, Any] = {}
 """What has `forward`, `backward`, `normals` and `dtypes` for a kind of device, once it is loaded."""
@@ -83,18 +83,12 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Opt
 
 
 def _backward(
-    grad: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    needs_weight: bool,
-    needs_bias: bool,
-    options: Options,
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, *needs_and_options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *needs, options = needs_and_options
     _check(x, grad=grad, stats=stats, weight=weight, **_tensors(options))
-    grads = library(x.device.type).backward(
-        _rows(grad), _rows(x), stats.contiguous(), _contiguous(weight), needs_weight, needs_bias, _with_rows(options)
-    )
+    kept = Kept(_rows(x), stats.contiguous(), _contiguous(weight), *needs)
+    grads = library(x.device.type).backward(_rows(grad), kept, _with_rows(options))
     dx, dweight, dbias = (x.new_empty(0, dtype=torch.float32) if each is None else each for each in grads)
     return torch.ops.aten._unsafe_view(dx, x.shape), dweight, dbias
 
@@ -126,76 +120,35 @@ def _fake_backward(
     return x.new_empty(x.shape), dweight, dbias
 
 
-@torch.library.custom_op("hf_ibnorm::ib_norm", mutates_args=())
-def ib_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lam: Tensor,
-    variant: str,
-    unit: str,
-    standardize: str,
-    order: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """`functional.ib_norm` and what its backward keeps of each row; options as in `IBNormOptions`."""
-    return _forward(x, weight, bias, IBNormOptions(lam, variant, unit, standardize, order, eps))
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", float: "float"}
 
 
-@torch.library.custom_op("hf_ibnorm::ib_norm_backward", mutates_args=())
-def ib_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    needs_weight: bool,
-    needs_bias: bool,
-    lam: Tensor,
-    variant: str,
-    unit: str,
-    standardize: str,
-    order: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, and in float32 of weight and bias, empty where they are not needed."""
-    options = IBNormOptions(lam, variant, unit, standardize, order, eps)
-    return _backward(grad, x, stats, weight, needs_weight, needs_bias, options)
+def _ops_of(name: str, kind: type[Options]) -> tuple[Any, Any]:
+    """`torch.ops.hf_ibnorm.NAME`, which gives the norm's output and `STATS` numbers of each row, and its backward.
 
+    Both take the fields of `kind` after their tensors. The backward gives the gradients of x, and in float32 of weight
+    and bias, empty where they are not needed.
+    """
+    given = ", ".join(f"{_SCHEMA[each]} {field}" for field, each in get_type_hints(kind).items())
 
-@torch.library.custom_op("hf_ibnorm::normal_norm", mutates_args=())
-def normal_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    normals: Tensor | None,
-    noise: float,
-    noise_mode: str,
-    alpha: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """`functional.normal_norm` and what its backward keeps of each row; options as in `NormalNormOptions`."""
-    return _forward(x, weight, bias, NormalNormOptions(seed, normals, noise, noise_mode, alpha, eps))
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+        return _forward(x, weight, bias, kind(*options))
 
+    def backward(*tensors_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(*tensors_and_options[:6], kind(*tensors_and_options[6:]))
 
-@torch.library.custom_op("hf_ibnorm::normal_norm_backward", mutates_args=())
-def normal_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    needs_weight: bool,
-    needs_bias: bool,
-    seed: Tensor | None,
-    normals: Tensor | None,
-    noise: float,
-    noise_mode: str,
-    alpha: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, and in float32 of weight and bias, empty where they are not needed."""
-    options = NormalNormOptions(seed, normals, noise, noise_mode, alpha, eps)
-    return _backward(grad, x, stats, weight, needs_weight, needs_bias, options)
+    taken = f"Tensor x, Tensor? weight, Tensor? bias, {given}"
+    op = torch.library.custom_op(
+        f"hf_ibnorm::{name}", forward, mutates_args=(), schema=f"({taken}) -> (Tensor, Tensor)"
+    )
+    taken = f"Tensor grad, Tensor x, Tensor stats, Tensor? weight, bool needs_weight, bool needs_bias, {given}"
+    op_backward = torch.library.custom_op(
+        f"hf_ibnorm::{name}_backward", backward, mutates_args=(), schema=f"({taken}) -> (Tensor, Tensor, Tensor)"
+    )
+    op.register_fake(_fake_forward)
+    op_backward.register_fake(_fake_backward)
+    op.register_autograd(partial(_gradients, kind=kind), setup_context=_setup)
+    return op, op_backward
 
 
 def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
@@ -244,14 +197,12 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_stats: None, *, kind: type[Op
     return (dx if needs[0] else None, dweight, dbias.to(bias.dtype) if needs[2] else None, *none[3:])
 
 
+ib_norm, ib_norm_backward = _ops_of("ib_norm", IBNormOptions)
+normal_norm, normal_norm_backward = _ops_of("normal_norm", NormalNormOptions)
 _OPS: dict[type[Options], Any] = {
     IBNormOptions: (ib_norm, ib_norm_backward),
     NormalNormOptions: (normal_norm, normal_norm_backward),
 }
-for _kind, (_op, _op_backward) in _OPS.items():
-    _op.register_fake(_fake_forward)
-    _op_backward.register_fake(_fake_backward)
-    _op.register_autograd(partial(_gradients, kind=_kind), setup_context=_setup)
 
 
 def _seen(x: Tensor) -> bool:

@@ -35,3 +35,14 @@ class NormalNormOptions(NamedTuple):
 
 
 Options = IBNormOptions | NormalNormOptions
+
+
+class Kept(NamedTuple):
+    """What kernels need for backward beside the gradient: x as (rows, N), (rows, `STATS`) numbers, the weight if any,
+    and whether the gradients of weight and bias are asked for."""
+
+    x: Tensor
+    stats: Tensor
+    weight: Tensor | None
+    needs_weight: bool
+    needs_bias: bool

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..options import STATS, IBNormOptions, Options
+from ..options import STATS, IBNormOptions, Kept, Options
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 VARIANTS = {"S": 0, "L": 1, "T": 2}
@@ -71,23 +71,15 @@ class Library:
         self._call(options, True, x, {"out": y, "stats": stats, "weight": _float(weight), "bias": _float(bias)})
         return y, stats
 
-    def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        stats: Tensor,
-        weight: Tensor | None,
-        needs_weight: bool,
-        needs_bias: bool,
-        options: Options,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def backward(self, grad: Tensor, kept: Kept, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The gradient of `x`, and float32 ones of weight and bias where they are asked for."""
-        dx = x.new_empty(x.shape)
+        dx = kept.x.new_empty(kept.x.shape)
         dweight, dbias = (
-            x.new_empty(x.shape[1], dtype=torch.float32) if needed else None for needed in (needs_weight, needs_bias)
+            kept.x.new_empty(kept.x.shape[1], dtype=torch.float32) if needed else None for needed in kept[3:]
         )
         out = {"out": dx, "dweight": dweight, "dbias": dbias}
-        self._call(options, False, x, {"grad": grad, "stats": stats, "weight": _float(weight), **out})
+        tensors = {"grad": grad, "stats": kept.stats, "weight": _float(kept.weight), **out}
+        self._call(options, False, kept.x, tensors)
         return dx, dweight, dbias
 
     def _call(self, options: Options, forward: bool, x: Tensor, tensors: dict[str, Tensor | None]) -> None:

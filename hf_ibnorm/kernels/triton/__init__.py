@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import STATS, IBNormOptions, NormalNormOptions, Options
+from ..options import STATS, IBNormOptions, Kept, NormalNormOptions, Options
 
 dtypes = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -98,18 +98,11 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Opti
     return y, stats
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    needs_weight: bool,
-    needs_bias: bool,
-    options: Options,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def backward(grad: Tensor, kept: Kept, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradient of `x`, and float32 ones of weight and bias where they are asked for. As `cpu.Library.backward`."""
     from . import ib_norm, normal_norm
 
+    x, stats, weight, needs_weight, needs_bias = kept
     rows, n = x.shape
     block, dx = block_of(n), x.new_empty(x.shape)
     warps = warps_of(block, 4)
