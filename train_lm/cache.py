@@ -28,7 +28,7 @@ from hf_ibnorm.base.reading import reading
 from hf_ibnorm.data.files import BadDocument, retried
 from hf_ibnorm.data.tokens import Encoder
 
-from .progress import Told, silent
+from .progress import ReadingProgress, silent
 
 CHUNK = 1 << 18
 """Characters that are tokenized at a time, more only where one document has more."""
@@ -160,7 +160,7 @@ class Cache:
     def _write_tokens(self, folder: Path, encoder: Encoder, documents: Iterable[str], threads: int) -> None:
         dtype = np.dtype(DTYPES[max(encoder.tokenizer.get_vocab().values()) >= 1 << 16])
         digest, count = hashlib.sha256(), 0
-        told = Told(self.say, "tokenizing")
+        told = ReadingProgress(self.say, "tokenizing")
         with (folder / "tokens.bin").open("wb") as file:
             for ids in encode_all(encoder, told.each(_readable(documents)), threads):
                 raw = ids.astype(dtype).tobytes()

@@ -31,7 +31,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from hf_ibnorm.base.errors import UserError
 
 from . import zero
-from .config import TrainConfig
+from .settings import TrainConfig
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

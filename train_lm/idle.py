@@ -11,7 +11,7 @@ from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.data import CORPORA
 
 if TYPE_CHECKING:
-    from .config import TrainConfig
+    from .settings import TrainConfig
 
 _OF_A_CHECKPOINT = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

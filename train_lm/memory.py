@@ -16,11 +16,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_ibnorm.base.room import check_model
 
-from .config import TrainConfig, build_model_config
-from .distillation import Teacher
-from .prepare import read_config, starting_config
+from .architecture import build_model_config
+from .model import read_config, speed_up, starting_config
+from .settings import TrainConfig
+from .tasks.distillation import Teacher
+from .tasks.language import token_loss
 from .throughput import flops_per_token, forward_flops_per_token
-from .train import speed_up, token_loss
 from .trainable import freeze
 
 # Transformers' attention without a mask: it leaves that out by itself where it sees that nothing is padded, but tensors

@@ -17,7 +17,7 @@ from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import write_bytes, write_text
 from hf_ibnorm.report.runs import flat_settings
 
-from .config import TrainConfig
+from .settings import TrainConfig
 
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")
 """Fields that differ between two runs of the same settings: time and memory."""

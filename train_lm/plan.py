@@ -17,7 +17,8 @@ from hf_ibnorm.base.errors import bad_input
 from hf_ibnorm.checks import check_number, nearest
 from hf_ibnorm.report.tables import Table
 
-from .config import RECIPES, TrainConfig, read_command_line
+from .config import RECIPES, read_command_line
+from .settings import TrainConfig
 from .throughput import DEVICES, Device
 
 if TYPE_CHECKING:
@@ -93,6 +94,14 @@ class Cluster:
         check_number("mfu", self.mfu, 0.01, 1.0)
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(f"gpus: got {self.gpus}, must be a multiple of gpus_per_node = {self.per_node}, or less")
+
+    @classmethod
+    def of(cls, device: str, gpus: int, per_node: int, mfu: float) -> "Cluster":
+        """GPUs of a kind that the command line names."""
+        known = {_word(name): name for name in DEVICES}
+        if (word := _word(device)) not in known:
+            raise ValueError(f"device: got {device!r}, must be one of {', '.join(known)}{nearest(word, list(known))}")
+        return cls(word, DEVICES[known[word]], gpus, per_node, mfu)
 
     @property
     def machines(self) -> int:
@@ -259,13 +268,6 @@ def _word(name: str) -> str:
     return name.lower().replace(" ", "-")
 
 
-def _cluster(device: str, gpus: int, per_node: int, mfu: float) -> Cluster:
-    known = {_word(name): name for name in DEVICES}
-    if (word := _word(device)) not in known:
-        raise ValueError(f"device: got {device!r}, must be one of {', '.join(known)}{nearest(word, list(known))}")
-    return Cluster(word, DEVICES[known[word]], gpus, per_node, mfu)
-
-
 def _changes(asked: TrainConfig, advised: Estimate) -> list[str]:
     """The flags that make the one run of the other."""
     config = advised.config
@@ -372,7 +374,7 @@ def _main() -> None:
     config = read_command_line(words)
     quiet_libraries()
     with bad_input():
-        cluster = _cluster(arguments.device, arguments.gpus, arguments.gpus_per_node, arguments.mfu)
+        cluster = Cluster.of(arguments.device, arguments.gpus, arguments.gpus_per_node, arguments.mfu)
         plan = Plan(config, cluster)
         plan.count(plan.config, plan.ways[0])  # the model's own errors
     _print(arguments.recipe, plan, words)

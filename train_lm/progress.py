@@ -98,7 +98,7 @@ def silent(text: str) -> None:
     """Say nothing."""
 
 
-class Told:
+class ReadingProgress:
     """Says now and then how far something is that reads text.
 
     Args:

@@ -2,7 +2,7 @@
 
 from hf_ibnorm.base.room import check_room
 
-from .config import TrainConfig
+from .settings import TrainConfig
 
 _TOKEN = 4 * 8
 """Bytes of a token of a step: input and target as 64-bit numbers, of this step and of the next."""

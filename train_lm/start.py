@@ -18,8 +18,8 @@ from hf_ibnorm.base.manifest import MANIFEST, damage
 from hf_ibnorm.base.reading import read_yaml
 
 from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_checkpoint, steps_in
-from .config import TrainConfig
 from .final import flaw
+from .settings import TrainConfig
 
 T = TypeVar("T")
 CHUNK = 1 << 26

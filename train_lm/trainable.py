@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_ibnorm.modeling_ibnorm import is_norm
 
-from .config import TrainConfig
+from .settings import TrainConfig
 
 _BASE = ".base_layer."
 _ADAPTER = ".lora_"

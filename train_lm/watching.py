@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_ibnorm.analysis import ModelStatistics, watch
 
-from .config import TrainConfig
+from .settings import TrainConfig
 
 _LEFT_OUT = ("reasons", "edges", "counts", "below", "above")
 _CURVES = ("skewness", "excess_kurtosis", "near_zero", "massive")

@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_ibnorm.base.command import require_extra
 from hf_ibnorm.base.errors import UserError
 
-from .config import TrainConfig
+from .settings import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 50_000_000

@@ -17,13 +17,14 @@ from training import config, metrics, pages, result, run, small_corpus, steps, w
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from warm import python
 
-import train_lm.train
 from hf_ibnorm.base.errors import BAD_INPUT, STOPPED, Stopped, TryAgain, UserError
 from hf_ibnorm.data import files
 from train_lm.checkpoint import damage
 from train_lm.config import build_model_config
 from train_lm.data import PackedTokens
-from train_lm.prepare import check_space
+from train_lm.directory import check_space
+from train_lm.state import State
+from train_lm.tasks import language
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
 def poisoned(monkeypatch, steps, where="loss", parts=2):
     """Let the loss, or its gradient, be NaN or infinite in these steps (of `parts` micro-batches)."""
-    calls, original = 0, train_lm.train.token_loss
+    calls, original = 0, language.token_loss
 
     def token_loss(model, inputs, targets):
         nonlocal calls
@@ -42,20 +43,20 @@ def poisoned(monkeypatch, steps, where="loss", parts=2):
                 return loss * float("nan") if where == "loss" else loss + (loss - loss.detach()) * 1e38 * 1e38
         return loss
 
-    monkeypatch.setattr(train_lm.train, "token_loss", token_loss)
+    monkeypatch.setattr(language, "token_loss", token_loss)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_without_a_finite_loss_and_gradient_is_skipped_and_counted(tmp_path, monkeypatch, where):
     seen = []
     poisoned(monkeypatch, {4, 5}, where)
-    original = train_lm.train.State.count
+    original = State.count
 
     def count(self, tokens, finite):
-        seen.append(next(self.run.model.parameters()).detach().clone())
+        seen.append(next(self.setup.model.parameters()).detach().clone())
         original(self, tokens, finite)
 
-    monkeypatch.setattr(train_lm.train.State, "count", count)
+    monkeypatch.setattr(State, "count", count)
     run(tmp_path / "run")
     rows = metrics(tmp_path / "run")
     assert [row.get("skipped") for row in rows] == [None, None, None, 1, 2, None, None, None, None, None]
@@ -278,7 +279,7 @@ def test_evaluating_with_noise_on_is_impossible(tmp_path):
     model = AutoModelForCausalLM.from_config(build_model_config(wanted, 300, 0))
     model.model.norm.train = lambda mode=True: model.model.norm  # a part that does not listen
     with pytest.raises(RuntimeError, match=r"model\.norm: still in training mode"):
-        train_lm.train.evaluate(model, PackedTokens(torch.arange(65).numpy(), 0, 8), wanted, Accelerator(cpu=True))
+        language.evaluate(model, PackedTokens(torch.arange(65).numpy(), 0, 8), wanted, Accelerator(cpu=True))
 
 
 def test_a_disk_without_room_is_an_error_before_training(tmp_path, monkeypatch):

@@ -23,8 +23,10 @@ from hf_ibnorm.data.tokens import Encoder
 from train_lm.__main__ import main
 from train_lm.config import RECIPES, ModelConfig, TrainConfig, build_model_config, read_command_line, shipped_recipes
 from train_lm.data import IGNORE, PackedTokens
+from train_lm.optim import build_optimizer, learning_rate
+from train_lm.tasks.language import evaluate
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
-from train_lm.train import build_optimizer, evaluate, learning_rate, train
+from train_lm.train import train
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 

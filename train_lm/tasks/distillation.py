@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .config import TrainConfig
-from .data import IGNORE
+from ..data import IGNORE
+from ..settings import TrainConfig
 
 _LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
