@@ -5,14 +5,8 @@ from typing import Any
 
 from hf_ibnorm.swap.families import FAMILIES
 
-from .settings import TrainConfig
+from .settings import SIZES, TrainConfig
 
-_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "initializer_range"),
-    *("norm_eps", "dropout"),
-)
-"""Fields of `ModelConfig` that a model's Transformers config has, by this or another name."""
 _SYNONYMS = {
     "intermediate_size": ("intermediate_size", "n_inner"),
     "norm_eps": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"),
@@ -40,8 +34,8 @@ def build_model_config(config: TrainConfig, vocab_size: int | None = None, eos_t
     model = config.model
     rows = model.vocab_size or vocab_size or config.tokenizer_vocab_size
     check_vocabulary(rows, vocab_size)
-    family = next(each for each in FAMILIES if each.stock_model_type == model.model_type).config
-    stock: Any = family()
+    family: Any = next(each for each in FAMILIES if each.stock_model_type == model.model_type).config
+    stock = family()
     if model.num_key_value_heads not in (None, model.num_attention_heads) and not hasattr(stock, "num_key_value_heads"):
         has = f"{model.model_type} has no grouped heads"
         raise ValueError(f"model.num_key_value_heads: got {model.num_key_value_heads}, {has}")
@@ -55,7 +49,7 @@ def build_model_config(config: TrainConfig, vocab_size: int | None = None, eos_t
         "vocab_size": rows,
         "max_position_embeddings": model.max_position_embeddings or config.block_size,
     }
-    sizes = {name: given[field] for field in _SIZES if given[field] is not None for name in names_in(stock, field)}
+    sizes = {name: given[field] for field in SIZES if given[field] is not None for name in names_in(stock, field)}
     norms = {name: given[name] for name in ("norm_type", "norm_kwargs", "norm_overrides")}
     return family(bos_token_id=eos_token_id, eos_token_id=eos_token_id, **norms, **sizes)
 
@@ -68,7 +62,7 @@ def check_vocabulary(rows: int, vocab_size: int | None) -> None:
 
 def resolved(config: TrainConfig, built: Any) -> TrainConfig:
     """`config` with every field of the model that was left open, or that a checkpoint decided, set to what it is."""
-    values = {field: getattr(built, names[0]) for field in _SIZES if (names := names_in(built, field))}
+    values = {field: getattr(built, names[0]) for field in SIZES if (names := names_in(built, field))}
     if values["intermediate_size"] is None:
         values["intermediate_size"] = 4 * values["hidden_size"]  # what GPT-2 makes of it
     norms = {name: getattr(built, name) for name in ("norm_type", "norm_kwargs", "norm_overrides")}

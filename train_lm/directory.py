@@ -24,11 +24,7 @@ from .state import State
 
 
 def begin_writing(state: State, start: Start, stack: ExitStack) -> None:
-    """Take possession of the run directory and, for a new run, write what is known before the first step.
-
-    Raises:
-        UserError: another run writes there, or there is no room.
-    """
+    """Take possession of the run directory and, for a new run, write what is known before the first step."""
     config, checkpoint = state.setup.config, start.checkpoint()
     run_dir = Path(config.run_dir)
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
@@ -54,11 +50,7 @@ def begin_writing(state: State, start: Start, stack: ExitStack) -> None:
 
 
 def check_space(run_dir: Path, model: nn.Module, config: TrainConfig, resumed: bool) -> None:
-    """Refuse a run whose checkpoints have no room on the disk.
-
-    Raises:
-        UserError: with what is needed and what is free.
-    """
+    """Refuse a run whose checkpoints have no room on the disk."""
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     kept = config.keep_last + 1 if config.checkpoint_every and not resumed else 1
     needed = 3 * weights * kept + 2 * weights  # AdamW has two numbers for each weight; step 0 and the final model none

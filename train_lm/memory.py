@@ -19,8 +19,7 @@ from hf_ibnorm.base.room import check_model
 from .architecture import build_model_config
 from .model import read_config, speed_up, starting_config
 from .settings import TrainConfig
-from .tasks.distillation import Teacher
-from .tasks.language import token_loss
+from .tasks.language import LOW, Teacher, token_loss
 from .throughput import flops_per_token, forward_flops_per_token
 from .trainable import freeze
 
@@ -28,37 +27,25 @@ from .trainable import freeze
 # without values do not show it, and a mask of length times length would be counted.
 _ATTENTION = "sdpa_without_mask"
 AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
-_LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Fused attention on a GPU keeps no scores where it drops some out, a CPU's does.
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop")
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What one process holds at the worst moment of a step, and what else follows from the shapes of the model.
+    """Bytes that one process holds at the worst moment of a step, and numbers of parameters of the model."""
 
-    Args:
-        weights: bytes of weights and buffers, in float32.
-        gradients: bytes of all gradients, in float32.
-        optimizer: bytes of AdamW's two numbers a trained parameter, in float32.
-        activations: bytes of all else: what the backward pass needs, logits, weights that autocast has cast,
-            temporaries; or what a batch of validation takes, if that is more; and a teacher's weights.
-        parameters: their number.
-        trained: the number of those that are trained.
-        block: the number of those in one block.
-        outside: the number of those in no block: embeddings, output layer, last norm.
-        flops_per_token: as `throughput.flops_per_token` gives it, and a teacher's.
-    """
-
-    weights: int
+    weights: int  # in float32, as all that follows; with buffers
     gradients: int
-    optimizer: int
+    optimizer: int  # AdamW's two numbers a trained parameter
+    # All else: what the backward pass needs, logits, weights that autocast has cast, temporaries; or what a batch of
+    # validation takes, if that is more; and a teacher's weights.
     activations: int
-    parameters: int
+    parameters: int  # from here on numbers
     trained: int
-    block: int
-    outside: int
-    flops_per_token: float
+    block: int  # of one block
+    outside: int  # of no block: embeddings, output layer, last norm
+    flops_per_token: float  # a teacher's included
 
     @property
     def total(self) -> int:
@@ -81,7 +68,7 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
     """
     if config.trainable == "lora":
         raise ValueError("trainable: got 'lora', which cannot be planned (peft needs values); all and norms can")
-    low = _LOW.get(config.mixed_precision)
+    low = LOW.get(config.mixed_precision)
     with warnings.catch_warnings(), FakeTensorMode(), _Live() as live:
         warnings.simplefilter("ignore")
         model = _model(config)
@@ -90,8 +77,8 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         speed_up(model, replace(config, compile=False))
         teacher, taught = None, 0
         if config.teacher is not None:
-            found = read_config("teacher", config.teacher)
-            teacher = Teacher(_built(found).eval().requires_grad_(False), config)
+            model_of_teacher = _built(read_config("teacher", config.teacher))
+            teacher = Teacher(model_of_teacher.eval().requires_grad_(False), config)
             flops += forward_flops_per_token(teacher.model, config.block_size)
             taught = sum(each.nbytes for each in [*teacher.model.parameters(), *teacher.model.buffers()])
         # As Accelerate wraps it.

@@ -55,32 +55,23 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
 
 
 def load_start(family: Family, where: str, model_config: Any) -> tuple[PreTrainedModel, str]:
-    """The model of a checkpoint with the norms of `model_config`, and a line about what is lost; empty for nothing.
-
-    Raises:
-        ValueError: weights that not only the new norms have are missing or not finite, or a file is damaged.
-    """
+    """The model of a checkpoint with the norms of `model_config`, and a line about what is lost; empty for nothing."""
     model, missing, dropped = load_weights("model.init_from", family.causal_lm, where, config=model_config)
     old, norms = norms_of(family, where), norm_prefixes(model)
     had = tuple(f".{site}.{name}" for site, norm in old.items() for name, _ in norm.named_parameters())
-    refuse_lost(
-        "model.init_from", where, [name for name in missing if not name.startswith(norms) or f".{name}".endswith(had)]
-    )
+    lost = [name for name in missing if not name.startswith(norms) or f".{name}".endswith(had)]
+    refuse_lost("model.init_from", where, lost)
     return model, lost_message(where, dropped, old)
 
 
 def load_weights(field: str, cls: Any, where: str, **options: Any) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """A model of class `cls` in float32; which of its weights `where` has not, and which of `where` it has not.
-
-    Raises:
-        UserError, ValueError: a file is damaged, or weights are not finite: every step would be skipped.
-    """
+    """A model of class `cls` in float32; which of its weights `where` has not, and which of `where` it has not."""
     check_model(field, options.get("config") or load(field, AutoConfig, where))
-    model, found = load(field, cls, where, dtype=torch.float32, output_loading_info=True, **options)
+    model, report = load(field, cls, where, dtype=torch.float32, output_loading_info=True, **options)
     if bad := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
         raise ValueError(f"{field}: got {where!r}, whose {bad[0]} has NaN or infinity: {len(bad)} tensors in all")
-    missing = {*found["missing_keys"], *map(str, found["mismatched_keys"])}
-    return model, sorted(missing), sorted(found["unexpected_keys"])
+    missing = {*report["missing_keys"], *map(str, report["mismatched_keys"])}
+    return model, sorted(missing), sorted(report["unexpected_keys"])
 
 
 def refuse_lost(field: str, where: str, lost: list[str]) -> None:
@@ -90,21 +81,14 @@ def refuse_lost(field: str, where: str, lost: list[str]) -> None:
 
 
 def load_teacher(config: TrainConfig, where: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The model to distil, in float32 and eval mode, without gradients.
-
-    Raises:
-        ValueError: there is none, it is damaged, or its tokens are not those of the run.
-        UserError: its tokenizer cannot be loaded.
-    """
-    found = read_config("teacher", where)
-    if found.vocab_size != config.model.vocab_size:
+    """The model to distil, in float32 and eval mode, without gradients."""
+    taught = read_config("teacher", where)
+    if taught.vocab_size != config.model.vocab_size:
+        sizes = f"a vocabulary of {taught.vocab_size}, the model has {config.model.vocab_size}"
+        raise ValueError(f"teacher: got {where!r} with {sizes}; both must be as large")
+    if config.block_size > taught.max_position_embeddings:
         raise ValueError(
-            f"teacher: got {where!r} with a vocabulary of {found.vocab_size}, the model has {config.model.vocab_size}; "
-            "both must be as large"
-        )
-    if config.block_size > found.max_position_embeddings:
-        raise ValueError(
-            f"block_size: got {config.block_size}, must be <= the teacher's context of {found.max_position_embeddings}"
+            f"block_size: got {config.block_size}, must be <= the teacher's context of {taught.max_position_embeddings}"
         )
     if not Path(where).is_dir() or has_tokenizer(Path(where)):  # on the Hub there is taken to be one
         theirs = saved_and_loaded(load_tokenizer("teacher", where))
@@ -116,11 +100,7 @@ def load_teacher(config: TrainConfig, where: str, tokenizer: PreTrainedTokenizer
 
 
 def family_of(model_type: str, field: str) -> Family:
-    """The family that `model_type` belongs to, ours or stock; `field` is what errors call it.
-
-    Raises:
-        ValueError: none.
-    """
+    """The family that `model_type` belongs to, ours or stock; `field` is what errors call it."""
     for family in FAMILIES:
         if model_type in (family.model_type, family.stock_model_type):
             return family
@@ -129,31 +109,27 @@ def family_of(model_type: str, field: str) -> Family:
 
 
 def read_config(field: str, where: str | Path) -> Any:
-    """The Transformers config of a checkpoint, stock or ours.
-
-    Raises:
-        ValueError: there is none, or it is of another family.
-    """
+    """The Transformers config of a checkpoint, stock or ours."""
     final = os.path.join(where, "final")
     if os.path.isdir(final) and not os.path.exists(os.path.join(where, "config.json")):
         raise ValueError(f"{field}: got {str(where)!r}, which holds no model; did you mean {final}?")
-    found = load(field, AutoConfig, where)
-    family_of(found.model_type, field)
-    check_model(field, found, weights=False)
-    return found
+    model_config = load(field, AutoConfig, where)
+    family_of(model_config.model_type, field)
+    check_model(field, model_config, weights=False)
+    return model_config
 
 
 def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any] | None) -> tuple[Family, Any]:
     """Family and config of the checkpoint `where`, with the norms of the run."""
-    found = read_config("model.init_from", where)
-    family = family_of(found.model_type, "model.init_from")
+    own = read_config("model.init_from", where)
+    family = family_of(own.model_type, "model.init_from")
     model = config.model
     norms: dict[str, Any] = {"norm_kwargs": model.norm_kwargs} if model.norm_kwargs else {}
     if model.norm_type is not None:
         norms |= {"norm_type": model.norm_type, "norm_overrides": model.norm_overrides}
     elif saved is not None:
         norms |= {name: saved["model"][name] for name in ("norm_type", "norm_overrides")}
-    elif not isinstance(found, family.config):
+    elif not isinstance(own, family.config):
         norms["norm_type"] = family.config.norm_site_table.stock
     if saved is not None and norm_name(norms["norm_type"]) == saved["model"]["norm_type"]:
         # A checkpoint's own say where a ramped λ stood then.
@@ -165,11 +141,7 @@ def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any
 
 
 def scheduled_lams(config: TrainConfig, model: PreTrainedModel, model_config: Any) -> dict[str, tuple[float, float]]:
-    """Site → λ at the start of the schedule, where the norm compresses nothing, and at its end; empty without one.
-
-    Raises:
-        ValueError: λ is to be ramped and cannot be.
-    """
+    """Site → λ at the start of the schedule, where the norm compresses nothing, and at its end; empty without one."""
     if config.lam_schedule == "constant":
         return {}
     lams = {}
@@ -193,7 +165,7 @@ def scheduled_lams(config: TrainConfig, model: PreTrainedModel, model_config: An
 
 
 def norm_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """What the names of the norms' parameters begin with."""
+    """Names of the norms, each with the dot that its parameters' names go on with."""
     return tuple(f"{name}." for name, module in model.named_modules() if is_norm(module))
 
 
@@ -214,5 +186,5 @@ def speed_up(model: PreTrainedModel, config: TrainConfig) -> None:
             # With the generators' states kept, noise norms and dropout draw the same again.
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True})
     if config.compile:
-        for block in model.base_model.get_submodule(model.config.norm_site_table.blocks):
+        for block in model.base_model.get_submodule(model.config.norm_site_table.blocks).children():
             block.compile()

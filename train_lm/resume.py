@@ -1,4 +1,4 @@
-"""What of a run must be as it was, so that a resume ends where the run never interrupted would have ended."""
+"""Checks before a resume: settings, data and software must be such that it ends as the run never interrupted."""
 
 import json
 import math
@@ -28,11 +28,7 @@ _HASHED = {
 
 
 def check_finished(config: TrainConfig, run_dir: Path, start: Start, processes: int) -> None:
-    """Refuse to call a run finished that was another one.
-
-    Raises:
-        UserError: settings differ.
-    """
+    """Refuse to call a run finished that was another one."""
     if start.saved is not None:
         with bad_input():
             if config.model.init_from is None:
@@ -45,12 +41,7 @@ def check_finished(config: TrainConfig, run_dir: Path, start: Start, processes: 
 def check_settings(
     config: TrainConfig, start: Start, checkpoint: Checkpoint | None, processes: int, hashes: dict[str, str | None]
 ) -> None:
-    """Refuse to go on where the result would not be that of a run never interrupted.
-
-    Raises:
-        UserError: settings, text, machine or software differ, or a stream would be dealt out to another number of
-            processes.
-    """
+    """Refuse to go on where the result would not be that of a run never interrupted."""
     if start.saved is not None:
         state = checkpoint.state if checkpoint else record_of(Path(config.run_dir)) or {"num_processes": processes}
         now = json.loads(json.dumps(config.as_recipe()))
@@ -83,7 +74,7 @@ def check_settings(
 
 
 def changed_fields(then: dict[str, Any], now: dict[str, Any], processes: tuple[int, int]) -> list[str]:
-    """What keeps a run from being resumed with other settings: "field was X, got Y" for each that matters.
+    """The settings that a resumed run may not change and has changed: "field was X, got Y" for each.
 
     Args:
         then: `as_recipe()` of the run.
@@ -112,11 +103,7 @@ def changed_fields(then: dict[str, Any], now: dict[str, Any], processes: tuple[i
 
 
 def record_of(run_dir: Path) -> dict[str, Any] | None:
-    """What `environment.json` of a run says; None where it is missing or damaged: nothing depends on it.
-
-    Raises:
-        UserError: it is there and cannot be read.
-    """
+    """Content of a run's `environment.json`; None where it is missing or damaged: no result depends on it."""
     try:
         form = {"num_processes": int, "resumed?": list}
         record: dict[str, Any] = read_json("run_dir", run_dir / "environment.json", form)

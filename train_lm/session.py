@@ -22,7 +22,7 @@ from .architecture import build_model_config
 from .checkpoint import Checkpointer
 from .directory import begin_writing, save_model
 from .distribution import Spread, make_accelerator
-from .metrics import check_trackers, start_trackers
+from .metrics import check_trackers, curves, start_trackers
 from .model import speed_up
 from .optim import build_optimizer, lam_fraction, learning_rate
 from .progress import Progress
@@ -34,31 +34,21 @@ from .start import agree, agree_on_start, raise_together, together
 from .state import State
 from .tasks.language import token_loss
 from .throughput import peak_flops
-from .watching import curves
 
 
 @dataclass
 class Session:
-    """A run under way.
+    """A run under way."""
 
-    Args:
-        config: its settings, every field resolved.
-        setup: what it trains, and on what.
-        state: what changes from step to step, as a checkpoint holds it.
-        model: the model as Accelerate has wrapped it.
-        checkpointer, progress, signals, accelerator: the run's.
-        peak: FLOP/s that its device can do at most; None where that is not known.
-    """
-
-    config: TrainConfig
-    setup: Setup
-    state: State
-    model: nn.Module
+    config: TrainConfig  # with every field resolved
+    setup: Setup  # what is trained, and on what
+    state: State  # what changes from step to step, as a checkpoint holds it
+    model: nn.Module  # as Accelerate has wrapped it
     checkpointer: Checkpointer
     progress: Progress
     signals: StopSignals
     accelerator: Accelerator
-    peak: float | None
+    peak: float | None  # FLOP/s that the device can do at most; None where that is not known
 
     def asked_to_stop(self) -> bool:
         """Whether a signal has come."""
@@ -75,15 +65,8 @@ class Session:
     def conclude(self, stop: bool = False) -> bool:
         """Validate where that is due, and write down the row of the step just done.
 
-        Args:
-            stop: whether a process is to stop already, as all of them know.
-
-        Returns:
-            False where validation was broken off because a process is to stop: the row stays in `state`, for a
-            checkpoint, which must not wait until a validation has ended.
-
-        Raises:
-            UserError: as `check_health`; or the disk is full.
+        False where a process is to `stop` already, or a signal has broken off the validation: the row stays in `state`,
+        for a checkpoint, which must not wait until a validation has ended.
         """
         state, row = self.state, self.state.row
         assert row is not None
@@ -116,11 +99,7 @@ class Session:
             self.accelerator.log(values, step=self.state.step)
 
     def check_health(self, row: dict[str, Any]) -> None:
-        """Stop a run whose numbers are lost; checkpoints of better days stay.
-
-        Raises:
-            UserError: too many steps in a row were skipped, or the validation loss is not finite.
-        """
+        """Stop a run whose numbers are lost; checkpoints of better days stay."""
         name = next((name for name in ("loss", "grad_norm") if not math.isfinite(row[name])), "eval_loss")
         if self.state.skipped >= self.config.max_skipped_steps or not math.isfinite(row.get("eval_loss", 0.0)):
             self.checkpointer.wait()
@@ -130,11 +109,7 @@ class Session:
             )
 
     def check_trained(self) -> None:
-        """Refuse to call finished what was hardly trained.
-
-        Raises:
-            UserError: a large share of the steps were skipped.
-        """
+        """Refuse to call finished what was hardly trained."""
         lost = self.state.lost
         if sum(lost.values()) >= SKIPPED_SHARE * self.config.max_steps:
             self.checkpointer.wait()
@@ -149,16 +124,12 @@ class Session:
         return f", {skipped} of {self.config.max_steps} steps skipped" if skipped else ""
 
     def _reasons(self) -> str:
-        """What a loss or gradient may be lost of."""
+        """Why a loss or a gradient may be no longer finite."""
         teacher = ", or the logits of the teacher are not finite" * (self.config.teacher is not None)
         return f"a learning_rate of {self.config.learning_rate:g} may be too high{teacher}"
 
     def save(self) -> None:
-        """Write the finished model, and push it where that is asked for.
-
-        Raises:
-            UserError: it was hardly trained, the disk is full, or the Hub does not take it.
-        """
+        """Write the finished model, and push it where that is asked for."""
         self.check_trained()
         run_dir = Path(self.config.run_dir)
         final = run_dir / "final"
@@ -173,18 +144,9 @@ class Session:
 
 
 def begin(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Session | None:
-    """Everything before the first step of a new run, or before the next one of a run that goes on.
+    """Everything before the first step, or before the next one of a run that goes on; None where it is finished.
 
-    Args:
-        config: the run.
-        signals: those that may end it.
-        stack: closes what is opened here.
-
-    Returns:
-        None where the run is finished already.
-
-    Raises:
-        UserError: as `train.train` says.
+    What is opened here the `stack` closes.
     """
     check_config(config)
     accelerator = make_accelerator(config)
@@ -233,11 +195,7 @@ def begin(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Sessio
 
 
 def check_config(config: TrainConfig) -> None:
-    """Refuse what cannot be trained before any work on the data.
-
-    Raises:
-        UserError: a setting is not allowed, or a package is missing.
-    """
+    """Refuse what cannot be trained before any work on the data."""
     with bad_input():
         config.validate()
         if config.model.init_from is None:
@@ -270,7 +228,7 @@ def _end_tracking(accelerator: Accelerator) -> None:
 
 
 def describe(setup: Setup, device: str) -> str:
-    """What is about to happen, in one line."""
+    """The run in one line: norm, model, data, steps, device."""
     config, model, sequences = setup.config, setup.model.config, setup.task.batches.layout.sequences
     trained = sum(each.numel() for each in setup.model.parameters() if each.requires_grad)
     part = "" if config.trainable == "all" else f" ({config.trainable}: {trained:,} trained)"
@@ -283,5 +241,5 @@ def describe(setup: Setup, device: str) -> str:
 
 
 def device_name(accelerator: Accelerator) -> str:
-    """What the run computes on."""
+    """Name of the GPU or CPU that the run computes on."""
     return torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else cpu_name()

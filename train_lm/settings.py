@@ -1,6 +1,8 @@
 """The settings of a training run: two dataclasses are the YAML recipe, the command line and its help at once."""
 
 import math
+import operator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -20,8 +22,14 @@ def _number(
     return field(default=default, metadata={"bounds": bounds, "harmless": harmless})
 
 
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "initializer_range"),
+    *("norm_eps", "dropout"),
+)
+"""Fields of `ModelConfig` that a model's Transformers config has, by this or another name."""
 _HARMLESS = {"harmless": True}
-"""Of a field that changes nothing in what is computed: a resumed run may have another value, and so may its peers."""
+"""Metadata of fields that change no result: a resumed run may have other values, so may runs compared with it."""
 
 
 @dataclass
@@ -216,69 +224,62 @@ class TrainConfig:
             ValueError, TypeError: naming the field, the value and what is allowed.
         """
         _check_bounds(self)
-        for name in ("warmup_steps", "lam_warmup_steps"):
-            if getattr(self, name) > self.max_steps:
-                raise ValueError(f"{name}: got {getattr(self, name)}, must be <= max_steps = {self.max_steps}")
-        if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
-            raise ValueError(
-                f"keep_every: got {self.keep_every}, must be a multiple of checkpoint_every = {self.checkpoint_every}, "
-                "or there are no checkpoints at its steps to keep"
-            )
-        if (self.lam_schedule == "linear") != bool(self.lam_warmup_steps):
-            allowed = "be >= 1 with lam_schedule linear and 0 with constant"
-            raise ValueError(f"lam_warmup_steps: got {self.lam_warmup_steps}, must {allowed}")
-        if self.watch_norms and self.compile:
-            raise ValueError(
-                f"watch_norms: got {self.watch_norms}, must be 0 with compile true, because compiled blocks run no "
-                "hooks; or set compile to false"
-            )
-        self._validate_healing()
+        _check_bounds(self.model, "model.")
+        check_choice("model.model_type", self.model.model_type, tuple(each.stock_model_type for each in FAMILIES))
+        for name in self.log_with:
+            check_choice("log_with", name, TRACKERS)
         if self.push_to_hub is not None:
             from .push import check_repo
 
             check_repo("push_to_hub", self.push_to_hub)
-        for name in self.log_with:
-            check_choice("log_with", name, TRACKERS)
-        if not self.tracker_project.strip():
-            raise ValueError(f"tracker_project: got {self.tracker_project!r}, must be a name")
-        self._validate_model()
+        for name, broken, rule in self._rules():
+            if broken:
+                value = operator.attrgetter(name)(self)
+                shown = f"{value:g}" if isinstance(value, float) else "null" if value is None else repr(value)
+                raise ValueError(f"{name}: got {shown}, {rule}")
+        if self.model.init_from is None:  # otherwise the sizes are the checkpoint's
+            self.check_context(self.model.max_position_embeddings)
 
-    def _validate_healing(self) -> None:
-        if self.trainable != "all" and self.model.init_from is None:
-            raise ValueError(
-                f"model.init_from: got null, must be the directory or name of a checkpoint where trainable is "
-                f"{self.trainable}"
-            )
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Rules that join several fields: the field that an error names, whether the rule is broken, and the rule."""
+        for name in ("warmup_steps", "lam_warmup_steps"):
+            yield name, getattr(self, name) > self.max_steps, f"must be <= max_steps = {self.max_steps}"
+        every = f"checkpoint_every = {self.checkpoint_every}"
+        no_multiple = bool(self.keep_every) and (
+            not self.checkpoint_every or self.keep_every % self.checkpoint_every > 0
+        )
+        yield (
+            "keep_every",
+            no_multiple,
+            f"must be a multiple of {every}, or there are no checkpoints at its steps to keep",
+        )
+        one_of_two = (self.lam_schedule == "linear") != bool(self.lam_warmup_steps)
+        yield "lam_warmup_steps", one_of_two, "must be >= 1 with lam_schedule linear and 0 with constant"
+        hooks = "because compiled blocks run no hooks; or set compile to false"
+        yield "watch_norms", bool(self.watch_norms) and self.compile, f"must be 0 with compile true, {hooks}"
+        no_start = self.trainable != "all" and self.model.init_from is None
+        start = f"must be the directory or name of a checkpoint where trainable is {self.trainable}"
+        yield "model.init_from", no_start, start
         for name in ("lora_alpha", "distillation_temperature"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: got 0, must be > 0")
-        if self.lora_targets == []:
-            raise ValueError("lora_targets: got [], must name a layer, or be null for all")
-        if self.teacher is not None and not self.distillation_weight:
-            raise ValueError("distillation_weight: got 0, must be > 0 with a teacher; or set teacher to null")
+            yield name, not getattr(self, name), "must be > 0"
+        yield "lora_targets", self.lora_targets == [], "must name a layer, or be null for all"
+        useless = self.teacher is not None and not self.distillation_weight
+        yield "distillation_weight", useless, "must be > 0 with a teacher; or set teacher to null"
+        yield "tracker_project", not self.tracker_project.strip(), "must be a name"
+        yield from self._model_rules()
 
-    def _validate_model(self) -> None:
+    def _model_rules(self) -> Iterator[tuple[str, bool, str]]:
         model = self.model
-        if model.dtype != "float32":
-            raise ValueError(
-                f"model.dtype: got {model.dtype!r}, must be 'float32': in bfloat16 a gain near 1 never moves, its "
-                "updates round away; for bfloat16 arithmetic over float32 weights set mixed_precision to bf16"
-            )
-        check_choice("model.model_type", model.model_type, tuple(family.stock_model_type for family in FAMILIES))
-        if model.norm_type is None and model.init_from is None:
-            raise ValueError(
-                "model.norm_type: got null, which keeps the norms of model.init_from; must be a norm's name"
-            )
-        if model.norm_type is None and model.norm_overrides:
-            raise ValueError("model.norm_type: got null, must be a norm's name where model.norm_overrides are given")
-        _check_bounds(model, "model.")
-        if model.init_from is not None:
-            return  # the sizes are the checkpoint's
-        for name, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
-            heads, divided = getattr(model, name), getattr(model, whole)
-            if heads is not None and divided % heads:
-                raise ValueError(f"model.{name}: got {heads}, must divide model.{whole} = {divided}")
-        self.check_context(model.max_position_embeddings)
+        moves = "must be 'float32': in bfloat16 a gain near 1 never moves, its updates round away"
+        instead = "for bfloat16 arithmetic over float32 weights set mixed_precision to bf16"
+        yield "model.dtype", model.dtype != "float32", f"{moves}; {instead}"
+        keeps, name = model.norm_type is None, "must be a norm's name"
+        yield "model.norm_type", keeps and model.init_from is None, f"which keeps the norms of model.init_from; {name}"
+        yield "model.norm_type", keeps and bool(model.norm_overrides), f"{name} where model.norm_overrides are given"
+        for part, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
+            heads, divided = getattr(model, part), getattr(model, whole)
+            uneven = model.init_from is None and heads is not None and divided % heads > 0
+            yield f"model.{part}", uneven, f"must divide model.{whole} = {divided}"
 
     def check_context(self, context: int | None) -> None:
         """Raise ValueError where a block does not fit into a model's `context`."""

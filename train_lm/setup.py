@@ -1,8 +1,9 @@
-"""What a run is made of before its first step: its task, its tokenizer, its model."""
+"""Task, tokenizer and model of a run, before anything is wrapped or trained."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -10,27 +11,30 @@ from transformers import PreTrainedModel
 
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import sha256_tensors
-from hf_ibnorm.base.room import check_model
+from hf_ibnorm.base.room import check_model, check_room
 
 from .architecture import build_model_config, resolved
 from .checkpoint import skeleton_of
 from .model import load_teacher, make_model, read_config, scheduled_lams, shared_weights_sha, starting_config
 from .resume import check_settings
 from .settings import TrainConfig
-from .sizes import check_sizes
 from .start import Start, together
-from .tasks.distillation import Teacher
-from .tasks.language import LanguageTask, open_task
+from .tasks.language import LanguageTask, Teacher, open_task
 from .throughput import flops_per_token, forward_flops_per_token
 from .trainable import add_adapters, freeze
+
+_TOKEN = 4 * 8  # bytes of a token of a step: input and target as 64-bit numbers, of this step and of the next
+_COMPUTED = 2 * 257
+"""Bytes of a token that a model computes at a time: its logits for the smallest vocabulary, in 16 bits."""
+_ENTRY = 100  # bytes of an entry of a tokenizer's vocabulary, at least
 
 
 @dataclass
 class Setup:
-    """What a run trains and on what.
+    """The model of a run and the task it is trained on.
 
-    `skeleton` is the model without values, from before anything wrapped, sharded or compiled it, or put adapters into
-    it: what is saved.
+    `skeleton` is the model without values, as it was before it was wrapped, sharded or compiled, or got adapters: the
+    form in which it is saved.
     """
 
     config: TrainConfig
@@ -38,8 +42,7 @@ class Setup:
     skeleton: PreTrainedModel
     task: LanguageTask
     hashes: dict[str, str | None]
-    lams: dict[str, tuple[float, float]]
-    """Site → λ at the start and at the end of its schedule."""
+    lams: dict[str, tuple[float, float]]  # site → λ at the start and at the end of its schedule
 
     @property
     def flops_per_token(self) -> float:
@@ -51,18 +54,14 @@ class Setup:
         """Set every λ to where it is after this fraction of its way."""
         for site, (start, end) in self.lams.items():
             for model in (self.model, self.skeleton):
-                model.base_model.get_submodule(site).set_lam((1 - fraction) * start + fraction * end)
+                norm: Any = model.base_model.get_submodule(site)
+                norm.set_lam((1 - fraction) * start + fraction * end)
 
 
 def set_up(config: TrainConfig, accelerator: Accelerator, start: Start, say: Callable[[str], None]) -> Setup:
     """Task, tokenizer and model: the same on every process and, norms apart, for every norm.
 
-    Args:
-        config, accelerator, start: the run's.
-        say: is told, in a line, what takes long and what of the text is left out.
-
-    Raises:
-        UserError: something of it cannot be had, or is not what the run to be resumed began with.
+    `say` is told, in a line, what takes long and what of the text is left out.
     """
     setup = together(accelerator, lambda: _set_up(config, accelerator, start, say))
     if len({json.dumps(each, sort_keys=True) for each in gather_object([setup.hashes])}) > 1:
@@ -101,3 +100,17 @@ def _set_up(config: TrainConfig, accelerator: Accelerator, start: Start, say: Ca
     if task.teacher is not None:
         task.teacher.model.to(accelerator.device)
     return Setup(config, model, skeleton, task, hashes, lams)
+
+
+def check_sizes(config: TrainConfig, processes: int) -> None:
+    """Refuse, before any text is read, a step that this machine cannot hold."""
+    block, step = config.block_size, config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        sequences = getattr(config, name)
+        check_room(name, sequences, sequences * block * _COMPUTED, f"for logits of so many sequences of {block} tokens")
+    accumulated, rows = config.gradient_accumulation_steps, config.tokenizer_vocab_size
+    check_room("gradient_accumulation_steps", accumulated, step * block * _TOKEN, "for the tokens of a step")
+    check_room("tokenizer_vocab_size", rows, _ENTRY * rows, "for tokens")
+    if config.trainable == "lora":
+        needed = 2 * 4 * config.lora_rank * config.model.hidden_size * config.model.num_hidden_layers
+        check_room("lora_rank", config.lora_rank, needed, "for adapters")

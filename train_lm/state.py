@@ -1,4 +1,4 @@
-"""What a run is besides its model and its text, as it changes from step to step; a checkpoint holds it."""
+"""The changing state of a run, which a checkpoint holds: counts, optimizer, random generators, place in the data."""
 
 import math
 from collections import Counter
@@ -24,18 +24,10 @@ from .trainable import apart, merged
 
 
 class State:
-    """What changes from step to step, besides the model: counts, optimizer, generators, position in the data.
-
-    Args:
-        setup: model and task.
-        spread: the model as Accelerate has prepared it.
-        optimizer: the same.
-        accelerator: the run's.
-    """
+    """The state of a run that changes from step to step, besides its model."""
 
     metrics: MetricsFile
-    norms: MetricsFile | None = None
-    """None where no norm was watched."""
+    norms: MetricsFile | None = None  # None where no norm was watched
     row: dict[str, Any] | None = None
     """Metrics of the last step, until they are written down; where a signal comes before, a checkpoint has them."""
 
@@ -45,9 +37,9 @@ class State:
         self.lost: Counter[str] = Counter()
         self.numerics = numerics_record()
         self.flops_per_token = setup.flops_per_token
-        norms = [name for name, module in setup.model.named_modules() if is_norm(module)]
-        self.gains = {f"{name}.weight": getattr(setup.model.get_submodule(name), "weight", None) for name in norms}
-        self.gains = {name: gain for name, gain in self.gains.items() if gain is not None}
+        norms = {name: module for name, module in setup.model.named_modules() if is_norm(module)}
+        gains = {f"{name}.weight": getattr(norm, "weight", None) for name, norm in norms.items()}
+        self.gains: dict[str, Tensor] = {name: gain for name, gain in gains.items() if gain is not None}
         self.set_start_gains({name: whole(gain).clone() for name, gain in self.gains.items()})
 
     def set_start_gains(self, gains: dict[str, Tensor]) -> None:
@@ -78,7 +70,7 @@ class State:
     def model_on_host(self) -> PreTrainedModel | None:
         """A copy of the model in main memory on the first process. Every process must call this."""
         first, skeleton = self.accelerator.is_main_process, self.setup.skeleton
-        copies = {name: on_host(tensor, keep=first) for name, tensor in merged(self.setup.model)}
+        copies: dict[str, Any] = {name: on_host(tensor, keep=first) for name, tensor in merged(self.setup.model)}
         if not first:
             return None
         names = {id(each): name for name, each in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
@@ -119,11 +111,7 @@ class State:
         return Snapshot(self.step, model, self.setup.task.tokenizer, tensors | start, processes, state, *files)
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
-        """Go on where `checkpoint` was taken; the model has its weights already. Returns what the user should know.
-
-        Raises:
-            UserError: the checkpoint cannot be read, or processes have read other things from it.
-        """
+        """Go on where `checkpoint` was taken; the model has its weights already. Returns what the user should know."""
         saved, process, messages = checkpoint.state, self.accelerator.process_index, []
         self.step, self.tokens, self.skipped = checkpoint.step, saved["tokens"], saved["skipped"]
         self.lost.update(saved.get("lost", {}))  # as the next one, unknown to the release before

@@ -16,12 +16,12 @@ from hf_ibnorm.base.signals import StopSignals
 
 from .checkpoint import Snapshot
 from .data import Batch
+from .metrics import gather_norms, watched
 from .optim import lam_fraction
 from .session import Session, begin
 from .settings import TrainConfig
 from .start import raise_together
 from .throughput import peak_memory_gb
-from .watching import read, watched
 
 
 def train(config: TrainConfig) -> Path:
@@ -53,18 +53,9 @@ def train(config: TrainConfig) -> Path:
 
 
 def run_steps(session: Session) -> None:
-    """Every step that is left.
-
-    Raises:
-        UserError: the disk is full, the text cannot be read any more, or training diverged.
-        Stopped: a signal came; a checkpoint is on disk.
-    """
-    config, state, checkpointer, batches = (
-        session.config,
-        session.state,
-        session.checkpointer,
-        session.setup.task.batches,
-    )
+    """Every step that is left."""
+    config, state = session.config, session.state
+    checkpointer, batches = session.checkpointer, session.setup.task.batches
     if state.row is not None and not session.conclude():
         raise Stopped(f"before the validation of step {state.step}; go on with --resume auto")
     waiting: Snapshot | None = None  # written when a finite step has shown that its weights are good
@@ -79,7 +70,8 @@ def run_steps(session: Session) -> None:
             sums = forward_backward(session, batch)
         norm = state.spread.clip(config.max_grad_norm)
 
-        trouble = batches.trouble(session.asked_to_stop) if step < config.max_steps else None  # with the next batch
+        # Asked before the state moves on: where the next batch cannot be made, this is the last step.
+        trouble = batches.trouble(session.asked_to_stop) if step < config.max_steps else None
         gathered = exchange(session, batch, [*sums, norm, moved], stop=session.asked_to_stop() or trouble is not None)
         finite = update(session, gathered.is_finite)
         if finite and waiting is not None:
@@ -88,7 +80,7 @@ def run_steps(session: Session) -> None:
                 checkpointer.write(waiting)
             waiting = None
         state.count(batch.tokens, "" if finite else "grad_norm" if math.isfinite(gathered.loss) else "loss")
-        sites = read(statistics, session.accelerator) if statistics else {}
+        sites = gather_norms(statistics, session.accelerator) if statistics else {}
         state.row = metrics_row(session, batch, gathered, lr, finite, time.perf_counter() - started)
         if sites:
             session.note_norms(sites)
@@ -125,25 +117,15 @@ def forward_backward(session: Session, batch: Batch) -> Tensor:
 
 
 class Gathered(NamedTuple):
-    """What all processes know of a step after its passes.
+    """A step as all processes know it after its passes."""
 
-    Args:
-        loss: mean over the targets of the step; NaN where that of a process is not finite.
-        kl: the same of the teacher's divergence.
-        grad_norm: before it was clipped.
-        moves: of each process, as `State.gains_moved` gives it.
-        stop: whether a process is to stop.
-        batch_sha: hash of what all have read.
-        bad: documents that were left out so far, because they cannot be read.
-    """
-
-    loss: float
-    kl: float
-    grad_norm: float
-    moves: list[float]
-    stop: bool
-    batch_sha: str
-    bad: int
+    loss: float  # mean over the targets of the step; NaN where that of a process is not finite
+    kl: float  # the same of the teacher's divergence
+    grad_norm: float  # before it was clipped
+    moves: list[float]  # of each process, as `State.gains_moved` gives it
+    stop: bool  # whether a process is to stop
+    batch_sha: str  # hash of what all have read
+    bad: int  # documents that were left out so far, because they cannot be read
 
     @property
     def is_finite(self) -> bool:
@@ -153,14 +135,8 @@ class Gathered(NamedTuple):
 def exchange(session: Session, batch: Batch, numbers: Iterable[Tensor], stop: bool) -> Gathered:
     """The one place in a step where processes tell each other something, and where the host waits for the device.
 
-    Args:
-        session: the run.
-        batch: the step's, as this process has it.
-        numbers: sums of the losses and divergences, norm of the gradients, movement of the gains: scalars.
-        stop: whether this process is to stop.
-
-    Raises:
-        UserError: a process could not write a checkpoint.
+    `numbers` are scalars: sums of the losses and the divergences, norm of the gradients, movement of the gains. Where a
+    process could not write a checkpoint, all raise UserError.
     """
     accelerator, problem = session.accelerator, session.checkpointer.problem
     own = torch.stack([*numbers]).double()

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from warm import python
 
 from hf_ibnorm.base.errors import BAD_INPUT, STOPPED, Stopped, TryAgain, UserError
-from hf_ibnorm.data import files
 from train_lm.checkpoint import damage
 from train_lm.config import build_model_config
 from train_lm.data import PackedTokens
@@ -385,7 +385,7 @@ def test_a_bad_document_of_a_stream_ends_the_run_after_a_checkpoint_and_may_be_l
 def test_a_disk_that_fails_ends_a_stream_after_a_checkpoint_to_be_gone_on_from(tmp_path, stream, monkeypatch, capfd):
     flags = [*stream, "--max_bad_documents", "1"]
     run(tmp_path / "straight", *flags)
-    opened, rows = files._open, []
+    opened, rows = Path.open, []
 
     class Failing(io.BufferedReader):
         """A file of whose lines those from the ninth on cannot be read."""
@@ -397,12 +397,13 @@ def test_a_disk_that_fails_ends_a_stream_after_a_checkpoint_to_be_gone_on_from(t
             return super().__next__()
 
     monkeypatch.setattr("train_lm.data.WAITS", (0.01, 0.02))
+
+    def failing(path, *mode, **options):
+        file = opened(path, *mode, **options)
+        return Failing(file.detach()) if path.name == "train.jsonl" else file
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            files,
-            "_open",
-            lambda path: Failing(path.open("rb").detach()) if path.name == "train.jsonl" else opened(path),
-        )
+        patch.setattr(Path, "open", failing)
         with pytest.raises(
             TryAgain, match=r"train\.jsonl cannot be read: .*Input/output error; stopped after step"
         ) as caught:

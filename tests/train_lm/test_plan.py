@@ -107,7 +107,7 @@ def test_attention_keeps_no_scores_with_dropout_neither():
     assert dropping == short
 
 
-def test_a_large_batch_of_validation_counts():
+def test_a_large_batch_of_validationcounts():
     usual, large = (step_memory(config(*WIDE, "--per_device_eval_batch_size", size)) for size in ("8", "256"))
     assert large.activations > 2 * usual.activations
 
@@ -179,7 +179,7 @@ def test_advice_is_the_first_that_fits_and_smaller_devices_ask_for_more(monkeypa
     advised = []
     for memory in (80.0, *(1.001 * each.total / ROOM for each in candidates[:4]), 0.01):
         monkeypatch.setitem(DEVICES, "H100", Device(1e15, 67e12, memory, 3350, 450))
-        found = Plan(wanted, cluster(gpus=4), planned._counts).advice()
+        found = Plan(wanted, cluster(gpus=4), planned.counts).advice()
         advised.append(found and (found.way, found.config.gradient_checkpointing))
     assert advised == [("ddp", False), *ways, None]
 

@@ -1,1 +1,1 @@
-"""What a model is trained on, one task a module; `language.LanguageTask` shows what the loop asks of one."""
+"""Tasks that a model is trained on, one a module; the loop asks for all that `language.LanguageTask` has."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import sha256
@@ -25,9 +25,31 @@ from ..distribution import reshard
 from ..progress import ReadingProgress
 from ..settings import TrainConfig
 from ..tokenizer import load_tokenizer, saved_and_loaded, train_tokenizer, wrap_tokenizer
-from .distillation import Teacher
 
 STREAMED_TOKENIZER_DOCUMENTS = 10_000
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model whose logits are distilled (arXiv 1503.02531), beside the text; it draws no random numbers."""
+
+    model: PreTrainedModel  # in float32 and eval mode, without gradients, whole on each process
+    config: TrainConfig
+
+    def loss(self, student: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss to minimize, and the divergence in it, neither weighted nor scaled: sums over targets that count."""
+        logits = student(input_ids=inputs, use_cache=False).logits
+        weight, temperature = self.config.distillation_weight, self.config.distillation_temperature
+        return distillation_loss(logits, self.logits(inputs), targets, weight, temperature)
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor) -> Tensor:
+        """The teacher's, in the arithmetic that the student has."""
+        low = LOW.get(self.config.mixed_precision)
+        with torch.autocast(inputs.device.type, low, enabled=low is not None):
+            logits: Tensor = self.model(input_ids=inputs, use_cache=False).logits
+        return logits
 
 
 @dataclass
@@ -35,24 +57,15 @@ class LanguageTask:
     """Batches of text and what to do with them.
 
     `open_task` opens the text and makes the tokenizer, which the model waits for; `read_text` makes the batches.
-
-    Args:
-        config: the run's.
-        cache: where tokens and tokenizers are kept.
-        texts: the documents to train and to validate on.
-        tokenizer: the run's.
-        encoder: texts to tokens.
     """
 
     config: TrainConfig
     cache: Cache
-    texts: dict[str, Documents]
+    texts: dict[str, Documents]  # to train and to validate on
     tokenizer: PreTrainedTokenizerFast
     encoder: Encoder
     teacher: Teacher | None = None
-    """Whose logits are distilled."""
-    batches: PackedData | StreamedData = field(init=False)
-    """What the loop takes a step's `Batch` from."""
+    batches: PackedData | StreamedData = field(init=False)  # what the loop takes a step's `Batch` from
     validation: PackedTokens = field(init=False)
 
     @property
@@ -108,7 +121,7 @@ class LanguageTask:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What `environment.json` says of the text."""
+        """The entries of `environment.json` about the text."""
         record: dict[str, Any] = {"bos_token_id": self.encoder.bos}
         if isinstance(self.batches, PackedData):
             packed = self.batches.packed
@@ -116,13 +129,13 @@ class LanguageTask:
         return record
 
     def describe(self) -> str:
-        """What is trained on, in a few words."""
-        known = isinstance(self.batches, PackedData)
-        size = f"{self.batches.packed.targets:,} training tokens" if known else "a stream"
-        return f"{size} of {self.config.corpus}"
+        """The training text, in a few words."""
+        packed = self.batches.packed if isinstance(self.batches, PackedData) else None
+        tokens = f"{packed.targets:,} training tokens" if packed else "a stream"
+        return f"{tokens} of {self.config.corpus}"
 
     def loss(self, model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """What is minimized, and the teacher's divergence in it (None without one): sums over the targets that count.
+        """The loss to minimize, and the teacher's divergence in it (None without one): sums over targets that count.
 
         Args:
             model: in training mode.
@@ -242,3 +255,30 @@ def evaluate(
     reshard(model)
     summed = accelerator.reduce(total.to(accelerator.device), "sum")
     return summed.item() / data.targets
+
+
+def distillation_loss(
+    logits: Tensor, taught: Tensor, targets: Tensor, weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(1 - weight) · cross-entropy + weight · T² · KL(teacher ‖ student), and that KL, in nats.
+
+    KL is taken between both distributions at temperature T; T² keeps its gradient as large whatever T is.
+
+    Args:
+        logits: the student's, (batch, length, vocabulary).
+        taught: the teacher's, of the same shape, without gradients.
+        targets: ids of the next tokens, (batch, length); those that are `IGNORE` count in neither term.
+        weight: in [0, 1].
+        temperature: T > 0.
+
+    Returns:
+        Two scalars in float32, sums over the targets that count; the second without gradients.
+    """
+    logits, targets = logits.float().flatten(0, 1), targets.flatten()
+    text = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    # Each tensor of tokens times vocabulary counts: the teacher's logits are let go of, and there is no product to sum.
+    taught = F.log_softmax(taught.float().flatten(0, 1) / temperature, -1)
+    difference = taught - F.log_softmax(logits / temperature, -1)
+    divergence = torch.linalg.vecdot(taught.exp_(), difference)
+    divergence = divergence.masked_fill(targets == IGNORE, 0.0).sum()
+    return (1 - weight) * text + weight * temperature**2 * divergence, divergence.detach()
