@@ -65,7 +65,6 @@ def write_run_files(run_dir: Path, setup: Setup, accelerator: Accelerator) -> No
         **setup.hashes,
         "parameters": sum(parameter.numel() for parameter in setup.skeleton.parameters()),
         "flops_per_token": setup.flops_per_token,
-        "validation_tokens": setup.task.validation.targets,
         "num_processes": accelerator.num_processes,
         "mixed_precision": setup.config.mixed_precision,
         "on_hub": names_on_hub(setup.config),

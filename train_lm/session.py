@@ -32,7 +32,7 @@ from .settings import TrainConfig
 from .setup import Setup, set_up
 from .start import agree, agree_on_start, raise_together, together
 from .state import State
-from .tasks.language import token_loss
+from .tasks.language import LanguageTask
 from .throughput import peak_flops
 
 
@@ -173,7 +173,7 @@ def begin(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Sessio
     speed_up(setup.model, config)
     model, optimizer = accelerator.prepare(setup.model, build_optimizer(setup.model, config))
     state = State(setup, Spread(model, accelerator), optimizer, accelerator)
-    settle_buckets(model, config, accelerator)
+    settle_buckets(model, setup.task, accelerator)
     set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each process
     progress.say(*state.restore(checkpoint) if checkpoint else ())
     setup.set_lam(lam_fraction(state.step, config))
@@ -207,7 +207,7 @@ def check_config(config: TrainConfig) -> None:
         require_extra("train", "peft")
 
 
-def settle_buckets(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
+def settle_buckets(model: nn.Module, task: LanguageTask, accelerator: Accelerator) -> None:
     """Let DDP arrange its buckets before the first step that counts.
 
     It does so after the first backward pass it sees, and from three processes on, sums are rounded otherwise then: the
@@ -216,9 +216,8 @@ def settle_buckets(model: nn.Module, config: TrainConfig, accelerator: Accelerat
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model.train()
-        shape = (config.per_device_train_batch_size, config.block_size)
-        tokens = torch.zeros(shape, dtype=torch.int64, device=accelerator.device)
-        accelerator.backward(token_loss(model, tokens, tokens))
+        loss, _ = task.loss(model, task.blank_part(accelerator.device))
+        accelerator.backward(loss)
         model.zero_grad()
 
 
@@ -229,13 +228,12 @@ def _end_tracking(accelerator: Accelerator) -> None:
 
 def describe(setup: Setup, device: str) -> str:
     """The run in one line: norm, model, data, steps, device."""
-    config, model, sequences = setup.config, setup.model.config, setup.task.batches.layout.sequences
+    config, model = setup.config, setup.model.config
     trained = sum(each.numel() for each in setup.model.parameters() if each.requires_grad)
     part = "" if config.trainable == "all" else f" ({config.trainable}: {trained:,} trained)"
     return (
         f"{model.norm_type}{' (with overrides)' if model.norm_overrides else ''}: "
-        f"{setup.skeleton.num_parameters():,} parameters{part}, {setup.task.describe()}, "
-        f"{config.max_steps:,} steps of {sequences * config.block_size:,}; "
+        f"{setup.skeleton.num_parameters():,} parameters{part}, {setup.task.describe()}; "
         f"initial shared weights {(setup.hashes['init_sha'] or '')[:16]}; {device}"
     )
 

@@ -149,11 +149,11 @@ def test_two_processes_train_as_one_with_twice_the_batch_does(tmp_path, kind):
     # Each process notes how much of the model it holds once that is spread.
     probe = f"""import train_lm.distribution, train_lm.session
 original = train_lm.session.settle_buckets
-def noting(model, config, accelerator):
+def noting(model, task, accelerator):
     held = sum(train_lm.distribution.mine(each).numel() for each in accelerator.unwrap_model(model).parameters())
     with open({str(tmp_path / "held-")!r} + str(accelerator.process_index), "w") as file:
         print(held, file=file)
-    original(model, config, accelerator)
+    original(model, task, accelerator)
 train_lm.session.settle_buckets = noting"""
     script = program(tmp_path, f"{SHARD_ALL}\n{probe}")
     done = launch(script, kind, "--config", "tiny", "--run_dir", tmp_path / kind, *few_blocks())

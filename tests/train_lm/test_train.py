@@ -57,6 +57,8 @@ def test_run_directory_holds_what_the_design_says(tmp_path):
     for key in ("init_sha", "tokenizer_sha", "train_sha", "validation_sha"):
         assert len(environment[key]) == 64
     assert environment["versions"]["torch"] == torch.__version__
+    assert {"keep_last", "log_with"} < {*environment["harmless_settings"]} < {*TrainConfig("").as_recipe()}
+    assert "learning_rate" not in environment["harmless_settings"]
     for path in (final, run / "checkpoints" / "step-0" / "model"):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         assert model.config.norm_type == "ibnorm_l"

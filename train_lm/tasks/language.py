@@ -122,17 +122,24 @@ class LanguageTask:
     @property
     def record(self) -> dict[str, Any]:
         """The entries of `environment.json` about the text."""
-        record: dict[str, Any] = {"bos_token_id": self.encoder.bos}
+        record: dict[str, Any] = {"validation_tokens": self.validation.targets, "bos_token_id": self.encoder.bos}
         if isinstance(self.batches, PackedData):
             packed = self.batches.packed
             record |= {"train_tokens": packed.targets, "train_blocks": packed.blocks, "train_padding": packed.padding}
         return record
 
     def describe(self) -> str:
-        """The training text, in a few words."""
+        """The training text and the steps on it, in a few words."""
         packed = self.batches.packed if isinstance(self.batches, PackedData) else None
         tokens = f"{packed.targets:,} training tokens" if packed else "a stream"
-        return f"{tokens} of {self.config.corpus}"
+        step = self.batches.layout.sequences * self.config.block_size
+        return f"{tokens} of {self.config.corpus}, {self.config.max_steps:,} steps of {step:,}"
+
+    def blank_part(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets in the shape of a micro-batch, all of them token 0."""
+        shape = (self.config.per_device_train_batch_size, self.config.block_size)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        return tokens, tokens
 
     def loss(self, model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The loss to minimize, and the teacher's divergence in it (None without one): sums over targets that count.
