@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hf_ibnorm.base.errors import Stopped
+from hf_ibnorm.base.errors import STOPPED, Stopped
 from hf_ibnorm.base.signals import StopSignals
 
 ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -79,3 +79,16 @@ def test_a_verb_ends_with_the_signals_exit_code(number, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 128 + number
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_run_of_eval_says_where_it_stands(number, monkeypatch, capsys):
+    from eval.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["eval", "run", "--model", "x", "--suite", "embedded", "--output", "out"])
+    monkeypatch.setattr("eval.runner.run", lambda *_, **__: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == STOPPED
+    place = "benchmarks that ended are in out, the same command goes on from there"
+    assert capsys.readouterr().err == f"stopped: {number.name}; {place}\n"
