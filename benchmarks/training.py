@@ -68,11 +68,11 @@ def material(shape: str, folder: Path) -> tuple[Any, Any]:
     from accelerate import Accelerator
 
     from train_lm.config import read_command_line
-    from train_lm.prepare import prepare
+    from train_lm.setup import set_up
     from train_lm.start import Start
 
     config = read_command_line(flags_of(shape, folder / "run"))
-    run = prepare(config, Accelerator(cpu=True), Start(None, None, False, []))
+    run = set_up(config, Accelerator(cpu=True), Start(None, None, False, []), print)
     return config, run
 
 
@@ -89,7 +89,7 @@ def trainer(shape: str, folder: Path) -> list[float]:
 
     blocks = []
     for _ in range(config.max_steps):
-        for inputs, _ in run.train.next().parts:
+        for inputs, _ in run.task.batches.next().parts:
             blocks += [{"input_ids": row, "labels": row} for row in inputs]
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
@@ -116,7 +116,7 @@ def loop(shape: str, folder: Path) -> list[float]:
     import torch.nn.functional as F
 
     config, run = material(shape, folder)
-    batches = [run.train.next().parts[0] for _ in range(config.max_steps)]
+    batches = [run.task.batches.next().parts[0] for _ in range(config.max_steps)]
     model = run.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
     ends = []
@@ -200,7 +200,8 @@ def pauses() -> None:
     from hf_ibnorm.base.command import quiet_libraries
     from train_lm.checkpoint import Checkpointer
     from train_lm.config import read_command_line
-    from train_lm.train import State, train
+    from train_lm.state import State
+    from train_lm.train import train
 
     quiet_libraries()
     waits: list[float] = []

@@ -1,13 +1,13 @@
 """The command `python -m eval` (installed as `hf-ibnorm-eval`)."""
 
 import argparse
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_ibnorm.base.command import OneLineParser, require_extra, run_command
 from hf_ibnorm.base.errors import Stopped, UserError
+from hf_ibnorm.base.signals import StopSignals
 
 from .options import add_settings
 from .study.cli import add_study_verbs
@@ -20,19 +20,11 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from .runner import STOPPED, run
+    from .runner import run
 
-    def stop(number: int, _: Any) -> None:
-        name = signal.Signals(number).name
-        STOPPED.append(f"{name}; benchmarks that ended are in {arguments.output}, the same command goes on from there")
-        raise Stopped(STOPPED[0])
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        run(arguments.model, output=arguments.output, **_settings(arguments))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    place = f"benchmarks that ended are in {arguments.output}, the same command goes on from there"
+    with StopSignals(lambda number: Stopped(f"{number.name}; {place}")) as signals:
+        run(arguments.model, output=arguments.output, check_stop=signals.check, **_settings(arguments))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

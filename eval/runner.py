@@ -4,7 +4,7 @@ on where it was."""
 import json
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hf_ibnorm.base.errors import Stopped, UserError, bad_input
+from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import alone_in, check_new_directory, sha256
 from hf_ibnorm.report.environment import package_versions
 from hf_ibnorm.report.tables import score_cell
@@ -28,9 +28,6 @@ from .scoring import ScoringError, score_benchmark
 from .store import add_notes, create, is_begun, record_hashes, still_missing, write_result, write_scores
 from .suites import Benchmark
 from .tables import SMOKE
-
-STOPPED: list[str] = []
-"""Why a signal asked to stop: task files with a bare `except` may have taken the exception that said so."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,15 @@ class Ready:
     skipped: str | None
 
 
-def run(model: Any, suite: str, output: str, *, tokenizer: Any = None, **settings: Any) -> dict[str, Any]:
+def run(
+    model: Any,
+    suite: str,
+    output: str,
+    *,
+    tokenizer: Any = None,
+    check_stop: Callable[[], None] = lambda: None,
+    **settings: Any,
+) -> dict[str, Any]:
     """Score a model on a suite.
 
     Args:
@@ -141,6 +146,8 @@ def run(model: Any, suite: str, output: str, *, tokenizer: Any = None, **setting
         suite: as in `Settings`.
         output: a new directory, or one where the same run was stopped: it goes on there.
         tokenizer: of a model that is given itself.
+        check_stop: called before each benchmark; may raise what ends the run, where a task file with a bare `except`
+            has caught it.
         **settings: the other fields of `Settings`.
 
     Returns:
@@ -186,8 +193,7 @@ def run(model: Any, suite: str, output: str, *, tokenizer: Any = None, **setting
             create(target, identity, {"model": path, "settings": asdict(asked), "notes": notes})
             stack.enter_context(alone_in(target, busy))
         for i, each in enumerate(ready, len(benchmarks) - len(ready) + 1):
-            if STOPPED:
-                raise Stopped(STOPPED[0])
+            check_stop()
             line = _run(lm, each, asked, identity, target)
             say(f"{i}/{len(benchmarks)} {each.benchmark.name} {line}")
     if not is_first():

@@ -6,8 +6,9 @@ import sys
 import time
 from typing import NoReturn
 
-from .base.command import OneLineParser, run_command, stopping_in_order
+from .base.command import OneLineParser, run_command
 from .base.errors import UserError, bad_input
+from .base.signals import StopSignals
 from .version import __version__
 
 
@@ -59,7 +60,7 @@ def _main() -> None:
     if options and not hasattr(arguments, "norm_kwargs"):
         raise UserError(f"--norm_kwargs.{next(iter(options))}: only convert takes options of a norm")
     arguments.norm_kwargs = options
-    with stopping_in_order():
+    with StopSignals(lambda number: SystemExit(128 + number)):  # so that what is half written is removed
         arguments.run(arguments)
 
 

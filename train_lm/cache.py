@@ -1,4 +1,4 @@
-"""What does not change between runs is kept between runs: trained tokenizers, tokens, hashes of files.
+"""A cache that runs share: trained tokenizers, tokens, hashes of files.
 
 Every entry is named by a hash of all that it was made from, so that nothing in the cache is ever out of date; it is
 written to a temporary place and renamed, so that it is whole or not there; and a lock lets concurrent runs wait for
@@ -28,14 +28,11 @@ from hf_ibnorm.base.reading import reading
 from hf_ibnorm.data.files import BadDocument, retried
 from hf_ibnorm.data.tokens import Encoder
 
-from .progress import Told, silent
+from .progress import ReadingProgress, silent
 
-CHUNK = 1 << 18
-"""Characters that are tokenized at a time, more only where one document has more."""
-VERIFIED = 1 << 30
-"""Bytes of tokens up to which every start checks their hash; of more, it checks their number."""
-LARGE = 1 << 33
-"""Bytes of a file whose hash takes so long that one is told of it."""
+CHUNK = 1 << 18  # characters that are tokenized at a time, more only where one document has more
+VERIFIED = 1 << 30  # bytes of tokens up to which every start checks their hash; of more, it checks their number
+LARGE = 1 << 33  # bytes of a file whose hash takes so long that one is told of it
 SETTLED = 3 * 10**9
 """Nanoseconds after which a change of a file has another time than the one before: some systems count in 2 s."""
 WAITED = 1.0, 60.0
@@ -44,14 +41,10 @@ DTYPES = ("<u2", "<u4")
 
 
 class Cache:
-    """A folder of entries that any number of runs share.
+    """A folder of entries that any number of runs share; `say` is told, in a line, what takes long.
 
-    Args:
-        folder: made if it is not there; None for $HF_IBNORM_CACHE, else hf_ibnorm in $XDG_CACHE_HOME or ~/.cache.
-        say: is told, in a line, what takes long.
-
-    Raises:
-        UserError: the folder cannot be made or written.
+    Without a name it is $HF_IBNORM_CACHE, or else hf_ibnorm in $XDG_CACHE_HOME or ~/.cache; it is made if it is not
+    there. UserError where it cannot be made or written.
     """
 
     def __init__(self, folder: str | None, say: Callable[[str], None] = silent) -> None:
@@ -136,23 +129,22 @@ class Cache:
             threads: that tokenize side by side.
 
         Raises:
-            UserError: there is no text, too much of it cannot be read or has changed meanwhile, or there is no room for
-                its tokens.
+            UserError: no text, too much of it unreadable, text that has changed meanwhile, or no room for its tokens.
         """
         path = self.folder / f"tokens-{sha256([fingerprint, *encoder.key])}"
-        found = _open_tokens(path)  # whole or not there: that needs no lock
-        if found is None:
+        entry = _open_tokens(path)  # whole or not there: that needs no lock
+        if entry is None:
             with self._errors(), self._locked(path):
-                found = _open_tokens(path)
-                if found is None:
+                entry = _open_tokens(path)
+                if entry is None:
                     shutil.rmtree(path, ignore_errors=True)  # damaged; a run that has it open keeps its own
                     with atomic_directory(path) as folder:
                         self._write_tokens(folder, encoder, documents, threads)
-                    found = _open_tokens(path)
-        assert found is not None
-        tokens, bad = found
-        if bad["count"] > getattr(documents, "allowed", 0):
-            raise too_many(bad["first"], getattr(documents, "allowed", 0))
+                    entry = _open_tokens(path)
+        assert entry is not None
+        (tokens, bad), allowed = entry, getattr(documents, "allowed", 0)
+        if bad["count"] > allowed:
+            raise too_many(bad["first"], allowed)
         if hasattr(documents, "bad"):
             documents.bad = bad
         return tokens
@@ -160,9 +152,9 @@ class Cache:
     def _write_tokens(self, folder: Path, encoder: Encoder, documents: Iterable[str], threads: int) -> None:
         dtype = np.dtype(DTYPES[max(encoder.tokenizer.get_vocab().values()) >= 1 << 16])
         digest, count = hashlib.sha256(), 0
-        told = Told(self.say, "tokenizing")
+        progress = ReadingProgress(self.say, "tokenizing")
         with (folder / "tokens.bin").open("wb") as file:
-            for ids in encode_all(encoder, told.each(_readable(documents)), threads):
+            for ids in encode_all(encoder, progress.each(_readable(documents)), threads):
                 raw = ids.astype(dtype).tobytes()
                 file.write(raw)
                 digest.update(raw)
@@ -181,13 +173,12 @@ class Cache:
 
 def too_many(document: BadDocument | str, allowed: int) -> BadDocument:
     """The error about a document that cannot be read, after `allowed` others."""
-    return BadDocument(
-        f"{document}; max_bad_documents, which says how many such documents may be left out, is {allowed}"
-    )
+    rule = "max_bad_documents, which says how many such documents may be left out, is"
+    return BadDocument(f"{document}; {rule} {allowed}")
 
 
 def identity(path: Path) -> tuple[int, ...]:
-    """What changes whenever a file does, or another takes its place: device, inode, size and both times of change."""
+    """Device, inode, size and both times of change: one changes with the file, or where another takes its place."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 

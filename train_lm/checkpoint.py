@@ -45,27 +45,16 @@ METRICS, NORMS = "metrics.jsonl.gz", "norms.jsonl.gz"
 
 @dataclass
 class Snapshot:
-    """A copy in memory of all that goes into a checkpoint; training may go on at once.
-
-    Args:
-        step: steps done.
-        model: copy of the model, on the CPU.
-        tokenizer: the run's.
-        tensors: contents of `training.safetensors`, on the CPU.
-        processes: for each process, what `process_state` gives.
-        state: contents of `state.json`.
-        metrics: reads `metrics.jsonl` as it was.
-        norms: reads `norms.jsonl` as it was; of nothing where there is none.
-    """
+    """A copy in memory of all that goes into a checkpoint; training may go on at once."""
 
     step: int
-    model: PreTrainedModel
+    model: PreTrainedModel  # on the CPU, as all tensors here
     tokenizer: PreTrainedTokenizerFast
-    tensors: dict[str, Tensor]
-    processes: list[dict[str, Any]]
-    state: dict[str, Any]
-    metrics: Callable[[], bytes]
-    norms: Callable[[], bytes] = lambda: b""
+    tensors: dict[str, Tensor]  # contents of `training.safetensors`
+    processes: list[dict[str, Any]]  # what `process_state` gives on each process
+    state: dict[str, Any]  # contents of `state.json`
+    metrics: Callable[[], bytes]  # reads `metrics.jsonl` as it was
+    norms: Callable[[], bytes] = lambda: b""  # the same of `norms.jsonl`
 
     @property
     def bytes(self) -> int:
@@ -226,12 +215,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 class Checkpointer:
     """Writes checkpoints in a thread, one at a time, and prunes old ones.
 
-    Args:
-        folder: the run's `checkpoints`.
-        keep_last: how many to keep, the newest ones up to the one just written.
-        keep_every: multiples of this step are kept too (0: none); step 0 always is.
-        newest: step of the newest whole one there is.
-        damaged: steps of those that are not whole, and do not count until they are written again.
+    `newest` is the step of the newest whole one; those at the steps `damaged` do not count until they are written
+    again. The last `keep_last` up to the one just written are kept, multiples of `keep_every`, and step 0.
     """
 
     def __init__(
@@ -248,12 +233,7 @@ class Checkpointer:
         return "" if self.error is None else f"run_dir: a checkpoint could not be written: {self.error}"
 
     def write(self, snapshot: Snapshot | None, prune: bool = True) -> None:
-        """Begin to write, once the one before is done; None for nothing.
-
-        Args:
-            snapshot: what to write.
-            prune: whether older ones may go then.
-        """
+        """Begin to write, once the one before is done; None for nothing. With `prune`, older ones may go then."""
         self.wait()
         if snapshot is not None:
             self._thread = Thread(target=self._write, args=(snapshot, prune), name="checkpoint")
@@ -291,7 +271,7 @@ class Checkpointer:
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove what a killed run had not finished writing or removing."""
+    """Remove the temporary files, and the checkpoints half removed, of a run that was killed."""
     names = ("config.yaml", "environment.json", "metrics.jsonl", "norms.jsonl", "final")
     leftovers = [path for name in names for path in run_dir.glob(f".{name}.*")]
     leftovers += [path for name in ("step-*", "latest") for path in (run_dir / "checkpoints").glob(f".{name}.*")]

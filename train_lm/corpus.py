@@ -4,9 +4,10 @@ All of them are `Documents`: read from the beginning again and again, or streame
 process.
 """
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,29 +35,19 @@ from .progress import silent
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-_BAD = "\0bad"
-"""Key of a row of a stream under which it says why there is no text in it."""
+_BAD = "\0bad"  # key of a row of a stream under which it says why there is no text in it
 
 
-def no_bad() -> dict[str, Any]:
-    """What `Documents.bad` is where every document can be read."""
-    return {"count": 0, "first": ""}
+NO_BAD: Mapping[str, Any] = {"count": 0, "first": ""}  # what `Documents.bad` is where every document can be read
 
 
 class Documents:
-    """The documents of one split, in a fixed order.
+    """The documents of one split, in a fixed order."""
 
-    Attributes:
-        fingerprint: hash of the text and its order; None where only reading everything would tell.
-        field: where a row has its text.
-        allowed: how many documents of a pass may be such that they cannot be read; they are left out.
-        bad: how many those of the last pass were, and what was wrong with the first one.
-    """
-
-    fingerprint: str | None = None
-    field = "text"
-    allowed = 0
-    bad: dict[str, Any]
+    fingerprint: str | None = None  # hash of the text and its order; None where only reading everything would tell
+    field = "text"  # where a row has its text
+    allowed = 0  # how many documents of a pass may be such that they cannot be read; they are left out
+    bad = NO_BAD  # how many those of the last pass were, and what was wrong with the first one
 
     def read(self) -> Iterator[str | BadDocument]:
         """Every document from the beginning.
@@ -73,7 +64,7 @@ class Documents:
         Raises:
             UserError: they cannot be read, or more than `allowed` of them are bad.
         """
-        self.bad = no_bad()
+        self.bad = NO_BAD
         for document in retried(self.read):
             if not isinstance(document, BadDocument):
                 yield document
@@ -115,7 +106,6 @@ class Texts(Documents):
 
     def __post_init__(self) -> None:
         self.fingerprint = sha256(self.texts)
-        self.bad = no_bad()
 
     def read(self) -> Iterator[str | BadDocument]:
         return iter(self.texts)
@@ -126,28 +116,19 @@ class Texts(Documents):
 
 @dataclass
 class Files(Documents):
-    """Documents in local files, in the order of `paths`.
-
-    Args:
-        paths: files that `read_file` takes.
-        field: where a line or row has its text.
-        hash_file: content hash of a file, possibly remembered from an earlier run.
-        allowed: as `Documents` has it.
-    """
+    """Documents in local files, in the order of `paths`."""
 
     paths: list[Path]
     field: str
-    hash_file: Callable[[Path], str] = sha256_file
+    hash_file: Callable[[Path], str] = sha256_file  # may remember the hash from an earlier run
     allowed: int = 0
-    shas: list[str] = field(init=False, repr=False)
-    """Hashes of the files' contents."""
+    shas: list[str] = dataclasses.field(init=False, repr=False)  # hashes of the files' contents
 
     def __post_init__(self) -> None:
         kinds = [kind_of(path) for path in self.paths]
         self._identities = list(map(_identity, self.paths))
         self.shas = [self.hash_file(path) for path in self.paths]
         self.fingerprint = sha256([self.field, READING, *kinds, *self.shas])
-        self.bad = no_bad()
 
     def read(self) -> Iterator[str | BadDocument]:
         for path in self.paths:
@@ -172,19 +153,12 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 @dataclass
 class Named(Documents):
-    """A split of a dataset of the `datasets` library, loaded or streamed.
-
-    Args:
-        dataset: it.
-        field: the column with its text.
-        allowed: as `Documents` has it.
-        content: hash of the content of its files, where it is known; else what `datasets` knows it by is taken.
-    """
+    """A split of a dataset of the `datasets` library, loaded or streamed."""
 
     dataset: Any
     field: str
     allowed: int = 0
-    content: str | None = None
+    content: str | None = None  # hash of the content of its files; else what `datasets` knows it by is taken
 
     def __post_init__(self) -> None:
         columns = self.dataset.column_names
@@ -192,7 +166,6 @@ class Named(Documents):
             raise UserError(f"text_field: got {self.field!r}, the dataset has {', '.join(columns)}")
         fingerprint = getattr(self.dataset, "_fingerprint", None)  # only a loaded dataset has one
         self.fingerprint = fingerprint and sha256([self.field, self.content or fingerprint])
-        self.bad = no_bad()
 
     def read(self) -> Iterator[str | BadDocument]:
         return (self.text(row) for row in self.rows(self.dataset))
@@ -219,7 +192,7 @@ class HeldOut(Documents):
     def __post_init__(self) -> None:
         inner = self.documents.fingerprint
         self.fingerprint = inner and sha256([inner, str(self.every), str(self.rest)])
-        self.allowed, self.bad = self.documents.allowed, no_bad()
+        self.allowed = self.documents.allowed
 
     def __iter__(self) -> Iterator[str]:
         yield from (text for i, text in enumerate(self.documents) if bool(i % self.every) == self.rest)
@@ -255,23 +228,14 @@ def _split(dataset: "IterableDataset", process: int, processes: int) -> "Iterabl
 
 @dataclass(frozen=True)
 class CorpusOptions:
-    """How to read a corpus.
+    """How to read a corpus."""
 
-    Args:
-        subset: configuration of a dataset.
-        field: where a row has its text.
-        streaming: read a dataset as it is needed, do not load it first.
-        hash_file: content hash of a file.
-        allowed: how many documents of a pass may be such that they cannot be read.
-        say: is told, in a line, which files are left out.
-    """
-
-    subset: str | None
-    field: str
-    streaming: bool
-    hash_file: Callable[[Path], str]
-    allowed: int = 0
-    say: Callable[[str], None] = silent
+    subset: str | None  # configuration of a dataset
+    field: str  # where a row has its text
+    streaming: bool  # whether a dataset is read as it is needed, and not loaded first
+    hash_file: Callable[[Path], str]  # content hash of a file
+    allowed: int = 0  # how many documents of a pass may be such that they cannot be read
+    say: Callable[[str], None] = silent  # is told, in a line, which files are left out
 
 
 def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Documents | None:
@@ -305,7 +269,7 @@ def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Doc
     endings = tuple(kind + packing for kind in KINDS for packing in PACKINGS)
     if name.startswith(("/", "./", "../", "~")) or name.endswith(endings):
         raise UserError(f"corpus: got {name!r}, no such file")
-    return _hub(name, role, split, options)
+    return open_dataset(name, role, split, options)
 
 
 def _of_split(name: str, files: dict[str, list[Path]], role: str, say: Callable[[str], None]) -> list[Path]:
@@ -340,7 +304,7 @@ def _listed(paths: list[Path]) -> str:
 
 
 def overlap(train: Documents, validation: Documents) -> str:
-    """What of the validation text is training text too, for a warning; empty where nothing is known to be."""
+    """The validation text that is training text too, in words for a warning; empty where none is known to be."""
     if train.fingerprint is not None and train.fingerprint == validation.fingerprint:
         return "all of it"
     if isinstance(train, Files) and isinstance(validation, Files):
@@ -366,7 +330,7 @@ def _saved(path: Path, role: str, split: str, options: CorpusOptions) -> Documen
     return Named(dataset, options.field, options.allowed, content)
 
 
-def _hub(name: str, role: str, split: str, options: CorpusOptions) -> Documents | None:
+def open_dataset(name: str, role: str, split: str, options: CorpusOptions) -> Documents | None:
     from datasets import get_dataset_split_names, load_dataset
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -386,6 +350,8 @@ def _hub(name: str, role: str, split: str, options: CorpusOptions) -> Documents 
     return Named(dataset, options.field, options.allowed)
 
 
-def _missing(role: str, split: str, splits: list[str]) -> None:
+def _missing(role: str, split: str, splits: list[str]) -> Documents | None:
+    """None, for a dataset without the split to validate on; without the split to train on, UserError."""
     if role == "train":
         raise UserError(f"train_split: got {split!r}, the dataset has {', '.join(splits)}")
+    return None

@@ -24,27 +24,18 @@ from hf_ibnorm.data.tokens import Encoder
 from .cache import take_chunk, too_many
 from .corpus import Documents
 
-IGNORE = -100
-"""Target of a position that counts in no loss, as in torch's cross entropy."""
-BUFFER_CHARACTERS = 1 << 26
-"""What a shuffle buffer holds at most: checkpoints hold it too."""
+IGNORE = -100  # target of a position that counts in no loss, as in torch's cross entropy
+BUFFER_CHARACTERS = 1 << 26  # what a shuffle buffer holds at most: checkpoints hold it too
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step's sequences are dealt out.
+    """How a step's sequences are dealt out."""
 
-    Args:
-        per_device: sequences a process takes at a time.
-        micro_batches: such batches a process takes in one step.
-        processes: number of processes.
-        process: which of them this is.
-    """
-
-    per_device: int
-    micro_batches: int
+    per_device: int  # sequences a process takes at a time
+    micro_batches: int  # such batches a process takes in one step
     processes: int = 1
-    process: int = 0
+    process: int = 0  # which of them this is
 
     @property
     def sequences(self) -> int:
@@ -54,35 +45,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class Batch:
-    """What this process trains on in one step.
+    """The part of a step's data that this process trains on."""
 
-    Args:
-        parts: inputs and targets, int64 of shape (per_device, block_size), for each micro-batch.
-        tokens: targets that count, over all processes.
-        sha: hash of the data, of all processes or of this one (`shared_sha` of the data set says which).
-        bad: documents that this process has left out so far, because they cannot be read.
-    """
-
-    parts: list[tuple[Tensor, Tensor]]
-    tokens: int
-    sha: str
-    bad: int = 0
+    parts: list[tuple[Tensor, Tensor]]  # of each micro-batch, inputs and targets: int64 (per_device, block_size)
+    tokens: int  # targets that count, over all processes
+    sha: str  # hash of the data, of all processes or of this one (`shared_sha` of the data set says which)
+    bad: int = 0  # documents that this process has left out so far, because they cannot be read
 
 
 class PackedTokens:
-    """One stream of tokens, each document followed by the end-of-text token, cut into blocks.
+    """One stream of tokens, each document followed by the end-of-text token `eos`, cut into blocks of size B.
 
     Block i has inputs stream[i·B : (i+1)·B] and as targets the same shifted by one, so that every token but the very
-    first is predicted exactly once. The last block is filled up with positions that count in no loss.
-
-    Args:
-        stream: token ids, integers of shape (n,), n at least 2; may be memory-mapped.
-        eos: the end-of-text token.
-        block_size: B, tokens a block.
-        max_blocks: leave out the blocks after so many.
-
-    Raises:
-        UserError: there is nothing to predict.
+    first is predicted exactly once. The last block is filled up with positions that count in no loss. The stream is a
+    vector of integers, which may be memory-mapped; UserError where it has nothing to predict.
     """
 
     def __init__(self, stream: np.ndarray, eos: int, block_size: int, max_blocks: int | None = None) -> None:
@@ -91,11 +67,9 @@ class PackedTokens:
         if max_blocks is not None:
             stream = stream[: max_blocks * block_size + 1]
         self.stream, self.eos, self.block_size = stream, eos, block_size
-        self.targets = len(stream) - 1
-        """Tokens predicted in one pass over all blocks."""
+        self.targets = len(stream) - 1  # tokens predicted in one pass over all blocks
         self.blocks = -(-self.targets // block_size)
-        self.padding = self.blocks * block_size - self.targets
-        """Positions of the last block that count in no loss."""
+        self.padding = self.blocks * block_size - self.targets  # positions of the last block that count in no loss
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 of shape (len(indices), B), of the blocks `indices`; past the last one all is
@@ -147,15 +121,9 @@ def _sha(inputs: Tensor, targets: Tensor) -> str:
 
 
 class PackedData:
-    """A finite corpus, read in an order that depends on the seed alone.
+    """A finite corpus, read in an order that depends on the seed alone; `bad` documents were left out of it.
 
     While a step computes, a thread makes the batch of the next one: reads it from disk, cuts and hashes it.
-
-    Args:
-        packed: its tokens.
-        seed: of the order.
-        layout: what this process takes of a step.
-        bad: documents that were left out of it, because they cannot be read.
     """
 
     shared_sha = True
@@ -209,14 +177,8 @@ class StreamedData:
     its reader stands but forgets what was shuffled; so the state holds the buffer too, taken as of the last document
     that training has met.
 
-    Args:
-        documents: the source.
-        encoder: with an end-of-text token.
-        block_size: tokens a sequence.
-        seed: of the shuffling.
-        buffer: documents among which the next one is drawn; 1 for the order of the source.
-        threads: that tokenize side by side.
-        layout: what this process takes of a step.
+    `buffer` is the number of documents among which the next one is drawn, 1 for the order of the source; `threads`
+    tokenize side by side.
     """
 
     shared_sha = False

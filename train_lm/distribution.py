@@ -31,16 +31,11 @@ from transformers.integrations import unset_hf_deepspeed_config
 from hf_ibnorm.base.errors import UserError
 
 from . import zero
-from .config import TrainConfig
+from .settings import TrainConfig
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate as this loop needs it.
-
-    Raises:
-        UserError: the launcher was told to distribute the model in a way that this program does not know, or to compute
-            in another precision.
-    """
+    """Accelerate as this loop needs it."""
     check_precision(config.mixed_precision)
     check_launcher()
     plugin = sharding(config.mixed_precision)
@@ -53,7 +48,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.deterministic and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was never written
+        # Nothing here reads what was never written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     accelerator = Accelerator(
         # Without it two processes without a GPU would not find each other and train two models into one directory.
         cpu=cpu and deepspeed is None,
@@ -86,11 +82,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def check_launcher() -> None:
-    """Refuse what a launcher may have been told and this program does not do.
-
-    Raises:
-        UserError: another kind of distribution, or more dimensions of it; a compiler that knows nothing of `compile`.
-    """
+    """Refuse what a launcher may have been told and this program does not do."""
     for variable, setting, allowed in (
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism_config", "false"),
         ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend", "no"),
@@ -101,11 +93,7 @@ def check_launcher() -> None:
 
 
 def check_precision(wanted: str) -> None:
-    """Refuse a precision that would not be had, or that the launcher was told differently.
-
-    Raises:
-        UserError: fp16 without a GPU, or a launcher's own setting that differs.
-    """
+    """Refuse a precision that would not be had, or that the launcher was told differently."""
     if wanted == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision: got 'fp16', which needs a GPU; allowed here are no, bf16")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -114,11 +102,7 @@ def check_precision(wanted: str) -> None:
 
 
 def sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
-    """FSDP as the launcher's config file describes it; None where it asks for none.
-
-    Raises:
-        UserError: a setting that this program cannot go along with.
-    """
+    """FSDP as the launcher's config file describes it; None where it asks for none."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     plugin = FullyShardedDataParallelPlugin()  # reads what the launcher put into the environment
@@ -141,15 +125,9 @@ def sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
 
 
 class Spread:
-    """A model as Accelerate has prepared it, and what of a step depends on how it is spread.
+    """A model as Accelerate has prepared it, and the parts of a step that each way of spreading makes differently."""
 
-    Args:
-        model: what Accelerate made of the model.
-        accelerator: the run's.
-    """
-
-    kind: str
-    """`one`, `ddp`, `fsdp2`, `zero2` or `zero3`."""
+    kind: str  # `one`, `ddp`, `fsdp2`, `zero2` or `zero3`
 
     def __init__(self, model: Any, accelerator: Accelerator) -> None:
         self.model, self.accelerator = model, accelerator
@@ -194,10 +172,7 @@ class Spread:
         return whole(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm or math.inf))
 
     def optimizer_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Tensor]:
-        """Copies of the optimizer's state on the CPU, named kind/parameter; none unless `keep`.
-
-        Every process must call this.
-        """
+        """Copies of the optimizer's state on the CPU, named kind/parameter; none unless `keep`. All must call this."""
         if self.deepspeed:
             return zero.optimizer_tensors(self.model, keep)
         copies = {
@@ -231,7 +206,8 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor of which each process may hold a part. Every process must call this, for the same tensors."""
     if zero.is_part(tensor):
         return zero.whole(tensor)
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    held: Any = tensor.detach()
+    return held.full_tensor() if isinstance(held, DTensor) else held
 
 
 def on_host(tensor: Tensor, keep: bool) -> Tensor | None:
@@ -244,21 +220,22 @@ def mine(tensor: Tensor) -> Tensor:
     """The part of `tensor` that this process holds."""
     if zero.is_part(tensor):
         return zero.own(tensor)
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    held: Any = tensor.detach()
+    return held.to_local() if isinstance(held, DTensor) else held
 
 
 def my_part(value: Tensor, like: Tensor) -> Tensor:
-    """Of `value`, which every process has whole, the part that this process holds of `like`."""
+    """The part of `value`, which every process has whole, that this process holds of the parameter `like`."""
     if zero.is_part(like):
         return zero.own_part(value.to(like.device), like)
     return mine(laid_out(value.to(like.device), like))
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up what a forward pass without a backward one left gathered.
+    """Free the parameters that FSDP2 has left gathered after a forward pass without a backward pass.
 
-    Until then the parameters of the last unit are gathered copies, in the arithmetic's precision and unknown to the
-    optimizer: a checkpoint would hold those.
+    They are copies of the last unit's, in the arithmetic's precision and unknown to the optimizer: a checkpoint would
+    hold these copies.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -31,8 +31,8 @@ def flaw(final: Path) -> str | None:
     weights = sorted(name for name in names if among(name, WEIGHTS[:1]))
     if not weights:
         pickles = sorted(name for name in names if among(name, PICKLES))
-        found = f"the pickle{'s' * (len(pickles) > 1)} {', '.join(pickles)}" if pickles else "no weights"
-        return f"has {found}, must have safetensors: save it with save_pretrained"
+        instead = f"the pickle{'s' * (len(pickles) > 1)} {', '.join(pickles)}" if pickles else "no weights"
+        return f"has {instead}, must have safetensors: save it with save_pretrained"
     needed = {"config.json"}
     for index in final.glob(WEIGHTS[1]):
         try:

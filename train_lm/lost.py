@@ -20,8 +20,8 @@ def norms_of(family: Family, where: str) -> dict[str, nn.Module]:
     """The norms that the checkpoint `where` has, by site, as they are before training."""
     config: Any = load("model.init_from", AutoConfig, where)
     if not isinstance(config, family.config):
-        config = load("model.init_from", family.config, where, norm_type=family.config.norm_pin.stock)
-    return {site: build_site(config, site) for site in config.norm_pin.names(config)}
+        config = load("model.init_from", family.config, where, norm_type=family.pin.stock)
+    return {site: build_site(config, site) for site in family.pin.names(config)}
 
 
 def lost_message(where: str, names: Collection[str], norms: dict[str, nn.Module]) -> str:

@@ -16,48 +16,34 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_ibnorm.base.room import check_model
 
-from .config import TrainConfig, build_model_config
-from .distillation import Teacher
-from .prepare import read_config, starting_config
+from .architecture import build_model_config, names_in
+from .model import read_config, speed_up, starting_config
+from .settings import TrainConfig
+from .tasks.language import LOW, Teacher, token_loss
 from .throughput import flops_per_token, forward_flops_per_token
-from .train import speed_up, token_loss
 from .trainable import freeze
 
 # Transformers' attention without a mask: it leaves that out by itself where it sees that nothing is padded, but tensors
 # without values do not show it, and a mask of length times length would be counted.
 _ATTENTION = "sdpa_without_mask"
 AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
-_LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Fused attention on a GPU keeps no scores where it drops some out, a CPU's does.
-_ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop")
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What one process holds at the worst moment of a step, and what else follows from the shapes of the model.
+    """Bytes that one process holds at the worst moment of a step, and numbers of parameters of the model."""
 
-    Args:
-        weights: bytes of weights and buffers, in float32.
-        gradients: bytes of all gradients, in float32.
-        optimizer: bytes of AdamW's two numbers a trained parameter, in float32.
-        activations: bytes of all else: what the backward pass needs, logits, weights that autocast has cast,
-            temporaries; or what a batch of validation takes, if that is more; and a teacher's weights.
-        parameters: their number.
-        trained: the number of those that are trained.
-        block: the number of those in one block.
-        outside: the number of those in no block: embeddings, output layer, last norm.
-        flops_per_token: as `throughput.flops_per_token` gives it, and a teacher's.
-    """
-
-    weights: int
+    weights: int  # in float32, as all that follows; with buffers
     gradients: int
-    optimizer: int
+    optimizer: int  # AdamW's two numbers a trained parameter
+    # All else: what the backward pass needs, logits, weights that autocast has cast, temporaries; or what a batch of
+    # validation takes, if that is more; and a teacher's weights.
     activations: int
-    parameters: int
+    parameters: int  # from here on numbers
     trained: int
-    block: int
-    outside: int
-    flops_per_token: float
+    block: int  # of one block
+    outside: int  # of no block: embeddings, output layer, last norm
+    flops_per_token: float  # a teacher's included
 
     @property
     def total(self) -> int:
@@ -80,7 +66,7 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
     """
     if config.trainable == "lora":
         raise ValueError("trainable: got 'lora', which cannot be planned (peft needs values); all and norms can")
-    low = _LOW.get(config.mixed_precision)
+    low = LOW.get(config.mixed_precision)
     with warnings.catch_warnings(), FakeTensorMode(), _Live() as live:
         warnings.simplefilter("ignore")
         model = _model(config)
@@ -89,38 +75,24 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         speed_up(model, replace(config, compile=False))
         teacher, taught = None, 0
         if config.teacher is not None:
-            found = read_config("teacher", config.teacher)
-            teacher = Teacher(_built(found).eval().requires_grad_(False), config)
-            flops += forward_flops_per_token(teacher.model, config.block_size)
-            taught = sum(each.nbytes for each in [*teacher.model.parameters(), *teacher.model.buffers()])
+            own = _built(read_config("teacher", config.teacher)).eval().requires_grad_(False)
+            teacher = Teacher(own, config)
+            flops += forward_flops_per_token(own, config.block_size)
+            taught = sum(each.nbytes for each in [*own.parameters(), *own.buffers()])
         # As Accelerate wraps it.
-        forward = torch.autocast("cpu", low, enabled=low is not None)(model.forward)
-        model.forward = convert_outputs_to_fp32(forward)
-        base = live.now
-
-        def step(sequences: int) -> int:
-            """Bytes beyond the weights that a batch of so many sequences takes."""
-            live.peak = live.now
-            inputs, targets = torch.zeros((2, sequences, config.block_size), dtype=torch.int64)
-            if not torch.is_grad_enabled():
-                token_loss(model, inputs, targets)
-            elif teacher is None:
-                token_loss(model, inputs, targets).backward()
-            else:
-                teacher.loss(model, inputs, targets)[0].backward()
-            return live.peak - base
-
+        model.forward = convert_outputs_to_fp32(torch.autocast("cpu", low, enabled=low is not None)(model.forward))
+        base = live.peak = live.now
         with torch.no_grad():
-            validation = step(config.per_device_eval_batch_size)
-        parameters = list(model.parameters())
-        trained = [each for each in parameters if each.requires_grad]
-        gradients = sum(each.nbytes for each in trained)
+            _pass(model, None, config.per_device_eval_batch_size, config.block_size)
+        validation, gradients = live.peak - base, sum(each.nbytes for each in model.parameters() if each.requires_grad)
         if gradients_stay or config.gradient_accumulation_steps > 1:
-            for each in trained:
-                each.grad = torch.zeros_like(each)
-        training = step(config.per_device_train_batch_size)
-        activations = max(training - gradients, validation - (gradients if not gradients_stay else 0))
-        count = sum(each.numel() for each in parameters)
+            for each in model.parameters():
+                each.grad = torch.zeros_like(each) if each.requires_grad else None
+        live.peak = live.now
+        _pass(model, teacher, config.per_device_train_batch_size, config.block_size)
+        training = live.peak - base
+        activations = max(training - gradients, validation - (0 if gradients_stay else gradients))
+        count = sum(each.numel() for each in model.parameters())
         block = model.base_model.get_submodule(f"{model.config.norm_pin.blocks}.0")
         in_block = sum(each.numel() for each in block.parameters())
         return StepMemory(
@@ -136,6 +108,14 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         )
 
 
+def _pass(model: PreTrainedModel, teacher: Teacher | None, sequences: int, size: int) -> None:
+    """The forward pass of a batch of so many sequences and, where there are gradients, the backward pass."""
+    inputs, targets = torch.zeros((2, sequences, size), dtype=torch.int64)
+    loss = token_loss(model, inputs, targets) if teacher is None else teacher.loss(model, inputs, targets)[0]
+    if torch.is_grad_enabled():
+        loss.backward()
+
+
 def _model(config: TrainConfig) -> PreTrainedModel:
     """The model of a run in training mode, with its initial weights."""
     if config.model.init_from is None:
@@ -144,8 +124,8 @@ def _model(config: TrainConfig) -> PreTrainedModel:
         built = starting_config(config, config.model.init_from, None)[1]
         config.check_context(built.max_position_embeddings)
     check_model("model", built, weights=False)
-    for name in _ATTENTION_DROPOUTS:
-        if hasattr(built, name):
+    for name in names_in(built, "dropout"):
+        if name.startswith("att"):  # fused attention on a GPU keeps no scores where it drops some out, a CPU's does
             setattr(built, name, 0.0)
     return _built(built).train()
 

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: `metrics.jsonl` and `norms.jsonl`, an object a step, and Accelerate's trackers."""
+"""The files a run writes as it goes, `metrics.jsonl` and `norms.jsonl` of the norms it watches, and trackers."""
 
 import errno
 import json
@@ -6,30 +6,31 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, get_available_trackers
+from transformers import PreTrainedModel
 
+from hf_ibnorm.analysis import ModelStatistics, watch
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import write_bytes, write_text
 from hf_ibnorm.report.runs import flat_settings
 
-from .config import TrainConfig
+from .settings import TrainConfig
 
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")
 """Fields that differ between two runs of the same settings: time and memory."""
+_LEFT_OUT = ("reasons", "edges", "counts", "below", "above")
+_CURVES = ("skewness", "excess_kurtosis", "near_zero", "massive")  # of what comes out, for the trackers
+_OF_A_KIND = ("contraction", "saturation", "slope")
 
 
 class MetricsFile:
-    """`metrics.jsonl` or `norms.jsonl`, which begins with what it had at the checkpoint that training goes on from.
-
-    Args:
-        path: the file; replaced.
-        content: what it begins with.
-    """
+    """`metrics.jsonl` or `norms.jsonl`, made anew with what it had at the checkpoint that training goes on from."""
 
     def __init__(self, path: Path, content: bytes = b"") -> None:
         write_bytes(path, content)
@@ -68,11 +69,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 def start_trackers(accelerator: Accelerator, run_dir: Path, config: TrainConfig, step: int) -> None:
-    """Begin to log; what TensorBoard was told after `step` before a resume is hidden, W&B's run is gone on with.
-
-    Raises:
-        UserError: a tracker cannot start.
-    """
+    """Begin to log; what TensorBoard was told after `step` before a resume is hidden, W&B's run is gone on with."""
     if not accelerator.log_with:
         return
     others = [str(each) for each in accelerator.log_with if str(each) != "tensorboard"]
@@ -98,18 +95,68 @@ def start_trackers(accelerator: Accelerator, run_dir: Path, config: TrainConfig,
 
 
 def wandb_id(run_dir: Path) -> str:
-    """The id that this run has at W&B, made when it is first asked for.
-
-    Raises:
-        ValueError: the file that holds it is damaged.
-        OSError: it cannot be read or written.
-    """
+    """The id that this run has at W&B, made when it is first asked for."""
     path = run_dir / "wandb_id"
     try:
-        found = path.read_text(encoding="utf-8").strip()
+        name = path.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        found = secrets.token_hex(8)
-        write_text(path, found + "\n")
-    if not re.fullmatch(r"[\w-]{1,64}", found, re.ASCII):
-        raise ValueError(f"{path} holds no id of a run: {found[:80]!r}; remove it to begin another one")
-    return found
+        name = secrets.token_hex(8)
+        write_text(path, name + "\n")
+    if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
+        raise ValueError(f"{path} holds no id of a run: {name[:80]!r}; remove it to begin another one")
+    return name
+
+
+@contextmanager
+def watched(model: PreTrainedModel, step: int, config: TrainConfig) -> Iterator[ModelStatistics | None]:
+    """Around the forward passes of `step`: yields the statistics that they fill, None where it is not to be watched.
+
+    Names of sites are relative to the base model, as in `norm_overrides`. The effective rank is left out: its matrices
+    would have to be sent and decomposed.
+    """
+    every = config.watch_norms
+    if not every or (step % every and step not in (1, config.max_steps)):
+        yield None
+        return
+    with watch(model.base_model, ModelStatistics(model.base_model, rank_width=0)) as statistics:
+        yield statistics
+
+
+def gather_norms(statistics: ModelStatistics, accelerator: Accelerator) -> dict[str, Any]:
+    """Site → its cells in `norms.jsonl`, over the rows of all processes. Waits for the device.
+
+    Every process must call this; the first one gets the cells, the others nothing.
+    """
+    if accelerator.num_processes > 1:
+        for site in statistics.sites.values():  # one by one: together they would take as much memory as a small model
+            packed = site.packed()
+            if packed is None:  # of a norm that did not run, on any process
+                continue
+            of_all = accelerator.gather(packed[None])
+            if accelerator.is_main_process:
+                for other in of_all[1:]:
+                    site.merge(site.unpacked(other))
+    if not accelerator.is_main_process:
+        return {}
+    return {name: _short(cells) for name, cells in statistics.result().items()}
+
+
+def _short(cell: Any) -> Any:
+    """A cell without what is long, empty or not finite, which JSON does not know; numbers to 6 digits."""
+    if isinstance(cell, dict):
+        short = {key: _short(each) for key, each in cell.items() if key not in _LEFT_OUT}
+        return {key: each for key, each in short.items() if each is not None}
+    if isinstance(cell, float):
+        return float(f"{cell:.6g}") if math.isfinite(cell) else None
+    return cell
+
+
+def curves(sites: dict[str, Any]) -> dict[str, float]:
+    """The few numbers of each site that trackers get, by name, from what `gather_norms` gives."""
+    numbers: dict[str, float | None] = {}
+    for site, cells in sites.items():
+        after = cells.get("after", {})
+        own = {name: cells.get(name) for name in _OF_A_KIND} | {"lam_hat": cells.get("lam_hat", {}).get("mean")}
+        for name, value in {**{name: after.get(name) for name in _CURVES}, **own}.items():
+            numbers[f"norms/{site}/{name}"] = value
+    return {name: value for name, value in numbers.items() if value is not None}

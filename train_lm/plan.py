@@ -4,7 +4,6 @@ Memory is counted from a step of the real model (`memory.py`); what each way to 
 is a formula, and time is a roofline. Its constants are assumptions, and the output repeats them. Nothing is trained.
 """
 
-import re
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,75 +16,50 @@ from hf_ibnorm.base.errors import bad_input
 from hf_ibnorm.checks import check_number, nearest
 from hf_ibnorm.report.tables import Table
 
-from .config import RECIPES, TrainConfig, read_command_line
+from .config import RECIPES, read_command_line
+from .settings import TrainConfig
 from .throughput import DEVICES, Device
 
 if TYPE_CHECKING:
     from .memory import StepMemory
 
-ROOM = 0.9
-"""Part of a device's memory to plan for; the rest is CUDA's context, NCCL's buffers and fragmentation."""
-NETWORK = 25.0
-"""GB/s that a GPU has to another machine, one way."""
-MFU = 0.4
-"""Part of a device's peak FLOP/s that is reached where nothing else holds it up."""
-MOST_GPUS = 1024
-"""As far as is searched for a number of GPUs that would do."""
+ROOM = 0.9  # part of a device's memory to plan for; the rest is CUDA's context, NCCL's buffers and fragmentation
+NETWORK = 25.0  # GB/s that a GPU has to another machine, one way
+MFU = 0.4  # part of a device's peak FLOP/s that is reached where nothing else holds it up
+MOST_GPUS = 1024  # as far as is searched for a number of GPUs that would do
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to spread a model over processes.
+    """A way to spread a model over processes."""
 
-    Args:
-        parts: whether a process holds only its part of weights, of gradients, of the optimizer's state.
-        optimizer: bytes a parameter takes in the latter: AdamW's numbers, and with DeepSpeed a copy of the weights.
-        formula: what a process holds, in words.
-    """
-
-    parts: tuple[bool, bool, bool]
-    optimizer: int
-    formula: str
+    parts: tuple[bool, bool, bool]  # whether a process holds only a part of weights, gradients, the optimizer's state
+    optimizer: int  # bytes a parameter takes in the latter: AdamW's numbers, with DeepSpeed a copy of the weights
+    formula: str  # what a process holds, in words
 
 
 ALONE = "one process"
+_WHOLE, _PARTS = (False,) * 3, (True,) * 3
+_GATHERED = "buffers: weights and gradients of two blocks and of what is in none"
+_COPIED = "4 + (4 + 12)/N, a copy of the weights among them; buffers: two buckets of gradients"
 WAYS = {
-    ALONE: Way((False, False, False), 8, "4 + 4 + 8 bytes a parameter"),
-    "ddp": Way((False, False, False), 8, "4 + 4 + 8 bytes a parameter; gradients live in the buckets that are reduced"),
-    "fsdp2": Way(
-        (True, True, True),
-        8,
-        "(4 + 4 + 8)/N; buffers: weights and gradients of two blocks and of what is in none",
-    ),
-    "deepspeed_zero2": Way(
-        (False, True, True), 12, "4 + (4 + 12)/N, a copy of the weights among them; buffers: two buckets of gradients"
-    ),
-    "deepspeed_zero3": Way(
-        (True, True, True), 12, "(4 + 4 + 12)/N; buffers: as with fsdp2, and as with deepspeed_zero2"
-    ),
+    ALONE: Way(_WHOLE, 8, "4 + 4 + 8 bytes a parameter"),
+    "ddp": Way(_WHOLE, 8, "4 + 4 + 8 bytes a parameter; gradients live in the buckets that are reduced"),
+    "fsdp2": Way(_PARTS, 8, f"(4 + 4 + 8)/N; {_GATHERED}"),
+    "deepspeed_zero2": Way((False, True, True), 12, _COPIED),
+    "deepspeed_zero3": Way(_PARTS, 12, "(4 + 4 + 12)/N; buffers: as with fsdp2, and as with deepspeed_zero2"),
 }
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs to plan for.
+    """GPUs to plan for; ValueError where a number is out of range."""
 
-    Args:
-        name: of the device, as given on the command line.
-        device: what it can do.
-        gpus: how many.
-        per_node: how many a machine has.
-        mfu: part of their peak FLOP/s that is reached.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
-
-    name: str
+    name: str  # of the device, as given on the command line
     device: Device
     gpus: int
-    per_node: int
-    mfu: float
+    per_node: int  # how many a machine has
+    mfu: float  # part of their peak FLOP/s that is reached
 
     def __post_init__(self) -> None:
         check_number("gpus", self.gpus, 1)
@@ -94,9 +68,16 @@ class Cluster:
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(f"gpus: got {self.gpus}, must be a multiple of gpus_per_node = {self.per_node}, or less")
 
+    @classmethod
+    def of(cls, device: str, gpus: int, per_node: int, mfu: float) -> "Cluster":
+        """GPUs of a kind that the command line names."""
+        known = {_word(name): name for name in DEVICES}
+        if (word := _word(device)) not in known:
+            raise ValueError(f"device: got {device!r}, must be one of {', '.join(known)}{nearest(word, list(known))}")
+        return cls(word, DEVICES[known[word]], gpus, per_node, mfu)
+
     @property
     def machines(self) -> int:
-        """How many there are."""
         return -(-self.gpus // self.per_node)
 
     @property
@@ -134,20 +115,11 @@ class Estimate:
 
 
 class Plan:
-    """A run on a cluster. Each count of a step's memory is made once.
-
-    Args:
-        config: as the recipe and flags say.
-        cluster: where.
-        counts: those made already, for the same model.
-
-    Raises:
-        ValueError: the cluster cannot share the batch equally.
-    """
+    """A run on a cluster. A step's memory is counted once; `counts` are those made already, for the same model."""
 
     def __init__(self, config: TrainConfig, cluster: Cluster, counts: dict[Any, "StepMemory"] | None = None) -> None:
         self.cluster, self.config = cluster, config.spread_over(cluster.gpus)
-        self._counts = {} if counts is None else counts
+        self.counts = {} if counts is None else counts
         ways = [ALONE] if cluster.gpus == 1 else [name for name in WAYS if name != ALONE]
         # What train_lm refuses: FSDP2 has no scaler for fp16 here.
         refused = {"fsdp2"} if config.mixed_precision == "fp16" else set()
@@ -158,14 +130,13 @@ class Plan:
     def count(self, config: TrainConfig, way: str) -> "StepMemory":
         """The memory of a step, before anything is sharded."""
         stay = way != ALONE
-        several = stay or config.gradient_accumulation_steps > 1
         sizes = (config.per_device_train_batch_size, config.per_device_eval_batch_size)
-        key = (*sizes, several, config.gradient_checkpointing, stay)
-        if key not in self._counts:
+        key = (*sizes, stay or config.gradient_accumulation_steps > 1, config.gradient_checkpointing, stay)
+        if key not in self.counts:
             from .memory import step_memory
 
-            self._counts[key] = step_memory(config, stay)
-        return self._counts[key]
+            self.counts[key] = step_memory(config, stay)
+        return self.counts[key]
 
     def estimate(self, way: str, config: TrainConfig) -> Estimate:
         """Memory and time of one way."""
@@ -190,10 +161,9 @@ class Plan:
         )
 
     def seconds(self, way: str, config: TrainConfig, step: "StepMemory") -> float:
-        """Time of a step.
+        """Time of a step: its micro-batches, AdamW, and the communication that does not hide behind computing.
 
-        A micro-batch takes as long as its arithmetic, or as writing its activations once and reading them twice; then
-        comes AdamW, and the communication that does not hide behind computing.
+        A micro-batch takes as long as its arithmetic, or as writing its activations once and reading them twice.
         """
         device, n, times = self.cluster.device, self.cluster.gpus, config.gradient_accumulation_steps
         tokens = config.per_device_train_batch_size * config.block_size
@@ -213,11 +183,10 @@ class Plan:
         return times * micro + adamw + max(0.0, communication - hidden)
 
     def fits(self, estimate: Estimate) -> bool:
-        """Whether there is room for it."""
         return estimate.total <= self.cluster.room
 
     def candidates(self) -> Iterator[Estimate]:
-        """What train_lm can do, from the fastest to the most frugal; all of it the same training."""
+        """Ways to make the same training, from the fastest to the most frugal."""
         ways = [way for way in (ALONE, "ddp", "fsdp2") if way in self.ways]
         frugal = replace(self.config, gradient_checkpointing=True)
         for way in ways:
@@ -245,7 +214,7 @@ class Plan:
         gpus = self.cluster.gpus
         while (gpus := 2 * gpus) <= MOST_GPUS:
             with suppress(ValueError):  # so many cannot share the batch
-                more = Plan(least.config, replace(self.cluster, gpus=gpus), self._counts)
+                more = Plan(least.config, replace(self.cluster, gpus=gpus), self.counts)
                 if "fsdp2" in more.ways and more.fits(more.estimate("fsdp2", more.config)):
                     places.append(f"{gpus} × {self.cluster.name} with fsdp2")
                     break
@@ -257,13 +226,6 @@ class Plan:
 def _word(name: str) -> str:
     """A name of `DEVICES` as it is given on the command line."""
     return name.lower().replace(" ", "-")
-
-
-def _cluster(device: str, gpus: int, per_node: int, mfu: float) -> Cluster:
-    known = {_word(name): name for name in DEVICES}
-    if (word := _word(device)) not in known:
-        raise ValueError(f"device: got {device!r}, must be one of {', '.join(known)}{nearest(word, list(known))}")
-    return Cluster(word, DEVICES[known[word]], gpus, per_node, mfu)
 
 
 def _changes(asked: TrainConfig, advised: Estimate) -> list[str]:
@@ -286,7 +248,7 @@ def _config_file(way: str, cluster: Cluster) -> Path | None:
 
 
 def _command(plan: Plan, advised: Estimate, words: list[str]) -> str:
-    """What starts the run: `words` are those after the program's name."""
+    """The command that starts the run; `words` are its words after the program's name."""
     cluster, path = plan.cluster, _config_file(advised.way, plan.cluster)
     launcher = "python" if path is None else f"accelerate launch --config_file {shlex.quote(str(path))}"
     if path is not None:
@@ -313,7 +275,6 @@ def _row(plan: Plan, each: Estimate) -> list[str]:
 def _print(recipe: str, plan: Plan, words: list[str]) -> None:
     """The plan, in at most 120 columns but for the command."""
     config, cluster, device = plan.config, plan.cluster, plan.cluster.device
-    estimates = [plan.estimate(way, config) for way in plan.ways]
     step = plan.count(config, plan.ways[0])
     parameters, trained = step.parameters, step.trained
     part = "" if trained == parameters else f" ({trained:,} trained: of those alone are gradients and optimizer)"
@@ -325,7 +286,7 @@ def _print(recipe: str, plan: Plan, words: list[str]) -> None:
     )
     columns = ["GB on each GPU", "weights", "gradients", "optimizer", "activations", "buffers", "sum"]
     columns += [f"<= {cluster.room:g}", "s a step", "B tokens/day", "days"]
-    Table(columns, [_row(plan, each) for each in estimates]).print()
+    Table(columns, [_row(plan, plan.estimate(way, config)) for way in plan.ways]).print()
     print()
     for way in plan.ways:
         print(f"{way}: {WAYS[way].formula}{'' if _config_file(way, cluster) or way == ALONE else ' (no config file)'}")
@@ -364,15 +325,15 @@ def _main() -> None:
     parser.add_argument(
         "--mfu", type=float, default=MFU, help="part of the peak FLOP/s that is reached (default: %(default)s)"
     )
+    parser.add_argument("--run_dir", help="directory of the run (default: runs/RECIPE)")
     arguments, fields = parser.parse_known_args()
     require_extra("train", "accelerate", "datasets", "filelock", "tensorboard", "tokenizers")
-    words = ["--config", arguments.recipe, *fields]
-    if not any(re.match(r"--run_dir\b", word) for word in fields):
-        words += ["--run_dir", f"runs/{Path(arguments.recipe).stem}"]
+    run_dir = arguments.run_dir or f"runs/{Path(arguments.recipe).stem}"
+    words = ["--config", arguments.recipe, *fields, "--run_dir", run_dir]
     config = read_command_line(words)
     quiet_libraries()
     with bad_input():
-        cluster = _cluster(arguments.device, arguments.gpus, arguments.gpus_per_node, arguments.mfu)
+        cluster = Cluster.of(arguments.device, arguments.gpus, arguments.gpus_per_node, arguments.mfu)
         plan = Plan(config, cluster)
         plan.count(plan.config, plan.ways[0])  # the model's own errors
     _print(arguments.recipe, plan, words)

@@ -1,4 +1,4 @@
-"""What one sees while a run trains: a live bar on a terminal; elsewhere a line now and then, and one a validation."""
+"""The display of a run: a live bar on a terminal; elsewhere a line now and then, and one a validation."""
 
 import os
 import sys
@@ -35,12 +35,9 @@ class _Console(Console):
 
 
 class Progress:
-    """Step, loss, tokens per second and time left of one run.
+    """Step, loss, tokens per second and time left of a run of so many steps; silent where not `enabled`.
 
-    Args:
-        steps: of the whole run.
-        enabled: whether anything is said at all.
-        seconds: between two lines where the output is no terminal; 0 for none but those of validations.
+    Where the output is no terminal there is a line every so many `seconds`; with 0, only one a validation.
     """
 
     def __init__(self, steps: int, enabled: bool, seconds: float = 0.0) -> None:
@@ -98,15 +95,8 @@ def silent(text: str) -> None:
     """Say nothing."""
 
 
-class Told:
-    """Says now and then how far something is that reads text.
-
-    Args:
-        say: is told, in a line.
-        what: what is being done.
-        first: seconds until there is a word.
-        every: seconds from then to the next.
-    """
+class ReadingProgress:
+    """Says after `first` seconds, and then every so many, how far `what` has come that reads text."""
 
     def __init__(self, say: Callable[[str], None], what: str, first: float = 10.0, every: float = 60.0) -> None:
         self.say, self.what, self.every = say, what, every

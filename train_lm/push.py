@@ -82,8 +82,8 @@ def push(
         run = Run.read(run_dir.absolute())
         if scores is not None:
             run = replace(run, scores=read_scores(scores))
-        if found := flaw(final):
-            raise ValueError(f"run: {final} {found}")
+        if problem := flaw(final):
+            raise ValueError(f"run: {final} {problem}")
     with bad_input(OSError, about=f"run: {final} cannot be written: "):
         plot_losses([run], final / "loss.png")
         write_text(final / "README.md", model_card(run, repo, remote_code=_has_code(final)))
@@ -129,12 +129,12 @@ def _upload(final: Path, repo: str, public: bool, say: Callable[[str], None]) ->
     disable_progress_bars()
     api = HfApi()
     url = api.create_repo(repo, private=not public, exist_ok=True)
-    there = api.model_info(repo)
-    if not there.private and not public:
+    info = api.model_info(repo)
+    if not info.private and not public:
         raise UserError(f"repo: {repo} is public: --public pushes there; the model is in {final} with its card")
-    if there.private and public:
+    if info.private and public:
         say(f"{repo} was private and stays so; its settings on the Hub can change that")
-    names = {each.rfilename for each in there.siblings or []}
+    names = {each.rfilename for each in info.siblings or []}
     stale = [CommitOperationDelete(name) for name in sorted(names - kept.keys()) if among(name, WEIGHTS)]
     added = [CommitOperationAdd(name, path) for name, path in kept.items()]
     # Not upload_folder, which makes several commits of a large folder: half a model could be loaded in between.

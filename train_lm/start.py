@@ -18,33 +18,23 @@ from hf_ibnorm.base.manifest import MANIFEST, damage
 from hf_ibnorm.base.reading import read_yaml
 
 from .checkpoint import Checkpoint, checkpoint_name, clear_leftovers, read_checkpoint, steps_in
-from .config import TrainConfig
 from .final import flaw
+from .settings import TrainConfig
 
 T = TypeVar("T")
-CHUNK = 1 << 26
-"""Bytes of a checkpoint that are sent to other machines at a time."""
+CHUNK = 1 << 26  # bytes of a checkpoint that are sent to other machines at a time
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """Where a run begins."""
 
-    Args:
-        path: the checkpoint to go on from; None for step 0.
-        saved: settings the run began with, as `TrainConfig.as_recipe` gives them; None for a new run.
-        finished: whether there is nothing left to do.
-        messages: what the user should know.
-        damaged: steps of checkpoints that were skipped.
-        locked: whether the first process holds the lock of the directory already.
-    """
-
-    path: Path | None = None
-    saved: dict[str, Any] | None = None
-    finished: bool = False
-    messages: list[str] = field(default_factory=list)
-    damaged: list[int] = field(default_factory=list)
-    locked: bool = False
+    path: Path | None = None  # the checkpoint to go on from; None for step 0
+    saved: dict[str, Any] | None = None  # settings the run began with, as a recipe; None for a new run
+    finished: bool = False  # whether there is nothing left to do
+    messages: list[str] = field(default_factory=list)  # what the user should know
+    damaged: list[int] = field(default_factory=list)  # steps of checkpoints that were skipped
+    locked: bool = False  # whether the first process holds the lock of the directory already
 
     def checkpoint(self) -> Checkpoint | None:
         """The checkpoint, which `find_start` has verified."""
@@ -61,11 +51,7 @@ _SAVED = {
 
 
 def alone_in_run(run_dir: Path) -> AbstractContextManager[None]:
-    """Keep other runs out of a run directory.
-
-    Raises:
-        UserError: another run is at work in it.
-    """
+    """Keep other runs out of a run directory; UserError where one is at work in it."""
     return alone_in(run_dir, f"run_dir: {run_dir} is in use by another run")
 
 
@@ -76,13 +62,8 @@ def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
         UserError: the directory is not new and not to be resumed, holds something else, cannot be read or written, or
             another run is at work in it; what is in `final`, or every checkpoint after step 0, is damaged.
     """
-    with bad_input(OSError, about=f"run_dir: {run_dir} cannot be read: "):
-        return _find_start(config, run_dir, stack)
-
-
-def _find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
-    there = run_dir.is_dir() and any(each.name[0] != "." for each in run_dir.iterdir())
-    if config.resume == "no" or not there:
+    begun = run_dir.is_dir() and any(each.name[0] != "." for each in run_dir.iterdir())
+    if config.resume == "no" or not begun:
         hint = "; or go on with it: --resume auto" if (run_dir / "config.yaml").exists() else ""
         with bad_input(OSError):
             if config.resume == "no" or not run_dir.is_dir():
@@ -97,20 +78,25 @@ def _find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
             raise
         saved = None  # damaged; a checkpoint has the settings, too
     if os.path.lexists(run_dir / "final"):
-        if found := flaw(run_dir / "final"):
+        if problem := flaw(run_dir / "final"):
             raise UserError(
-                f"run_dir: {run_dir / 'final'} {found}; to have it made anew from the last checkpoint, remove all of "
+                f"run_dir: {run_dir / 'final'} {problem}; to have it made anew from the last checkpoint, remove all of "
                 "it, and then --resume auto"
             )
         return Start(None, saved, finished=True, messages=[f"already finished: {run_dir / 'final'}"])
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
         stack.enter_context(alone_in_run(run_dir))
         clear_leftovers(run_dir)
+    return _newest_whole(run_dir, saved)
+
+
+def _newest_whole(run_dir: Path, saved: dict[str, Any] | None) -> Start:
+    """After the newest checkpoint that is whole; at step 0 where there is none at all."""
     problems: dict[int, str] = {}
     for step in reversed(steps_in(run_dir / "checkpoints")):
         path = run_dir / "checkpoints" / checkpoint_name(step)
         try:
-            found = read_checkpoint(path)
+            checkpoint = read_checkpoint(path)
         except ValueError as error:
             problems[step] = f"{path.name}: {error}"
             continue
@@ -118,7 +104,7 @@ def _find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
             break  # it is kept to look back at, not to train for days again without a word
         messages = [f"resume: skipped {problem}" for problem in problems.values()]
         messages.append(f"resume: going on after {path.name}")
-        return Start(path, found.state["config"], False, messages, list(problems), locked=True)
+        return Start(path, checkpoint.state["config"], False, messages, list(problems), locked=True)
     if problems:
         some = [*list(problems.values())[:3], *["..."] * (len(problems) > 3)]
         raise UserError(
@@ -130,18 +116,14 @@ def _find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
 
 def raise_together(problem: str | UserError | None, accelerator: Accelerator) -> None:
     """Raise UserError on every process if any of them has a `problem`, or the others would wait for it for ever."""
-    kind: type[UserError] = TryAgain if isinstance(problem, TryAgain) else UserError
-    problems: list[tuple[type[UserError], str]] = gather_object([(kind, str(problem or ""))])
-    if found := next((each for each in problems if each[1]), None):
-        raise found[0](found[1])
+    own = TryAgain if isinstance(problem, TryAgain) else UserError
+    for kind, message in gather_object([(own, str(problem or ""))]):
+        if message:
+            raise kind(message)
 
 
 def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` gives on this process, once it is done on all of them.
-
-    Raises:
-        UserError: it raised one on any process; then all raise it.
-    """
+    """What `work` gives on this process, once it is done on all; where it raised UserError on one, all raise it."""
     problem, result = None, None
     try:
         result = work()
@@ -152,15 +134,9 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def agree(tensors: Iterable[tuple[str, Tensor]], what: str, accelerator: Accelerator) -> None:
-    """Compare what every process should have alike: where it differs, replicas drift apart without a word.
+    """Raise UserError, which begins with `what`, on every process where the named tensors are not alike on all.
 
-    Args:
-        tensors: by name, as this process has them.
-        what: what they are; opens the message.
-        accelerator: the run's.
-
-    Raises:
-        UserError: they differ, on every process.
+    Replicas would drift apart without a word.
     """
     if accelerator.num_processes == 1:
         return
@@ -170,14 +146,13 @@ def agree(tensors: Iterable[tuple[str, Tensor]], what: str, accelerator: Acceler
 
 
 def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator, stack: ExitStack) -> Start:
-    """`find_start` on the first process; every other one learns what it found, and gets the checkpoint if it has none.
+    """`find_start` on the first process; every other one learns its result, and gets the checkpoint if it has none."""
 
-    Raises:
-        UserError: as `find_start`, on every process.
-    """
-    main = accelerator.is_main_process
-    found = together(accelerator, lambda: find_start(config, run_dir, stack) if main else Start())
-    start: Start = broadcast_object_list([found])[0]
+    def start_here() -> Start:
+        with bad_input(OSError, about=f"run_dir: {run_dir} cannot be read: "):
+            return find_start(config, run_dir, stack) if accelerator.is_main_process else Start()
+
+    start: Start = broadcast_object_list([together(accelerator, start_here)])[0]
     if start.path is not None:
         send_checkpoint(start.path, accelerator)
     return start
@@ -186,62 +161,59 @@ def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator,
 def send_checkpoint(path: Path, accelerator: Accelerator) -> None:
     """Bring the first machine's checkpoint to those that have it not, or not whole; where all have it, nothing is sent.
 
-    Each machine verifies its own copy: what `find_start` has verified is the first one's.
-
-    Raises:
-        UserError: a copy cannot be read, or not be written.
+    Each machine verifies its own copy: what `find_start` has verified is the first one's. Raises UserError on every
+    process where a copy cannot be read or written.
     """
-    manifest = path / MANIFEST
+    manifest, main = path / MANIFEST, accelerator.is_main_process
 
     def content_here() -> bytes:
         with bad_input(OSError, about=f"run_dir: {path} cannot be read: "):
-            return manifest.read_bytes() if accelerator.is_main_process else b""
+            return manifest.read_bytes() if main else b""
 
     content = broadcast_object_list([together(accelerator, content_here)])[0]
 
     def is_here() -> bool:
-        if accelerator.is_main_process or not accelerator.is_local_main_process:
-            return True
         with bad_input(OSError, about=f"run_dir: {path} cannot be read: "):
-            return damage(path) is None and manifest.read_bytes() == content
+            first = main or not accelerator.is_local_main_process
+            return first or (damage(path) is None and manifest.read_bytes() == content)
 
     has_it = together(accelerator, is_here)
     if all(gather_object([has_it])):
         return
-    names = [*json.loads(content)["files"], manifest.name]
+    pieces = _sent(path, [*json.loads(content)["files"], manifest.name], main)
 
     def receive() -> None:
-        problem = None
-        with bad_input(OSError, about=f"run_dir: {path} cannot be brought to every machine: "), ExitStack() as stack:
-            folder = path
-            if not has_it:
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    clear_leftovers(path.parents[1])
-                    folder = stack.enter_context(atomic_directory(path, replace=True))
-                except OSError as error:
-                    problem = error
-            for name, chunk in _sent(path, names, accelerator.is_main_process):
-                if not has_it and problem is None:  # who cannot write still takes part, or the others would wait
-                    try:
-                        (folder / name).parent.mkdir(exist_ok=True)
-                        with (folder / name).open("ab") as file:
-                            file.write(chunk)
-                    except OSError as error:
-                        problem = error
-            if problem is not None:
-                raise problem
-            if not has_it and (harm := damage(folder)):
-                raise OSError(f"of what was sent {harm}")
+        with bad_input(OSError, about=f"run_dir: {path} cannot be brought to every machine: "):
+            if has_it:
+                for _ in pieces:
+                    pass
+            else:
+                _write_pieces(path, pieces)
 
     together(accelerator, receive)
+
+
+def _write_pieces(path: Path, pieces: Iterator[tuple[str, bytes]]) -> None:
+    """Write a checkpoint that comes in pieces. Who cannot write still takes them, or the others would wait."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(path.parents[1])
+        with atomic_directory(path, replace=True) as folder:
+            for name, piece in pieces:
+                (folder / name).parent.mkdir(exist_ok=True)
+                with (folder / name).open("ab") as file:
+                    file.write(piece)
+            if harm := damage(folder):
+                raise OSError(f"of what was sent {harm}")
+    finally:
+        for _ in pieces:
+            pass
 
 
 def _sent(path: Path, names: list[str], sends: bool) -> Iterator[tuple[str, bytes]]:
     """Name and piece after piece of the files in `path` of the process that `sends`, to all of them.
 
-    Raises:
-        OSError: it cannot read them; on all processes, at the same place.
+    Where it cannot read them, OSError is raised on all processes, at the same place.
     """
     for name in names:
         place = 0

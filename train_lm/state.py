@@ -1,4 +1,4 @@
-"""What a run is besides its model and its text, as it changes from step to step; a checkpoint holds it."""
+"""The changing state of a run, which a checkpoint holds: counts, optimizer, random generators, place in the data."""
 
 import math
 from collections import Counter
@@ -18,36 +18,28 @@ from hf_ibnorm.sites import is_norm
 from .checkpoint import Checkpoint, Checkpointer, Snapshot, copy_model, process_state, restore_random_states
 from .distribution import Spread, mine, my_part, on_host, whole
 from .metrics import MetricsFile, finite_or_none
-from .prepare import Run
+from .setup import Setup
 from .start import agree, together
 from .trainable import apart, merged
 
 
 class State:
-    """What changes from step to step, besides the model: counts, optimizer, generators, position in the data.
-
-    Args:
-        run: model and data.
-        spread: the model as Accelerate has prepared it.
-        optimizer: the same.
-        accelerator: the run's.
-    """
+    """The state of a run that changes from step to step, besides its model."""
 
     metrics: MetricsFile
-    norms: MetricsFile | None = None
-    """None where no norm was watched."""
+    norms: MetricsFile | None = None  # None where no norm was watched
     row: dict[str, Any] | None = None
     """Metrics of the last step, until they are written down; where a signal comes before, a checkpoint has them."""
 
-    def __init__(self, run: Run, spread: Spread, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> None:
-        self.run, self.spread, self.optimizer, self.accelerator = run, spread, optimizer, accelerator
+    def __init__(self, setup: Setup, spread: Spread, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> None:
+        self.setup, self.spread, self.optimizer, self.accelerator = setup, spread, optimizer, accelerator
         self.step = self.tokens = self.skipped = 0
         self.lost: Counter[str] = Counter()
         self.numerics = numerics_record()
-        self.flops_per_token = run.flops_per_token
-        norms = [name for name, module in run.model.named_modules() if is_norm(module)]
-        self.gains = {f"{name}.weight": getattr(run.model.get_submodule(name), "weight", None) for name in norms}
-        self.gains = {name: gain for name, gain in self.gains.items() if gain is not None}
+        self.flops_per_token = setup.flops_per_token
+        norms = {name: module for name, module in setup.model.named_modules() if is_norm(module)}
+        gains = {f"{name}.weight": getattr(norm, "weight", None) for name, norm in norms.items()}
+        self.gains: dict[str, Tensor] = {name: gain for name, gain in gains.items() if gain is not None}
         self.set_start_gains({name: whole(gain).clone() for name, gain in self.gains.items()})
 
     def set_start_gains(self, gains: dict[str, Tensor]) -> None:
@@ -77,8 +69,8 @@ class State:
 
     def model_on_host(self) -> PreTrainedModel | None:
         """A copy of the model in main memory on the first process. Every process must call this."""
-        first, skeleton = self.accelerator.is_main_process, self.run.skeleton
-        copies = {name: on_host(tensor, keep=first) for name, tensor in merged(self.run.model)}
+        first, skeleton = self.accelerator.is_main_process, self.setup.skeleton
+        copies: dict[str, Any] = {name: on_host(tensor, keep=first) for name, tensor in merged(self.setup.model)}
         if not first:
             return None
         names = {id(each): name for name, each in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
@@ -90,17 +82,19 @@ class State:
         Every process must call this, and training may go on as soon as it returns.
         """
         checkpointer.wait()  # first, or there would be two copies in memory
-        own, scaler = process_state(self.run.train.state()), self.accelerator.scaler
+        own, scaler = process_state(self.setup.task.batches.state()), self.accelerator.scaler
         processes: list[Any] = [own]
         if self.accelerator.num_processes > 1:
             processes = [None] * self.accelerator.num_processes
             torch.distributed.gather_object(own, processes if self.accelerator.is_main_process else None)
         model, first = self.model_on_host(), self.accelerator.is_main_process
-        tensors = self.spread.optimizer_tensors(self.run.model, self.optimizer.optimizer, first)
+        tensors = self.spread.optimizer_tensors(self.setup.model, self.optimizer.optimizer, first)
         start = {f"start/{name}": gain.to("cpu", copy=True) for name, gain in self.start_gains.items()}
         if model is None:
             return None
-        tensors |= {f"apart/{name}": each.detach().to("cpu", copy=True) for name, each in apart(self.run.model).items()}
+        tensors |= {
+            f"apart/{name}": each.detach().to("cpu", copy=True) for name, each in apart(self.setup.model).items()
+        }
         state = {
             "tokens": self.tokens,
             "skipped": self.skipped,
@@ -108,20 +102,16 @@ class State:
             "row": self.row and finite_or_none(self.row),
             "num_processes": self.accelerator.num_processes,
             "distribution": self.spread.kind,
-            "config": self.run.config.as_recipe(),
-            "hashes": self.run.hashes,
+            "config": self.setup.config.as_recipe(),
+            "hashes": self.setup.hashes,
             "numerics": self.numerics,
             "scaler": scaler.state_dict() if scaler else None,
         }
         files = [each.so_far() for each in (self.metrics, self.norms) if each]
-        return Snapshot(self.step, model, self.run.tokenizer, tensors | start, processes, state, *files)
+        return Snapshot(self.step, model, self.setup.task.tokenizer, tensors | start, processes, state, *files)
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
-        """Go on where `checkpoint` was taken; the model has its weights already. Returns what the user should know.
-
-        Raises:
-            UserError: the checkpoint cannot be read, or processes have read other things from it.
-        """
+        """Go on where `checkpoint` was taken; the model has its weights already. Returns what the user should know."""
         saved, process, messages = checkpoint.state, self.accelerator.process_index, []
         self.step, self.tokens, self.skipped = checkpoint.step, saved["tokens"], saved["skipped"]
         self.lost.update(saved.get("lost", {}))  # as the next one, unknown to the release before
@@ -129,23 +119,23 @@ class State:
             lost = {name: math.nan for name in ("loss", "grad_norm", "kl") if saved["row"].get(name, 0.0) is None}
             self.row = saved["row"] | lost
         tensors = together(self.accelerator, lambda: checkpoint.tensors)
-        for name, parameter in apart(self.run.model).items():
+        for name, parameter in apart(self.setup.model).items():
             parameter.data.copy_(tensors[f"apart/{name}"])
-        self.spread.restore_optimizer(self.run.model, self.optimizer.optimizer, tensors)
+        self.spread.restore_optimizer(self.setup.model, self.optimizer.optimizer, tensors)
         device = self.accelerator.device
         self.set_start_gains({name: tensors[f"start/{name}"].to(device) for name in self.start_gains})
         if self.accelerator.scaler and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
-        model = self.run.model
+        model = self.setup.model
         weights = () if self.spread.sharded else (*model.named_parameters(), *model.named_buffers())
         agree([*tensors.items(), *weights], "resume: weights and optimizer states", self.accelerator)
         then = saved["num_processes"]
         own = checkpoint.process(process if process < then else 0)
-        self.run.train.load_state(own["data"])
+        self.setup.task.batches.load_state(own["data"])
         if then == self.accelerator.num_processes:
             restore_random_states(own)  # last: nothing may draw between here and the next step
         else:
-            set_seed(self.run.config.seed + self.step, device_specific=True)
+            set_seed(self.setup.config.seed + self.step, device_specific=True)
             messages.append(
                 f"resume: {then} processes have become {self.accelerator.num_processes}: the batches go on in the same "
                 "order, sums are rounded and noise is drawn in another way"

@@ -14,23 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, as its data sheet has it.
+    """A GPU, as its data sheet has it."""
 
-    Args:
-        low: FLOP/s in bf16 and fp16 on tensor cores, dense.
-        full: FLOP/s in float32 without them.
-        memory: GB.
-        bandwidth: GB/s of its memory.
-        link: GB/s to another GPU of the same machine, one way, over NVLink or else PCIe.
-        bfloat16: whether its tensor cores know bf16.
-    """
-
-    low: float
-    full: float
-    memory: float
-    bandwidth: float
-    link: float
-    bfloat16: bool = True
+    low: float  # FLOP/s in bf16 and fp16 on tensor cores, dense
+    full: float  # FLOP/s in float32 without them
+    memory: float  # GB
+    bandwidth: float  # GB/s of its memory
+    link: float  # GB/s to another GPU of the same machine, one way, over NVLink or else PCIe
+    bfloat16: bool = True  # whether its tensor cores know it
 
     def flops(self, mixed_precision: str) -> float:
         """FLOP/s at most."""
@@ -69,16 +60,15 @@ def flops_per_token(model: "PreTrainedModel", block_size: int) -> float:
 
     6 for each weight of a matrix product, 4 where it is not trained, and 12·L·d·T for attention over T tokens in L
     blocks of width d, the mask not subtracted, as in PaLM (arXiv 2204.02311, appendix B). Embeddings are looked up, not
-    multiplied with; the output layer counts even where it is tied to them.
+    multiplied with; the output layer counts even where it is tied to them. Not torch's FlopCounterMode: it counts
+    rotary angles too, and needs a forward pass, which Transformers' mask does not allow on the meta device.
     """
-    matrices = _matrices(model)
-    return 3.0 * forward_flops_per_token(model, block_size) - sum(
-        2.0 * each.numel() for each in matrices if not each.requires_grad
-    )
+    frozen = sum(2.0 * each.numel() for each in _matrices(model) if not each.requires_grad)
+    return 3.0 * forward_flops_per_token(model, block_size) - frozen
 
 
 def forward_flops_per_token(model: "PreTrainedModel", block_size: int) -> float:
-    """Those of the forward pass: 2 for each weight of a matrix product, and 4·L·d·T."""
+    """Floating point operations of the forward pass on a token: 2 for each weight of a matrix product, and 4·L·d·T."""
     config = model.config
     weights = sum(each.numel() for each in _matrices(model))
     return 2.0 * weights + 4.0 * config.num_hidden_layers * config.hidden_size * block_size

@@ -4,12 +4,13 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_ibnorm.base.errors import UserError
+from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.swap.loading import TOKENIZER_FILES, has_tokenizer, load
 
 END_OF_TEXT = "<|endoftext|>"
@@ -71,6 +72,16 @@ def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def saved_and_loaded(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """`tokenizer` as a checkpoint gives it back.
+
+    Loading adds parts that do nothing; with them from the start, a resumed run has the same tokenizer.
+    """
+    with bad_input(Exception, about="TMPDIR: a tokenizer cannot be written there: "), TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return load_tokenizer("tokenizer", folder)
 
 
 def for_language_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

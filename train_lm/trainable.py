@@ -1,4 +1,4 @@
-"""What of a model is trained: all of it, its norms, or its norms and peft's LoRA adapters (arXiv 2106.09685).
+"""The part of a model that is trained: all of it, its norms, or its norms and peft's LoRA adapters (arXiv 2106.09685).
 
 Adapters are merged into what is saved as a model: that loads without peft. What a checkpoint needs besides, to go on
 with the adapters as they are, is `apart`.
@@ -15,18 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_ibnorm.sites import is_norm
 
-from .config import TrainConfig
+from .settings import TrainConfig
 
 _BASE = ".base_layer."
 _ADAPTER = ".lora_"
 
 
 def freeze(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Leave only the norms to be trained, unless everything is.
-
-    Raises:
-        ValueError: the norms have no parameters.
-    """
+    """Leave only the norms to be trained, unless everything is."""
     if config.trainable == "all":
         return
     model.requires_grad_(False)
@@ -41,9 +37,6 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> None:
     """Put LoRA adapters on linear layers of the blocks, in place, if they are to be trained; they begin as nothing.
 
     Their initial values depend on the seed only.
-
-    Raises:
-        ValueError: `lora_targets` names no linear layer.
     """
     if config.trainable != "lora":
         return
@@ -57,7 +50,8 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> None:
         if name not in known:
             raise ValueError(f"lora_targets: got {name!r}, allowed are {', '.join(known)}")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(targets))
+    alpha: Any = config.lora_alpha  # peft's annotation knows integers only, its arithmetic all numbers
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=list(targets))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(config.seed)
         warnings.simplefilter("ignore", UserWarning)  # GPT-2's matrices are transposed, which peft sees by itself

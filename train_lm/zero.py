@@ -20,13 +20,11 @@ from torch import Tensor
 from hf_ibnorm.base.command import require_extra
 from hf_ibnorm.base.errors import UserError
 
-from .config import TrainConfig
+from .settings import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BUCKET = 50_000_000
-"""Gradients that are reduced at a time: DeepSpeed's own 500 million take 2 GB beside the model."""
-PERSISTENT = 100_000
-"""ZeRO-3 leaves parameters of fewer elements whole, norms above all; DeepSpeed's own default."""
+BUCKET = 50_000_000  # gradients that are reduced at a time: DeepSpeed's own 500 million take 2 GB beside the model
+PERSISTENT = 100_000  # ZeRO-3 leaves parameters of fewer elements whole, norms above all; DeepSpeed's own default
 
 
 def launched() -> bool:
@@ -35,11 +33,7 @@ def launched() -> bool:
 
 
 def plugin(config: TrainConfig) -> DeepSpeedPlugin:
-    """DeepSpeed as the launcher's config file and the recipe describe it.
-
-    Raises:
-        UserError: DeepSpeed is not installed, or a setting that this program cannot go along with.
-    """
+    """DeepSpeed as the launcher's config file and the recipe describe it."""
     if config.trainable != "all":
         raise UserError(f"trainable: got {config.trainable}, allowed with DeepSpeed: all")
     if config.teacher is not None:
@@ -85,8 +79,7 @@ def meet_on_cpu(timeout: timedelta) -> None:
 
 def stage(engine: Any) -> int:
     """2 or 3."""
-    found: int = engine.zero_optimization_stage()
-    return found
+    return int(engine.zero_optimization_stage())
 
 
 def begin(engine: Any) -> None:
@@ -103,12 +96,9 @@ def begin(engine: Any) -> None:
 
 
 def _flat_parts(engine: Any) -> list[Tensor]:
-    """What DeepSpeed has AdamW work on: this process's part of each group of parameters."""
-    zero = engine.optimizer
-    parts: list[Tensor] = (
-        zero.fp32_partitioned_groups_flat if stage(engine) == 3 else zero.single_partition_of_fp32_groups
-    )
-    return parts
+    """The tensors AdamW works on: this process's part of each group of parameters, flat."""
+    name = "fp32_partitioned_groups_flat" if stage(engine) == 3 else "single_partition_of_fp32_groups"
+    return list(getattr(engine.optimizer, name))
 
 
 def backward(engine: Any, loss: Tensor, factor: float, last: bool) -> None:
@@ -135,8 +125,8 @@ def whole(parameter: Tensor) -> Tensor:
     """All of a parameter. Every process must call this."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    found: Tensor = safe_get_full_fp32_param(parameter)
-    return found
+    value: Tensor = safe_get_full_fp32_param(parameter)
+    return value
 
 
 def own(parameter: Any) -> Tensor:
@@ -147,23 +137,25 @@ def own(parameter: Any) -> Tensor:
 
 
 def own_part(value: Tensor, parameter: Any, first: int | None = None) -> Tensor:
-    """Of `value`, all of a parameter, what this process holds; `first` is the place in it where `value` begins."""
+    """The part of a parameter that this process holds, cut out of `value`, which begins at `first` of the parameter."""
     size, process = parameter.ds_tensor.numel(), torch.distributed.get_rank()
     start = process * size if first is None else first
     return value.flatten()[start : start + max(0, min(size, parameter.ds_numel - process * size))]
 
 
 def optimizer_tensors(engine: Any, keep: bool) -> dict[str, Tensor]:
-    """What `checkpoint.optimizer_tensors` gives, by the same names. Every process must call this."""
+    """The state of AdamW, named as `Spread.optimizer_tensors` names it. Every process must call this."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    found = {}
+    tensors: dict[str, Tensor] = {}
     steps = engine.optimizer.optimizer.state[_flat_parts(engine)[0]]["step"]
     for name, parameter in engine.module.named_parameters():
         values = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
         if keep:
-            found |= {f"{kind}/{name}": value.to("cpu", copy=True) for kind, value in {"step": steps, **values}.items()}
-    return found
+            tensors |= {
+                f"{kind}/{name}": value.to("cpu", copy=True) for kind, value in {"step": steps, **values}.items()
+            }
+    return tensors
 
 
 def restore_optimizer(engine: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -2,15 +2,13 @@
 
 import argparse
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hf_ibnorm.base.command import OneLineParser
 from hf_ibnorm.base.errors import Stopped, UserError
+from hf_ibnorm.base.signals import StopSignals
 
 from ..options import positive
 from .plan import shipped_studies
@@ -34,7 +32,7 @@ def _run(arguments: argparse.Namespace) -> None:
         with (
             folder.lock(),
             executor_for(arguments.jobs, arguments.ray, study.threads, study.gpus) as executor,
-            _stop_by_signal(),  # last: Ray sets a handler of its own when it starts
+            _first_signal_only(),  # last: Ray sets a handler of its own when it starts
         ):
             failures = run_study(folder, executor, say)
     except Stopped:
@@ -48,23 +46,9 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(failed)
 
 
-@contextmanager
-def _stop_by_signal() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Stopped`, once; what ends the trainings in order is not disturbed by a second one."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(_: int, __: Any) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise Stopped("")
-
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is stop:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def _first_signal_only() -> StopSignals:
+    """A signal raises `Stopped`, once: a second one must not disturb what ends the trainings in order."""
+    return StopSignals(lambda number: Stopped(number.name), insist=False)
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -110,7 +94,7 @@ def _cell(arguments: argparse.Namespace) -> None:
         print("nothing is left to be done")
         return
     job = jobs[arguments.cell]
-    with _stop_by_signal():
+    with _first_signal_only():
         ending = work(job)
     line = told_of(folder, job, ending)
     if line.startswith("failed"):

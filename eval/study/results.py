@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from hf_ibnorm.report.runs import HARMLESS, Run, flat_settings
+from hf_ibnorm.report.runs import Run, flat_settings, harmless_settings
 
 from ..suites import DEFINED
 from .folder import Folder
@@ -180,7 +180,7 @@ def difference(ours: Training, theirs: Training, arm: Arm, other: Arm, metric: s
     tokens = [run.metrics[-1]["tokens"] for run in (a, b)]
     if ours.state == theirs.state == TRAINED and tokens[0] != tokens[1]:
         return f"tokens differ: {tokens[0]:,}, the baseline's {tokens[1]:,}"
-    free = {*HARMLESS, *_ARMS_OWN, *(arm.settings or {}), *(other.settings or {})}
+    free = {*harmless_settings((a, b)), *_ARMS_OWN, *(arm.settings or {}), *(other.settings or {})}
     settings = [{**flat_settings(run.config), "processes": run.environment.get("num_processes")} for run in (a, b)]
     for name in sorted((settings[0].keys() | settings[1].keys()) - free):
         if settings[0].get(name) != settings[1].get(name):

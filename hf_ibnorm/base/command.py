@@ -1,12 +1,10 @@
-"""What every command shares: one-line errors, a parser of the command line, quiet libraries, a stop in order."""
+"""What every command shares: one-line errors, a parser of the command line, quiet libraries."""
 
 import argparse
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
@@ -14,8 +12,6 @@ from ..checks import nearest
 from .errors import BAD_INPUT, STOPPED, Stopped, UserError
 
 PATIENCE = 5.0
-
-
 """Seconds that the other ranks of a launch wait with an error: the launcher ends all when one has ended, and rank 0 may
 not have spoken yet."""
 
@@ -49,7 +45,7 @@ def run_command(main: Callable[[], None], lower: str) -> NoReturn:
     except BrokenPipeError:  # `... | head` closed our output; point it elsewhere, or Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError) as error:
-        from .base.room import is_out_of_memory
+        from .room import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
@@ -108,20 +104,6 @@ def require_extra(extra: str, *modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UserError(f"{', '.join(missing)} not installed: pip install 'hf_ibnorm[{extra}]'")
-
-
-@contextmanager
-def stopping_in_order() -> Iterator[None]:
-    """While inside, SIGTERM ends this process as an exception does, so that what was half written is removed."""
-
-    def stop(*_: object) -> NoReturn:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def quiet_libraries() -> None:

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 BAD_INPUT = 2
-
-
 STOPPED = 75  # EX_TEMPFAIL: the same command can go on later
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,6 @@ from ..base.errors import UserError
 from ..base.reading import check_form, read_json, read_text, read_yaml, reading
 from .tables import Table, score_cell
 
-HARMLESS = frozenset(
-    {
-        "checkpoint_every",
-        "keep_last",
-        "keep_every",
-        "push_to_hub",
-        "log_with",
-        "cache_dir",
-        "tokenizer_threads",
-        "max_skipped_steps",
-        "max_bad_documents",
-        "watch_norms",
-        "tracker_project",
-        "progress_seconds",
-        "ddp_timeout",
-    }
-)
-"""Settings of train_lm that change nothing in what is computed."""
 SKIPPED_SHARE = 0.25
 """Of a run's steps: with so many skipped, for want of a finite loss and gradient, it has failed."""
 
@@ -37,6 +20,11 @@ def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
     """A run's settings on one level: those of the model as `model.name`."""
     model = {f"model.{name}": value for name, value in config["model"].items()}
     return {**{name: value for name, value in config.items() if name != "model"}, **model}
+
+
+def harmless_settings(runs: Iterable["Run"]) -> set[str]:
+    """Settings that change nothing in what is computed, as the runs note them; those of an older release do not."""
+    return {name for run in runs for name in run.environment.get("harmless_settings", ())}
 
 
 @dataclass(frozen=True)
@@ -127,7 +115,7 @@ _CONFIG = {
 _ENVIRONMENT = {
     **{"init_sha": str, "parameters": int, "device": str, "cpu_count": int, "date": str},
     "versions": {"torch": str, "*": (str, type(None))},
-    **{"num_processes?": (int, type(None)), "flops_per_token?": float, "on_hub?": [str]},
+    **{"num_processes?": (int, type(None)), "flops_per_token?": float, "on_hub?": [str], "harmless_settings?": [str]},
 }
 _STEP = {
     **{"step": int, "tokens": int, "tokens_per_second": float, "loss": _NUMBER, "batch_sha": str},
@@ -215,7 +203,7 @@ def fairness(runs: list[Run]) -> list[str]:
     settings = [
         {**flat_settings(run.config), "number of processes": run.environment.get("num_processes")} for run in runs
     ]
-    ignored = {"model.norm_type", "model.norm_kwargs", "model.norm_overrides", *HARMLESS}
+    ignored = {"model.norm_type", "model.norm_kwargs", "model.norm_overrides", *harmless_settings(runs)}
     fields = sorted(set().union(*settings) - ignored)
     different = [field for field in fields if any(each.get(field) != settings[0].get(field) for each in settings)]
     if different:

@@ -87,6 +87,19 @@ def test_other_settings_are_warned_of_and_runs_of_one_norm_are_told_apart(tmp_pa
     assert comparison(runs).columns == ["", "rmsnorm (a)", "rmsnorm (b)"]
 
 
+@pytest.mark.parametrize(("noted", "warned"), [((), True), (("b",), False), (("a", "b"), False)])
+def test_settings_that_a_run_notes_as_harmless_spoil_no_comparison(tmp_path, noted, warned):
+    for name, steps in (("a", 10), ("b", 20)):
+        run = write_run(tmp_path / name)
+        config = yaml.safe_load((run / "config.yaml").read_text()) | {"checkpoint_every": steps}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        if name in noted:  # a run of an older release has no such note
+            environment = json.loads((run / "environment.json").read_text())
+            (run / "environment.json").write_text(json.dumps(environment | {"harmless_settings": ["checkpoint_every"]}))
+    lines = "\n".join(fairness([Run.read(tmp_path / name) for name in ("a", "b")]))
+    assert ("the runs differ in checkpoint_every." in lines) == warned
+
+
 def test_scores_that_are_partial_or_missing_are_warned_of(tmp_path):
     partial, unscored = write_run(tmp_path / "a", smoke=True), write_run(tmp_path / "b", seed=1)
     (unscored / "scores" / "scores.json").unlink()

@@ -243,7 +243,8 @@ def test_a_process_that_ends_at_any_call_leaves_whole_checkpoints_only(snapshot,
             try:
                 crashing_at(call)
                 checkpointer = Checkpointer(trial, keep_last=1, keep_every=0)
-                checkpointer._write(snapshot, prune=True)
+                checkpointer.write(snapshot)
+                checkpointer.wait()
                 os._exit(9 if checkpointer.error else 0)
             finally:
                 os._exit(8)

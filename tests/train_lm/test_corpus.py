@@ -535,7 +535,7 @@ def test_a_damaged_saved_dataset_is_one_line_that_names_it(tmp_path, file, damag
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_is_no_file_is_loaded_as_a_dataset_by_its_name(tmp_path, streaming):
-    from train_lm.corpus import CorpusOptions, _hub
+    from train_lm.corpus import CorpusOptions, open_dataset
 
     # A folder takes the same way through `datasets` as a name on the Hub.
     for split in ("train", "validation"):
@@ -543,14 +543,14 @@ def test_what_is_no_file_is_loaded_as_a_dataset_by_its_name(tmp_path, streaming)
         (tmp_path / f"{split}.jsonl").write_text("".join(rows))
     options = CorpusOptions(None, "body", streaming, sha256_file)
     for split in ("train", "validation"):
-        assert list(_hub(str(tmp_path), split, split, options)) == [f"{split} {i}" for i in range(3)]
-    assert _hub(str(tmp_path), "validation", "dev", options) is None
+        assert list(open_dataset(str(tmp_path), split, split, options)) == [f"{split} {i}" for i in range(3)]
+    assert open_dataset(str(tmp_path), "validation", "dev", options) is None
     with pytest.raises(UserError, match="train_split: got 'all', the dataset has train, validation"):
-        _hub(str(tmp_path), "train", "all", options)
+        open_dataset(str(tmp_path), "train", "all", options)
     with pytest.raises(UserError, match="text_field: got 'text', the dataset has body"):
-        list(_hub(str(tmp_path), "train", "train", CorpusOptions(None, "text", streaming, sha256_file)))
+        list(open_dataset(str(tmp_path), "train", "train", CorpusOptions(None, "text", streaming, sha256_file)))
     with pytest.raises(UserError, match="no embedded corpus .* and no dataset that could be loaded"):
-        _hub("nobody/nothing", "train", "train", options)
+        open_dataset("nobody/nothing", "train", "train", options)
 
 
 @pytest.mark.parametrize(

@@ -147,14 +147,14 @@ def few_blocks(*flags):
 @pytest.mark.parametrize("kind", [*KINDS, *ZERO])
 def test_two_processes_train_as_one_with_twice_the_batch_does(tmp_path, kind):
     # Each process notes how much of the model it holds once that is spread.
-    probe = f"""import train_lm.train
-original = train_lm.train.settle_buckets
-def noting(model, config, accelerator):
+    probe = f"""import train_lm.distribution, train_lm.session
+original = train_lm.session.settle_buckets
+def noting(model, task, accelerator):
     held = sum(train_lm.distribution.mine(each).numel() for each in accelerator.unwrap_model(model).parameters())
     with open({str(tmp_path / "held-")!r} + str(accelerator.process_index), "w") as file:
         print(held, file=file)
-    original(model, config, accelerator)
-train_lm.train.settle_buckets = noting"""
+    original(model, task, accelerator)
+train_lm.session.settle_buckets = noting"""
     script = program(tmp_path, f"{SHARD_ALL}\n{probe}")
     done = launch(script, kind, "--config", "tiny", "--run_dir", tmp_path / kind, *few_blocks())
     assert done.returncode == 0, done.stderr
@@ -259,15 +259,15 @@ def test_a_checkpoint_goes_on_under_any_kind_of_distribution(tmp_path, script):
 def test_a_loss_that_is_not_finite_in_one_process_skips_the_step_in_all(tmp_path, kind):
     # The loss alone: its gradients stay finite. A step has two micro-batches, and DDP's buckets are settled before.
     third_step = 5 + (kind == "ddp")
-    probe = f"""import train_lm.train
-original, calls = train_lm.train.token_loss, []
+    probe = f"""import torch.distributed, train_lm.tasks.language
+original, calls = train_lm.tasks.language.token_loss, []
 def spoiled(model, inputs, targets):
     loss = original(model, inputs, targets)
     calls.append(1)
-    if len(calls) == {third_step} and train_lm.train.torch.distributed.get_rank() == 1:
+    if len(calls) == {third_step} and torch.distributed.get_rank() == 1:
         loss = loss + float("inf")
     return loss
-train_lm.train.token_loss = spoiled"""
+train_lm.tasks.language.token_loss = spoiled"""
     script = program(tmp_path, f"{SHARD_ALL}\n{probe}")
     flags = ["--config", "tiny", "--run_dir", tmp_path / "run", "--checkpoint_every", "0", "--eval_every", "10"]
     done = launch(script, kind, *flags, "--max_eval_blocks", "1")
@@ -286,9 +286,9 @@ def test_noise_differs_between_processes_and_comes_again_on_resume(tmp_path, kin
     # Every token is the same, so that without noise both processes would see the same. Each notes what its norms give,
     # in a file of its own: on a shared standard output lines of two processes can run together.
     probe = f"""from accelerate import PartialState
-import train_lm.train
-loss = train_lm.train.token_loss
-train_lm.train.token_loss = lambda model, inputs, targets: loss(model, inputs * 0 + 7, targets * 0 + 8)
+import train_lm.tasks.language
+loss = train_lm.tasks.language.token_loss
+train_lm.tasks.language.token_loss = lambda model, inputs, targets: loss(model, inputs * 0 + 7, targets * 0 + 8)
 import hf_ibnorm.norms as norms
 forward = norms.LayerNormalNorm.forward
 def noting(self, x):

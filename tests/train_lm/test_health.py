@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +18,13 @@ from training import config, metrics, pages, result, run, small_corpus, steps, w
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from warm import python
 
-import train_lm.train
 from hf_ibnorm.base.errors import BAD_INPUT, STOPPED, Stopped, TryAgain, UserError
-from hf_ibnorm.data import files
 from train_lm.checkpoint import damage
 from train_lm.config import build_model_config
 from train_lm.data import PackedTokens
-from train_lm.prepare import check_space
+from train_lm.directory import check_space
+from train_lm.state import State
+from train_lm.tasks import language
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
 def poisoned(monkeypatch, steps, where="loss", parts=2):
     """Let the loss, or its gradient, be NaN or infinite in these steps (of `parts` micro-batches)."""
-    calls, original = 0, train_lm.train.token_loss
+    calls, original = 0, language.token_loss
 
     def token_loss(model, inputs, targets):
         nonlocal calls
@@ -42,20 +43,20 @@ def poisoned(monkeypatch, steps, where="loss", parts=2):
                 return loss * float("nan") if where == "loss" else loss + (loss - loss.detach()) * 1e38 * 1e38
         return loss
 
-    monkeypatch.setattr(train_lm.train, "token_loss", token_loss)
+    monkeypatch.setattr(language, "token_loss", token_loss)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_without_a_finite_loss_and_gradient_is_skipped_and_counted(tmp_path, monkeypatch, where):
     seen = []
     poisoned(monkeypatch, {4, 5}, where)
-    original = train_lm.train.State.count
+    original = State.count
 
     def count(self, tokens, finite):
-        seen.append(next(self.run.model.parameters()).detach().clone())
+        seen.append(next(self.setup.model.parameters()).detach().clone())
         original(self, tokens, finite)
 
-    monkeypatch.setattr(train_lm.train.State, "count", count)
+    monkeypatch.setattr(State, "count", count)
     run(tmp_path / "run")
     rows = metrics(tmp_path / "run")
     assert [row.get("skipped") for row in rows] == [None, None, None, 1, 2, None, None, None, None, None]
@@ -278,7 +279,7 @@ def test_evaluating_with_noise_on_is_impossible(tmp_path):
     model = AutoModelForCausalLM.from_config(build_model_config(wanted, 300, 0))
     model.model.norm.train = lambda mode=True: model.model.norm  # a part that does not listen
     with pytest.raises(RuntimeError, match=r"model\.norm: still in training mode"):
-        train_lm.train.evaluate(model, PackedTokens(torch.arange(65).numpy(), 0, 8), wanted, Accelerator(cpu=True))
+        language.evaluate(model, PackedTokens(torch.arange(65).numpy(), 0, 8), wanted, Accelerator(cpu=True))
 
 
 def test_a_disk_without_room_is_an_error_before_training(tmp_path, monkeypatch):
@@ -384,7 +385,7 @@ def test_a_bad_document_of_a_stream_ends_the_run_after_a_checkpoint_and_may_be_l
 def test_a_disk_that_fails_ends_a_stream_after_a_checkpoint_to_be_gone_on_from(tmp_path, stream, monkeypatch, capfd):
     flags = [*stream, "--max_bad_documents", "1"]
     run(tmp_path / "straight", *flags)
-    opened, rows = files._open, []
+    opened, rows = Path.open, []
 
     class Failing(io.BufferedReader):
         """A file of whose lines those from the ninth on cannot be read."""
@@ -396,12 +397,13 @@ def test_a_disk_that_fails_ends_a_stream_after_a_checkpoint_to_be_gone_on_from(t
             return super().__next__()
 
     monkeypatch.setattr("train_lm.data.WAITS", (0.01, 0.02))
+
+    def failing(path, *mode, **options):
+        file = opened(path, *mode, **options)
+        return Failing(file.detach()) if path.name == "train.jsonl" else file
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            files,
-            "_open",
-            lambda path: Failing(path.open("rb").detach()) if path.name == "train.jsonl" else opened(path),
-        )
+        patch.setattr(Path, "open", failing)
         with pytest.raises(
             TryAgain, match=r"train\.jsonl cannot be read: .*Input/output error; stopped after step"
         ) as caught:

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 from train_lm.config import build_model_config, read_command_line, shipped_recipes
 from train_lm.distribution import make_accelerator
 from train_lm.memory import step_memory
-from train_lm.plan import MFU, ROOM, Plan, _cluster
+from train_lm.model import speed_up
+from train_lm.optim import build_optimizer
+from train_lm.plan import MFU, ROOM, Cluster, Plan
 from train_lm.plan import main as plan
+from train_lm.tasks.language import token_loss
 from train_lm.throughput import DEVICES, Device
-from train_lm.train import build_optimizer, speed_up, token_loss
 
 WIDE = ["--block_size", "256", "--tokenizer_vocab_size", "2048", "--per_device_train_batch_size", "8"]
 WIDE += ["--gradient_accumulation_steps", "1", "--per_device_eval_batch_size", "1", "--model.num_hidden_layers", "4"]
@@ -37,7 +39,7 @@ def config(*flags, name="tiny"):
 
 
 def cluster(device="h100", gpus=1, per_node=8):
-    return _cluster(device, gpus, per_node, MFU)
+    return Cluster.of(device, gpus, per_node, MFU)
 
 
 def peak_of_real_steps(wanted):
@@ -105,7 +107,7 @@ def test_attention_keeps_no_scores_with_dropout_neither():
     assert dropping == short
 
 
-def test_a_large_batch_of_validation_counts():
+def test_a_large_batch_of_validationcounts():
     usual, large = (step_memory(config(*WIDE, "--per_device_eval_batch_size", size)) for size in ("8", "256"))
     assert large.activations > 2 * usual.activations
 
@@ -177,7 +179,7 @@ def test_advice_is_the_first_that_fits_and_smaller_devices_ask_for_more(monkeypa
     advised = []
     for memory in (80.0, *(1.001 * each.total / ROOM for each in candidates[:4]), 0.01):
         monkeypatch.setitem(DEVICES, "H100", Device(1e15, 67e12, memory, 3350, 450))
-        found = Plan(wanted, cluster(gpus=4), planned._counts).advice()
+        found = Plan(wanted, cluster(gpus=4), planned.counts).advice()
         advised.append(found and (found.way, found.config.gradient_checkpointing))
     assert advised == [("ddp", False), *ways, None]
 

@@ -19,7 +19,7 @@ from hf_ibnorm.base.files import sha256_tensors, write_json
 from hf_ibnorm.report.card import model_card
 from hf_ibnorm.report.runs import Run
 from hf_ibnorm.swap.remote_code import add_remote_code
-from train_lm.prepare import names_on_hub
+from train_lm.directory import names_on_hub
 from train_lm.push import main as push
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def test_a_pushed_model_loads_by_its_name_in_a_fresh_process(finished, hub, comm
     assert command(push, str(finished), "--repo", REPO)[0] == 0
     code = (
         "import hf_ibnorm\n"
-        "from hf_ibnorm.files import sha256_tensors\n"
+        "from hf_ibnorm.base.files import sha256_tensors\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model, tokenizer = (auto.from_pretrained('{REPO}') for auto in (AutoModelForCausalLM, AutoTokenizer))\n"
         "print(sha256_tensors(model.state_dict().items()), model.model.norm.noise, len(tokenizer))"

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from hf_ibnorm import NORMS
 from train_lm.config import RECIPES, build_model_config, read_command_line
-from train_lm.train import learning_rate, train
+from train_lm.optim import learning_rate
+from train_lm.train import train
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 

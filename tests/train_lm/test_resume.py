@@ -25,11 +25,11 @@ from training import (
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from warm import python
 
-import train_lm.train
+import train_lm.tasks.language
 from hf_ibnorm.base.errors import STOPPED, Stopped, UserError
-from train_lm.config import changed_fields
 from train_lm.metrics import MetricsFile
 from train_lm.push import push
+from train_lm.resume import changed_fields
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
@@ -102,7 +102,7 @@ def test_a_warning_that_a_run_was_started_to_ignore_is_ignored(tmp_path):
 
 def stopped_in_validation(monkeypatch, step, run_dir, *flags):
     """Run until a signal that comes in the first batch of the validation after `step`."""
-    original, at = train_lm.train.token_loss, []
+    original, at = train_lm.tasks.language.token_loss, []
 
     def and_signal(model, inputs, targets):
         if not model.training and len(metrics(run_dir)) == step - 1:
@@ -111,7 +111,7 @@ def stopped_in_validation(monkeypatch, step, run_dir, *flags):
         return original(model, inputs, targets)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_lm.train, "token_loss", and_signal)
+        patched.setattr(train_lm.tasks.language, "token_loss", and_signal)
         with pytest.raises(Stopped, match=f"after step {step}, with a checkpoint"):
             run(run_dir, *flags)
     assert len(at) == 1, "validation went on"
@@ -138,7 +138,7 @@ def test_before_it_stops_a_run_writes_one_checkpoint_and_not_the_one_before(tmp_
 def test_a_signal_in_a_step_that_is_to_be_validated_leaves_that_to_the_resumed_run(tmp_path, monkeypatch):
     run(tmp_path / "straight", *NOISE)
     with monkeypatch.context() as patched:
-        patched.setattr(train_lm.train, "evaluate", None)  # not called
+        patched.setattr(train_lm.tasks.language, "evaluate", None)  # not called
         run_stopped(4, tmp_path / "run", *NOISE)
     run(tmp_path / "run", *NOISE, "--resume", "auto")
     assert result(tmp_path / "run") == result(tmp_path / "straight")
@@ -264,7 +264,7 @@ def test_a_changed_backend_refuses_exact_resume_and_inexact_goes_on(straight, mo
     from hf_ibnorm.report.environment import numerics_record
 
     cut = cut_short(straight, "step-10")
-    monkeypatch.setattr("train_lm.prepare.numerics_record", lambda: {**numerics_record(), field: "other"})
+    monkeypatch.setattr("train_lm.resume.numerics_record", lambda: {**numerics_record(), field: "other"})
     with pytest.raises(UserError, match=f"{field} was .*, is 'other'.*--resume inexact"):
         run(cut, *NOISE, "--resume", "auto")
     run(cut, *NOISE, "--resume", "inexact")

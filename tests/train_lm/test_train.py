@@ -23,8 +23,10 @@ from hf_ibnorm.data.tokens import Encoder
 from train_lm.__main__ import main
 from train_lm.config import RECIPES, ModelConfig, TrainConfig, build_model_config, read_command_line, shipped_recipes
 from train_lm.data import IGNORE, PackedTokens
+from train_lm.optim import build_optimizer, learning_rate
+from train_lm.tasks.language import evaluate
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
-from train_lm.train import build_optimizer, evaluate, learning_rate, train
+from train_lm.train import train
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
@@ -55,6 +57,8 @@ def test_run_directory_holds_what_the_design_says(tmp_path):
     for key in ("init_sha", "tokenizer_sha", "train_sha", "validation_sha"):
         assert len(environment[key]) == 64
     assert environment["versions"]["torch"] == torch.__version__
+    assert {"keep_last", "log_with"} < {*environment["harmless_settings"]} < {*TrainConfig("").as_recipe()}
+    assert "learning_rate" not in environment["harmless_settings"]
     for path in (final, run / "checkpoints" / "step-0" / "model"):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         assert model.config.norm_type == "ibnorm_l"

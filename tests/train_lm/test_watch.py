@@ -146,7 +146,7 @@ def test_an_unknown_device_says_that_it_is_and_mfu_is_null(tmp_path, capsys):
 
 
 def test_mfu_of_a_known_device_follows_from_the_speed(tmp_path, monkeypatch):
-    monkeypatch.setattr("train_lm.train.device_name", lambda accelerator: "NVIDIA T4")
+    monkeypatch.setattr("train_lm.session.device_name", lambda accelerator: "NVIDIA T4")
     run(tmp_path / "run", "--max_steps", "2")
     wanted = config(tmp_path)
     model = AutoModelForCausalLM.from_config(build_model_config(wanted, 300, 0))

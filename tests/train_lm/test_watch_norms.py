@@ -50,15 +50,15 @@ def assert_same_cells(one, other, rel):
 
 @pytest.mark.parametrize("norm", ["ibnorm_t", "layernormalnorm", "rmsnorm"])
 def test_a_row_is_what_the_model_does_with_all_parts_of_that_steps_batch(tmp_path, monkeypatch, norm):
-    from train_lm import train
+    from train_lm.tasks import language
 
-    seen, loss = [], train.token_loss
+    seen, loss = [], language.token_loss
 
     def noting(model, inputs, targets):
         seen.append((model.training, inputs.clone()))
         return loss(model, inputs, targets)
 
-    monkeypatch.setattr(train, "token_loss", noting)
+    monkeypatch.setattr(language, "token_loss", noting)
     flags = [*QUICK, "--max_steps", "3", "--watch_norms", "3", "--checkpoint_every", "1", "--keep_last", "9"]
     noise = ["--model.norm_kwargs.noise", "0"] if norm == "layernormalnorm" else []
     run(tmp_path / "run", "--model.norm_type", norm, *noise, *flags)

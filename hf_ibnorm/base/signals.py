@@ -1,0 +1,65 @@
+"""Signals that end a program in order: SIGTERM and SIGINT; SIGHUP of a terminal that closes, SIGUSR1 of a scheduler."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from threading import current_thread, main_thread
+from typing import Any
+
+_ORDERS = (signal.SIGTERM, signal.SIGINT)
+_WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
+"""What says that the end is near: it may come again and again, and an order after it."""
+_ECHO = 2.0
+"""Seconds in which a launcher may pass on a signal that the whole process group had got already."""
+
+
+class StopSignals:
+    """While entered, the first signal ends the program in order, but for warnings it was started to ignore (`nohup`).
+
+    The signal is noted in `name`, and `ending` is raised wherever the program stands. Where `deferred` is set, the
+    program asks for `name` itself at a place where it can stop.
+
+    Args:
+        ending: makes the exception that ends the program.
+        insist: whether a second SIGTERM or SIGINT ends the process at once, with 128 + its number as exit code. If not,
+            only the first signal counts, and none is heard after it, not even once this is left.
+    """
+
+    def __init__(self, ending: Callable[[signal.Signals], BaseException], insist: bool = True) -> None:
+        self.ending, self.insist = ending, insist
+        self.deferred = False
+        self.name = ""
+        self._first: signal.Signals | None = None
+        self._ordered: float | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if current_thread() is main_thread():  # elsewhere Python allows no handlers
+            for each in (*_ORDERS, *_WARNINGS):
+                if each in _ORDERS or signal.getsignal(each) is not signal.SIG_IGN:
+                    self._before[each] = signal.signal(each, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.insist or not self.name:
+            for each, handler in self._before.items():
+                signal.signal(each, handler)
+
+    def check(self) -> None:
+        """Raise `ending` again where a signal has come: other people's code may have caught it."""
+        if self._first is not None:
+            raise self.ending(self._first)
+
+    def _handle(self, number: int, _: object) -> None:
+        if self.insist and number in _ORDERS:
+            if self._ordered is None:
+                self._ordered = time.monotonic()
+            # torchrun answers a Ctrl-C, which every process has got from the terminal, by signalling them again.
+            elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._ordered > _ECHO:
+                os._exit(128 + number)
+        if self._first is None:
+            self._first = signal.Signals(number)
+            self.name = self._first.name
+            if not self.deferred:
+                self.check()

@@ -1,0 +1,188 @@
+"""The model of a run: built with initial weights, or loaded from a checkpoint; and the teacher it may learn from."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import sha256_tensors
+from hf_ibnorm.base.room import check_model
+from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
+from hf_ibnorm.modeling_ibnorm import ramped_norms
+from hf_ibnorm.norms import norm_name
+from hf_ibnorm.sites import is_norm
+from hf_ibnorm.swap.families import FAMILIES, Family
+from hf_ibnorm.swap.loading import has_tokenizer, load
+
+from .architecture import build_model_config, check_vocabulary, names_in
+from .lost import lost_message, norms_of
+from .settings import TrainConfig
+from .start import Start
+from .tokenizer import load_tokenizer, saved_and_loaded
+
+
+def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: Start) -> tuple[PreTrainedModel, Any]:
+    """The model to train in float32, and the config it began with (λ may have been ramped since)."""
+    set_seed(config.seed)
+    with bad_input():
+        if config.model.init_from is None:
+            model_config = build_model_config(config, len(tokenizer), tokenizer.eos_token_id)
+            family = family_of(model_config.model_type, "model.model_type")
+        else:
+            where = start.path / "model" if start.path else config.model.init_from
+            family, model_config = starting_config(config, where, start.saved)
+            check_vocabulary(model_config.vocab_size, len(tokenizer))
+            config.check_context(model_config.max_position_embeddings)
+        if start.path is not None:
+            model = load("resume", family.causal_lm, start.path / "model", dtype=torch.float32)
+            for name in NORM_FIELDS:  # the checkpoint's own say where a ramped λ stood then
+                setattr(model.config, name, getattr(model_config, name))
+        elif config.model.init_from is not None:
+            model, lost = load_start(family, config.model.init_from, model_config)
+            start.messages.extend([lost] * bool(lost))
+        else:
+            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UserError(f"model: {name} is {parameter.dtype}, must be torch.float32, or its updates round away")
+    return model, model_config
+
+
+def load_start(family: Family, where: str, model_config: Any) -> tuple[PreTrainedModel, str]:
+    """The model of a checkpoint with the norms of `model_config`, and a line about what is lost; empty for nothing."""
+    model, missing, dropped = load_weights("model.init_from", family.causal_lm, where, config=model_config)
+    old, norms = norms_of(family, where), norm_prefixes(model)
+    had = tuple(f".{site}.{name}" for site, norm in old.items() for name, _ in norm.named_parameters())
+    lost = [name for name in missing if not name.startswith(norms) or f".{name}".endswith(had)]
+    refuse_lost("model.init_from", where, lost)
+    return model, lost_message(where, dropped, old)
+
+
+def load_weights(field: str, cls: Any, where: str, **options: Any) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """A model of class `cls` in float32; which of its weights `where` has not, and which of `where` it has not."""
+    check_model(field, options.get("config") or load(field, AutoConfig, where))
+    model, report = load(field, cls, where, dtype=torch.float32, output_loading_info=True, **options)
+    if bad := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
+        raise ValueError(f"{field}: got {where!r}, whose {bad[0]} has NaN or infinity: {len(bad)} tensors in all")
+    missing = {*report["missing_keys"], *map(str, report["mismatched_keys"])}
+    return model, sorted(missing), sorted(report["unexpected_keys"])
+
+
+def refuse_lost(field: str, where: str, lost: list[str]) -> None:
+    """Raise ValueError where weights are missing."""
+    if lost:
+        raise ValueError(f"{field}: got {where!r}, which lacks {', '.join(lost[:5])}: {len(lost)} in all")
+
+
+def load_teacher(config: TrainConfig, where: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The model to distil, in float32 and eval mode, without gradients."""
+    taught = read_config("teacher", where)
+    if taught.vocab_size != config.model.vocab_size:
+        sizes = f"a vocabulary of {taught.vocab_size}, the model has {config.model.vocab_size}"
+        raise ValueError(f"teacher: got {where!r} with {sizes}; both must be as large")
+    if config.block_size > taught.max_position_embeddings:
+        raise ValueError(
+            f"block_size: got {config.block_size}, must be <= the teacher's context of {taught.max_position_embeddings}"
+        )
+    if not Path(where).is_dir() or has_tokenizer(Path(where)):  # on the Hub there is taken to be one
+        theirs = saved_and_loaded(load_tokenizer("teacher", where))
+        if theirs.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
+            raise ValueError(f"teacher: got {where!r}, whose tokenizer is not the run's; ids would mean other tokens")
+    model, missing, _ = load_weights("teacher", AutoModelForCausalLM, where)
+    refuse_lost("teacher", where, missing)
+    return model.eval().requires_grad_(False)
+
+
+def family_of(model_type: str, field: str) -> Family:
+    """The family that `model_type` belongs to, ours or stock; `field` is what errors call it."""
+    for family in FAMILIES:
+        if model_type in (family.model_type, family.stock_model_type):
+            return family
+    known = ", ".join(family.stock_model_type for family in FAMILIES)
+    raise ValueError(f"{field}: got a {model_type} model, known are {known}, stock or ours")
+
+
+def read_config(field: str, where: str | Path) -> Any:
+    """The Transformers config of a checkpoint, stock or ours."""
+    final = os.path.join(where, "final")
+    if os.path.isdir(final) and not os.path.exists(os.path.join(where, "config.json")):
+        raise ValueError(f"{field}: got {str(where)!r}, which holds no model; did you mean {final}?")
+    model_config = load(field, AutoConfig, where)
+    family_of(model_config.model_type, field)
+    check_model(field, model_config, weights=False)
+    return model_config
+
+
+def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any] | None) -> tuple[Family, Any]:
+    """Family and config of the checkpoint `where`, with the norms of the run."""
+    own = read_config("model.init_from", where)
+    family = family_of(own.model_type, "model.init_from")
+    model = config.model
+    norms: dict[str, Any] = {"norm_kwargs": model.norm_kwargs} if model.norm_kwargs else {}
+    if model.norm_type is not None:
+        norms |= {"norm_type": model.norm_type, "norm_overrides": model.norm_overrides}
+    elif saved is not None:
+        norms |= {name: saved["model"][name] for name in ("norm_type", "norm_overrides")}
+    elif not isinstance(own, family.config):
+        norms["norm_type"] = family.pin.stock
+    if saved is not None and norm_name(norms["norm_type"]) == saved["model"]["norm_type"]:
+        # A checkpoint's own say where a ramped λ stood then.
+        norms["norm_kwargs"] = {**saved["model"]["norm_kwargs"], **model.norm_kwargs}
+    built = load("model.init_from", family.config, where, **norms)
+    for name in names_in(built, "dropout"):
+        setattr(built, name, model.dropout)
+    return family, built
+
+
+def scheduled_lams(config: TrainConfig, model: PreTrainedModel, model_config: Any) -> dict[str, tuple[float, float]]:
+    """Site → λ at the start of the schedule, where the norm compresses nothing, and at its end; empty without one."""
+    if config.lam_schedule == "constant":
+        return {}
+    lams = {}
+    for site, norm, end in ramped_norms(model):
+        if norm.held is None:
+            raise ValueError(f"lam_schedule: got 'linear', but {site} learns its {norm.ramp} (learn_{norm.ramp})")
+        lams[site] = (norm.ramp_start, float(end))
+    if not lams:
+        raise ValueError("lam_schedule: got 'linear', but the model has no IBNorm; must be constant")
+    if all(start == end for start, end in lams.values()):
+        at = ", ".join(sorted({f"{end:g}" for _, end in lams.values()}))
+        where = "--model.norm_kwargs.lam"
+        if model_config.norm_overrides:  # which may have it, and take no single option
+            where += f", or --model.norm_type {model_config.norm_type} with --model.norm_overrides"
+        raise ValueError(
+            f"lam_schedule: got 'linear', but lam is to end at {at}, where it starts; name another with {where}"
+        )
+    return lams
+
+
+def norm_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Names of the norms, each with the dot that its parameters' names go on with."""
+    return tuple(f"{name}." for name, module in model.named_modules() if is_norm(module))
+
+
+def shared_weights_sha(model: nn.Module) -> str:
+    """Hash of every parameter that does not belong to a norm: equal for two models that differ in their norms only."""
+    norms = norm_prefixes(model)
+    return sha256_tensors((name, value) for name, value in model.named_parameters() if not name.startswith(norms))
+
+
+def speed_up(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Recompute activations and compile blocks, as the settings ask; in place, so that no name in a checkpoint changes.
+
+    Must come before Accelerate wraps the model, and after it was copied: a compiled block cannot be.
+    """
+    if config.gradient_checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about its name: the oldest Transformers knows no other
+            # With the generators' states kept, noise norms and dropout draw the same again.
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True})
+    if config.compile:
+        for block in model.base_model.get_submodule(model.config.norm_pin.blocks).children():
+            block.compile()

@@ -1,0 +1,114 @@
+"""Checks before a resume: settings, data and software must be such that it ends as the run never interrupted."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.manifest import is_absent
+from hf_ibnorm.base.reading import read_json
+from hf_ibnorm.report.environment import numerics_record
+from hf_ibnorm.report.runs import flat_settings
+
+from .architecture import build_model_config, resolved
+from .checkpoint import Checkpoint
+from .model import starting_config
+from .settings import TrainConfig, harmless_settings
+from .start import Start
+
+_SAME_BUT_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_HASHED = {
+    "init_sha": "initial model",
+    "tokenizer_sha": "tokenizer",
+    "train_sha": "training text",
+    "validation_sha": "validation text",
+    "teacher_sha": "teacher",
+}
+
+
+def check_finished(config: TrainConfig, run_dir: Path, start: Start, processes: int) -> None:
+    """Refuse to call a run finished that was another one."""
+    if start.saved is not None:
+        with bad_input():
+            if config.model.init_from is None:
+                built = build_model_config(config, start.saved["model"]["vocab_size"])
+            else:
+                built = starting_config(config, run_dir / "final", start.saved)[1]
+        check_settings(resolved(config, built), start, None, processes, {})
+
+
+def check_settings(
+    config: TrainConfig, start: Start, checkpoint: Checkpoint | None, processes: int, hashes: dict[str, str | None]
+) -> None:
+    """Refuse to go on where the result would not be that of a run never interrupted."""
+    if start.saved is not None:
+        state = checkpoint.state if checkpoint else record_of(Path(config.run_dir)) or {"num_processes": processes}
+        now = json.loads(json.dumps(config.as_recipe()))
+        if changed := changed_fields(start.saved, now, (int(state["num_processes"]), processes)):
+            raise UserError(f"resume: {'; '.join(changed)}; a resumed run keeps its settings")
+    if checkpoint is None:
+        return
+    state = checkpoint.state
+    for name, value in hashes.items():
+        if value != state["hashes"][name]:
+            raise UserError(
+                f"resume: the {_HASHED[name]} is not what the run began with ({name}); put it back, or begin a new run"
+            )
+    if config.streaming and processes != state["num_processes"]:
+        raise UserError(
+            f"resume: the stream was dealt out to {state['num_processes']} processes, got {processes}; what each of "
+            "them has read, and holds in its shuffle buffer, cannot be dealt out anew"
+        )
+    now = numerics_record()
+    if processes != state["num_processes"]:  # then no bits are promised, and launchers set the number of threads
+        now["threads"] = state["numerics"].get("threads")
+    changed = [
+        f"{name} was {was!r}, is {now.get(name)!r}" for name, was in state["numerics"].items() if was != now.get(name)
+    ]
+    if changed and config.resume != "inexact":
+        raise UserError(
+            f"resume: {'; '.join(changed)}; the result would not be the same to the bit (--resume inexact goes on "
+            "anyway)"
+        )
+
+
+def changed_fields(then: dict[str, Any], now: dict[str, Any], processes: tuple[int, int]) -> list[str]:
+    """The settings that a resumed run may not change and has changed: "field was X, got Y" for each.
+
+    Args:
+        then: `as_recipe()` of the run.
+        now: the same of the settings it is to go on with.
+        processes: number of processes then and now. Where it changed, the batch may be split in another way.
+    """
+    # A field that an earlier release did not have was what its default is, but for BOS: it set none.
+    known = {**flat_settings(TrainConfig("").as_recipe()), "add_bos": False}
+    before, after = {**known, **flat_settings(then)}, flat_settings(now)
+    sizes = [
+        each * math.prod(side[name] for name in _SAME_BUT_SPLIT)
+        for each, side in zip(processes, (before, after), strict=True)
+    ]
+    free = {*harmless_settings(), *(_SAME_BUT_SPLIT if sizes[0] == sizes[1] and processes[0] != processes[1] else ())}
+    changed = [
+        f"{name} was {before.get(name)!r}, got {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if name not in free and before.get(name) != after.get(name)
+    ]
+    if not changed and sizes[0] != sizes[1]:
+        changed.append(
+            f"a step had {sizes[0]} sequences with {processes[0]} processes, with {processes[1]} it has {sizes[1]}; "
+            "set gradient_accumulation_steps or per_device_train_batch_size so that it has as many"
+        )
+    return changed
+
+
+def record_of(run_dir: Path) -> dict[str, Any] | None:
+    """Content of a run's `environment.json`; None where it is missing or damaged: no result depends on it."""
+    try:
+        form = {"num_processes": int, "resumed?": list}
+        record: dict[str, Any] = read_json("run_dir", run_dir / "environment.json", form)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError) and not is_absent(error.__cause__):
+            raise
+        return None
+    return record
