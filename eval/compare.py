@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_ibnorm.base.errors import UserError
 
-from .harness import Prompting
+from .options import Prompting
 from .scoring import ScoringError, Stratum, independent, score_benchmark, strata
 from .statistics import LEVEL, TEST_FROM, Pairs, bootstrap_interval, holm, p_of_no_difference, summed
 from .store import benchmarks_of, read_run

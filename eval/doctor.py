@@ -19,25 +19,12 @@ NEEDED = {
     "truthfulqa": ("sacrebleu", "rouge_score"),
 }
 """Modules that task files import, beside lm-eval's own."""
-CHECKS = (
-    "packages",
-    "punkt",
-    "mirror",
-    "access",
-    "data",
-    "tokenizer",
-    "noise",
-    "logits",
-    "padding",
-    "batch_size",
-    "context",
-)
 PUNKT = "tokenizers/punkt_tab/english/"
 
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one of `CHECKS`.
+    """The outcome of one of `options.CHECKS`.
 
     Args:
         name: which.

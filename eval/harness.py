@@ -18,53 +18,12 @@ from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.base.files import sha256
 
 from .mirror import is_local, sets_of, told_of
+from .options import Prompting
 from .scoring import ScoringError, check_answers
-from .suites import DEFINED, SUITES, Benchmark, embedded_rows, task_manager
+from .suites import DEFINED, Benchmark, embedded_rows, task_manager
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """lm-eval's own defaults. Every task starts from them, whatever ran before; GPQA shuffles its choices by the first."""
-
-
-@dataclass(frozen=True)
-class Prompting:
-    """How prompts are made and answered; what differs from the defaults of the harness changes the scores.
-
-    Args:
-        limit: only the first so many items of each task.
-        chat_template: put each prompt through the tokenizer's chat template.
-        multiturn: give the examples as earlier turns of the conversation.
-        generation: options of generation that replace those of the task files.
-        shots: examples in each prompt, in place of the tasks' own number.
-    """
-
-    limit: int | None = None
-    chat_template: bool = False
-    multiturn: bool = False
-    generation: dict[str, Any] | None = None
-    shots: int | None = None
-
-    def smoke(self, suite: str) -> list[str]:
-        """The settings that make what is run of `suite` no leaderboard score."""
-        found = [] if self.limit is None else [f"--limit {self.limit}"]
-        found += [] if not self.generation else ["changed generation settings"]
-        fixed = any(name in SUITES or name in DEFINED for name in suite.split(","))  # its number of examples
-        return found + ([f"--num_fewshot {self.shots}"] if fixed and self.shots is not None else [])
-
-    def notes(self) -> list[str]:
-        """What a reader of the scores must know of the prompts."""
-        turns = ", examples as turns" if self.multiturn else ""
-        shots = [] if self.shots is None else [f"with {self.shots} examples in each prompt, as --num_fewshot says"]
-        return shots + ([f"with the tokenizer's chat template{turns}"] if self.chat_template else [])
-
-    def arguments(self, lm: Any) -> dict[str, Any]:
-        """For lm-eval's `build_all_requests`."""
-        template = {"chat_template": lm.apply_chat_template, "tokenizer_name": lm.tokenizer_name}
-        return {
-            "limit": self.limit,
-            "apply_chat_template": self.chat_template,
-            "fewshot_as_multiturn": self.multiturn,
-            **(template if self.chat_template else {}),
-        }
 
 
 @dataclass(frozen=True)
@@ -288,10 +247,21 @@ def measure(lm: Any, benchmark: Benchmark, tasks: dict[str, Any], prompting: Pro
     measured = {}
     with bos_for(lm, benchmark), quiet(), of_its_files(benchmark, "its prompts cannot be made"):
         for name, task in tasks.items():
-            task.build_all_requests(rank=0, world_size=1, **prompting.arguments(lm))
+            task.build_all_requests(rank=0, world_size=1, **_manner(lm, prompting))
             measured[name] = _measure(lm, task.instances, prompting)
             task._instances = None  # a few thousand prompts with many examples fill the memory
     return measured
+
+
+def _manner(lm: Any, prompting: Prompting) -> dict[str, Any]:
+    """How to prompt, for lm-eval's `build_all_requests`."""
+    template = {"chat_template": lm.apply_chat_template, "tokenizer_name": lm.tokenizer_name}
+    return {
+        "limit": prompting.limit,
+        "apply_chat_template": prompting.chat_template,
+        "fewshot_as_multiturn": prompting.multiturn,
+        **(template if prompting.chat_template else {}),
+    }
 
 
 def _measure(lm: Any, instances: list[Any], prompting: Prompting) -> Prompts:

@@ -6,7 +6,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from hf_ibnorm.report.environment import package_versions
 from hf_ibnorm.report.tables import score_cell
 from hf_ibnorm.swap.loading import find_model
 
-from .choice import choose, own_files
-from .doctor import CHECKS, Check, check_context, check_model, check_surroundings, failures, outcome
-from .harness import SEEDS, Prompting, Prompts, answer, data_from, load_tasks, measure, of_its_files
+from .choice import own_files
+from .doctor import Check, check_context, check_model, check_surroundings, failures, outcome
+from .harness import SEEDS, Prompts, answer, data_from, load_tasks, measure, of_its_files
 from .mirror import hashes, sets_of
-from .model import as_tasks_ask, fingerprint, is_first, load_model, processes, wrap_model
+from .model import as_tasks_ask, fingerprint, is_first, load_model, wrap_model
+from .options import Settings
 from .scoring import ScoringError, score_benchmark
 from .store import add_notes, create, is_begun, record_hashes, still_missing, write_result, write_scores
 from .suites import Benchmark
@@ -31,95 +32,6 @@ from .tables import SMOKE
 
 STOPPED: list[str] = []
 """Why a signal asked to stop: task files with a bare `except` may have taken the exception that said so."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is asked for, beside the model and where its files go.
-
-    Args:
-        suite: "embedded", "v1", "v2", or tasks of lm-eval or of `include_path`, divided by commas.
-        include_path: folder with task files of the user's own, in lm-eval's form.
-        num_fewshot: examples in each prompt; None for each task's own number.
-        mirror: folder with the data sets; no network is touched then.
-        limit: only the first so many items of each task; the scores are then marked as a smoke test.
-        batch_size: sequences at a time; "auto" for as many as fit on a GPU.
-        device: of torch; CUDA if there is any, else the CPU.
-        dtype: of the weights: auto (the checkpoint's), float32, bfloat16 or float16.
-        overlong: what becomes of a benchmark with prompts longer than the model's context: "refuse" the run,
-            "truncate" the prompts from the left, "skip" the benchmark.
-        skip: benchmarks to leave out.
-        shard: (i, n): only every n-th benchmark, from the i-th on, to divide a suite over machines.
-        apply_chat_template: put prompts through the tokenizer's chat template.
-        fewshot_as_multiturn: give the examples as earlier turns of the conversation.
-        gen_kwargs: options of generation that replace those of the tasks; marks a smoke test.
-        cache: folder where answers are kept by model and prompt, for a later run to find.
-        ignore: checks whose failure does not stop the run.
-    """
-
-    suite: str
-    include_path: str | None = None
-    num_fewshot: int | None = None
-    mirror: str | None = None
-    limit: int | None = None
-    batch_size: int | str = 8
-    device: str | None = None
-    dtype: str = "auto"
-    overlong: str = "refuse"
-    skip: Sequence[str] = ()
-    shard: tuple[int, int] = (1, 1)
-    apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = False
-    gen_kwargs: dict[str, Any] | None = None
-    cache: str | None = None
-    ignore: Sequence[str] = ()
-
-    @property
-    def prompting(self) -> Prompting:
-        return Prompting(
-            self.limit, self.apply_chat_template, self.fewshot_as_multiturn, self.gen_kwargs, self.num_fewshot
-        )
-
-    def check(self) -> None:
-        """Raise UserError where settings do not go together."""
-        if self.fewshot_as_multiturn and not self.apply_chat_template:
-            raise UserError("fewshot_as_multiturn: needs --apply_chat_template, there are no turns without one")
-        if self.cache and processes() > 1:
-            raise UserError("cache: cannot be used by several processes at once; leave --cache out")
-        generation = dict(self.gen_kwargs or {})
-        room, until = generation.pop("max_gen_toks", 1), generation.pop("until", [])
-        if type(room) is not int or room < 1:
-            raise UserError(f"gen_kwargs: got max_gen_toks {room!r}, must be a whole number >= 1")
-        if not isinstance(until, list) or not all(isinstance(each, str) for each in until):
-            raise UserError(f"gen_kwargs: got until {until!r}, must be a list of strings")
-        from transformers import GenerationConfig
-
-        for name in generation:
-            if name not in GenerationConfig().to_dict():
-                raise UserError(f"gen_kwargs: got {name!r}, which is no option of generation")
-        with bad_input(ValueError, TypeError, about="gen_kwargs: "):
-            GenerationConfig(**generation).validate()
-
-    def benchmarks(self) -> tuple[str, list[Benchmark]]:
-        """The suite's name and what is to be run of it.
-
-        Raises:
-            UserError: a name is unknown, or nothing is left.
-        """
-        name, benchmarks = choose(self.suite, self.include_path)
-        if self.num_fewshot is not None:
-            benchmarks = [replace(each, shots=self.num_fewshot, set_shots=True) for each in benchmarks]
-        names = [each.name for each in benchmarks]
-        for field, values, allowed in (
-            ("skip", self.skip, names),
-            ("ignore", self.ignore, [check for check in CHECKS if check != "context"]),
-        ):
-            if unknown := [value for value in values if value not in allowed]:
-                raise UserError(f"{field}: got {unknown[0]!r}, allowed are {', '.join(allowed)}")
-        left = [each for each in benchmarks if each.name not in self.skip][self.shard[0] - 1 :: self.shard[1]]
-        if not left:
-            raise UserError(f"shard: got {self.shard[0]}/{self.shard[1]}, there are {len(names)} benchmarks")
-        return name, left
 
 
 @dataclass(frozen=True)

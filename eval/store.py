@@ -15,7 +15,7 @@ from hf_ibnorm.base.reading import read_json
 from hf_ibnorm.report.environment import environment_record
 from hf_ibnorm.report.tables import csv_text
 
-from .harness import Prompting
+from .options import Prompting
 from .scoring import DAMAGE, check_items, score_suite
 from .suites import DEFINED, SUITES, Benchmark
 from .tables import SMOKE, score_table, scores_caption, scores_markdown

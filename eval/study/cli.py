@@ -17,9 +17,9 @@ from .plan import shipped_studies
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from .file import read_study
     from .folder import Folder
     from .jobs import executor_for
-    from .plan import read_study
     from .report import write_report
     from .run import run_study, stopped_in_order
 
@@ -83,8 +83,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _commands(arguments: argparse.Namespace) -> None:
+    from .file import read_study
     from .folder import Folder
-    from .plan import read_study
 
     study = read_study(arguments.study)
     folder = Folder.begin(study, Path(arguments.output or Path("studies", study.name)), [])

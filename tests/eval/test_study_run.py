@@ -12,8 +12,8 @@ from training import small_corpus  # noqa: F401
 
 import eval.study.jobs
 from eval.study.figures import sweeps_of
+from eval.study.file import read_study
 from eval.study.folder import Folder
-from eval.study.plan import read_study
 from eval.study.results import BASELINE, NO_BASELINE, ONE_SEED, REFUSED, UNFINISHED, Group
 from eval.study.status import print_status
 from eval.study.training import DIVERGED, FAILED, TRAINED, Training, mean_losses
