@@ -94,7 +94,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Every flag of this parser and of its verbs: argparse leaves a verb's unknown flags to the parser above."""
         flags: list[str] = []
         for action in self._actions:
-            flags += action.option_strings
+            flags += action.option_strings if action.help != argparse.SUPPRESS else []
             if isinstance(action, argparse._SubParsersAction):
                 flags += [flag for parser in action.choices.values() for flag in parser._flags()]
         return flags
