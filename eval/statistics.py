@@ -119,10 +119,10 @@ def p_of_guessing(
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
     """p-values after Holm's step-down correction; None stays None and does not count."""
-    order = sorted((value, i) for i, value in enumerate(values) if value is not None)
-    found: list[float | None] = [None] * len(values)
-    largest = 0.0
-    for rank, (value, i) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * value))
-        found[i] = largest
-    return found
+    import numpy as np
+
+    known = np.array([value for value in values if value is not None])
+    order = np.argsort(known)
+    known[order] = np.minimum(1, np.maximum.accumulate(known[order] * np.arange(known.size, 0, -1)))
+    corrected = iter(known.tolist())
+    return [None if value is None else next(corrected) for value in values]

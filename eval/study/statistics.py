@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..compare import BETTER, SAME, WORSE
+from ..compare import verdict_of
 from ..statistics import BOOTSTRAP_FROM, DRAWS, LEVEL, TEST_FROM, holm
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def paired(differences: Sequence[float], norms: int = 1, seed: int = 0) -> Paire
         seed: of the bootstrap's resampling.
     """
     import numpy as np
+    from scipy.stats import ttest_1samp
 
     values = np.asarray(differences, dtype=float)
     n, mean = len(values), float(np.mean(values))
@@ -57,15 +58,15 @@ def paired(differences: Sequence[float], norms: int = 1, seed: int = 0) -> Paire
     return Paired(
         n,
         mean,
-        (float(low), float(high)),
-        t_test(values),
-        detectable(values, LEVEL / norms),
-        sign_test(values) if n >= TEST_FROM else None,
-        bootstrap_interval(values, seed) if n >= BOOTSTRAP_FROM else None,
+        interval=(float(low), float(high)),
+        p=float(ttest_1samp(values, 0).pvalue),
+        detectable=detectable(values, LEVEL / norms),
+        sign_p=sign_test(values) if n >= TEST_FROM else None,
+        bootstrap=bootstrap_interval(values, seed) if n >= BOOTSTRAP_FROM else None,
     )
 
 
-def t_interval(values: "np.ndarray", level: float = LEVEL) -> "np.ndarray":
+def t_interval(values: "np.ndarray", level: float = LEVEL) -> tuple[Any, Any]:
     """Both ends of the t-interval of a mean that covers the truth with probability 1 - `level`.
 
     Args:
@@ -73,22 +74,12 @@ def t_interval(values: "np.ndarray", level: float = LEVEL) -> "np.ndarray":
         level: probability of missing the truth.
 
     Returns:
-        Shape (2, ...).
+        Two arrays of shape (...).
     """
-    import numpy as np
-    from scipy.stats import t
+    from scipy.stats import ttest_1samp
 
-    n = values.shape[-1]
-    half = t.ppf(1 - level / 2, n - 1) * values.std(-1, ddof=1) / math.sqrt(n)
-    return np.stack([values.mean(-1) - half, values.mean(-1) + half])
-
-
-def t_test(values: "np.ndarray") -> float:
-    """Two-sided p-value of a mean of 0, for n ≥ 2 values that differ."""
-    from scipy.stats import t
-
-    n, error = len(values), values.std(ddof=1) / math.sqrt(len(values))
-    return float(2 * t.sf(abs(values.mean()) / error, n - 1))
+    interval = ttest_1samp(values, 0, axis=-1).confidence_interval(1 - level)
+    return interval.low, interval.high
 
 
 def detectable(values: "np.ndarray", level: float = LEVEL, power: float = POWER) -> float:
@@ -136,12 +127,8 @@ def verdicts(found: Sequence[Paired], lower_is_better: bool, norms: int) -> list
     """
     values = [each.p for each in found]
     missing = norms - sum(value is not None for value in values)
-    rows = []
-    for each, corrected in zip(found, holm([*values, *[1.0] * missing]), strict=False):
-        if corrected is None:
-            rows.append((None, ""))
-        elif corrected >= LEVEL:
-            rows.append((corrected, SAME))
-        else:
-            rows.append((corrected, BETTER if (each.mean < 0) == lower_is_better else WORSE))
-    return rows
+    corrected = holm([*values, *[1.0] * missing])[: len(found)]
+    return [
+        (p, "" if p is None else verdict_of(each.mean, p, lower_is_better))
+        for each, p in zip(found, corrected, strict=True)
+    ]
