@@ -12,9 +12,11 @@ from typing import Any
 
 import yaml
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.command import OneLineParser
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import alone_in, atomic_directory, check_new_directory, sha256, write_json, write_text
+from hf_ibnorm.base.layout import SOURCE
 from hf_ibnorm.base.reading import read_json, reading
 from hf_ibnorm.swap.families import FAMILIES
 
@@ -23,8 +25,6 @@ from ..options import add_settings
 from ..suites import SUITES
 from .plan import VALIDATION, Arm, Cell, Search, Study, flag_words, slug
 from .training import Training, mean_losses, read_training, scores_folder, with_scores
-
-PLAN, SOURCE, RUNNING = "study.json", "study.yaml", "running.json"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Folder:
             "command": list(command),
         }
         found = cls(path, study)
-        if not (path / PLAN).is_file():
+        if not (path / layout.PLAN).is_file():
             with bad_input(OSError):
                 check_new_directory("output", path)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class Folder:
             return found
         before, now = found.record(), json.loads(json.dumps(record))
         history = before["history"]
-        if not any(path.glob("*/**/metrics.jsonl")):
+        if not any(path.glob(f"*/**/{layout.METRICS}")):
             history = []
         elif changed := _changed(before, now):
             raise UserError(f"output: {path} holds a study with {changed[0]}; name a new directory")
@@ -116,11 +116,11 @@ class Folder:
 
     def _write(self, record: dict[str, Any], recipes: Mapping[str, str]) -> None:
         """Write the plan; its own file last, by which the rest is found."""
-        (self.path / "recipes").mkdir(exist_ok=True)
+        (self.path / layout.RECIPES).mkdir(exist_ok=True)
         for condition, text in recipes.items():
             write_text(self.recipe(condition), text)
         write_text(self.path / SOURCE, self.study.source)
-        write_json(self.path / PLAN, record)
+        write_json(self.path / layout.PLAN, record)
 
     @classmethod
     def open(cls, path: Path) -> "Folder":
@@ -129,10 +129,10 @@ class Folder:
         Raises:
             UserError: there is none, or its file is damaged.
         """
-        if not (path / PLAN).is_file():
-            raise UserError(f"study: {path} holds no study (it has no {PLAN})")
+        if not (path / layout.PLAN).is_file():
+            raise UserError(f"study: {path} holds no study (it has no {layout.PLAN})")
         record = cls(path, None).record()  # type: ignore[arg-type]
-        with reading("study", path / PLAN):
+        with reading("study", path / layout.PLAN):
             return cls(path, study_from(record["study"]))
 
     def record(self) -> dict[str, Any]:
@@ -141,8 +141,7 @@ class Folder:
         Raises:
             UserError: it is damaged.
         """
-        form = {"study": dict, "recipes": {"*": str}, "history": list, "command": [str]}
-        found: dict[str, Any] = read_json("study", self.path / PLAN, form)
+        found: dict[str, Any] = read_json("study", self.path / layout.PLAN, layout.PLAN_FORM)
         return found
 
     def lock(self) -> AbstractContextManager[None]:
@@ -155,7 +154,7 @@ class Folder:
 
     def note_running(self, names: Sequence[str]) -> None:
         """Write down what runs now."""
-        write_json(self.path / RUNNING, names)
+        write_json(self.path / layout.RUNNING, names)
 
     def running(self) -> list[str] | None:
         """What runs now, as it was noted last; None where no `study run` is at work."""
@@ -163,16 +162,16 @@ class Folder:
             with self.lock():
                 return None
         except UserError:
-            path = self.path / RUNNING
-            return list(read_json("study", path, [str])) if path.exists() else []
+            path = self.path / layout.RUNNING
+            return list(read_json("study", path, layout.RUNNING_FORM)) if path.exists() else []
 
     def recipe(self, condition: str) -> Path:
         """The resolved recipe of a condition."""
-        return self.path / "recipes" / f"{slug(condition) or 'recipe'}.yaml"
+        return self.path / layout.RECIPES / f"{slug(condition) or 'recipe'}.yaml"
 
     def search_folder(self, search: Search) -> Path:
         """Where a search keeps its trials."""
-        return self.path / "search" / slug(search.name)
+        return self.path / layout.SEARCHES / slug(search.name)
 
     def winner(self, name: str) -> dict[str, Any] | None:
         """What the search of that name has found: {"lam", "learning_rate", ...}; None before it has ended.
@@ -180,9 +179,8 @@ class Folder:
         λ is None where every trial diverged.
         """
         search = next(each for each in self.study.searches if each.name == name)
-        path = self.search_folder(search) / "winner.json"
-        number = (float, type(None))
-        return read_json("study", path, {"lam": number, "learning_rate": number}) if path.exists() else None
+        path = self.search_folder(search) / layout.WINNER
+        return read_json("study", path, layout.WINNER_FORM) if path.exists() else None
 
     def is_searched(self, arm: Arm) -> bool:
         """Whether an arm comes from a search."""
@@ -253,19 +251,19 @@ class Folder:
 
         It runs from here, with as many threads as the study says.
         """
-        here, run_dir = Path.cwd(), folder / "run"
+        here, run_dir = Path.cwd(), folder / layout.CELL_RUN
         expected = identity(arm, learning_rate, seed)
         # A recipe may ask for it: then every training would go to one repository.
         never = {"push_to_hub": None}
         settings = {"run_dir": str(run_dir), "resume": "auto", **never, **expected, **arm.flags()}
         starter = self.study.launcher or (sys.executable,)
         words = (*starter, "-m", "train_lm", "--config", str(self.recipe(condition)), *flag_words(settings))
-        commands = [Command(words, here / run_dir / "final")]
+        commands = [Command(words, here / run_dir / layout.FINAL)]
         for suite in suites:
             scores = scores_folder(folder, suite)
             flags = {"model": str(run_dir), "suite": suite, "output": str(scores), **_scoring(self.study, suite)}
             words = (sys.executable, "-m", "eval", "run", *flag_words(flags))
-            commands.append(Command(words, here / scores / "scores.json"))
+            commands.append(Command(words, here / scores / layout.SCORES))
         environment = {"OMP_NUM_THREADS": str(self.study.threads)}
         return Job(name, here / folder, tuple(commands), here, environment, expected)
 

@@ -20,9 +20,10 @@ from hf_ibnorm.base.command import require_extra
 from hf_ibnorm.base.errors import STOPPED as STOPPED_CODE
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import write_json
+from hf_ibnorm.base.layout import FAILURE, LOG
 
 from .folder import Job
-from .training import DIVERGED, FAILURE, read_training
+from .training import DIVERGED, read_training
 
 POLL = 0.2
 """Seconds between two looks at a process."""
@@ -120,7 +121,7 @@ def _wait_for_earlier(place: Path, stopping: Callable[[], bool]) -> None:
 
 def _call(words: tuple[str, ...], job: Job, stopping: Callable[[], bool]) -> tuple[int, str]:
     """Run one command to its end; its exit code and the last line it said."""
-    log = job.folder / "log.txt"
+    log = job.folder / LOG
     with log.open("ab") as output:
         start = output.tell()
         # A session of its own: Ctrl-C reaches this program alone, which ends the others in order.

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_ibnorm.base.layout import CELLS
+
 STUDIES = Path(__file__).parents[1] / "studies"
 VALIDATION = "eval_loss"
 """The metric of a study that has no test set: the validation loss, on which the learning rate was chosen too."""
@@ -87,7 +89,7 @@ class Cell:
     def folder(self) -> Path:
         """Where it lies below the study's directory."""
         parts = [slug(each) for each in (self.condition, self.arm) if each]
-        return Path("cells", *parts, f"lr={self.learning_rate:g}", f"seed={self.seed}")
+        return Path(CELLS, *parts, f"lr={self.learning_rate:g}", f"seed={self.seed}")
 
     def __str__(self) -> str:
         where = f"{self.condition}, " if self.condition else ""

@@ -5,6 +5,7 @@ from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.command import require_extra
 from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.base.files import write_json
@@ -32,7 +33,7 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
         UserError: Optuna is not installed, or a training failed.
     """
     place = folder.search_folder(search)
-    if (place / "winner.json").exists():
+    if (place / layout.WINNER).exists():
         return
     require_extra("study", "optuna")
     import optuna
@@ -48,8 +49,8 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
         # trials are all that a search has to remember.
         study.sampler = optuna.samplers.TPESampler(seed=1000 * folder.study.tuning_seeds[0] + number)
         where = place / f"trial-{number:03d}"
-        path = where / "result.json"
-        result = read_json("study", path, _RESULT) if path.exists() else None
+        path = where / layout.TRIAL
+        result = read_json("study", path, layout.TRIAL_FORM) if path.exists() else None
         if result:
             study.enqueue_trial({name: result[name] for name in ("lam", "learning_rate")})
         trial = study.ask()
@@ -70,15 +71,9 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
     trained = [result for result in results if result["state"] == TRAINED]
     best = min(trained, key=lambda result: result["loss"], default={"lam": None, "learning_rate": None, "loss": None})
     winner = {name: best[name] for name in ("lam", "learning_rate", "loss")}
-    write_json(place / "winner.json", {**winner, "trials": results})
+    write_json(place / layout.WINNER, {**winner, "trials": results})
     found = f"λ {winner['lam']:.4g}, validation {winner['loss']:.4f}" if trained else "none, all diverged"
     say(f"{search.name}: best of {search.trials} trials: {found}")
-
-
-_RESULT = {
-    **{"state": str, "loss": (float, type(None)), "lam": float, "learning_rate": float, "validated": list},
-}
-"""Form of a trial's result."""
 
 
 def _carry_out(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from hf_ibnorm.base.layout import TRIAL
 from hf_ibnorm.report.tables import Table
 
 from .folder import Folder
@@ -37,7 +38,7 @@ def print_status(folder: Folder) -> None:
     ended, total = folder.counts()
     print(f"{ended} of {total} trainings have ended")
     for search in folder.study.searches:
-        done = len(list(folder.search_folder(search).glob("trial-*/result.json")))
+        done = len(list(folder.search_folder(search).glob(f"trial-*/{TRIAL}")))
         print(f"{search.name}: {done} of {search.trials} trials have ended")
     names = folder.running()
     print("no `study run` is at work here" if names is None else f"running now: {'; '.join(names) or 'nothing'}")

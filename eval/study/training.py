@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.reading import read_json
 from hf_ibnorm.report.runs import SKIPPED_SHARE, Run, read_scores
 
@@ -14,7 +15,6 @@ from ..store import read_manifest
 from .plan import VALIDATION, slug
 
 WAITING, BEGUN, FAILED, DIVERGED, TRAINED = "waiting", "begun", "failed", "diverged", "trained"
-FAILURE = "failure.json"
 _COLUMNS = ("step", "loss", "tokens", "tokens_per_second", "batch_sha")
 
 
@@ -68,7 +68,7 @@ def mean_losses(tuning: Mapping[float, Sequence[Training]]) -> dict[float, float
 
 def scores_folder(folder: Path, suite: str) -> Path:
     """Where a cell keeps the scores of a suite."""
-    return folder / "scores" / slug(suite)
+    return folder / layout.SCORES_FOLDER / slug(suite)
 
 
 def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
@@ -81,8 +81,8 @@ def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
     Raises:
         UserError: a file of the study itself is damaged. A damaged file of the training makes it a failed one.
     """
-    run_dir, problem = folder / "run", _failure(folder)
-    finished = (run_dir / "final").exists()
+    run_dir, problem = folder / layout.CELL_RUN, _failure(folder)
+    finished = (run_dir / layout.FINAL).exists()
     try:
         run = Run.read(run_dir, finished)
         wrong = _damage(run) or _stranger(run, expected)
@@ -91,7 +91,7 @@ def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
             raise
         run, wrong = None, str(error)
     if run is None or wrong:
-        begun = (run_dir / "metrics.jsonl").exists()
+        begun = (run_dir / layout.METRICS).exists()
         if finished or run:
             return Training(FAILED, None, wrong)
         return Training(FAILED if problem else BEGUN if begun else WAITING, None, problem)
@@ -107,7 +107,7 @@ def with_scores(training: Training, folder: Path, suites: Sequence[str]) -> Trai
     if training.state != TRAINED:
         return training
     places = {suite: scores_folder(folder, suite) for suite in suites}
-    missing = tuple(suite for suite, place in places.items() if not (place / "scores.json").exists())
+    missing = tuple(suite for suite, place in places.items() if not (place / layout.SCORES).exists())
     found = {suite: read_scores(place) for suite, place in places.items() if suite not in missing}
     return replace(
         training,
@@ -121,9 +121,9 @@ def with_scores(training: Training, folder: Path, suites: Sequence[str]) -> Trai
 
 def _failure(folder: Path) -> str:
     """What the last try of a cell failed of, or nothing; it may have been done since, by hand or after all."""
-    if not (folder / FAILURE).exists():
+    if not (folder / layout.FAILURE).exists():
         return ""
-    failure = read_json("study", folder / FAILURE, {"done": str, "problem": str})
+    failure = read_json("study", folder / layout.FAILURE, layout.FAILURE_FORM)
     return "" if (folder / failure["done"]).exists() else str(failure["problem"])
 
 
