@@ -5,17 +5,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hf_ibnorm.base.errors import UserError
 
 from .options import Prompting
 from .scoring import ScoringError, Stratum, independent, score_benchmark, strata
-from .statistics import LEVEL, TEST_FROM, Pairs, bootstrap_interval, holm, p_of_no_difference, summed
+from .statistics import BETTER as BETTER
+from .statistics import SAME as SAME
+from .statistics import TEST_FROM, Pairs, bootstrap_interval, holm, p_of_no_difference, summed, verdict_of
+from .statistics import WORSE as WORSE
 from .store import benchmarks_of, read_run
 from .suites import Benchmark
 
-BETTER, WORSE, SAME, CHANCE = "better", "worse", "not distinguishable", "both at chance"
-NOT_TESTED = "not tested"
-"""Too few independent items for any verdict."""
+CHANCE, NOT_TESTED = "both at chance", "not tested"
+"""Verdicts beside those of `statistics`; the second: there are too few independent items for any other."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +55,14 @@ class Difference:
     verdict: str
 
 
-def verdict_of(difference: float, corrected: float, lower_is_better: bool) -> str:
-    """What a difference from the baseline says, given its p-value after Holm's correction."""
-    if corrected >= LEVEL:
-        return SAME
-    return BETTER if (difference < 0) == lower_is_better else WORSE
-
-
 def pair(first: Sequence[Stratum], second: Sequence[Stratum]) -> list[Pairs]:
-    """Item by item second - first.
-
-    Raises:
-        ScoringError: the two have other items.
-    """
-    import numpy as np
-
-    found = []
+    """Item by item second - first; ScoringError where the two have other items."""
+    pairs = []
     for a, b in zip(first, second, strict=True):
         if a.items != b.items:
             raise ScoringError(f"{a.task}: the runs have other items")
-        found.append(summed(np.subtract(b.values, a.values), a.clusters, a.weight))
-    return found
+        pairs.append(summed(np.subtract(b.values, a.values), a.clusters, a.weight))
+    return pairs
 
 
 def compare(
@@ -98,8 +89,6 @@ def compare(
 
 def _difference(benchmark: Benchmark, first: dict[str, Any], second: dict[str, Any], seed: int) -> Difference:
     """One benchmark's difference: not corrected yet, and with a verdict only where both models are at chance."""
-    import numpy as np
-
     generator = np.random.default_rng(seed)
     ours, theirs = (independent(strata(benchmark, result)) for result in (first, second))
     a, b = (score_benchmark(benchmark, result) for result in (first, second))
@@ -140,11 +129,8 @@ class Scored:
 
 
 def comparable(runs: Sequence[Scored]) -> list[Benchmark]:
-    """The benchmarks that all runs have answered, asked the same way.
-
-    Raises:
-        UserError: the runs differ in prompts, examples or limits, or share no benchmark.
-    """
+    """The benchmarks that all runs have answered, asked the same way; UserError where the runs differ in prompts,
+    examples or limits, or share no benchmark."""
     first = runs[0]
     for run in runs[1:]:
         _check_same_questions(first, run)
@@ -167,8 +153,8 @@ def _check_same_questions(first: Scored, run: Scored) -> None:
                 a, b = (tasks.get(task, {}).get(field) for tasks in (ours, theirs))
                 if a != b:
                     a, b = (value[:12] if isinstance(value, str) else value for value in (a, b))
-                    told = f"{b} in {run.name}, {a} in {first.name}"
-                    raise UserError(f"compare: {task} has another {field}: {told}; these are other questions")
+                    values = f"{b} in {run.name}, {a} in {first.name}"
+                    raise UserError(f"compare: {task} has another {field}: {values}; these are other questions")
 
 
 def _asked(value: Any) -> str:

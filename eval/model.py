@@ -25,11 +25,8 @@ def is_first() -> bool:
 
 
 def load_model(path: Path, batch_size: int | str, device: str | None, dtype: str) -> Any:
-    """lm-eval's stock HFLM around the checkpoint at `path`.
-
-    Raises:
-        UserError: the checkpoint cannot be loaded whole, or its tokenizer does not fit the model.
-    """
+    """lm-eval's stock HFLM around the checkpoint at `path`; UserError where the checkpoint cannot be loaded whole, or
+    its tokenizer does not fit the model."""
     import torch
 
     quiet_libraries()
@@ -89,10 +86,10 @@ def divided(kind: type) -> type:
             mine = requests[rank::count]
             parts: list[list[Any]] = [[]] * count
             distributed.all_gather_object(parts, list(answer(mine, disable_tqdm=rank > 0)) if mine else [])
-            found: list[Any] = [None] * len(requests)
+            answers: list[Any] = [None] * len(requests)
             for i, part in enumerate(parts):
-                found[i::count] = part
-            return found
+                answers[i::count] = part
+            return answers
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
             return self._part(super().loglikelihood, requests)
@@ -147,29 +144,27 @@ def fingerprint(harness: Any) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # Padding and truncation are what the last call left there.
     rules = {**json.loads(backend.to_str()), "padding": None, "truncation": None} if backend else tokenizer.get_vocab()
+    # How text becomes tokens, and tokens text.
+    ways = ("add_bos_token", "clean_up_tokenization_spaces", "split_special_tokens")
     words = [
-        json.dumps(rules, sort_keys=True),
-        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
         str(tokenizer.chat_template),
         type(tokenizer).__name__,
-        # How text becomes tokens, and tokens text.
-        *(str(getattr(tokenizer, name, None)) for name in ("add_bos_token", "clean_up_tokenization_spaces")),
-        str(getattr(tokenizer, "split_special_tokens", None)),
+        *(str(getattr(tokenizer, way, None)) for way in ways),
     ]
     generation = getattr(model, "generation_config", None)
-    ways = (
-        {name: value for name, value in generation.to_diff_dict().items() if name not in _OF_GENERATE}
-        if generation
-        else {}
-    )
+    options = generation.to_diff_dict() if generation else {}
     return {
         "weights": sha256_tensors(model.state_dict().items()),
-        "config": sha256([json.dumps(config, sort_keys=True, default=str)]),
-        "tokenizer": sha256(words),
-        "generation": sha256([json.dumps(ways, sort_keys=True, default=str)]),
+        "config": sha256([_json(config)]),
+        "tokenizer": sha256([json.dumps(rules, sort_keys=True), _json(tokenizer.special_tokens_map), *words]),
+        "generation": sha256([_json({name: value for name, value in options.items() if name not in _OF_GENERATE})]),
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_length": harness.max_length,
     }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 _NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map", "architectures")

@@ -11,8 +11,10 @@ from hf_ibnorm.base.errors import UserError, bad_input
 from .choice import choose
 from .suites import DEFINED, SUITES, Benchmark
 
-CHECKS = ("packages", "punkt", "mirror", "access", "data", "tokenizer", "noise", "logits", "padding", "batch_size")
-CHECKS += ("context",)
+CHECKS = (
+    *("packages", "punkt", "mirror", "access", "data", "tokenizer", "noise", "logits", "padding"),
+    *("batch_size", "context"),
+)
 """What `eval doctor` looks at."""
 
 
@@ -36,10 +38,13 @@ class Prompting:
 
     def smoke(self, suite: str) -> list[str]:
         """The settings that make what is run of `suite` no leaderboard score."""
-        found = [] if self.limit is None else [f"--limit {self.limit}"]
-        found += [] if not self.generation else ["changed generation settings"]
         fixed = any(name in SUITES or name in DEFINED for name in suite.split(","))  # its number of examples
-        return found + ([f"--num_fewshot {self.shots}"] if fixed and self.shots is not None else [])
+        reasons = {
+            f"--limit {self.limit}": self.limit is not None,
+            "changed generation settings": bool(self.generation),
+            f"--num_fewshot {self.shots}": fixed and self.shots is not None,
+        }
+        return [reason for reason, given in reasons.items() if given]
 
     def notes(self) -> list[str]:
         """What a reader of the scores must know of the prompts."""
@@ -87,61 +92,45 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def _flag(help: str, default: Any = None, study: bool = True, **argument: Any) -> Any:
+def _flag(help: str, default: Any = None, *, study: bool = True, **argument: Any) -> Any:
     """A field that is a flag, too: `argument` as argparse takes it; `study` where a study may set it."""
     return field(default=default, metadata={"study": study, "argument": {"help": help, **argument}})
+
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SUITE = f"one of: {', '.join(SUITES)}; or tasks of lm-eval or of --include_path, divided by commas"
+_INCLUDE = "folder with task files of your own, in lm-eval's form (default: none)"
+_SHOTS = "examples in each prompt, a smoke test of a suite (default: each task's own number)"
+_OVERLONG = (
+    "where prompts are longer than the model's context: stop, cut them from the left, or leave the benchmark out "
+    "(default: refuse)"
+)
+_GENERATION = "options of generation instead of the tasks' own, a smoke test (default: the tasks' own)"
+_SHARD = "every N-th benchmark from the I-th (default: 1/1)"
+_TEMPLATE = "put prompts through the chat template (default: not)"
+_TURNS = "examples as turns of a conversation (default: one prompt)"
+_CACHE = "keep answers there by model and prompt, and use those kept (default: not)"
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a run is asked for, beside the model and where its files go; the flags' help says what each field is."""
 
-    suite: str = _flag(
-        f"one of: {', '.join(SUITES)}; or tasks of lm-eval or of --include_path, divided by commas",
-        *(MISSING, False),
-    )
-    include_path: str | None = _flag(
-        "folder with task files of your own, in lm-eval's form (default: none)", metavar="DIR"
-    )
-    num_fewshot: int | None = _flag(
-        "examples in each prompt, a smoke test of a suite (default: each task's own number)",
-        type=_whole(0),
-        metavar="N",
-    )
+    suite: str = _flag(_SUITE, MISSING, study=False)
+    include_path: str | None = _flag(_INCLUDE, metavar="DIR")
+    num_fewshot: int | None = _flag(_SHOTS, type=_whole(0), metavar="N")
     mirror: str | None = _flag("folder with the data sets, no network is touched then (default: the Hub)")
     limit: int | None = _flag("only the first N items a task, a smoke test (default: all)", type=positive)
     batch_size: int | str = _flag("sequences at a time; auto on a GPU: all that fit (default: 8)", 8, type=_batch_size)
     device: str | None = _flag("device of torch (default: cuda if there is one, else cpu)")
-    dtype: str = _flag(
-        "dtype of the weights (default: auto, the checkpoint's)",
-        "auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    overlong: str = _flag(
-        "where prompts are longer than the model's context: stop, cut them from the left, or leave the benchmark "
-        "out (default: refuse)",
-        "refuse",
-        choices=("refuse", "truncate", "skip"),
-    )
+    dtype: str = _flag("dtype of the weights (default: auto, the checkpoint's)", "auto", choices=_DTYPES)
+    overlong: str = _flag(_OVERLONG, "refuse", choices=("refuse", "truncate", "skip"))
     skip: Sequence[str] = _flag("benchmarks to leave out (default: none)", (), type=_names, metavar="NAMES")
-    shard: tuple[int, int] = _flag(
-        "every N-th benchmark from the I-th (default: 1/1)", (1, 1), False, type=_shard, metavar="I/N"
-    )
-    apply_chat_template: bool = _flag(
-        "put prompts through the chat template (default: not)", False, False, action="store_true"
-    )
-    fewshot_as_multiturn: bool = _flag(
-        "examples as turns of a conversation (default: one prompt)", False, False, action="store_true"
-    )
-    gen_kwargs: dict[str, Any] | None = _flag(  # noqa: RUF009
-        "options of generation instead of the tasks' own, a smoke test (default: the tasks' own)",
-        *(None, False),
-        type=_json_object,
-        metavar="JSON",
-    )
-    cache: str | None = _flag(
-        "keep answers there by model and prompt, and use those kept (default: not)", metavar="DIR"
-    )
+    shard: tuple[int, int] = _flag(_SHARD, (1, 1), study=False, type=_shard, metavar="I/N")
+    apply_chat_template: bool = _flag(_TEMPLATE, False, study=False, action="store_true")
+    fewshot_as_multiturn: bool = _flag(_TURNS, False, study=False, action="store_true")
+    gen_kwargs: dict[str, Any] | None = _flag(_GENERATION, study=False, type=_json_object, metavar="JSON")  # noqa: RUF009
+    cache: str | None = _flag(_CACHE, metavar="DIR")
     ignore: Sequence[str] = _flag("checks that may fail (default: none)", (), type=_names, metavar="CHECKS")
 
     @property
@@ -173,11 +162,7 @@ class Settings:
             GenerationConfig(**generation).validate()
 
     def benchmarks(self) -> tuple[str, list[Benchmark]]:
-        """The suite's name and what is to be run of it.
-
-        Raises:
-            UserError: a name is unknown, or nothing is left.
-        """
+        """The suite's name and what is to be run of it; UserError where a name is unknown, or nothing is left."""
         name, benchmarks = choose(self.suite, self.include_path)
         if self.num_fewshot is not None:
             benchmarks = [replace(each, shots=self.num_fewshot, set_shots=True) for each in benchmarks]

@@ -19,9 +19,10 @@ from hf_ibnorm.report.environment import package_versions
 from hf_ibnorm.report.tables import score_cell
 from hf_ibnorm.swap.loading import find_model
 
+from .answers import Prompts, answer, prompts_of
 from .choice import own_files
 from .doctor import Check, check_context, check_model, check_surroundings, failures, outcome
-from .harness import SEEDS, Prompts, answer, data_from, load_tasks, measure, of_its_files
+from .harness import SEEDS, data_from, load_tasks, of_its_files
 from .mirror import hashes, sets_of
 from .model import as_tasks_ask, fingerprint, is_first, load_model, wrap_model
 from .options import Settings
@@ -75,22 +76,12 @@ def run(model: Any, suite: str, output: str, *, tokenizer: Any = None, **setting
     with _data_sets(asked.mirror) as folder, as_tasks_ask(lm) as unused, ExitStack() as stack:
         if is_first() and is_begun(target):
             stack.enter_context(alone_in(target, busy))
-        identity = {
-            "suite": name,
-            "benchmarks": [each.name for each in benchmarks],
-            "model": fingerprint(lm),
-            "prompting": asdict(asked.prompting),
-            "overlong": asked.overlong,
-            "mirror": hashes(folder, sets_of(benchmarks)) if folder else None,
-            "include_path": own_files(asked.include_path) if asked.include_path else None,
-            "versions": {each: package_versions()[each] for each in ("lm_eval", "transformers", "torch", "hf_ibnorm")},
-            "seeds": SEEDS,
-        }
+        identity = _identity(lm, name, benchmarks, asked, folder)
         missing = still_missing(target, identity) if is_begun(target) else identity["benchmarks"]
         checks, ready = examine(lm, [each for each in benchmarks if each.name in missing], asked, folder, unused)
         _stop_on_failure(checks, asked.ignore, say)
         notes = [f"ignored: {check.name}: {check.problem}" for check in checks if not check.passed]
-        notes += [check.found for check in checks if check.name == "generation"]
+        notes += [check.detail for check in checks if check.name == "generation"]
         if is_first() and is_begun(target):
             add_notes(target, notes)
         elif is_first():
@@ -106,6 +97,23 @@ def run(model: Any, suite: str, output: str, *, tokenizer: Any = None, **setting
         return {}
     record_hashes(target)
     return write_scores(target)
+
+
+def _identity(
+    lm: Any, suite: str, benchmarks: Sequence[Benchmark], asked: Settings, mirror: Path | None
+) -> dict[str, Any]:
+    """All that the scores of a run depend on."""
+    return {
+        "suite": suite,
+        "benchmarks": [each.name for each in benchmarks],
+        "model": fingerprint(lm),
+        "prompting": asdict(asked.prompting),
+        "overlong": asked.overlong,
+        "mirror": hashes(mirror, sets_of(benchmarks)) if mirror else None,
+        "include_path": own_files(asked.include_path) if asked.include_path else None,
+        "versions": {each: package_versions()[each] for each in ("lm_eval", "transformers", "torch", "hf_ibnorm")},
+        "seeds": SEEDS,
+    }
 
 
 def diagnose(model: str, **settings: Any) -> list[Check]:
@@ -142,7 +150,7 @@ def examine(
                 checks.append(Check("data", str(error)))
                 continue
             try:
-                prompts = measure(lm, complete, loaded["tasks"], asked.prompting)
+                prompts = prompts_of(lm, complete, loaded["tasks"], asked.prompting)
             except UserError as error:
                 checks.append(Check("prompts", str(error)))
                 continue
@@ -151,9 +159,9 @@ def examine(
             ready.append(Ready(complete, loaded, prompts, reason))
     written = (task for each in ready for task in each.loaded["tasks"].values() if task.OUTPUT_TYPE == "generate_until")
     if unused and any(written):
-        told = ", ".join(f"{name}={str(value)[:40]}" for name, value in unused.items())
-        found = f"not used, for no task asks for it: {told} (of the model's generation_config)"
-        checks.append(Check("generation", None, found, notable=True))
+        fields = ", ".join(f"{name}={str(value)[:40]}" for name, value in unused.items())
+        detail = f"not used, for no task asks for it: {fields} (of the model's generation_config)"
+        checks.append(Check("generation", None, detail, notable=True))
     return checks, ready
 
 
@@ -222,13 +230,13 @@ def _cached(lm: Any, folder: Path, identity: dict[str, Any]) -> Iterator[Any]:
         if path.exists():
             with sqlite3.connect(path) as database:
                 database.execute("select name from sqlite_master")
-        found = CachingLM(lm, str(path))
+        cached = CachingLM(lm, str(path))
     # lm-eval would pickle: whoever can write the file could run code here.
-    found.dbdict.close()
-    found.dbdict = SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=json.loads)
-    lm.set_cache_hook(found.get_cache_hook())
+    cached.dbdict.close()
+    cached.dbdict = SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=json.loads)
+    lm.set_cache_hook(cached.get_cache_hook())
     try:
-        yield found
+        yield cached
     finally:
         lm.set_cache_hook(CacheHook(None))
-        found.dbdict.close()
+        cached.dbdict.close()

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from .statistics import LEVEL, p_of_guessing, p_of_no_difference, summed
 from .suites import AVERAGED, SUITES, Benchmark
 
@@ -46,11 +48,7 @@ def check_items(tasks: Mapping[str, Any], limit: int | None = None) -> None:
 
 
 def _number(task: str, item: Mapping[str, Any], what: str, value: Any, low: float, high: float) -> float:
-    """A number of an item as it must be.
-
-    Raises:
-        ScoringError: it is none, not finite or out of its range.
-    """
+    """A number of an item as it must be; ScoringError where it is none, not finite or out of its range."""
     if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
         allowed = f"must be a number from {low:g} to {high:g}"
         raise ScoringError(f"{task}: item {item['doc_id']} has a {what} of {value!r}, {allowed}")
@@ -132,11 +130,8 @@ class Stratum:
 
 
 def strata(benchmark: Benchmark, result: dict[str, Any]) -> list[Stratum]:
-    """The items of a result file as numbers, task after task.
-
-    Raises:
-        ScoringError: the file has other tasks than the benchmark, or no items.
-    """
+    """The items of a result file as numbers, task after task; ScoringError where the file has other tasks than the
+    benchmark, or no items."""
     tasks = result["tasks"]
     if set(tasks) != set(benchmark.tasks):
         missing = sorted(set(benchmark.tasks) - set(tasks))
@@ -196,8 +191,6 @@ def p_of_chance(parts: Sequence[Stratum]) -> float:
     Args:
         parts: strata with `guesses`.
     """
-    import numpy as np
-
     apart, generator = independent(parts), np.random.default_rng(0)
     items = [item for part in apart for item in zip(part.values, part.guesses, strict=True)]
     if any(value > 0 and guess == 0 for value, guess in items):

@@ -28,11 +28,8 @@ def is_begun(directory: Path) -> bool:
 
 
 def create(directory: Path, identity: dict[str, Any], about: dict[str, Any]) -> None:
-    """Begin a run: `identity` is all that its scores depend on, `about` what else is worth keeping.
-
-    Raises:
-        UserError: the directory cannot be made.
-    """
+    """Begin a run: `identity` is all that its scores depend on, `about` what else is worth keeping; UserError where the
+    directory cannot be made."""
     with bad_input(OSError, about="output: "):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(directory) as folder:
@@ -42,11 +39,7 @@ def create(directory: Path, identity: dict[str, Any], about: dict[str, Any]) -> 
 
 
 def still_missing(directory: Path, identity: dict[str, Any]) -> list[str]:
-    """The benchmarks that a stopped run has not finished.
-
-    Raises:
-        UserError: the run in `directory` is another one.
-    """
+    """The benchmarks that a stopped run has not finished; UserError where the run in `directory` is another one."""
     before = read_manifest(directory)["identity"]
     if different := _difference(before, identity):
         raise UserError(f"output: {directory} holds a run with another {different}; name a new directory")
@@ -102,11 +95,7 @@ def record_hashes(directory: Path) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """`manifest.json` of a run.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """`manifest.json` of a run; UserError where it is missing or damaged."""
     manifest: dict[str, Any] = read_json("run", directory / layout.MANIFEST, layout.MANIFEST_FORM)
     return manifest
 
@@ -121,11 +110,8 @@ def read_results(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_run(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The manifest and the result files of a run, each with as many items as it must have.
-
-    Raises:
-        UserError: a file is missing or damaged, or items are.
-    """
+    """The manifest and the result files of a run, each with as many items as it must have; UserError where a file is
+    missing or damaged, or items are."""
     manifest, results = read_manifest(directory), read_results(directory)
     with bad_input(*DAMAGE, about=f"run: {directory} holds a damaged result: "):
         limit = Prompting(**manifest["identity"]["prompting"]).limit
@@ -149,11 +135,8 @@ def benchmarks_of(suite: str, results: dict[str, dict[str, Any]], names: Sequenc
 
 
 def merge(shards: Sequence[Path], output: Path) -> None:
-    """Put the shards of one run together, as if it had been run in `output`, a new directory.
-
-    Raises:
-        UserError: they are not shards of one run, or the directory cannot be made.
-    """
+    """Put the shards of one run together, as if it had been run in `output`, a new directory; UserError where they are
+    not shards of one run, or the directory cannot be made."""
     with bad_input():
         check_new_directory("output", output)
     manifests = [read_manifest(shard) for shard in shards]
@@ -178,11 +161,7 @@ def merge(shards: Sequence[Path], output: Path) -> None:
 
 
 def score(directory: Path) -> dict[str, Any]:
-    """The scores of a run, from its files alone.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """The scores of a run, from its files alone; UserError where a file is missing or damaged."""
     manifest, results = read_run(directory)
     suite, names = manifest["identity"]["suite"], manifest["identity"]["benchmarks"]
     prompting = Prompting(**manifest["identity"]["prompting"])
@@ -195,11 +174,8 @@ def score(directory: Path) -> dict[str, Any]:
 
 
 def write_scores(directory: Path, output: Path | None = None) -> dict[str, Any]:
-    """Score a run, print the table and write `scores.json`, `.md`, `.csv` and `.tex` into `output`, or its directory.
-
-    Raises:
-        UserError: as `score` does, or the files cannot be written.
-    """
+    """Score a run, print the table and write `scores.json`, `.md`, `.csv` and `.tex` into `output`, or its directory;
+    UserError as in `score`, and where the files cannot be written."""
     scores = score(directory)
     target = output or directory
     table = score_table(scores)

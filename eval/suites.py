@@ -14,8 +14,10 @@ import yaml
 
 from hf_ibnorm.data import load_corpus
 
-MULTIPLE_CHOICE = ("sva_simple", "sva_nounpp", "sva_linzen")
-MULTIPLE_CHOICE += ("cause_and_effect", "phrase_relatedness", "human_organs_senses")
+MULTIPLE_CHOICE = (
+    *("sva_simple", "sva_nounpp", "sva_linzen"),
+    *("cause_and_effect", "phrase_relatedness", "human_organs_senses"),
+)
 ROLLING = {"austen_test": "austen"}
 
 
@@ -104,18 +106,15 @@ def _embedded(name: str) -> Benchmark:
         "metadata": {"version": 2.0 if name in ROLLING else 1.0},  # 1: the novel as one item
     }
     if name in ROLLING:
-        metric = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+        metric = "bits_per_byte"
         config |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+        config["metric_list"] = [{"metric": metric, "aggregation": metric, "higher_is_better": False}]
     else:
-        metric = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
-        config |= {
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{query}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "gold",
-            "target_delimiter": " ",
-        }
-    return Benchmark(name, name, (name,), metric["metric"], config=config | {"metric_list": [metric]})
+        metric = "acc"
+        config |= {"output_type": "multiple_choice", "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}"}
+        config |= {"doc_to_target": "gold", "target_delimiter": " "}
+        config["metric_list"] = [{"metric": metric, "aggregation": "mean", "higher_is_better": True}]
+    return Benchmark(name, name, (name,), metric, config=config)
 
 
 def _leaderboard(entry: dict[str, Any]) -> Benchmark:
@@ -127,7 +126,7 @@ def _leaderboard(entry: dict[str, Any]) -> Benchmark:
         tasks, entry["bounds"] = tuple(bounds), bounds
     elif choices:
         entry["bounds"] = 1 / choices
-    lists = {field: tuple(entry.pop(field, ())) for field in ("also", "folders")}
+    lists: dict[str, Any] = {name: tuple(entry.pop(name, ())) for name in ("also", "folders")}
     return Benchmark(tasks=tasks, **entry, **lists)
 
 

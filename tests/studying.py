@@ -120,8 +120,8 @@ def ask(words):
 def here(monkeypatch, small_corpus, tmp_path):
     """Programs run in this process; returns carry_out(study, folder="study", room=None) → (Folder, executor, lines)."""
     monkeypatch.setenv("HF_IBNORM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(eval.study.jobs, "_call", call)
-    monkeypatch.setattr(eval.study.folder, "_ask", ask)
+    monkeypatch.setattr(eval.study.jobs, "call", call)
+    monkeypatch.setattr(eval.study.folder, "ask", ask)
 
     def carry_out(what, name="study", room=1 << 30):
         folder = Folder.begin(what, tmp_path / name, ["python", "-m", "eval", "study", "run"])

@@ -6,10 +6,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_ibnorm.base.command import OneLineParser
+from hf_ibnorm.base.command import OneLineParser, add_verb
 from hf_ibnorm.base.errors import Stopped, UserError
 
 from ..options import positive
@@ -123,14 +124,11 @@ def add_study_verbs(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
     shipped = ", ".join(shipped_studies())
 
-    def verb(name: str, go: Any, about: str) -> argparse.ArgumentParser:
-        found = verbs.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
-        found.set_defaults(go=go)
-        return found
+    verb = partial(add_verb, verbs)
 
-    def of_file(found: argparse.ArgumentParser) -> None:
-        found.add_argument("study", metavar="STUDY", help=f"a study's YAML file, or a shipped study: {shipped}")
-        found.add_argument("--output", help="directory of the study (default: studies/NAME)")
+    def of_file(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("study", metavar="STUDY", help=f"a study's YAML file, or a shipped study: {shipped}")
+        parser.add_argument("--output", help="directory of the study (default: studies/NAME)")
 
     run = verb("run", _run, "carry out a study; one that was stopped goes on, what is finished is never repeated")
     of_file(run)

@@ -24,8 +24,10 @@ from hf_ibnorm.checks import nearest
 from ..options import OF_STUDIES
 from .plan import STUDIES, VALIDATION, Arm, Search, Study, shipped_studies, slug
 
-_STUDYS_OWN = ("run_dir", "resume", "seed", "learning_rate", "config", "check", "push_to_hub")
-_STUDYS_OWN += ("model.norm_type", "model.norm_kwargs", "model.norm_overrides")
+_STUDYS_OWN = (
+    *("run_dir", "resume", "seed", "learning_rate", "config", "check", "push_to_hub"),
+    *("model.norm_type", "model.norm_kwargs", "model.norm_overrides"),
+)
 
 
 @dataclass
@@ -107,20 +109,9 @@ def parse_study(name: str, content: Any, source: str, folder: Path = Path()) -> 
     file = from_mapping(_File, "study", content)
     arms = tuple(arm for i, entry in enumerate(file.norms) for arm in _arms(f"norms[{i}]", entry))
     searches = tuple(_search(f"search[{i}]", entry) for i, entry in enumerate(file.search))
-    rates, seeds, tuning_seeds = file.learning_rates, file.seeds, file.tuning_seeds or file.seeds[:1]
-    names = [each.name for each in (*arms, *searches)]
-    for where, named in (("norms", names), ("conditions", list(file.conditions))):
-        for name_ in _repeated(named, slug):
-            raise ValueError(f"{where}: {name_!r} is there more than once, or too like another name")
-    folders = [f"{rate:g}" for rate in rates]
-    listed = {"learning_rates": folders, "seeds": seeds, "tuning_seeds": tuning_seeds, "suites": file.suites}
-    for where, values in listed.items():
-        for value in _repeated(values):
-            raise ValueError(f"{where}: got {value} more than once")
-    if file.baseline and file.baseline not in [arm.name for arm in arms]:
-        allowed = f"{', '.join(arm.name for arm in arms)}{nearest(file.baseline, names)}"
-        raise ValueError(f"baseline: got {file.baseline!r}, must be one of norms: {allowed}")
-    if searches and (shared := sorted({*seeds} & {*tuning_seeds})):
+    file.tuning_seeds = file.tuning_seeds or file.seeds[:1]
+    _check_names(file, [each.name for each in arms], [each.name for each in searches])
+    if searches and (shared := sorted({*file.seeds} & {*file.tuning_seeds})):
         raise ValueError(f"seeds: got {shared[0]}, which is one of tuning_seeds; a search is confirmed on fresh seeds")
     if searches and "" not in file.conditions:
         raise ValueError("search: cannot go with conditions; give each condition a study of its own")
@@ -129,26 +120,36 @@ def parse_study(name: str, content: Any, source: str, folder: Path = Path()) -> 
     check_known("scoring", file.scoring, list(OF_STUDIES))
     for flag, value in file.scoring.items():
         check_filled(f"scoring.{flag}", value)
-    return Study(
-        name=name,
-        about=" ".join(file.about.split()),
-        recipe=str(folder / file.recipe) if (folder / file.recipe).is_file() else file.recipe,
-        settings=_settings("set", file.set),
-        conditions={each: _settings(f"conditions.{each}", value) for each, value in file.conditions.items()},
-        arms=arms,
-        baseline=file.baseline,
-        learning_rates=tuple(rates),
-        tuning_seeds=tuple(tuning_seeds),
-        seeds=tuple(seeds),
-        suites=tuple(file.suites),
-        metric=file.metric,
-        scoring=file.scoring,
-        threads=file.threads,
-        launcher=tuple(file.launcher),
-        gpus=file.gpus,
-        searches=searches,
-        source=source,
-    )
+    same = {each: value for each, value in vars(file).items() if each not in ("norms", "set", "search")}
+    values: dict[str, Any] = {each: tuple(value) if isinstance(value, list) else value for each, value in same.items()}
+    values |= {
+        "about": " ".join(file.about.split()),
+        "recipe": str(folder / file.recipe) if (folder / file.recipe).is_file() else file.recipe,
+        "settings": _settings("set", file.set),
+        "conditions": {each: _settings(f"conditions.{each}", value) for each, value in file.conditions.items()},
+    }
+    return Study(name=name, source=source, arms=arms, searches=searches, **values)
+
+
+def _check_names(file: _File, arms: list[str], searches: list[str]) -> None:
+    """Raise ValueError where two of something would be one folder, or the baseline is none of the arms."""
+    names = [*arms, *searches]
+    for where, named in (("norms", names), ("conditions", list(file.conditions))):
+        for name in _repeated(named, slug):
+            raise ValueError(f"{where}: {name!r} is there more than once, or too like another name")
+    rates = [f"{rate:g}" for rate in file.learning_rates]
+    listed: dict[str, list[Any]] = {
+        "learning_rates": rates,
+        "seeds": file.seeds,
+        "tuning_seeds": file.tuning_seeds,
+        "suites": file.suites,
+    }
+    for where, values in listed.items():
+        for value in _repeated(values):
+            raise ValueError(f"{where}: got {value} more than once")
+    if file.baseline and file.baseline not in arms:
+        allowed = f"{', '.join(arms)}{nearest(file.baseline, names)}"
+        raise ValueError(f"baseline: got {file.baseline!r}, must be one of norms: {allowed}")
 
 
 def _arms(where: str, content: Any) -> list[Arm]:
@@ -204,7 +205,7 @@ def _settings(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _repeated(values: Sequence[Any], folder: Callable[[Any], Any] = str) -> list[Any]:
+def _repeated(values: Sequence[Any], folder: Callable[[Any], str] = str) -> list[Any]:
     """The values that share their folder with another one."""
     folders = [folder(value) for value in values]
     return [value for value, its in zip(values, folders, strict=True) if folders.count(its) > 1]

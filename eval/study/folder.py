@@ -21,7 +21,7 @@ from hf_ibnorm.base.reading import read_json, reading
 from hf_ibnorm.swap.families import FAMILIES
 
 from ..choice import choose
-from ..options import add_settings
+from ..options import Settings, add_settings
 from ..suites import SUITES
 from .plan import VALIDATION, Arm, Cell, Search, Study, flag_words, slug
 from .training import Training, mean_losses, read_training, scores_folder, with_scores
@@ -86,33 +86,34 @@ class Folder:
         check_suites(study)
         recipes = {condition: _resolved_recipe(study, condition) for condition in study.conditions}
         study = replace(study, baseline=study.baseline or _stock_norm(study, recipes))
-        record = {
-            "study": study.content(),
-            "recipes": {condition: sha256([text]) for condition, text in recipes.items()},
-            "command": list(command),
-        }
-        found = cls(path, study)
-        if not (path / layout.PLAN).is_file():
-            with bad_input(OSError):
-                check_new_directory("output", path)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_directory(path) as folder:
-                    cls(folder, study)._write({**record, "history": [_entry(record)]}, recipes)
-            return found
-        before, now = found.record(), json.loads(json.dumps(record))
+        hashes = {condition: sha256([text]) for condition, text in recipes.items()}
+        record = json.loads(json.dumps({"study": study.content(), "recipes": hashes, "command": list(command)}))
+        folder = cls(path, study)
+        if (path / layout.PLAN).is_file():
+            folder._go_on(record, recipes)
+            return folder
+        with bad_input(OSError):
+            check_new_directory("output", path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_directory(path) as new:
+                cls(new, study)._write({**record, "history": [_entry(record)]}, recipes)
+        return folder
+
+    def _go_on(self, record: dict[str, Any], recipes: Mapping[str, str]) -> None:
+        """Write what a plan that was begun becomes, if anything."""
+        before = self.record()
         history = before["history"]
-        if not any(path.glob(f"*/**/{layout.METRICS}")):
+        if not any(self.path.glob(f"*/**/{layout.METRICS}")):
             history = []
-        elif changed := _changed(before, now):
-            raise UserError(f"output: {path} holds a study with {changed[0]}; name a new directory")
-        entry, command = _entry(now), list(command) or before["command"]
+        elif changed := _changed(before, record):
+            raise UserError(f"output: {self.path} holds a study with {changed[0]}; name a new directory")
+        entry = _entry(record)
         if not history or history[-1]["plan"] != entry["plan"]:
             history = [*history, {**entry, **({"was": _summary(before["study"])} if history else {})}]
-        record = {**now, "command": command, "history": history}
+        record = {**record, "command": record["command"] or before["command"], "history": history}
         if record != before:
-            with found.lock():
-                found._write(record, recipes)
-        return found
+            with self.lock():
+                self._write(record, recipes)
 
     def _write(self, record: dict[str, Any], recipes: Mapping[str, str]) -> None:
         """Write the plan; its own file last, by which the rest is found."""
@@ -124,11 +125,7 @@ class Folder:
 
     @classmethod
     def open(cls, path: Path) -> "Folder":
-        """The study in `path`, as it was last begun.
-
-        Raises:
-            UserError: there is none, or its file is damaged.
-        """
+        """The study in `path`, as it was last begun; UserError where there is none, or its file is damaged."""
         if not (path / layout.PLAN).is_file():
             raise UserError(f"study: {path} holds no study (it has no {layout.PLAN})")
         record = cls(path, None).record()  # type: ignore[arg-type]
@@ -136,20 +133,12 @@ class Folder:
             return cls(path, study_from(record["study"]))
 
     def record(self) -> dict[str, Any]:
-        """The content of `study.json`.
-
-        Raises:
-            UserError: it is damaged.
-        """
-        found: dict[str, Any] = read_json("study", self.path / layout.PLAN, layout.PLAN_FORM)
-        return found
+        """The content of `study.json`; UserError where it is damaged."""
+        record: dict[str, Any] = read_json("study", self.path / layout.PLAN, layout.PLAN_FORM)
+        return record
 
     def lock(self) -> AbstractContextManager[None]:
-        """Keep any other process from starting the study's trainings.
-
-        Raises:
-            UserError: another one does.
-        """
+        """Keep any other process from starting the study's trainings; UserError where another one does."""
         return alone_in(self.path, f"output: {self.path} is in use by another `study run`", timeout=2)
 
     def note_running(self, names: Sequence[str]) -> None:
@@ -174,10 +163,7 @@ class Folder:
         return self.path / layout.SEARCHES / slug(search.name)
 
     def winner(self, name: str) -> dict[str, Any] | None:
-        """What the search of that name has found: {"lam", "learning_rate", ...}; None before it has ended.
-
-        λ is None where every trial diverged.
-        """
+        """{"lam", "learning_rate", ...} of a search, both None where every trial diverged; None before it has ended."""
         search = next(each for each in self.study.searches if each.name == name)
         path = self.search_folder(search) / layout.WINNER
         return read_json("study", path, layout.WINNER_FORM) if path.exists() else None
@@ -201,10 +187,10 @@ class Folder:
 
     def tried(self, condition: str, arm: Arm) -> dict[float, list[Training]]:
         """Learning rate → the trainings that decide on it, one a tuning seed."""
-        found: dict[float, list[Training]] = {}
+        trainings: dict[float, list[Training]] = {}
         for cell in self.tuning(condition, arm):
-            found.setdefault(cell.learning_rate, []).append(self.training(cell, arm))
-        return found
+            trainings.setdefault(cell.learning_rate, []).append(self.training(cell, arm))
+        return trainings
 
     def chosen(self, condition: str, arm: Arm) -> float | None:
         """The learning rate with the least mean validation loss over the tuning seeds; a diverged one is out.
@@ -232,32 +218,23 @@ class Folder:
     def training(self, cell: Cell, arm: Arm) -> Training:
         """How far a cell is."""
         folder = self.path / cell.folder
-        found = self._ended.get(cell) or read_training(folder, identity(arm, cell.learning_rate, cell.seed))
-        if found.ended:
-            self._ended[cell] = found
-        return with_scores(found, folder, self.study.suites)
+        training = self._ended.get(cell) or read_training(folder, identity(arm, cell.learning_rate, cell.seed))
+        if training.ended:
+            self._ended[cell] = training
+        return with_scores(training, folder, self.study.suites)
 
-    def training_job(
-        self,
-        condition: str,
-        arm: Arm,
-        learning_rate: float,
-        seed: int,
-        folder: Path,
-        name: str,
-        suites: Sequence[str] = (),
-    ) -> Job:
+    def training_job(self, cell: Cell, arm: Arm, folder: Path, name: str, suites: Sequence[str] = ()) -> Job:
         """A training in `folder`, and suites that its model is scored on.
 
         It runs from here, with as many threads as the study says.
         """
         here, run_dir = Path.cwd(), folder / layout.CELL_RUN
-        expected = identity(arm, learning_rate, seed)
+        expected = identity(arm, cell.learning_rate, cell.seed)
         # A recipe may ask for it: then every training would go to one repository.
         never = {"push_to_hub": None}
         settings = {"run_dir": str(run_dir), "resume": "auto", **never, **expected, **arm.flags()}
         starter = self.study.launcher or (sys.executable,)
-        words = (*starter, "-m", "train_lm", "--config", str(self.recipe(condition)), *flag_words(settings))
+        words = (*starter, "-m", "train_lm", "--config", str(self.recipe(cell.condition)), *flag_words(settings))
         commands = [Command(words, here / run_dir / layout.FINAL)]
         for suite in suites:
             scores = scores_folder(folder, suite)
@@ -274,16 +251,12 @@ class Folder:
         for condition, arm in self.groups():
             for cell in self.tuning(condition, arm):
                 if not self.training(cell, arm).ended:
-                    tuning[cell] = self._job(cell, arm)
+                    tuning[cell] = self.training_job(cell, arm, self.path / cell.folder, str(cell))
             for cell in self.finals(condition, arm):
-                training = self.training(cell, arm)
+                training, suites = self.training(cell, arm), self.study.suites
                 if not training.ended or training.unscored:
-                    finals[cell] = self._job(cell, arm, self.study.suites)
+                    finals[cell] = self.training_job(cell, arm, self.path / cell.folder, str(cell), suites)
         return [*tuning.values(), *finals.values()]
-
-    def _job(self, cell: Cell, arm: Arm, suites: Sequence[str] = ()) -> Job:
-        place = self.path / cell.folder
-        return self.training_job(cell.condition, arm, cell.learning_rate, cell.seed, place, str(cell), suites)
 
     def counts(self) -> tuple[int, int]:
         """Trainings that have ended (and been scored if they are to be), and how many there will be; searches apart."""
@@ -303,12 +276,8 @@ class Folder:
 
 def identity(arm: Arm, learning_rate: float, seed: int) -> dict[str, Any]:
     """Settings that tell one training of a study from the others."""
-    return {
-        "seed": seed,
-        "learning_rate": learning_rate,
-        "model.norm_type": arm.norm,
-        "model.norm_kwargs": dict(arm.kwargs),
-    }
+    norm = {"model.norm_type": arm.norm, "model.norm_kwargs": dict(arm.kwargs)}
+    return {"seed": seed, "learning_rate": learning_rate, **norm}
 
 
 def searched_arm(search: Search, lam: float | None) -> Arm:
@@ -325,15 +294,15 @@ def check_suites(study: Study) -> None:
         raise UserError(f"metric: got {study.metric!r}, must be {VALIDATION} or one of the suites': {', '.join(names)}")
     if study.metric in study.scoring.get("skip", ()):
         raise UserError(f"scoring: skip leaves out {study.metric}, which is the metric")
-    from ..runner import Settings
-
     parser = OneLineParser(prog="scoring")
     add_settings(parser)
     try:
         for suite in study.suites or ("",):
-            asked = vars(parser.parse_args(flag_words({"model": "", "suite": suite, **_scoring(study, suite)})))
+            flags = {"model": "", "suite": suite, **_scoring(study, suite)}
+            settings = vars(parser.parse_args(flag_words(flags)))
+            del settings["model"]
             if suite:
-                Settings(**{name: value for name, value in asked.items() if name != "model"}).benchmarks()
+                Settings(**settings).benchmarks()
     except UserError as error:
         raise UserError(f"scoring: {error}") from error
 
@@ -363,24 +332,20 @@ def _resolved_recipe(study: Study, condition: str) -> str:
 
 def _checked(recipe: str, settings: Mapping[str, Any]) -> str:
     """What `train_lm --check` prints: the whole recipe."""
-    code, said = _ask(["train_lm", "--config", recipe, "--run_dir", "unused", *flag_words(settings), "--check"])
+    code, output = ask(["train_lm", "--config", recipe, "--run_dir", "unused", *flag_words(settings), "--check"])
     if code:
-        raise UserError(f"recipe: {(said.strip().splitlines() or ['train_lm failed'])[-1].removeprefix('error: ')}")
-    return said
+        raise UserError(f"recipe: {(output.strip().splitlines() or ['train_lm failed'])[-1].removeprefix('error: ')}")
+    return output
 
 
-def _ask(words: Sequence[str]) -> tuple[int, str]:
+def ask(words: Sequence[str]) -> tuple[int, str]:
     """Run one of the house's programs; its exit code, and what it printed, or complained about."""
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
     return done.returncode, done.stderr if done.returncode else done.stdout
 
 
 def _stock_norm(study: Study, recipes: Mapping[str, str]) -> str:
-    """The arm that is the norm of the stock model: RMSNorm for Llama, LayerNorm for GPT-2.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The arm that is the norm of the stock model: RMSNorm for Llama, LayerNorm for GPT-2; UserError without one."""
     model_type = yaml.safe_load(next(iter(recipes.values())))["model"]["model_type"]
     (stock,) = (each.config.norm_site_table.stock for each in FAMILIES if each.config.stock_model_type == model_type)
     for arm in study.arms:
@@ -395,18 +360,18 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     Scoring may change: scores of another manner are not compared, and refuse to go on in one directory.
     """
     old, new = before["study"], now["study"]
-    found = [
+    changed = [
         f"another recipe{f' under {name}' if name else ''}"
         for name, each in before["recipes"].items()
         if now["recipes"].get(name) != each
     ]
-    found += [f"other {name}" for name in ("baseline", "threads", "tuning_seeds", "metric") if old[name] != new[name]]
+    changed += [f"other {name}" for name in ("baseline", "threads", "tuning_seeds", "metric") if old[name] != new[name]]
     for name in ("seeds", "learning_rates", "suites"):
-        found += [f"{name} {each}" for each in old[name] if each not in new[name]]
+        changed += [f"{name} {each}" for each in old[name] if each not in new[name]]
     for name, kind in (("arms", "norm"), ("searches", "search")):
         named = {each["name"]: each for each in new[name]}
-        found += [f"another {kind} {each['name']!r}" for each in old[name] if named.get(each["name"]) != each]
-    return found
+        changed += [f"another {kind} {each['name']!r}" for each in old[name] if named.get(each["name"]) != each]
+    return changed
 
 
 def _entry(record: Mapping[str, Any]) -> dict[str, str]:
@@ -417,16 +382,18 @@ def _entry(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _summary(study: dict[str, Any]) -> str:
-    return (
-        f"{len(study['arms'])} norms, learning rates {', '.join(f'{each:g}' for each in study['learning_rates'])}, "
-        f"seeds {', '.join(map(str, study['seeds']))}"
-    )
+    rates = ", ".join(f"{each:g}" for each in study["learning_rates"])
+    return f"{len(study['arms'])} norms, learning rates {rates}, seeds {', '.join(map(str, study['seeds']))}"
 
 
 def study_from(content: dict[str, Any]) -> Study:
     """A study from the plain data of `Study.content`."""
-    arms = tuple(Arm(**{**each, "overrides": tuple(each["overrides"])}) for each in content["arms"])
-    searches = tuple(Search(**{**each, "lam": tuple(each["lam"])}) for each in content["searches"])
-    names = ("learning_rates", "tuning_seeds", "seeds", "suites", "launcher")
-    lists = {name: tuple(content[name]) for name in names}
-    return replace(Study(**{**content, "arms": arms, "searches": searches}), **lists)
+
+    def frozen(kind: Any, fields: Mapping[str, Any]) -> Any:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+    parts = {"arms": Arm, "searches": Search}
+    study: Study = frozen(
+        Study, {**content, **{name: [frozen(kind, each) for each in content[name]] for name, kind in parts.items()}}
+    )
+    return study

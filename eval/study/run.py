@@ -62,15 +62,11 @@ def told_of(folder: Folder, job: Job, ending: Ending) -> str:
     if ending.code or training.validation is None:
         return f"failed: {ending.line or training.problem}"
     value = training.value(folder.study.metric)
-    told = f"validation {training.validation:.4f}"
-    if folder.study.metric != VALIDATION and value is not None:
-        told += f", {folder.study.metric} {value:.4f}"
-    return f"{told} ({_duration(ending.seconds)})"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    scored = folder.study.metric != VALIDATION and value is not None
+    metric = f", {folder.study.metric} {value:.4f}" if scored else ""
+    minutes, seconds = divmod(round(ending.seconds), 60)
+    duration = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    return f"validation {training.validation:.4f}{metric} ({duration})"
 
 
 def stopped_in_order(folder: Folder) -> Stopped:

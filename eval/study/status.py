@@ -12,24 +12,21 @@ SHOWN = 20
 
 
 def print_status(folder: Folder) -> None:
-    """Print how many trainings of each norm are in which state, what runs now, and what failed.
-
-    Raises:
-        UserError: a file of the study is damaged.
-    """
+    """Print how many trainings of each norm are in which state, what runs now, and what failed; UserError where a file
+    of the study is damaged."""
     states = (TRAINED, DIVERGED, FAILED, BEGUN, WAITING)
     table = Table(["norm", "learning rate", *states, "scored"])
     problems = []
     for condition, arm in folder.groups():
         finals = folder.finals(condition, arm)
-        found = folder.cells(condition, arm)
-        counts = Counter(each.state for each in found.values())
+        trainings = folder.cells(condition, arm)
+        counts = Counter(each.state for each in trainings.values())
         rate = folder.chosen(condition, arm)
-        scored = sum(found[cell].state == TRAINED and not found[cell].unscored for cell in finals)
+        scored = sum(trainings[cell].state == TRAINED and not trainings[cell].unscored for cell in finals)
         name = f"{condition}: {arm.name}" if condition else arm.name
         row = [name, "to be chosen" if rate is None else f"{rate:g}", *(str(counts[state] or "") for state in states)]
         table.rows.append([*row, f"{scored} of {len(finals or folder.study.seeds)}" if folder.study.suites else ""])
-        problems += [f"{each.state}: {cell}: {each.problem}" for cell, each in found.items() if each.problem]
+        problems += [f"{each.state}: {cell}: {each.problem}" for cell, each in trainings.items() if each.problem]
     table.print()
     for line in problems[:SHOWN]:
         print(line)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_ibnorm.base import layout
 from hf_ibnorm.base.reading import read_json
-from hf_ibnorm.report.runs import SKIPPED_SHARE, Run, read_scores
+from hf_ibnorm.report.runs import SKIPPED_SHARE, Run, flat_settings, read_scores
 
 from ..store import read_manifest
 from .plan import VALIDATION, slug
@@ -85,16 +85,15 @@ def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
     finished = (run_dir / layout.FINAL).exists()
     try:
         run = Run.read(run_dir, finished)
-        wrong = _damage(run) or _stranger(run, expected)
     except ValueError as error:
         if isinstance(error.__cause__, OSError):  # which says nothing about the training
             raise
-        run, wrong = None, str(error)
-    if run is None or wrong:
+        if finished:
+            return Training(FAILED, None, str(error))
         begun = (run_dir / layout.METRICS).exists()
-        if finished or run:
-            return Training(FAILED, None, wrong)
         return Training(FAILED if problem else BEGUN if begun else WAITING, None, problem)
+    if wrong := _damage(run) or _stranger(run, expected):
+        return Training(FAILED, None, wrong)
     if reason := _divergence(run, finished):
         return Training(DIVERGED, run, reason)
     if finished:
@@ -108,14 +107,14 @@ def with_scores(training: Training, folder: Path, suites: Sequence[str]) -> Trai
         return training
     places = {suite: scores_folder(folder, suite) for suite in suites}
     missing = tuple(suite for suite, place in places.items() if not (place / layout.SCORES).exists())
-    found = {suite: read_scores(place) for suite, place in places.items() if suite not in missing}
+    scored = {suite: read_scores(place) for suite, place in places.items() if suite not in missing}
     return replace(
         training,
         problem=_failure(folder) if missing else "",
-        scores={name: row for each in found.values() for name, row in each["benchmarks"].items()},
+        scores={name: row for each in scored.values() for name, row in each["benchmarks"].items()},
         unscored=missing,
-        smoke=any(each["smoke"] for each in found.values()),
-        scored_with={suite: _manner(read_manifest(places[suite])["identity"]) for suite in found},
+        smoke=any(each["smoke"] for each in scored.values()),
+        scored_with={suite: _manner(read_manifest(places[suite])["identity"]) for suite in scored},
     )
 
 
@@ -140,13 +139,16 @@ def _damage(run: Run) -> str:
 
 def _stranger(run: Run, expected: Mapping[str, Any]) -> str:
     """What shows that a run is not the one that belongs here, or nothing."""
-    model = run.config["model"]
+    settings = flat_settings(run.config)
     for name, value in expected.items():
-        found = model[name.removeprefix("model.")] if name.startswith("model.") else run.config.get(name)
-        # A run's options are resolved, the cell's may leave out the model's own epsilon.
-        same = {key: found.get(key) for key in value} == dict(value) if isinstance(value, Mapping) else found == value
+        got = settings.get(name)
+        if isinstance(value, Mapping) and isinstance(got, Mapping):
+            # A run's options are resolved, the cell's may leave out the model's own epsilon.
+            same = {option: got.get(option) for option in value} == dict(value)
+        else:
+            same = got == value
         if not same:
-            return f"the run here is another one: {name} is {found!r}, must be {value!r}"
+            return f"the run here is another one: {name} is {got!r}, must be {value!r}"
     return ""
 
 

@@ -100,6 +100,20 @@ class OneLineParser(argparse.ArgumentParser):
         return flags
 
 
+def add_verb(verbs: Any, name: str, go: Callable[[Any], None] | None, about: str) -> OneLineParser:
+    """The parser of a new verb of a command.
+
+    Args:
+        verbs: argparse's subparsers, with `parser_class=OneLineParser`.
+        name: the verb.
+        go: what to call with the arguments, as their attribute `go` has it; None for a verb that has verbs itself.
+        about: what it does, without a capital and a full stop.
+    """
+    parser: OneLineParser = verbs.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+    parser.set_defaults(go=go)
+    return parser
+
+
 def require_extra(extra: str, *modules: str) -> None:
     """Raise `UserError` with the pip command unless every module of an optional extra is installed."""
     missing = [module for module in modules if find_spec(module) is None]

@@ -12,7 +12,9 @@ from ..checks import nearest
 from .errors import UserError
 
 if TYPE_CHECKING:
-    PositiveNumber, Seed, FromTwo = float, int, int
+    PositiveNumber = float
+    Seed = int
+    FromTwo = int
 else:
     PositiveNumber = restricted_number_type("PositiveNumber", float, [(">", 0), ("<", math.inf)])
     Seed = restricted_number_type("Seed", int, [(">=", 0), ("<=", 2**31)])

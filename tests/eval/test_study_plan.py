@@ -52,7 +52,7 @@ def test_every_option_is_kept_so_that_a_new_default_changes_nothing():
 
 @pytest.mark.parametrize(("family", "stock"), [("llama", "rmsnorm"), ("gpt2", "layernorm")])
 def test_the_baseline_is_the_norm_of_the_stock_model(tmp_path, monkeypatch, family, stock):
-    monkeypatch.setattr(eval.study.folder, "_ask", ask)
+    monkeypatch.setattr(eval.study.folder, "ask", ask)
     norms = ["ibnorm_l", {"norm": "layernorm", "name": "its own"}, {"norm": "rmsnorm", "name": "another"}]
     folder = Folder.begin(study(norms=norms, set={"model": {"model_type": family}}), tmp_path / "study", [])
     assert folder.study.arms[[arm.name for arm in folder.study.arms].index(folder.study.baseline)].norm == stock
@@ -231,7 +231,7 @@ def test_the_recipe_is_resolved_once_and_kept(tmp_path):
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, monkeypatch, fields, message):
-    monkeypatch.setattr(eval.study.folder, "_ask", ask)
+    monkeypatch.setattr(eval.study.folder, "ask", ask)
     with pytest.raises(UserError, match=message):
         Folder.begin(study(**fields), tmp_path / "study", [])
     assert not (tmp_path / "study").exists()

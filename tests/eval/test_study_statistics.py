@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from eval.compare import BETTER, SAME, WORSE
-from eval.study.statistics import detectable, paired, sign_test, t_interval, verdicts
+from eval.statistics import BETTER, SAME, WORSE, detectable, paired, sign_test, t_interval, verdicts
 
 SIMULATED = 20_000
 
