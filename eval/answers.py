@@ -44,13 +44,13 @@ class _TaskByTask:
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
         write = afresh(self._lm.generate_until)
-        parts = groupby(requests, key=lambda request: request.task_name)  # which come task after task
+        parts = groupby(requests, key=lambda request: request.task_name)  # requests come task after task
         return [answer for _, part in parts for answer in write(list(part))]
 
 
 @contextmanager
 def bos_for(lm: Any, benchmark: Benchmark) -> Iterator[None]:
-    """Without BOS while a rolling text is encoded: the harness puts one before it, a second would be scored."""
+    """No BOS while a rolling text is encoded: the harness puts one before the text, and would score a second one."""
     before = lm.add_bos_token
     lm.add_bos_token = False if benchmark.rolling else before
     try:
@@ -173,7 +173,7 @@ def answer(
         name: _answered(benchmark, name, task, results["samples"][name], prompts[name])
         for name, task in loaded["tasks"].items()
     }
-    # Over the benchmark: in a task of two items, answers of one probability may be chance.
+    # All tasks together: in a task of two items, equal log-likelihoods may be chance.
     scored = [item for task in tasks.values() for item in task["items"] if "choices" in item]
     if scored:
         values, tokens = (list(chain(*(item[field] for item in scored))) for field in ("choices", "tokens"))
@@ -206,7 +206,7 @@ def _answered(
 
 
 def task_hash(samples: list[dict[str, Any]]) -> str:
-    """Over documents, prompts and targets, as lm-eval's own result files have it under `task_hashes`."""
+    """Hash of documents, prompts and targets, as lm-eval's own result files have it under `task_hashes`."""
     from lm_eval.utils import hash_string
 
     return hash_string("".join(each["doc_hash"] + each["prompt_hash"] + each["target_hash"] for each in samples))
@@ -243,7 +243,7 @@ def _reply(name: str, task: Any, sample: dict[str, Any], tokens: dict[tuple[int,
     if kind == "generate_until":
         return {"answer": sample["resps"][0][0]}
     if kind == "loglikelihood_rolling":
-        # Of the text as it was published, which a task may score cleaned.
+        # The bytes of the published text: a task may score a cleaned one.
         size = int(sample["bits_per_byte"][1])
         return {"choices": [float(sample["filtered_resps"][0])], "tokens": [tokens[number, 0]], "bytes": size}
     if kind != "multiple_choice":
@@ -255,7 +255,7 @@ def _reply(name: str, task: Any, sample: dict[str, Any], tokens: dict[tuple[int,
         "lengths": [len(choice) for choice in choices],
         "chance": 1 / len(choices),
     }
-    if not callable(task.config.process_results):  # the best choice decides, and it may be tied
+    if not callable(task.config.process_results):  # the best choice decides, and two may be tied
         reply["gold"] = sample["target"]
     return reply
 

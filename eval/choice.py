@@ -19,7 +19,7 @@ _DEFINED = r"""(?m)^{}:[ \t]*["']?([\w.+-]+)["']?[ \t]*$"""
 
 
 def choose(names: str, include: str | None = None) -> tuple[str, list[Benchmark]]:
-    """The suite of that name, or the tasks, groups and tags that are called so (several divided by commas).
+    """The suite of a name, or the tasks, groups and tags of several names, divided by commas.
 
     Args:
         names: what `--suite` says.
@@ -62,7 +62,7 @@ def _own_tasks(include: str) -> list[str]:
 
 
 def _check_files(include: str) -> None:
-    """Raise where lm-eval would pass over a task file, which it does without a word."""
+    """Raise UserError for a task file that lm-eval would pass over without a word."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     seen: dict[str, Path] = {}
@@ -80,7 +80,7 @@ def _check_files(include: str) -> None:
 
 
 def _named(name: str, include: str | None, own: list[str]) -> Benchmark:
-    """The benchmark of one name that no suite has."""
+    """The benchmark of a name that is in no suite."""
     if name in own:
         return _from(name, str(include))
     word = re.compile(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])")

@@ -66,7 +66,7 @@ def _punkt(folders: set[str]) -> list[Check]:
     try:
         nltk.tokenize.PunktTokenizer("english")  # a folder of that name may lack the files
         return [Check("punkt", None, str(nltk.data.find(PUNKT)))]
-    except Exception as error:  # none, or files of any content
+    except Exception as error:  # the folder may be missing, or hold anything
         todo = "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder that has tokenizers/punkt_tab"
         missing = "IFEval needs NLTK's punkt_tab"
         damage = "" if isinstance(error, LookupError) else f", which cannot be read ({type(error).__name__}: {error})"
@@ -105,7 +105,7 @@ def check_model(lm: Any) -> list[Check]:
     with torch.inference_mode():
         alone, again = lm.model(ids).logits.float(), lm.model(ids).logits.float()
         checks += [_noise(lm, alone, again), _logits(alone)]
-        if checks[-2].passed and checks[-1].passed:  # else they would move anyway
+        if checks[-2].passed and checks[-1].passed:  # random or infinite logits move anyway
             checks += _padding(lm, ids, alone)
     return checks
 

@@ -23,7 +23,7 @@ SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 
 @contextmanager
 def data_from(mirror: Path | None, cache: Path) -> Iterator[None]:
-    """Have lm-eval read its data sets from folders of `mirror`, and from nowhere else; from the Hub if that is None.
+    """Have lm-eval read its data sets from folders of `mirror` alone, or from the Hub where no mirror is given.
 
     Args:
         mirror: folder with the data sets.
@@ -52,7 +52,7 @@ def data_from(mirror: Path | None, cache: Path) -> Iterator[None]:
     def download(task: Any, *arguments: Any, **options: Any) -> None:
         _seed()
         fetch(task, *arguments, **options)
-        if callable(task.config.process_docs):  # asked for again and again, and GPQA's draws
+        if callable(task.config.process_docs):  # called for every access to the documents; GPQA's draws at random
             task.config.process_docs = afresh(task.config.process_docs)
 
     fetch = ConfigurableTask.download
@@ -140,7 +140,7 @@ def load_tasks(benchmark: Benchmark) -> tuple[Benchmark, dict[str, Any]]:
         raise UserError(f"{benchmark.name}: lm-eval's tasks differ from this suite's: {', '.join(odd[:3])}")
     for name, task in tasks.items():
         _set_shots(benchmark, name, task)
-        for step in ("build_all_requests", "apply_filters"):  # the second comes before its scores
+        for step in ("build_all_requests", "apply_filters"):  # filters run just before a task is scored
             setattr(task, step, afresh(getattr(task, step), task))
         metrics = set(task._metric_fn_list) | {"ifeval"} & {benchmark.metric}
         if benchmark.metric not in metrics:
@@ -179,7 +179,7 @@ def _complete(benchmark: Benchmark, tasks: dict[str, Any]) -> Benchmark:
 
 @contextmanager
 def of_its_files(benchmark: Benchmark, what: str) -> Iterator[None]:
-    """Turn what the files of a task raise that no suite has, and that a user may have written, into a `UserError`."""
+    """Turn errors of a task's files, which a user may have written, into a `UserError`; not a suite's."""
     kinds = () if benchmark.name in DEFINED else (Exception,)
     try:
         yield

@@ -42,7 +42,7 @@ class DataSet:
 
 
 def is_local(path: str) -> bool:
-    """Whether a `dataset_path` is none of the Hub's: a format of files that the task names itself, or a folder."""
+    """Whether a `dataset_path` is not on the Hub: it is a format of local files, or a folder."""
     return path in LOCAL or path.startswith(".") or Path(path).is_absolute()
 
 
@@ -58,7 +58,7 @@ def sets_of(benchmarks: Iterable[Benchmark]) -> set[DataSet]:
 
 
 def how_to_access(repository: str) -> str:
-    """What opens a gated data set."""
+    """What to do to get access to a gated data set."""
     page = f"https://huggingface.co/datasets/{repository}"
     return f"accept its terms at {page}, then `hf auth login`; or name a --mirror that has it; or --skip its benchmark"
 
@@ -177,7 +177,7 @@ def plan(sets: Iterable[DataSet]) -> Iterator[Remote]:
 def _from_hub(repository: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # of the network, the Hub, its answers: all end the same way
+    except Exception as error:  # the network, the Hub and its answers raise too many kinds to name
         raise UserError(f"mirror: the Hub does not give {repository}: {told_of(error, repository)}") from error
 
 

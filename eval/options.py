@@ -15,7 +15,7 @@ CHECKS = (
     *("packages", "punkt", "mirror", "access", "data", "tokenizer", "noise", "logits", "padding"),
     *("batch_size", "context"),
 )
-"""What `eval doctor` looks at."""
+"""Names of the checks of `eval doctor`."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Prompting:
     shots: int | None = None
 
     def smoke(self, suite: str) -> list[str]:
-        """The settings that make what is run of `suite` no leaderboard score."""
-        fixed = any(name in SUITES or name in DEFINED for name in suite.split(","))  # its number of examples
+        """The settings with which a run of `suite` gives no leaderboard score."""
+        fixed = any(name in SUITES or name in DEFINED for name in suite.split(","))  # their number of examples
         reasons = {
             f"--limit {self.limit}": self.limit is not None,
             "changed generation settings": bool(self.generation),
@@ -47,7 +47,7 @@ class Prompting:
         return [reason for reason, given in reasons.items() if given]
 
     def notes(self) -> list[str]:
-        """What a reader of the scores must know of the prompts."""
+        """Sentences about the prompts that stand beside the scores."""
         turns = ", examples as turns" if self.multiturn else ""
         shots = [] if self.shots is None else [f"with {self.shots} examples in each prompt, as --num_fewshot says"]
         return shots + ([f"with the tokenizer's chat template{turns}"] if self.chat_template else [])

@@ -32,7 +32,7 @@ from .suites import Benchmark
 from .tables import SMOKE
 
 STOPPED: list[str] = []
-"""Why a signal asked to stop: task files with a bare `except` may have taken the exception that said so."""
+"""The message of a signal that asked to stop: a bare `except` in a task file may have swallowed its exception."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _data_sets(mirror: str | None) -> Iterator[Path | None]:
 
 
 def _run(lm: Any, ready: Ready, asked: Settings, identity: dict[str, Any], target: Path) -> str:
-    """Run one benchmark and write its result file; its score in a few words."""
+    """Run one benchmark and write its result file; returns its score in a few words."""
     if ready.skipped:
         result = {"benchmark": ready.benchmark.name, "skipped": ready.skipped}
     else:
@@ -219,7 +219,7 @@ def _run(lm: Any, ready: Ready, asked: Settings, identity: dict[str, Any], targe
 
 @contextmanager
 def _cached(lm: Any, folder: Path, identity: dict[str, Any]) -> Iterator[Any]:
-    """The model behind a file of its own answers; another model, dtype or harness has another file."""
+    """The model with a file that keeps its answers; another model, dtype or harness has another file."""
     from lm_eval.api.model import CacheHook, CachingLM
     from sqlitedict import SqliteDict
 
@@ -231,7 +231,7 @@ def _cached(lm: Any, folder: Path, identity: dict[str, Any]) -> Iterator[Any]:
             with sqlite3.connect(path) as database:
                 database.execute("select name from sqlite_master")
         cached = CachingLM(lm, str(path))
-    # lm-eval would pickle: whoever can write the file could run code here.
+    # lm-eval pickles answers, and whoever can write a pickle can run code here: JSON instead.
     cached.dbdict.close()
     cached.dbdict = SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=json.loads)
     lm.set_cache_hook(cached.get_cache_hook())

@@ -71,7 +71,7 @@ def check_answers(task: str, loglikelihoods: Sequence[float], tokens: Sequence[i
         if not math.isfinite(value):
             raise ScoringError(f"{task}: the model gives a log-likelihood of {value}, scores must be finite")
     each = [value / count for value, count in zip(loglikelihoods, tokens, strict=True) if count]
-    # One long text has a single mean; equal to the uniform distribution's it betrays a constant model all the same.
+    # One long text has a single mean: a constant model shows itself where that is the uniform distribution's.
     reference = each[0] if len(each) > 1 else uniform
     if all(math.isclose(value, reference, rel_tol=1e-5) for value in each):
         same = f"the same score ({reference:.4f})"
@@ -130,15 +130,15 @@ class Stratum:
 
 
 def strata(benchmark: Benchmark, result: dict[str, Any]) -> list[Stratum]:
-    """The items of a result file as numbers, task after task; ScoringError where the file has other tasks than the
-    benchmark, or no items."""
+    """A stratum for each task of a result file; ScoringError where the file has other tasks than the benchmark, or no
+    items."""
     tasks = result["tasks"]
     if set(tasks) != set(benchmark.tasks):
         missing = sorted(set(benchmark.tasks) - set(tasks))
         extra = sorted(set(tasks) - set(benchmark.tasks))
         what = f"{len(missing)} of its tasks missing: {', '.join(missing[:3])}" if missing else f"unknown: {extra[0]}"
         raise ScoringError(f"{benchmark.name}: {what}")
-    check_items(tasks, max(len(task["items"]) for task in tasks.values()))  # as far as a file alone can tell
+    check_items(tasks, max(len(task["items"]) for task in tasks.values()))  # the run's limit is not known here
     size = sum(len(task["items"]) for task in tasks.values())
     return [_stratum(benchmark, task, tasks[task]["items"], size) for task in benchmark.tasks]
 
@@ -167,9 +167,9 @@ def _stratum(benchmark: Benchmark, task: str, items: list[dict[str, Any]], size:
 
 
 def independent(parts: Sequence[Stratum]) -> list[Stratum]:
-    """Strata that share no cluster: all as one where some of them do, as GPQA's sets, which hold each other.
+    """The strata, or all of them as one where they share clusters: GPQA's sets hold each other.
 
-    Only of tasks whose items weigh the same: weighted otherwise, they are returned as they are.
+    Strata whose items do not all weigh the same are returned as they are.
     """
     seen: Counter[str] = Counter(cluster for part in parts for cluster in set(part.clusters))
     size = sum(part.n for part in parts)
@@ -204,7 +204,7 @@ def p_of_chance(parts: Sequence[Stratum]) -> float:
 
 
 def _right(parts: Sequence[Stratum]) -> dict[tuple[float, float], tuple[int, float]]:
-    """What `p_of_guessing` takes; items of one cluster that are guessed alike are one item there."""
+    """Counts for `p_of_guessing`; items of one cluster with the same chance count as one item."""
     right: dict[tuple[float, float], tuple[int, float]] = {}
     for part in parts:
         groups: dict[tuple[str, float], list[float]] = {}
@@ -218,7 +218,7 @@ def _right(parts: Sequence[Stratum]) -> dict[tuple[float, float], tuple[int, flo
 
 
 def _values(task: str, benchmark: Benchmark, items: list[dict[str, Any]]) -> tuple[list[float], list[float], int]:
-    """What each item adds to the mean, the same linearized, and how many were tied."""
+    """The value of each item, its linearized value, and the number of items with a tie."""
     if benchmark.metric == "ifeval":
         keys = ("prompt_level_strict_acc,none", "inst_level_strict_acc,none")
         prompts = [_number(task, item, keys[0], item["metrics"][keys[0]], 0, 1) for item in items]
@@ -248,7 +248,7 @@ def _values(task: str, benchmark: Benchmark, items: list[dict[str, Any]]) -> tup
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Numbers whose mean is sum(above)/sum(below), and such whose spread is that ratio's, too, to first order.
+    """Numbers whose mean is sum(above)/sum(below), and linearized ones whose spread is the ratio's to first order.
 
     Of two runs over the same items the first are equal where the answers are.
     """
@@ -273,7 +273,7 @@ def score_benchmark(benchmark: Benchmark, result: dict[str, Any]) -> dict[str, A
     errors = [(part.weight, part.stderr) for part in independent(parts)]
     stderr = None
     if all(error is not None for _, error in errors):
-        # 0 where all items came out the same: they do not tell how far off that may be.
+        # 0 where all items came out the same: such items say nothing about the error, and None is returned.
         stderr = math.sqrt(sum((weight * error) ** 2 for weight, error in errors if error is not None)) or None
     bounds = [(part, part.bound) for part in parts if part.bound is not None]
     chance = level = None

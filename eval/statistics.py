@@ -15,7 +15,7 @@ TEST_FROM, BOOTSTRAP_FROM = 6, 10
 """Independent values from which a test by signs can reach 5 % at all (2/2^6 = 3 %), and from which a bootstrap interval
 is worth showing: of three values it covers the truth 76 % of the time instead of 95 %."""
 _MOST = 20_000_000
-"""Numbers that are drawn at a time."""
+"""The most numbers that are drawn at a time, for the memory's sake."""
 
 
 @dataclass(frozen=True)

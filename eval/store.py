@@ -49,7 +49,7 @@ def still_missing(directory: Path, identity: dict[str, Any]) -> list[str]:
 
 
 def _difference(before: Any, now: Any, field: str = "") -> str:
-    """Where two JSON values differ, "" if nowhere."""
+    """The first field in which two JSON values differ, with both values; "" where they are equal."""
     now = json.loads(json.dumps(now))
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return "" if before == now else f"{field}: {str(before)[:40]}, now {str(now)[:40]}"
@@ -84,7 +84,7 @@ def add_to_manifest(directory: Path, **more: Any) -> None:
 
 
 def add_notes(directory: Path, notes: Sequence[str]) -> None:
-    """Keep what is worth knowing beside the scores."""
+    """Add notes, which stand beside the scores, to the manifest."""
     add_to_manifest(directory, notes=list(dict.fromkeys([*read_manifest(directory)["notes"], *notes])))
 
 

@@ -1,4 +1,4 @@
-"""What a suite is made of, defined once: tasks, shots, metric, aggregation, chance levels, and where the items are."""
+"""The suites: tasks, examples, metric, aggregation and chance level of each benchmark, and where its items are."""
 
 import json
 import re
@@ -103,7 +103,7 @@ def _embedded(name: str) -> Benchmark:
         "task": name,
         "custom_dataset": dataset,
         "test_split": "test",
-        "metadata": {"version": 2.0 if name in ROLLING else 1.0},  # 1: the novel as one item
+        "metadata": {"version": 2.0 if name in ROLLING else 1.0},  # version 1 had the novel as one item
     }
     if name in ROLLING:
         metric = "bits_per_byte"
@@ -132,7 +132,8 @@ def _leaderboard(entry: dict[str, Any]) -> Benchmark:
 
 def _leaderboards() -> dict[str, tuple[Benchmark, ...]]:
     text = resources.files("eval.tasks").joinpath("leaderboards.yaml").read_text(encoding="utf-8")
-    content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # ten times as fast
+    # In C, where PyYAML has it, ten times as fast.
+    content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return {name: tuple(map(_leaderboard, entries)) for name, entries in content.items()}
 
 

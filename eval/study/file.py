@@ -132,7 +132,7 @@ def parse_study(name: str, content: Any, source: str, folder: Path = Path()) -> 
 
 
 def _check_names(file: _File, arms: list[str], searches: list[str]) -> None:
-    """Raise ValueError where two of something would be one folder, or the baseline is none of the arms."""
+    """Raise ValueError where two entries would share a folder, or the baseline is none of the arms."""
     names = [*arms, *searches]
     for where, named in (("norms", names), ("conditions", list(file.conditions))):
         for name in _repeated(named, slug):

@@ -29,7 +29,7 @@ from .training import Training, mean_losses, read_training, scores_folder, with_
 
 @dataclass(frozen=True)
 class Command:
-    """One program of a job; there is nothing to do where `done` exists."""
+    """One program of a job; it has run where the file or folder `done` exists."""
 
     words: tuple[str, ...]
     done: Path
@@ -100,7 +100,7 @@ class Folder:
         return folder
 
     def _go_on(self, record: dict[str, Any], recipes: Mapping[str, str]) -> None:
-        """Write what a plan that was begun becomes, if anything."""
+        """Write the plan of a study that was begun, where it has grown; UserError where it has changed."""
         before = self.record()
         history = before["history"]
         if not any(self.path.glob(f"*/**/{layout.METRICS}")):
@@ -116,7 +116,7 @@ class Folder:
                 self._write(record, recipes)
 
     def _write(self, record: dict[str, Any], recipes: Mapping[str, str]) -> None:
-        """Write the plan; its own file last, by which the rest is found."""
+        """Write recipes, source and plan; the plan last, because a folder with one counts as a study."""
         (self.path / layout.RECIPES).mkdir(exist_ok=True)
         for condition, text in recipes.items():
             write_text(self.recipe(condition), text)
@@ -211,7 +211,7 @@ class Folder:
         return [] if rate is None else [Cell(condition, arm.name, rate, seed) for seed in self.study.seeds]
 
     def cells(self, condition: str, arm: Arm) -> dict[Cell, Training]:
-        """All trainings of an arm that are known by now; one that decides and is compared is there once."""
+        """All trainings of an arm that are known by now; one that both tunes and is compared is in it once."""
         cells = dict.fromkeys((*self.tuning(condition, arm), *self.finals(condition, arm)))
         return {cell: self.training(cell, arm) for cell in cells}
 
@@ -230,7 +230,7 @@ class Folder:
         """
         here, run_dir = Path.cwd(), folder / layout.CELL_RUN
         expected = identity(arm, cell.learning_rate, cell.seed)
-        # A recipe may ask for it: then every training would go to one repository.
+        # A recipe may ask for push_to_hub: every training would go to the same repository.
         never = {"push_to_hub": None}
         settings = {"run_dir": str(run_dir), "resume": "auto", **never, **expected, **arm.flags()}
         starter = self.study.launcher or (sys.executable,)
@@ -308,7 +308,7 @@ def check_suites(study: Study) -> None:
 
 
 def _scoring(study: Study, suite: str) -> dict[str, Any]:
-    """The flags of `eval run` for a suite; lists as it takes them. A suite of ours has no task from elsewhere."""
+    """The flags of `eval run` for a suite, lists with commas; a suite of ours needs no include_path."""
     return {
         name: ",".join(map(str, each)) if isinstance(each, list) else each
         for name, each in study.scoring.items()
@@ -320,7 +320,7 @@ def _resolved_recipe(study: Study, condition: str) -> str:
     """Every field of the recipe under a condition, by asking train_lm, which knows them."""
     shared = {**study.settings, **study.conditions[condition]}
     for arm in study.arms:
-        if arm.settings or arm.overrides:  # the rest of an arm is known to be good
+        if arm.settings or arm.overrides:  # norm and options were checked with the study's file
             _checked(study.recipe, {**shared, **arm.flags()})
     content = yaml.safe_load(_checked(study.recipe, shared))
     for name in ("seed", "learning_rate"):
@@ -339,7 +339,7 @@ def _checked(recipe: str, settings: Mapping[str, Any]) -> str:
 
 
 def ask(words: Sequence[str]) -> tuple[int, str]:
-    """Run one of the house's programs; its exit code, and what it printed, or complained about."""
+    """Run one of the house's programs; its exit code, and its output, or its errors where it failed."""
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
     return done.returncode, done.stderr if done.returncode else done.stdout
 
@@ -355,9 +355,10 @@ def _stock_norm(study: Study, recipes: Mapping[str, str]) -> str:
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a study that was begun has and the new plan has not, or has otherwise.
+    """Parts of a study that was begun which the new plan lacks, or has changed.
 
-    Scoring may change: scores of another manner are not compared, and refuse to go on in one directory.
+    Scoring may change: models that were scored in different ways are not compared, and a run with other settings does
+    not go on in the same directory.
     """
     old, new = before["study"], now["study"]
     changed = [
@@ -375,7 +376,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _entry(record: Mapping[str, Any]) -> dict[str, str]:
-    """A line of the plan's history. Where the recipe was found, and words about the study, are no part of the plan."""
+    """A line of the plan's history; the recipe's path and the words about the study are no part of the plan."""
     plan = {name: each for name, each in record["study"].items() if name not in ("recipe", "source", "about")}
     text = json.dumps([plan, record["recipes"]], sort_keys=True)
     return {"plan": sha256([text]), "date": datetime.now(UTC).isoformat(timespec="seconds")}

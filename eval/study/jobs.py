@@ -72,7 +72,7 @@ def work(job: Job, stopping: Callable[[], bool] = lambda: False) -> Ending:
             return ending(STOPPED, "stopped")
         if command.done.exists():
             continue
-        if read_training(job.folder, job.expected).state == DIVERGED:  # while it was waited for
+        if read_training(job.folder, job.expected).state == DIVERGED:  # another process may have trained it meanwhile
             break
         (job.folder / FAILURE).unlink(missing_ok=True)
         try:
@@ -87,7 +87,7 @@ def work(job: Job, stopping: Callable[[], bool] = lambda: False) -> Ending:
 
 
 def note_failure(job: Job, line: str, code: int) -> None:
-    """Write down what the first command of a job that is not done failed of."""
+    """Write down why the first unfinished command of a job failed."""
     command = next((each for each in job.commands if not each.done.exists()), None)
     if command:
         failure = {"problem": line, "code": code, "date": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -123,7 +123,7 @@ def call(words: tuple[str, ...], job: Job, stopping: Callable[[], bool]) -> tupl
     log = job.folder / LOG
     with log.open("ab") as output:
         start = output.tell()
-        # A session of its own: Ctrl-C reaches this program alone, which ends the others in order.
+        # In a session of its own the process gets no Ctrl-C: this program ends it in order.
         process = subprocess.Popen(
             words,
             stdout=output,
@@ -221,7 +221,7 @@ class RayExecutor:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"ray: got {address!r}, no cluster there: {error}") from error
-        if address == "local":  # a cluster may yet grow
+        if address == "local":  # a cluster may grow, this machine does not
             for name, wanted in {"CPU": threads, "GPU": gpus}.items():
                 if wanted > (has := ray.cluster_resources().get(name, 0)):
                     raise UserError(f"ray: a training takes {wanted} {name}s, this machine has {has:g}")

@@ -124,7 +124,7 @@ def judge(groups: Sequence[Group], baseline: Group, metric: str) -> None:
 
 
 def _refusals(group: Group, baseline: Group, metric: str) -> dict[str, str]:
-    """Pairs with the baseline that are not equal in what they must be, compared ones and those that tuned."""
+    """Pair with the baseline → what it must share and does not; of compared trainings and of those that tuned."""
     pairs = [
         (f"seed {seed}", training, baseline.finals[seed], metric)
         for seed, training in group.finals.items()
@@ -139,7 +139,7 @@ def _refusals(group: Group, baseline: Group, metric: str) -> dict[str, str]:
 
 
 def _hindrance(group: Group, metric: str) -> str:
-    """Why a norm can have no verdict, or nothing."""
+    """Why a norm can have no verdict; "" where it can."""
     tuning = [each for trainings in group.tuning.values() for each in trainings]
     finals = list(group.finals.values())
     if group.verdict == DIVERGED or any(each.state == DIVERGED for each in finals):
@@ -154,7 +154,7 @@ def _hindrance(group: Group, metric: str) -> str:
 
 
 def difference(ours: Training, theirs: Training, arm: Arm, other: Arm, metric: str) -> str:
-    """What two trainings of one seed do not share and must, or nothing.
+    """The first thing that two trainings of one seed must share and do not, or "".
 
     They share initial weights, every batch, the number of tokens, text, tokenizer, all settings but those that the arms
     are about, and what the test asks, if `metric` is one: its items, and the manner of asking. Of one that diverged
@@ -186,7 +186,7 @@ def difference(ours: Training, theirs: Training, arm: Arm, other: Arm, metric: s
 
 
 def _asked_otherwise(ours: Training, theirs: Training, metric: str) -> str:
-    """What differs in the items of a benchmark, or in how they were put to two models, or nothing."""
+    """The difference in a benchmark's items, or in how two models were asked; "" where there is none."""
     tasks = [each.scores[metric]["details"]["tasks"] for each in (ours, theirs)]
     a, b = ({task: (row["hash"], row["n"]) for task, row in each.items()} for each in tasks)
     if a != b:
@@ -199,7 +199,7 @@ def _asked_otherwise(ours: Training, theirs: Training, metric: str) -> str:
 
 
 def environments(groups: Iterable[Group]) -> list[str]:
-    """What of the trainings' surroundings is not the same for all of them."""
+    """Sentences about versions, devices and threads that differ between trainings."""
     runs = [run for group in groups for run in group.runs()]
     lines = []
     for name in ("versions", "device", "torch_threads", "norm_backend", "git_revision", "cpu_capability"):

@@ -49,7 +49,7 @@ def run_study(folder: Folder, executor: Executor, say: Callable[[str], None]) ->
             if line.startswith("failed"):
                 failures.append(f"{job.name}: {line}")
             else:
-                tried.discard(job.name)  # one of the tuning may be asked for again, to be scored
+                tried.discard(job.name)  # a training that tuned may be compared next, and has to be scored then
             ended, total = folder.counts()
             say(f"[{ended}/{total}] {job.name}: {line}")
 
@@ -70,6 +70,6 @@ def told_of(folder: Folder, job: Job, ending: Ending) -> str:
 
 
 def stopped_in_order(folder: Folder) -> Stopped:
-    """What a signal makes of a run."""
+    """The exception that ends a run after a signal."""
     ended, total = folder.counts()
     return Stopped(f"{ended} of {total} trainings have ended; the same command goes on from there")

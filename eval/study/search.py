@@ -103,9 +103,10 @@ def _carry_out(folder: Folder, job: Job, executor: Executor, trial: Any) -> dict
 
 
 def _tell(trial: Any, validated: Sequence[Sequence[float]]) -> int | None:
-    """Report validations in their order; the index of the one at which the trial is to be pruned.
+    """Report validations in their order; returns the index of the one at which the trial is to be pruned, or None.
 
-    The pruner is asked after each, even of a trial whose end is known: what it saw is what it judges later ones by.
+    The pruner is asked after each validation, even where the trial's end is known: it judges later trials by those
+    values.
     """
     for i, (step, loss) in enumerate(validated):
         trial.report(loss, int(step))

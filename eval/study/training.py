@@ -86,7 +86,7 @@ def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
     try:
         run = Run.read(run_dir, finished)
     except ValueError as error:
-        if isinstance(error.__cause__, OSError):  # which says nothing about the training
+        if isinstance(error.__cause__, OSError):  # a disk that fails says nothing about the training
             raise
         if finished:
             return Training(FAILED, None, str(error))
@@ -119,7 +119,7 @@ def with_scores(training: Training, folder: Path, suites: Sequence[str]) -> Trai
 
 
 def _failure(folder: Path) -> str:
-    """What the last try of a cell failed of, or nothing; it may have been done since, by hand or after all."""
+    """Why the last try of a cell failed; "" where none has, or where the command has been finished since."""
     if not (folder / layout.FAILURE).exists():
         return ""
     failure = read_json("study", folder / layout.FAILURE, layout.FAILURE_FORM)
@@ -127,7 +127,7 @@ def _failure(folder: Path) -> str:
 
 
 def _manner(identity: dict[str, Any]) -> dict[str, Any]:
-    """How a suite was put to a model: what must be the same for two scores to be compared."""
+    """How a suite was put to a model: settings that two scores must share to be compared."""
     model = {name: identity["model"][name] for name in ("dtype", "max_length")}
     return {**identity["prompting"], **model, "overlong": identity["overlong"], **identity["versions"]}
 
@@ -138,7 +138,7 @@ def _damage(run: Run) -> str:
 
 
 def _stranger(run: Run, expected: Mapping[str, Any]) -> str:
-    """What shows that a run is not the one that belongs here, or nothing."""
+    """The first setting that shows that a run belongs to another cell; "" where all are right."""
     settings = flat_settings(run.config)
     for name, value in expected.items():
         got = settings.get(name)
@@ -153,7 +153,7 @@ def _stranger(run: Run, expected: Mapping[str, Any]) -> str:
 
 
 def _divergence(run: Run, finished: bool) -> str:
-    """Why a run counts as diverged, or nothing: it ended itself, or has learnt nothing by its end."""
+    """Why a run counts as diverged: it gave up, or learnt nothing by its end; "" where it does not."""
     last = run.metrics[-1]
     lost = [name for name in ("loss", "grad_norm", VALIDATION) if last.get(name, 0.0) is None]
     given_up = last.get("skipped", 0) >= run.config["max_skipped_steps"] or VALIDATION in lost
