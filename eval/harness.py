@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_ibnorm.base.errors import UserError
 
-from .mirror import is_local, sets_of, told_of
+from .mirror import cause_of, is_local, sets_of
 from .scoring import ScoringError
 from .suites import DEFINED, Benchmark, task_manager
 
@@ -131,7 +131,7 @@ def load_tasks(benchmark: Benchmark) -> tuple[Benchmark, dict[str, Any]]:
         except UserError:
             raise
         except Exception as error:  # whatever data sets, the network and task files may raise
-            cause = told_of(error, *sorted(each.repository for each in sets_of([benchmark])))
+            cause = cause_of(error, *sorted(each.repository for each in sets_of([benchmark])))
             raise UserError(f"{benchmark.name}: its data cannot be loaded: {cause}") from error
     tasks = loaded["tasks"]
     if not benchmark.tasks:

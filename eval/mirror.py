@@ -63,7 +63,7 @@ def how_to_access(repository: str) -> str:
     return f"accept its terms at {page}, then `hf auth login`; or name a --mirror that has it; or --skip its benchmark"
 
 
-def told_of(error: BaseException, *repositories: str) -> str:
+def cause_of(error: BaseException, *repositories: str) -> str:
     """The first line of an error, with what to do if a gated data set was refused."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{line} - {how_to_access(repositories[0])}" if repositories and "gated" in str(error).lower() else line
@@ -178,7 +178,7 @@ def _from_hub(repository: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the network, the Hub and its answers raise too many kinds to name
-        raise UserError(f"mirror: the Hub does not give {repository}: {told_of(error, repository)}") from error
+        raise UserError(f"mirror: the Hub does not give {repository}: {cause_of(error, repository)}") from error
 
 
 def fetch(mirror: Path, sets: Iterable[DataSet]) -> Iterator[Remote]:

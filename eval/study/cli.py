@@ -4,40 +4,45 @@ import argparse
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_ibnorm.base.command import OneLineParser, add_verb
 from hf_ibnorm.base.errors import Stopped, UserError
+from hf_ibnorm.base.layout import CELL_RUN
 
 from ..options import positive
 from .plan import shipped_studies
 
+if TYPE_CHECKING:
+    from .folder import Folder
 
-def _run(arguments: argparse.Namespace) -> None:
+
+def _begin(arguments: argparse.Namespace, command: Sequence[str]) -> "Folder":
     from .file import read_study
     from .folder import Folder
+
+    study = read_study(arguments.study)
+    return Folder.begin(study, Path(arguments.output or Path("studies", study.name)), command)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     from .jobs import executor_for
     from .report import write_report
     from .run import run_study, stopped_in_order
 
-    study = read_study(arguments.study)
-    output = Path(arguments.output or Path("studies", study.name))
-    folder = Folder.begin(study, output, ["python", "-m", "eval", *sys.argv[1:]])
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
+    folder = _begin(arguments, ["python", "-m", "eval", *sys.argv[1:]])
+    study = folder.study
     try:
         with (
             folder.lock(),
             executor_for(arguments.jobs, arguments.ray, study.threads, study.gpus) as executor,
             _stop_by_signal(),  # last: Ray sets a handler of its own when it starts
         ):
-            failures = run_study(folder, executor, say)
+            failures = run_study(folder, executor, partial(print, flush=True))
     except Stopped:
         raise stopped_in_order(folder) from None
     failed = f"{len(failures)} failed and are missing from the report; {failures[0]}" if failures else ""
@@ -84,16 +89,12 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _commands(arguments: argparse.Namespace) -> None:
-    from .file import read_study
-    from .folder import Folder
-
-    study = read_study(arguments.study)
-    folder = Folder.begin(study, Path(arguments.output or Path("studies", study.name)), [])
+    folder = _begin(arguments, [])
     place = folder.path.absolute()
     for job in folder.to_do():
         words = ["python", "-m", "eval", "study", "cell", str(place), str(job.folder.relative_to(place))]
         print(f"cd {shlex.quote(str(job.directory))} && {shlex.join(words)}")
-    for search in study.searches:
+    for search in folder.study.searches:
         if folder.winner(search.name) is None:
             print(f"# {search.name}: a search is made by `study run` alone")
 
@@ -101,19 +102,19 @@ def _commands(arguments: argparse.Namespace) -> None:
 def _cell(arguments: argparse.Namespace) -> None:
     from .folder import Folder
     from .jobs import work
-    from .run import told_of
+    from .run import result_line
 
     folder = Folder.open(Path(arguments.study))
     jobs = {str(job.folder.relative_to(folder.path.absolute())): job for job in folder.to_do()}
     if arguments.cell not in jobs:
-        if not (folder.path / arguments.cell / "run").is_dir():
+        if not (folder.path / arguments.cell / CELL_RUN).is_dir():
             raise UserError(f"cell: got {arguments.cell!r}, must be one of those that `study commands` prints")
         print("nothing is left to be done")
         return
     job = jobs[arguments.cell]
     with _stop_by_signal():
         ending = work(job)
-    line = told_of(folder, job, ending)
+    line = result_line(folder, job, ending)
     if line.startswith("failed"):
         raise UserError(f"{job.name}: {line}")
     print(f"{job.name}: {line}")

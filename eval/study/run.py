@@ -45,7 +45,7 @@ def run_study(folder: Folder, executor: Executor, say: Callable[[str], None]) ->
         for future in done:
             job = running.pop(future)
             folder.note_running([each.name for each in running.values()])
-            line = told_of(folder, job, outcome_of(future, job))
+            line = result_line(folder, job, outcome_of(future, job))
             if line.startswith("failed"):
                 failures.append(f"{job.name}: {line}")
             else:
@@ -54,7 +54,7 @@ def run_study(folder: Folder, executor: Executor, say: Callable[[str], None]) ->
             say(f"[{ended}/{total}] {job.name}: {line}")
 
 
-def told_of(folder: Folder, job: Job, ending: Ending) -> str:
+def result_line(folder: Folder, job: Job, ending: Ending) -> str:
     """What became of a job, in a few words."""
     training = with_scores(read_training(job.folder, job.expected), job.folder, folder.study.suites)
     if training.state == DIVERGED:

@@ -75,8 +75,8 @@ class Run:
         config = read_yaml("run", path / layout.CONFIG, layout.RUN_CONFIG_FORM)
         for item in config["model"].get("norm_overrides") or []:
             if not isinstance(item, list) or len(item) != 2:
-                raise UserError(f"run: {path / 'config.yaml'}: norm_overrides: got {item!r}, must be [glob, norm]")
-            check_form(f"run: {path / 'config.yaml'}: norm_overrides: {item[0]}", item[1], layout.RUN_NORM_FORM)
+                raise UserError(f"run: {path / layout.CONFIG}: norm_overrides: got {item!r}, must be [glob, norm]")
+            check_form(f"run: {path / layout.CONFIG}: norm_overrides: {item[0]}", item[1], layout.RUN_NORM_FORM)
         return cls(
             name=path.name,
             config=config,
