@@ -65,6 +65,8 @@ def from_mapping(kind: type[T], where: str, content: Any, prefix: str = "") -> T
             check_filled(f"{prefix}{each.name}", given.get(each.name))
     types, values = get_type_hints(kind), {}
     for name, value in given.items():
+        if isinstance(value, dict) and (odd := [key for key in value if not isinstance(key, str)]):
+            raise UserError(f"{prefix}{name}: got the name {odd[0]!r}, must be text; put it in quotes")
         parser = _Parser(exit_on_error=False)
         parser.add_argument("--value", type=types[name])
         try:

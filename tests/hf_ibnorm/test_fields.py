@@ -34,6 +34,7 @@ def test_numbers_are_pythons_own_and_mappings_stay_as_they_are():
         ({"rates": [True]}, "a.rates: got [True], must be a list, each item a number > 0"),
         ({"rates": [float("inf")]}, "a.rates: got [inf], must be a list, each item a number > 0"),
         ({"rates": [1], "ends": [1]}, "a.ends: got [1], must be a list of 2, each item a number > 0"),
+        ({"rates": [1], "options": {1: 2}}, "a.options: got the name 1, must be text; put it in quotes"),
         ({"rates": [1], "count": 0}, "a.count: got 0, must be a whole number >= 1"),
     ],
 )
