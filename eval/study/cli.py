@@ -22,20 +22,22 @@ if TYPE_CHECKING:
 
 
 def _begin(arguments: argparse.Namespace, command: Sequence[str]) -> "Folder":
+    """The directory of the study that a command names; its file is read before anything slow is imported."""
     from .file import read_study
-    from .folder import Folder
 
     study = read_study(arguments.study)
+    from .folder import Folder
+
     return Folder.begin(study, Path(arguments.output or Path("studies", study.name)), command)
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    folder = _begin(arguments, ["python", "-m", "eval", *sys.argv[1:]])
+    study = folder.study
     from .jobs import executor_for
     from .report import write_report
     from .run import run_study, stopped_in_order
 
-    folder = _begin(arguments, ["python", "-m", "eval", *sys.argv[1:]])
-    study = folder.study
     try:
         with (
             folder.lock(),
