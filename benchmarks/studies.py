@@ -16,8 +16,9 @@ from typing import Any
 from page import page
 
 from eval.study.figures import Curve
+from eval.study.file import read_study
 from eval.study.page import Parts, write_pages
-from eval.study.plan import Arm, Study, read_study
+from eval.study.plan import Arm, Study
 from eval.study.report import (
     READING,
     as_table,

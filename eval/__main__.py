@@ -1,11 +1,11 @@
 """The command `python -m eval` (installed as `hf-ibnorm-eval`)."""
 
 import argparse
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_ibnorm.base.command import OneLineParser, require_extra, run_command
+from hf_ibnorm.base.command import OneLineParser, add_verb, require_extra, run_command
 from hf_ibnorm.base.errors import Stopped, UserError
 from hf_ibnorm.base.signals import StopSignals
 
@@ -78,11 +78,7 @@ def _main() -> None:
     parser = OneLineParser(prog="eval", description="Score causal language models of Transformers, and compare them.")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
 
-    def verb(name: str, go: Callable[[argparse.Namespace], None] | None, about: str) -> argparse.ArgumentParser:
-        found = verbs.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
-        found.set_defaults(go=go)
-        return found
-
+    verb = partial(add_verb, verbs)
     run = verb("run", _run, "score one model on a suite; a run that was stopped goes on")
     add_settings(run)
     run.add_argument("--output", required=True, help="new directory for scores and answers, or that of a stopped run")

@@ -19,7 +19,7 @@ _DEFINED = r"""(?m)^{}:[ \t]*["']?([\w.+-]+)["']?[ \t]*$"""
 
 
 def choose(names: str, include: str | None = None) -> tuple[str, list[Benchmark]]:
-    """The suite of that name, or the tasks, groups and tags that are called so (several divided by commas).
+    """The suite of a name, or the tasks, groups and tags of several names, divided by commas.
 
     Args:
         names: what `--suite` says.
@@ -39,9 +39,8 @@ def choose(names: str, include: str | None = None) -> tuple[str, list[Benchmark]
     else:
         asked = names.split(",")
         if alone := [name for name in asked if name in SUITES or not name]:
-            raise UserError(
-                f"suite: got {names!r}, {alone[0]!r} stands alone, or is no name; tasks are divided by commas"
-            )
+            why = f"{alone[0]!r} stands alone, or is no name"
+            raise UserError(f"suite: got {names!r}, {why}; tasks are divided by commas")
         if twice := sorted({name for name in asked if asked.count(name) > 1}):
             raise UserError(f"suite: got {twice[0]!r} more than once")
         chosen = [DEFINED[name] if name in DEFINED else _named(name, include, own) for name in asked]
@@ -63,7 +62,7 @@ def _own_tasks(include: str) -> list[str]:
 
 
 def _check_files(include: str) -> None:
-    """Raise where lm-eval would pass over a task file, which it does without a word."""
+    """Raise UserError for a task file that lm-eval would pass over without a word."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     seen: dict[str, Path] = {}
@@ -81,7 +80,7 @@ def _check_files(include: str) -> None:
 
 
 def _named(name: str, include: str | None, own: list[str]) -> Benchmark:
-    """The benchmark of one name that no suite has."""
+    """The benchmark of a name that is in no suite."""
     if name in own:
         return _from(name, str(include))
     word = re.compile(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])")
@@ -91,15 +90,14 @@ def _named(name: str, include: str | None, own: list[str]) -> Benchmark:
         # a group or a tag is gathered from all files that say its name.
         places = [path for path, text in files.items() if name in re.findall(_DEFINED.format("task"), text)] or files
         homes = {path.relative_to(tasks_root()).parts[0] for path in places}
-        found = _from(name, homes.pop() if len(homes) == 1 else ".")
-        if name in task_manager(found.folders).all_tasks:
-            return found
+        benchmark = _from(name, homes.pop() if len(homes) == 1 else ".")
+        if name in task_manager(benchmark.folders).all_tasks:
+            return benchmark
     hint = " (use v1 and v2 for the leaderboards)" if name in NO_TASKS else nearest(name, [*SUITES, *DEFINED, *own])
     if not hint:
-        known = (
-            each for text in _task_files().values() for each in re.findall(_DEFINED.format("(?:task|group)"), text)
-        )
-        hint = nearest(name, [each for each in known if each not in NO_TASKS])
+        defined = re.compile(_DEFINED.format("(?:task|group)"))
+        known = {each for text in _task_files().values() for each in defined.findall(text)}
+        hint = nearest(name, sorted(known.difference(NO_TASKS)))
     more = f", or of {include} ({', '.join(own[:10])})" if include else ""
     raise UserError(f"suite: got {name!r}, allowed are {', '.join(SUITES)} and tasks of lm-eval {VERSION}{more}{hint}")
 

@@ -1,21 +1,25 @@
 """Whether models differ: the same items, paired; difference, interval, test and verdict for each benchmark."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hf_ibnorm.base.errors import UserError
 
-from .harness import Prompting
+from .options import Prompting
 from .scoring import ScoringError, Stratum, independent, score_benchmark, strata
-from .statistics import LEVEL, TEST_FROM, Pairs, bootstrap_interval, holm, p_of_no_difference, summed
+from .statistics import BETTER as BETTER
+from .statistics import SAME as SAME
+from .statistics import TEST_FROM, Pairs, bootstrap_interval, holm, p_of_no_difference, summed, verdict_of
+from .statistics import WORSE as WORSE
 from .store import benchmarks_of, read_run
 from .suites import Benchmark
 
-BETTER, WORSE, SAME, CHANCE = "better", "worse", "not distinguishable", "both at chance"
-NOT_TESTED = "not tested"
-"""Too few independent items for any verdict."""
+CHANCE, NOT_TESTED = "both at chance", "not tested"
+"""Verdicts beside those of `statistics`; the second: there are too few independent items for any other."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,13 @@ class Difference:
 
 
 def pair(first: Sequence[Stratum], second: Sequence[Stratum]) -> list[Pairs]:
-    """Item by item second - first.
-
-    Raises:
-        ScoringError: the two have other items.
-    """
-    import numpy as np
-
-    found = []
+    """Item by item second - first; ScoringError where the two have other items."""
+    pairs = []
     for a, b in zip(first, second, strict=True):
         if a.items != b.items:
             raise ScoringError(f"{a.task}: the runs have other items")
-        found.append(summed(np.subtract(b.values, a.values), a.clusters, a.weight))
-    return found
+        pairs.append(summed(np.subtract(b.values, a.values), a.clusters, a.weight))
+    return pairs
 
 
 def compare(
@@ -81,50 +79,38 @@ def compare(
     Raises:
         ScoringError: the runs have other items.
     """
-    import numpy as np
+    rows = [_difference(each, first[each.name], second[each.name], seed) for each in benchmarks]
+    compared = []
+    for benchmark, row, p in zip(benchmarks, rows, holm([row.p for row in rows]), strict=True):
+        tested = NOT_TESTED if p is None else verdict_of(row.difference, p, benchmark.rolling)
+        compared.append(replace(row, adjusted=p, verdict=row.verdict or tested))
+    return compared
 
-    rows = []
-    for benchmark in benchmarks:
-        generator = np.random.default_rng(seed)
-        results = [run[benchmark.name] for run in (first, second)]
-        parts = [independent(strata(benchmark, result)) for result in results]
-        scores = [score_benchmark(benchmark, result) for result in results]
-        pairs = pair(*parts)
-        interval = bootstrap_interval(pairs, generator)
-        enough = sum(each.sums.size for each in pairs) >= TEST_FROM
-        p = p_of_no_difference(pairs, generator) if enough else None
-        moved = np.concatenate([np.subtract(b.values, a.values) for a, b in zip(*parts, strict=True)])
-        better = -moved if benchmark.rolling else moved
-        rows.append((benchmark, scores, interval, p, int((better > 0).sum()), int((better < 0).sum())))
-    adjusted = holm([p for _, _, _, p, _, _ in rows])
-    found = []
-    for (benchmark, (a, b), interval, p, wins, losses), corrected in zip(rows, adjusted, strict=True):
-        difference = b["raw"] - a["raw"]
-        if a["details"]["at_chance"] and b["details"]["at_chance"]:
-            verdict = CHANCE
-        elif corrected is None:
-            verdict = NOT_TESTED
-        elif corrected >= LEVEL:
-            verdict = SAME
-        else:
-            verdict = BETTER if (difference < 0) == benchmark.rolling else WORSE
-        found.append(
-            Difference(
-                benchmark.name,
-                benchmark.title,
-                a["raw"],
-                b["raw"],
-                difference,
-                interval,
-                p,
-                corrected,
-                wins,
-                losses,
-                a["n"],
-                verdict,
-            )
-        )
-    return found
+
+def _difference(benchmark: Benchmark, first: dict[str, Any], second: dict[str, Any], seed: int) -> Difference:
+    """One benchmark's difference: not corrected yet, and with a verdict only where both models are at chance."""
+    generator = np.random.default_rng(seed)
+    ours, theirs = (independent(strata(benchmark, result)) for result in (first, second))
+    a, b = (score_benchmark(benchmark, result) for result in (first, second))
+    pairs = pair(ours, theirs)
+    interval = bootstrap_interval(pairs, generator)
+    enough = sum(each.sums.size for each in pairs) >= TEST_FROM
+    moved = np.concatenate([np.subtract(y.values, x.values) for x, y in zip(ours, theirs, strict=True)])
+    better = -moved if benchmark.rolling else moved
+    return Difference(
+        benchmark.name,
+        benchmark.title,
+        first=a["raw"],
+        second=b["raw"],
+        difference=b["raw"] - a["raw"],
+        interval=interval,
+        p=p_of_no_difference(pairs, generator) if enough else None,
+        adjusted=None,
+        wins=int((better > 0).sum()),
+        losses=int((better < 0).sum()),
+        n=a["n"],
+        verdict=CHANCE if a["details"]["at_chance"] and b["details"]["at_chance"] else "",
+    )
 
 
 @dataclass(frozen=True)
@@ -143,41 +129,36 @@ class Scored:
 
 
 def comparable(runs: Sequence[Scored]) -> list[Benchmark]:
-    """The benchmarks that all runs have answered, asked the same way.
-
-    Raises:
-        UserError: the runs differ in prompts, examples or limits, or share no benchmark.
-    """
+    """The benchmarks that all runs have answered, asked the same way; UserError where the runs differ in prompts,
+    examples or limits, or share no benchmark."""
     first = runs[0]
     for run in runs[1:]:
-        for field in ("suite", "prompting"):
-            a, b = (_asked(each.manifest["identity"][field]) for each in (first, run))
-            if a != b:
-                raise UserError(f"compare: {run.name} was run with {field} {_told(b)}, {first.name} with {_told(a)}")
-        for name in set(first.results) & set(run.results):
-            tasks = first.results[name]["tasks"], run.results[name]["tasks"]
-            for task in sorted({*tasks[0], *tasks[1]}):
-                for field in ("hash", "shots", "version", "generation"):
-                    a, b = (each.get(task, {}).get(field) for each in tasks)
-                    if a != b:
-                        told = f"{_brief(b)} in {run.name}, {_brief(a)} in {first.name}"
-                        raise UserError(f"compare: {task} has another {field}: {told}; these are other questions")
+        _check_same_questions(first, run)
     shared = [name for name in first.results if all(name in run.results for run in runs)]
     if not shared:
         raise UserError("compare: the runs share no benchmark that was answered")
     return benchmarks_of(first.manifest["identity"]["suite"], first.results, shared)
 
 
-def _asked(value: Any) -> Any:
+def _check_same_questions(first: Scored, run: Scored) -> None:
+    """Raise UserError where two runs were asked otherwise, or other questions."""
+    for field in ("suite", "prompting"):
+        ours, theirs = (_asked(each.manifest["identity"][field]) for each in (first, run))
+        if ours != theirs:
+            raise UserError(f"compare: {run.name} was run with {field} {theirs}, {first.name} with {ours}")
+    for name in set(first.results) & set(run.results):
+        ours, theirs = first.results[name]["tasks"], run.results[name]["tasks"]
+        for task in sorted({*ours, *theirs}):
+            for field in ("hash", "shots", "version", "generation"):
+                a, b = (tasks.get(task, {}).get(field) for tasks in (ours, theirs))
+                if a != b:
+                    a, b = (value[:12] if isinstance(value, str) else value for value in (a, b))
+                    values = f"{b} in {run.name}, {a} in {first.name}"
+                    raise UserError(f"compare: {task} has another {field}: {values}; these are other questions")
+
+
+def _asked(value: Any) -> str:
     """A suite's name, or every setting of how it was put: runs of earlier versions lack the newer ones."""
-    return asdict(Prompting(**value)) if isinstance(value, dict) else value
-
-
-def _brief(value: Any) -> str:
-    return str(value)[:12] if isinstance(value, str) else str(value)
-
-
-def _told(value: Any) -> str:
     if not isinstance(value, dict):
         return repr(value)
-    return ", ".join(f"{name}={each}" for name, each in value.items())
+    return ", ".join(f"{name}={each}" for name, each in asdict(Prompting(**value)).items())

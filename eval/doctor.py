@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .answers import Prompts
 from .choice import VERSION
-from .harness import Prompts
 from .mirror import GATED, how_to_access, problems, sets_of
 from .suites import Benchmark
 
@@ -19,36 +19,23 @@ NEEDED = {
     "truthfulqa": ("sacrebleu", "rouge_score"),
 }
 """Modules that task files import, beside lm-eval's own."""
-CHECKS = (
-    "packages",
-    "punkt",
-    "mirror",
-    "access",
-    "data",
-    "tokenizer",
-    "noise",
-    "logits",
-    "padding",
-    "batch_size",
-    "context",
-)
 PUNKT = "tokenizers/punkt_tab/english/"
 
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one of `CHECKS`.
+    """The outcome of one of `options.CHECKS`.
 
     Args:
         name: which.
         problem: None where it passed, else what is wrong and what to do.
-        found: what it found where it passed.
+        detail: what was seen where it passed.
         notable: whether a run says so even where it passed.
     """
 
     name: str
     problem: str | None
-    found: str = ""
+    detail: str = ""
     notable: bool = False
 
     @property
@@ -64,13 +51,11 @@ def check_surroundings(benchmarks: Sequence[Benchmark], mirror: Path | None) -> 
 
 def _packages(folders: set[str]) -> Check:
     installed = metadata.version("lm_eval")
+    pip = "pip install 'hf_ibnorm[eval]'"
     missing = sorted(m for folder in folders for m in NEEDED.get(folder, ()) if find_spec(m) is None)
     if installed != VERSION:
-        return Check("packages", f"lm-eval {installed} is installed, scores are defined by {VERSION}: {_PIP}")
-    return Check("packages", f"{', '.join(missing)} not installed: {_PIP}" if missing else None, f"lm-eval {installed}")
-
-
-_PIP = "pip install 'hf_ibnorm[eval]'"
+        return Check("packages", f"lm-eval {installed} is installed, scores are defined by {VERSION}: {pip}")
+    return Check("packages", f"{', '.join(missing)} not installed: {pip}" if missing else None, f"lm-eval {installed}")
 
 
 def _punkt(folders: set[str]) -> list[Check]:
@@ -81,11 +66,11 @@ def _punkt(folders: set[str]) -> list[Check]:
     try:
         nltk.tokenize.PunktTokenizer("english")  # a folder of that name may lack the files
         return [Check("punkt", None, str(nltk.data.find(PUNKT)))]
-    except Exception as error:  # none, or files of any content
+    except Exception as error:  # the folder may be missing, or hold anything
         todo = "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder that has tokenizers/punkt_tab"
         missing = "IFEval needs NLTK's punkt_tab"
-        found = "" if isinstance(error, LookupError) else f", which cannot be read ({type(error).__name__}: {error})"
-        return [Check("punkt", f"{missing}{found}, and would fail after generating everything: {todo}")]
+        damage = "" if isinstance(error, LookupError) else f", which cannot be read ({type(error).__name__}: {error})"
+        return [Check("punkt", f"{missing}{damage}, and would fail after generating everything: {todo}")]
 
 
 def _data(benchmarks: Sequence[Benchmark], mirror: Path | None) -> list[Check]:
@@ -120,7 +105,7 @@ def check_model(lm: Any) -> list[Check]:
     with torch.inference_mode():
         alone, again = lm.model(ids).logits.float(), lm.model(ids).logits.float()
         checks += [_noise(lm, alone, again), _logits(alone)]
-        if checks[-2].passed and checks[-1].passed:  # else they would move anyway
+        if checks[-2].passed and checks[-1].passed:  # random or infinite logits move anyway
             checks += _padding(lm, ids, alone)
     return checks
 
@@ -196,17 +181,18 @@ def check_context(
     """
     count, longest = sum(each.overlong for each in prompts.values()), max(each.longest for each in prompts.values())
     hopeless = next((each.impossible for each in prompts.values() if each.impossible), None)
+    title, context = benchmark.title, lm.max_length
     if not count and not hopeless:
-        return Check("context", None, f"{benchmark.title}: {longest} of {lm.max_length} tokens"), None
-    long = f"{count} prompts are longer than the model's context of {lm.max_length} tokens, the longest {longest}"
-    problem = hopeless or long
+        return Check("context", None, f"{title}: {longest} of {context} tokens"), None
+    problem = (
+        hopeless or f"{count} prompts are longer than the model's context of {context} tokens, the longest {longest}"
+    )
     if overlong == "refuse":
         ways = "--overlong skip leaves it out" + ("" if hopeless else ", --overlong truncate cuts them from the left")
-        return Check("context", f"{benchmark.title}: {problem}; {ways}"), None
+        return Check("context", f"{title}: {problem}; {ways}"), None
     if overlong == "truncate" and not hopeless:
-        found = f"{benchmark.title}: {count} prompts will be cut to {lm.max_length} tokens"
-        return Check("context", None, found, notable=True), None
-    return Check("context", None, f"{benchmark.title} is left out: {problem}", notable=True), problem
+        return Check("context", None, f"{title}: {count} prompts will be cut to {context} tokens", notable=True), None
+    return Check("context", None, f"{title} is left out: {problem}", notable=True), problem
 
 
 def failures(checks: Iterable[Check], ignored: Sequence[str]) -> list[Check]:
@@ -217,4 +203,4 @@ def failures(checks: Iterable[Check], ignored: Sequence[str]) -> list[Check]:
 def outcome(check: Check, ignored: Sequence[str] = ()) -> str:
     """One line on a check."""
     mark = "pass" if check.passed else ("ignored" if check.name in ignored else "FAIL")
-    return f"{mark:7} {check.name}: {check.problem or check.found}".rstrip(": ")
+    return f"{mark:7} {check.name}: {check.problem or check.detail}".rstrip(": ")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,29 +42,28 @@ class DataSet:
 
 
 def is_local(path: str) -> bool:
-    """Whether a `dataset_path` is none of the Hub's: a format of files that the task names itself, or a folder."""
+    """Whether a `dataset_path` is not on the Hub: it is a format of local files, or a folder."""
     return path in LOCAL or path.startswith(".") or Path(path).is_absolute()
 
 
 def sets_of(benchmarks: Iterable[Benchmark]) -> set[DataSet]:
     """The data sets that the benchmarks' task files name."""
-    found = set()
+    sets = set()
     for benchmark in benchmarks:
         index = task_manager(benchmark.folders).task_index if benchmark.folders else {}
-        for task in leaves(benchmark):
-            config = index[task].cfg or {} if task in index else {}
+        for config in [index[task].cfg or {} for task in leaves(benchmark) if task in index]:
             if "dataset_path" in config and not is_local(config["dataset_path"]):
-                found.add(DataSet(config["dataset_path"], config.get("dataset_name")))
-    return found
+                sets.add(DataSet(config["dataset_path"], config.get("dataset_name")))
+    return sets
 
 
 def how_to_access(repository: str) -> str:
-    """What opens a gated data set."""
+    """What to do to get access to a gated data set."""
     page = f"https://huggingface.co/datasets/{repository}"
     return f"accept its terms at {page}, then `hf auth login`; or name a --mirror that has it; or --skip its benchmark"
 
 
-def told_of(error: BaseException, *repositories: str) -> str:
+def cause_of(error: BaseException, *repositories: str) -> str:
     """The first line of an error, with what to do if a gated data set was refused."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{line} - {how_to_access(repositories[0])}" if repositories and "gated" in str(error).lower() else line
@@ -77,11 +77,8 @@ def _card(folder: Path) -> dict[str, Any]:
     parts = read_text("mirror", path).split("---\n", 2)
     with reading("mirror", path):
         card = parse_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
-    check_form(f"mirror: {path}", card or {}, _CARD)
+    check_form(f"mirror: {path}", card or {}, {"configs?": [{"config_name": str}]})
     return card or {}
-
-
-_CARD = {"configs?": [{"config_name": str}]}
 
 
 def patterns(card: dict[str, Any], configs: Sequence[str | None]) -> list[str]:
@@ -106,29 +103,28 @@ def patterns(card: dict[str, Any], configs: Sequence[str | None]) -> list[str]:
 
 def problems(mirror: Path, sets: Iterable[DataSet]) -> list[str]:
     """What keeps a mirror from being used for `sets`: missing or changed files, one sentence each."""
-    found = []
-    recorded = _index(mirror)
+    wrong, recorded = [], _index(mirror)
     for repository, configs in sorted(_by_repository(sets).items()):
         folder = mirror / repository
         if not folder.is_dir():
-            found.append(f"{folder} is missing")
+            wrong.append(f"{folder} is missing")
             continue
         for config in configs:
             try:
                 globs = patterns(_card(folder), [config])
             except (KeyError, TypeError, yaml.YAMLError):
-                found.append(f"{folder / 'README.md'} names no configuration {config}")
+                wrong.append(f"{folder / 'README.md'} names no configuration {config}")
                 continue
             # Every glob of a configuration is a split; where the card names none, any file will do.
             absent = [glob for glob in globs if not any(folder.glob(glob))]
             if absent and (globs != list(DATA_FILES) or len(absent) == len(globs)):
-                found.append(f"{folder / absent[0]} is missing")
+                wrong.append(f"{folder / absent[0]} is missing")
         for name, digest in recorded.get(repository, {}).get("files", {}).items():
             if not (folder / name).is_file():
-                found.append(f"{folder / name} is missing")
+                wrong.append(f"{folder / name} is missing")
             elif sha256_file(folder / name) != digest:
-                found.append(f"{folder / name} has changed since it was fetched")
-    return found
+                wrong.append(f"{folder / name} has changed since it was fetched")
+    return wrong
 
 
 def hashes(mirror: Path, sets: Iterable[DataSet]) -> dict[str, str]:
@@ -138,16 +134,14 @@ def hashes(mirror: Path, sets: Iterable[DataSet]) -> dict[str, str]:
 
 
 def _by_repository(sets: Iterable[DataSet]) -> dict[str, list[str | None]]:
-    found: dict[str, list[str | None]] = {}
-    for each in sorted(sets, key=lambda each: (each.repository, each.config or "")):
-        found.setdefault(each.repository, []).append(each.config)
-    return found
+    ordered = sorted(sets, key=lambda each: (each.repository, each.config or ""))
+    groups = groupby(ordered, key=lambda each: each.repository)
+    return {repository: [each.config for each in group] for repository, group in groups}
 
 
 def _index(mirror: Path) -> dict[str, Any]:
     path = mirror / INDEX
-    found: dict[str, Any] = read_json("mirror", path, {"*": {"files": {"*": str}}}) if path.exists() else {}
-    return found
+    return dict(read_json("mirror", path, {"*": {"files": {"*": str}}})) if path.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -162,11 +156,8 @@ class Remote:
 
 
 def plan(sets: Iterable[DataSet]) -> Iterator[Remote]:
-    """Ask the Hub for the files and sizes (in bytes) of each data set.
-
-    Raises:
-        UserError: the Hub does not answer, or refuses a gated set.
-    """
+    """Ask the Hub for the files and sizes (in bytes) of each data set; UserError where the Hub does not answer, or
+    refuses a gated set."""
     from huggingface_hub import HfApi, hf_hub_download
 
     for repository, configs in sorted(_by_repository(sets).items()):
@@ -186,16 +177,13 @@ def plan(sets: Iterable[DataSet]) -> Iterator[Remote]:
 def _from_hub(repository: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # of the network, the Hub, its answers: all end the same way
-        raise UserError(f"mirror: the Hub does not give {repository}: {told_of(error, repository)}") from error
+    except Exception as error:  # the network, the Hub and its answers raise too many kinds to name
+        raise UserError(f"mirror: the Hub does not give {repository}: {cause_of(error, repository)}") from error
 
 
 def fetch(mirror: Path, sets: Iterable[DataSet]) -> Iterator[Remote]:
-    """Download data sets into a mirror, each whole or not at all; one that is there already, whole, is left alone.
-
-    Raises:
-        UserError: the Hub does not answer or refuses, or the mirror cannot be written.
-    """
+    """Download data sets into a mirror, each whole or not at all; one that is there already, whole, is left alone;
+    UserError where the Hub does not answer or refuses, or the mirror cannot be written."""
     from huggingface_hub import snapshot_download
 
     wanted = set(sets)
@@ -207,14 +195,8 @@ def fetch(mirror: Path, sets: Iterable[DataSet]) -> Iterator[Remote]:
             yield remote
             continue
         with _from_hub(remote.repository):
-            source = Path(
-                snapshot_download(
-                    remote.repository,
-                    repo_type="dataset",
-                    revision=remote.revision,
-                    allow_patterns=list(remote.files),
-                )
-            )
+            options: Any = {"revision": remote.revision, "allow_patterns": list(remote.files)}
+            source = Path(snapshot_download(remote.repository, repo_type="dataset", **options))
         with bad_input(OSError, about="mirror: "):
             target = mirror / remote.repository
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -229,16 +211,12 @@ def fetch(mirror: Path, sets: Iterable[DataSet]) -> Iterator[Remote]:
 
 
 def carry_out(what: str, mirror: Path | None, benchmarks: Iterable[Benchmark]) -> None:
-    """The verbs of the command: `plan`, `fetch` and `check`.
-
-    Raises:
-        UserError: bad input, the Hub refuses, or the mirror is not whole.
-    """
+    """The verbs of the command: `plan`, `fetch` and `check`; UserError where bad input, the Hub refuses, or the mirror
+    is not whole."""
     if mirror is None and what != "plan":
         raise UserError(f"mirror: `mirror {what}` needs --mirror DIR")
     sets = sets_of(benchmarks)
-    if what == "check":
-        assert mirror is not None
+    if what == "check" and mirror:
         wrong = problems(mirror, sets)
         for problem in wrong:
             print(problem)
@@ -251,8 +229,7 @@ def carry_out(what: str, mirror: Path | None, benchmarks: Iterable[Benchmark]) -
         disable_progress_bars()
     table = Table(["data set", "configurations", "files", "MB", "revision", "gated"])
     for remote in fetch(mirror, sets) if what == "fetch" and mirror else plan(sets):
-        size = sum(remote.files.values()) / 1e6
-        gated = "yes" if remote.gated else ""
+        size, gated = sum(remote.files.values()) / 1e6, "yes" if remote.gated else ""
         counts = (str(len(remote.configs)), str(len(remote.files)), f"{size:.1f}", remote.revision[:8], gated)
         table.rows.append([remote.repository, *counts])
     table.print()

@@ -20,16 +20,13 @@ def processes() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one of them that writes and speaks."""
+    """Whether this is the one of these processes that writes files and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def load_model(path: Path, batch_size: int | str, device: str | None, dtype: str) -> Any:
-    """lm-eval's stock HFLM around the checkpoint at `path`.
-
-    Raises:
-        UserError: the checkpoint cannot be loaded whole, or its tokenizer does not fit the model.
-    """
+    """lm-eval's stock HFLM around the checkpoint at `path`; UserError where the checkpoint cannot be loaded whole, or
+    its tokenizer does not fit the model."""
     import torch
 
     quiet_libraries()
@@ -37,7 +34,7 @@ def load_model(path: Path, batch_size: int | str, device: str | None, dtype: str
     with bad_input(RuntimeError, AssertionError, about=f"device: got {device!r}: "):
         torch.zeros(1, device=device).item()  # a device without values, such as meta, has none to give
     config, tokenizer = load_tokenizer(path)
-    model = load_whole(path, config, dtype)  # by the harness it would not be: nobody would hear of missing weights
+    model = load_whole(path, config, dtype)  # the harness itself would not tell of missing weights
     return wrap_model(model, tokenizer, batch_size, device)
 
 
@@ -58,7 +55,7 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, device: str) -
 
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("tokenizer: it has neither a BOS nor an EOS token, lm-eval begins texts with one of them")
-    if (tokenizer.pad_token_id or 0) >= model.config.vocab_size:  # added beyond the embedding
+    if (tokenizer.pad_token_id or 0) >= model.config.vocab_size:  # a token without a row in the embedding
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     if processes() > 1:
         from accelerate import PartialState
@@ -89,10 +86,10 @@ def divided(kind: type) -> type:
             mine = requests[rank::count]
             parts: list[list[Any]] = [[]] * count
             distributed.all_gather_object(parts, list(answer(mine, disable_tqdm=rank > 0)) if mine else [])
-            found: list[Any] = [None] * len(requests)
+            answers: list[Any] = [None] * len(requests)
             for i, part in enumerate(parts):
-                found[i::count] = part
-            return found
+                answers[i::count] = part
+            return answers
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
             return self._part(super().loglikelihood, requests)
@@ -107,7 +104,7 @@ def divided(kind: type) -> type:
 
 
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-"""What stays of a generation_config: with which tokens the model's texts begin and end."""
+"""Fields of a generation_config that stay: the tokens with which the model's texts begin and end."""
 _OF_GENERATE = ("use_cache", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config")
 """Fields of a generation_config that change no text."""
 
@@ -124,7 +121,7 @@ def as_tasks_ask(harness: Any) -> Iterator[dict[str, Any]]:
 
     model = harness.model
     given = getattr(model, "generation_config", None) or GenerationConfig()
-    # PEFT hands the wrapper's on to the model inside.
+    # PEFT passes the wrapper's generation_config on to the model inside.
     before = [(each, vars(each)["generation_config"]) for each in model.modules() if "generation_config" in vars(each)]
     model.generation_config = GenerationConfig(**{name: getattr(given, name, None) for name in ENDS})
     try:
@@ -145,31 +142,29 @@ def fingerprint(harness: Any) -> dict[str, Any]:
     model, tokenizer = harness.model, harness.tokenizer
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NO_MATTER}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # Padding and truncation are what the last call left there.
+    # The last call leaves its padding and truncation in the tokenizer: they are no part of it.
     rules = {**json.loads(backend.to_str()), "padding": None, "truncation": None} if backend else tokenizer.get_vocab()
+    # How text becomes tokens, and tokens text.
+    ways = ("add_bos_token", "clean_up_tokenization_spaces", "split_special_tokens")
     words = [
-        json.dumps(rules, sort_keys=True),
-        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
         str(tokenizer.chat_template),
         type(tokenizer).__name__,
-        # How text becomes tokens, and tokens text.
-        *(str(getattr(tokenizer, name, None)) for name in ("add_bos_token", "clean_up_tokenization_spaces")),
-        str(getattr(tokenizer, "split_special_tokens", None)),
+        *(str(getattr(tokenizer, way, None)) for way in ways),
     ]
     generation = getattr(model, "generation_config", None)
-    ways = (
-        {name: value for name, value in generation.to_diff_dict().items() if name not in _OF_GENERATE}
-        if generation
-        else {}
-    )
+    options = generation.to_diff_dict() if generation else {}
     return {
         "weights": sha256_tensors(model.state_dict().items()),
-        "config": sha256([json.dumps(config, sort_keys=True, default=str)]),
-        "tokenizer": sha256(words),
-        "generation": sha256([json.dumps(ways, sort_keys=True, default=str)]),
+        "config": sha256([_json(config)]),
+        "tokenizer": sha256([json.dumps(rules, sort_keys=True), _json(tokenizer.special_tokens_map), *words]),
+        "generation": sha256([_json({name: value for name, value in options.items() if name not in _OF_GENERATE})]),
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_length": harness.max_length,
     }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 _NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map", "architectures")

@@ -1,28 +1,74 @@
-"""The flags of `eval run`, which `eval doctor` and a study's `scoring` take too."""
+"""What a run can be asked for: the fields of `Settings` are the flags of `eval run` and `eval doctor`."""
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-from .suites import SUITES
+from hf_ibnorm.base.errors import UserError, bad_input
+
+from .choice import choose
+from .suites import DEFINED, SUITES, Benchmark
+
+CHECKS = (
+    *("packages", "punkt", "mirror", "access", "data", "tokenizer", "noise", "logits", "padding"),
+    *("batch_size", "context"),
+)
+"""Names of the checks of `eval doctor`."""
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number >= 1")
-    return value
+@dataclass(frozen=True)
+class Prompting:
+    """How prompts are made and answered; what differs from the defaults of the harness changes the scores.
+
+    Args:
+        limit: only the first so many items of each task.
+        chat_template: put each prompt through the tokenizer's chat template.
+        multiturn: give the examples as earlier turns of the conversation.
+        generation: options of generation that replace those of the task files.
+        shots: examples in each prompt, in place of the tasks' own number.
+    """
+
+    limit: int | None = None
+    chat_template: bool = False
+    multiturn: bool = False
+    generation: dict[str, Any] | None = None
+    shots: int | None = None
+
+    def smoke(self, suite: str) -> list[str]:
+        """The settings with which a run of `suite` gives no leaderboard score."""
+        fixed = any(name in SUITES or name in DEFINED for name in suite.split(","))  # their number of examples
+        reasons = {
+            f"--limit {self.limit}": self.limit is not None,
+            "changed generation settings": bool(self.generation),
+            f"--num_fewshot {self.shots}": fixed and self.shots is not None,
+        }
+        return [reason for reason, given in reasons.items() if given]
+
+    def notes(self) -> list[str]:
+        """Sentences about the prompts that stand beside the scores."""
+        turns = ", examples as turns" if self.multiturn else ""
+        shots = [] if self.shots is None else [f"with {self.shots} examples in each prompt, as --num_fewshot says"]
+        return shots + ([f"with the tokenizer's chat template{turns}"] if self.chat_template else [])
 
 
-def _at_least_0(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number >= 0")
-    return int(text)
+def _whole(low: int) -> Any:
+    """For argparse: a whole number of at least `low`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number >= {low}")
+        return int(text)
+
+    return read
+
+
+positive = _whole(1)
 
 
 def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else positive(text)
+    return text if text == "auto" else int(positive(text))
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -46,59 +92,100 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def _flag(help: str, default: Any = None, *, study: bool = True, **argument: Any) -> Any:
+    """A field that is a flag, too: `argument` as argparse takes it; `study` where a study may set it."""
+    return field(default=default, metadata={"study": study, "argument": {"help": help, **argument}})
+
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SUITE = f"one of: {', '.join(SUITES)}; or tasks of lm-eval or of --include_path, divided by commas"
+_INCLUDE = "folder with task files of your own, in lm-eval's form (default: none)"
+_SHOTS = "examples in each prompt, a smoke test of a suite (default: each task's own number)"
+_OVERLONG = (
+    "where prompts are longer than the model's context: stop, cut them from the left, or leave the benchmark out "
+    "(default: refuse)"
+)
+_GENERATION = "options of generation instead of the tasks' own, a smoke test (default: the tasks' own)"
+_SHARD = "every N-th benchmark from the I-th (default: 1/1)"
+_TEMPLATE = "put prompts through the chat template (default: not)"
+_TURNS = "examples as turns of a conversation (default: one prompt)"
+_CACHE = "keep answers there by model and prompt, and use those kept (default: not)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for, beside the model and where its files go; the flags' help says what each field is."""
+
+    suite: str = _flag(_SUITE, MISSING, study=False)
+    include_path: str | None = _flag(_INCLUDE, metavar="DIR")
+    num_fewshot: int | None = _flag(_SHOTS, type=_whole(0), metavar="N")
+    mirror: str | None = _flag("folder with the data sets, no network is touched then (default: the Hub)")
+    limit: int | None = _flag("only the first N items a task, a smoke test (default: all)", type=positive)
+    batch_size: int | str = _flag("sequences at a time; auto on a GPU: all that fit (default: 8)", 8, type=_batch_size)
+    device: str | None = _flag("device of torch (default: cuda if there is one, else cpu)")
+    dtype: str = _flag("dtype of the weights (default: auto, the checkpoint's)", "auto", choices=_DTYPES)
+    overlong: str = _flag(_OVERLONG, "refuse", choices=("refuse", "truncate", "skip"))
+    skip: Sequence[str] = _flag("benchmarks to leave out (default: none)", (), type=_names, metavar="NAMES")
+    shard: tuple[int, int] = _flag(_SHARD, (1, 1), study=False, type=_shard, metavar="I/N")
+    apply_chat_template: bool = _flag(_TEMPLATE, False, study=False, action="store_true")
+    fewshot_as_multiturn: bool = _flag(_TURNS, False, study=False, action="store_true")
+    gen_kwargs: dict[str, Any] | None = _flag(_GENERATION, study=False, type=_json_object, metavar="JSON")  # noqa: RUF009
+    cache: str | None = _flag(_CACHE, metavar="DIR")
+    ignore: Sequence[str] = _flag("checks that may fail (default: none)", (), type=_names, metavar="CHECKS")
+
+    @property
+    def prompting(self) -> Prompting:
+        """How prompts are made and answered."""
+        turns = self.apply_chat_template, self.fewshot_as_multiturn
+        return Prompting(self.limit, *turns, self.gen_kwargs, self.num_fewshot)
+
+    def check(self) -> None:
+        """Raise UserError where settings do not go together."""
+        from .model import processes
+
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise UserError("fewshot_as_multiturn: needs --apply_chat_template, there are no turns without one")
+        if self.cache and processes() > 1:
+            raise UserError("cache: cannot be used by several processes at once; leave --cache out")
+        generation = dict(self.gen_kwargs or {})
+        room, until = generation.pop("max_gen_toks", 1), generation.pop("until", [])
+        if type(room) is not int or room < 1:
+            raise UserError(f"gen_kwargs: got max_gen_toks {room!r}, must be a whole number >= 1")
+        if not isinstance(until, list) or not all(isinstance(each, str) for each in until):
+            raise UserError(f"gen_kwargs: got until {until!r}, must be a list of strings")
+        from transformers import GenerationConfig
+
+        for name in generation:
+            if name not in GenerationConfig().to_dict():
+                raise UserError(f"gen_kwargs: got {name!r}, which is no option of generation")
+        with bad_input(ValueError, TypeError, about="gen_kwargs: "):
+            GenerationConfig(**generation).validate()
+
+    def benchmarks(self) -> tuple[str, list[Benchmark]]:
+        """The suite's name and what is to be run of it; UserError where a name is unknown, or nothing is left."""
+        name, benchmarks = choose(self.suite, self.include_path)
+        if self.num_fewshot is not None:
+            benchmarks = [replace(each, shots=self.num_fewshot, set_shots=True) for each in benchmarks]
+        names = [each.name for each in benchmarks]
+        may_fail = [check for check in CHECKS if check != "context"]
+        for field_name, values, allowed in (("skip", self.skip, names), ("ignore", self.ignore, may_fail)):
+            if unknown := [value for value in values if value not in allowed]:
+                raise UserError(f"{field_name}: got {unknown[0]!r}, allowed are {', '.join(allowed)}")
+        left = [each for each in benchmarks if each.name not in self.skip][self.shard[0] - 1 :: self.shard[1]]
+        if not left:
+            raise UserError(f"shard: got {self.shard[0]}/{self.shard[1]}, there are {len(names)} benchmarks")
+        return name, left
+
+
+OF_STUDIES = tuple(each.name for each in fields(Settings) if each.metadata["study"])
+"""Settings that a study's `scoring` may have."""
+
+
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add them to a parser, named as the fields of `runner.Settings`."""
-    add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        help="directory of a checkpoint with its tokenizer, or of a training run; or a name on the Hub",
-    )
-    add(
-        "--suite",
-        "--tasks",
-        dest="suite",
-        required=True,
-        help=f"one of: {', '.join(SUITES)}; or tasks of lm-eval or of --include_path, divided by commas",
-    )
-    add("--include_path", metavar="DIR", help="folder with task files of your own, in lm-eval's form (default: none)")
-    add(
-        "--num_fewshot",
-        type=_at_least_0,
-        metavar="N",
-        help="examples in each prompt, a smoke test of a suite (default: each task's own number)",
-    )
-    add("--mirror", help="folder with the data sets, no network is touched then (default: the Hub)")
-    add("--limit", type=positive, help="only the first N items a task, a smoke test (default: all)")
-    add(
-        "--batch_size",
-        type=_batch_size,
-        default=8,
-        help="sequences at a time; auto on a GPU: all that fit (default: 8)",
-    )
-    add("--device", help="device of torch (default: cuda if there is one, else cpu)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="dtype of the weights (default: auto, the checkpoint's)",
-    )
-    add(
-        "--overlong",
-        default="refuse",
-        choices=("refuse", "truncate", "skip"),
-        help="where prompts are longer than the model's context: stop, cut them from the left, or leave the benchmark "
-        "out (default: refuse)",
-    )
-    add("--skip", type=_names, default=(), metavar="NAMES", help="benchmarks to leave out (default: none)")
-    add("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th benchmark from the I-th (default: 1/1)")
-    add("--apply_chat_template", action="store_true", help="put prompts through the chat template (default: not)")
-    add("--fewshot_as_multiturn", action="store_true", help="examples as turns of a conversation (default: one prompt)")
-    add(
-        "--gen_kwargs",
-        type=_json_object,
-        metavar="JSON",
-        help="options of generation instead of the tasks' own, a smoke test (default: the tasks' own)",
-    )
-    add("--cache", metavar="DIR", help="keep answers there by model and prompt, and use those kept (default: not)")
-    add("--ignore", type=_names, default=(), metavar="CHECKS", help="checks that may fail (default: none)")
+    """Add `--model` and the fields of `Settings` to a parser."""
+    model = "directory of a checkpoint with its tokenizer, or of a training run; or a name on the Hub"
+    parser.add_argument("--model", required=True, help=model)
+    for each in fields(Settings):
+        flags = [f"--{each.name}", *(["--tasks"] if each.name == "suite" else [])]
+        given = {"required": True} if each.default is MISSING else {"default": each.default}
+        parser.add_argument(*flags, dest=each.name, **given, **each.metadata["argument"])

@@ -15,7 +15,7 @@ from hf_ibnorm.report.plots import COLOURS, Estimate, plot_forest
 from hf_ibnorm.report.tables import Table, csv_text, decimals, score_cell
 
 from .compare import BETTER, CHANCE, NOT_TESTED, SAME, WORSE, Difference, Scored, comparable, compare
-from .harness import Prompting
+from .options import Prompting
 from .scoring import DAMAGE, score_benchmark
 from .suites import Benchmark
 from .tables import SMOKE

@@ -6,7 +6,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,104 +19,17 @@ from hf_ibnorm.report.environment import package_versions
 from hf_ibnorm.report.tables import score_cell
 from hf_ibnorm.swap.loading import find_model
 
-from .choice import choose, own_files
-from .doctor import CHECKS, Check, check_context, check_model, check_surroundings, failures, outcome
-from .harness import SEEDS, Prompting, Prompts, answer, data_from, load_tasks, measure, of_its_files
+from .answers import Prompts, answer, prompts_of
+from .choice import own_files
+from .doctor import Check, check_context, check_model, check_surroundings, failures, outcome
+from .harness import SEEDS, data_from, load_tasks, of_its_files
 from .mirror import hashes, sets_of
-from .model import as_tasks_ask, fingerprint, is_first, load_model, processes, wrap_model
+from .model import as_tasks_ask, fingerprint, is_first, load_model, wrap_model
+from .options import Settings
 from .scoring import ScoringError, score_benchmark
 from .store import add_notes, create, is_begun, record_hashes, still_missing, write_result, write_scores
 from .suites import Benchmark
 from .tables import SMOKE
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is asked for, beside the model and where its files go.
-
-    Args:
-        suite: "embedded", "v1", "v2", or tasks of lm-eval or of `include_path`, divided by commas.
-        include_path: folder with task files of the user's own, in lm-eval's form.
-        num_fewshot: examples in each prompt; None for each task's own number.
-        mirror: folder with the data sets; no network is touched then.
-        limit: only the first so many items of each task; the scores are then marked as a smoke test.
-        batch_size: sequences at a time; "auto" for as many as fit on a GPU.
-        device: of torch; CUDA if there is any, else the CPU.
-        dtype: of the weights: auto (the checkpoint's), float32, bfloat16 or float16.
-        overlong: what becomes of a benchmark with prompts longer than the model's context: "refuse" the run,
-            "truncate" the prompts from the left, "skip" the benchmark.
-        skip: benchmarks to leave out.
-        shard: (i, n): only every n-th benchmark, from the i-th on, to divide a suite over machines.
-        apply_chat_template: put prompts through the tokenizer's chat template.
-        fewshot_as_multiturn: give the examples as earlier turns of the conversation.
-        gen_kwargs: options of generation that replace those of the tasks; marks a smoke test.
-        cache: folder where answers are kept by model and prompt, for a later run to find.
-        ignore: checks whose failure does not stop the run.
-    """
-
-    suite: str
-    include_path: str | None = None
-    num_fewshot: int | None = None
-    mirror: str | None = None
-    limit: int | None = None
-    batch_size: int | str = 8
-    device: str | None = None
-    dtype: str = "auto"
-    overlong: str = "refuse"
-    skip: Sequence[str] = ()
-    shard: tuple[int, int] = (1, 1)
-    apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = False
-    gen_kwargs: dict[str, Any] | None = None
-    cache: str | None = None
-    ignore: Sequence[str] = ()
-
-    @property
-    def prompting(self) -> Prompting:
-        return Prompting(
-            self.limit, self.apply_chat_template, self.fewshot_as_multiturn, self.gen_kwargs, self.num_fewshot
-        )
-
-    def check(self) -> None:
-        """Raise UserError where settings do not go together."""
-        if self.fewshot_as_multiturn and not self.apply_chat_template:
-            raise UserError("fewshot_as_multiturn: needs --apply_chat_template, there are no turns without one")
-        if self.cache and processes() > 1:
-            raise UserError("cache: cannot be used by several processes at once; leave --cache out")
-        generation = dict(self.gen_kwargs or {})
-        room, until = generation.pop("max_gen_toks", 1), generation.pop("until", [])
-        if type(room) is not int or room < 1:
-            raise UserError(f"gen_kwargs: got max_gen_toks {room!r}, must be a whole number >= 1")
-        if not isinstance(until, list) or not all(isinstance(each, str) for each in until):
-            raise UserError(f"gen_kwargs: got until {until!r}, must be a list of strings")
-        from transformers import GenerationConfig
-
-        for name in generation:
-            if name not in GenerationConfig().to_dict():
-                raise UserError(f"gen_kwargs: got {name!r}, which is no option of generation")
-        with bad_input(ValueError, TypeError, about="gen_kwargs: "):
-            GenerationConfig(**generation).validate()
-
-    def benchmarks(self) -> tuple[str, list[Benchmark]]:
-        """The suite's name and what is to be run of it.
-
-        Raises:
-            UserError: a name is unknown, or nothing is left.
-        """
-        name, benchmarks = choose(self.suite, self.include_path)
-        if self.num_fewshot is not None:
-            benchmarks = [replace(each, shots=self.num_fewshot, set_shots=True) for each in benchmarks]
-        names = [each.name for each in benchmarks]
-        for field, values, allowed in (
-            ("skip", self.skip, names),
-            ("ignore", self.ignore, [check for check in CHECKS if check != "context"]),
-        ):
-            if unknown := [value for value in values if value not in allowed]:
-                raise UserError(f"{field}: got {unknown[0]!r}, allowed are {', '.join(allowed)}")
-        left = [each for each in benchmarks if each.name not in self.skip][self.shard[0] - 1 :: self.shard[1]]
-        if not left:
-            raise UserError(f"shard: got {self.shard[0]}/{self.shard[1]}, there are {len(names)} benchmarks")
-        return name, left
 
 
 @dataclass(frozen=True)
@@ -170,22 +83,12 @@ def run(
     with _data_sets(asked.mirror) as folder, as_tasks_ask(lm) as unused, ExitStack() as stack:
         if is_first() and is_begun(target):
             stack.enter_context(alone_in(target, busy))
-        identity = {
-            "suite": name,
-            "benchmarks": [each.name for each in benchmarks],
-            "model": fingerprint(lm),
-            "prompting": asdict(asked.prompting),
-            "overlong": asked.overlong,
-            "mirror": hashes(folder, sets_of(benchmarks)) if folder else None,
-            "include_path": own_files(asked.include_path) if asked.include_path else None,
-            "versions": {each: package_versions()[each] for each in ("lm_eval", "transformers", "torch", "hf_ibnorm")},
-            "seeds": SEEDS,
-        }
+        identity = _identity(lm, name, benchmarks, asked, folder)
         missing = still_missing(target, identity) if is_begun(target) else identity["benchmarks"]
         checks, ready = examine(lm, [each for each in benchmarks if each.name in missing], asked, folder, unused)
         _stop_on_failure(checks, asked.ignore, say)
         notes = [f"ignored: {check.name}: {check.problem}" for check in checks if not check.passed]
-        notes += [check.found for check in checks if check.name == "generation"]
+        notes += [check.detail for check in checks if check.name == "generation"]
         if is_first() and is_begun(target):
             add_notes(target, notes)
         elif is_first():
@@ -200,6 +103,23 @@ def run(
         return {}
     record_hashes(target)
     return write_scores(target)
+
+
+def _identity(
+    lm: Any, suite: str, benchmarks: Sequence[Benchmark], asked: Settings, mirror: Path | None
+) -> dict[str, Any]:
+    """All that the scores of a run depend on."""
+    return {
+        "suite": suite,
+        "benchmarks": [each.name for each in benchmarks],
+        "model": fingerprint(lm),
+        "prompting": asdict(asked.prompting),
+        "overlong": asked.overlong,
+        "mirror": hashes(mirror, sets_of(benchmarks)) if mirror else None,
+        "include_path": own_files(asked.include_path) if asked.include_path else None,
+        "versions": {each: package_versions()[each] for each in ("lm_eval", "transformers", "torch", "hf_ibnorm")},
+        "seeds": SEEDS,
+    }
 
 
 def diagnose(model: str, **settings: Any) -> list[Check]:
@@ -236,7 +156,7 @@ def examine(
                 checks.append(Check("data", str(error)))
                 continue
             try:
-                prompts = measure(lm, complete, loaded["tasks"], asked.prompting)
+                prompts = prompts_of(lm, complete, loaded["tasks"], asked.prompting)
             except UserError as error:
                 checks.append(Check("prompts", str(error)))
                 continue
@@ -245,9 +165,9 @@ def examine(
             ready.append(Ready(complete, loaded, prompts, reason))
     written = (task for each in ready for task in each.loaded["tasks"].values() if task.OUTPUT_TYPE == "generate_until")
     if unused and any(written):
-        told = ", ".join(f"{name}={str(value)[:40]}" for name, value in unused.items())
-        found = f"not used, for no task asks for it: {told} (of the model's generation_config)"
-        checks.append(Check("generation", None, found, notable=True))
+        fields = ", ".join(f"{name}={str(value)[:40]}" for name, value in unused.items())
+        detail = f"not used, for no task asks for it: {fields} (of the model's generation_config)"
+        checks.append(Check("generation", None, detail, notable=True))
     return checks, ready
 
 
@@ -287,7 +207,7 @@ def _data_sets(mirror: str | None) -> Iterator[Path | None]:
 
 
 def _run(lm: Any, ready: Ready, asked: Settings, identity: dict[str, Any], target: Path) -> str:
-    """Run one benchmark and write its result file; its score in a few words."""
+    """Run one benchmark and write its result file; returns its score in a few words."""
     if ready.skipped:
         result = {"benchmark": ready.benchmark.name, "skipped": ready.skipped}
     else:
@@ -305,7 +225,7 @@ def _run(lm: Any, ready: Ready, asked: Settings, identity: dict[str, Any], targe
 
 @contextmanager
 def _cached(lm: Any, folder: Path, identity: dict[str, Any]) -> Iterator[Any]:
-    """The model behind a file of its own answers; another model, dtype or harness has another file."""
+    """The model with a file that keeps its answers; another model, dtype or harness has another file."""
     from lm_eval.api.model import CacheHook, CachingLM
     from sqlitedict import SqliteDict
 
@@ -316,13 +236,13 @@ def _cached(lm: Any, folder: Path, identity: dict[str, Any]) -> Iterator[Any]:
         if path.exists():
             with sqlite3.connect(path) as database:
                 database.execute("select name from sqlite_master")
-        found = CachingLM(lm, str(path))
-    # lm-eval would pickle: whoever can write the file could run code here.
-    found.dbdict.close()
-    found.dbdict = SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=json.loads)
-    lm.set_cache_hook(found.get_cache_hook())
+        cached = CachingLM(lm, str(path))
+    # lm-eval pickles answers, and whoever can write a pickle can run code here: JSON instead.
+    cached.dbdict.close()
+    cached.dbdict = SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=json.loads)
+    lm.set_cache_hook(cached.get_cache_hook())
     try:
-        yield found
+        yield cached
     finally:
         lm.set_cache_hook(CacheHook(None))
-        found.dbdict.close()
+        cached.dbdict.close()

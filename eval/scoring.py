@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from .statistics import LEVEL, p_of_guessing, p_of_no_difference, summed
 from .suites import AVERAGED, SUITES, Benchmark
 
@@ -46,15 +48,10 @@ def check_items(tasks: Mapping[str, Any], limit: int | None = None) -> None:
 
 
 def _number(task: str, item: Mapping[str, Any], what: str, value: Any, low: float, high: float) -> float:
-    """A number of an item as it must be.
-
-    Raises:
-        ScoringError: it is none, not finite or out of its range.
-    """
+    """A number of an item as it must be; ScoringError where it is none, not finite or out of its range."""
     if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
-        raise ScoringError(
-            f"{task}: item {item['doc_id']} has a {what} of {value!r}, must be a number from {low:g} to {high:g}"
-        )
+        allowed = f"must be a number from {low:g} to {high:g}"
+        raise ScoringError(f"{task}: item {item['doc_id']} has a {what} of {value!r}, {allowed}")
     return float(value)
 
 
@@ -74,12 +71,11 @@ def check_answers(task: str, loglikelihoods: Sequence[float], tokens: Sequence[i
         if not math.isfinite(value):
             raise ScoringError(f"{task}: the model gives a log-likelihood of {value}, scores must be finite")
     each = [value / count for value, count in zip(loglikelihoods, tokens, strict=True) if count]
-    # One long text has a single mean; equal to the uniform distribution's it betrays a constant model all the same.
+    # One long text has a single mean: a constant model shows itself where that is the uniform distribution's.
     reference = each[0] if len(each) > 1 else uniform
     if all(math.isclose(value, reference, rel_tol=1e-5) for value in each):
-        raise ScoringError(
-            f"{task}: the model gives every token the same score ({reference:.4f}), it tells nothing apart"
-        )
+        same = f"the same score ({reference:.4f})"
+        raise ScoringError(f"{task}: the model gives every token {same}, it tells nothing apart")
 
 
 def normalized(value: float, bound: float) -> float:
@@ -134,59 +130,54 @@ class Stratum:
 
 
 def strata(benchmark: Benchmark, result: dict[str, Any]) -> list[Stratum]:
-    """The items of a result file as numbers, task after task.
-
-    Raises:
-        ScoringError: the file has other tasks than the benchmark, or no items.
-    """
+    """A stratum for each task of a result file; ScoringError where the file has other tasks than the benchmark, or no
+    items."""
     tasks = result["tasks"]
     if set(tasks) != set(benchmark.tasks):
         missing = sorted(set(benchmark.tasks) - set(tasks))
         extra = sorted(set(tasks) - set(benchmark.tasks))
         what = f"{len(missing)} of its tasks missing: {', '.join(missing[:3])}" if missing else f"unknown: {extra[0]}"
         raise ScoringError(f"{benchmark.name}: {what}")
-    check_items(tasks, max(len(task["items"]) for task in tasks.values()))  # as far as a file alone can tell
-    size = sum(len(tasks[task]["items"]) for task in benchmark.tasks)
-    found = []
-    for task in benchmark.tasks:
-        items = tasks[task]["items"]
-        if not items:
-            raise ScoringError(f"{task}: no items were answered")
-        values, spread, ties = _values(task, benchmark, items)
-        bound = benchmark.bounds[task] if isinstance(benchmark.bounds, Mapping) else benchmark.bounds
-        guesses = [] if bound is None else [bound] * len(items)
-        if bound is None and "chance" in items[0]:
-            guesses = [_number(task, item, "chance", item["chance"], 0, 1) for item in items]
-            bound = math.fsum(guesses) / len(items)
-        weight = 1 / len(benchmark.tasks) if benchmark.mean == "task" else len(items) / size
-        found.append(
-            Stratum(
-                task,
-                values,
-                spread,
-                [f"{item['doc_id']} {item['doc_hash']}" for item in items],
-                [item.get("cluster", f"{task} {item['doc_id']}") for item in items],
-                weight,
-                bound,
-                ties,
-                guesses,
-            )
-        )
-    return found
+    check_items(tasks, max(len(task["items"]) for task in tasks.values()))  # the run's limit is not known here
+    size = sum(len(task["items"]) for task in tasks.values())
+    return [_stratum(benchmark, task, tasks[task]["items"], size) for task in benchmark.tasks]
+
+
+def _stratum(benchmark: Benchmark, task: str, items: list[dict[str, Any]], size: int) -> Stratum:
+    """One task of a benchmark that has `size` items in all."""
+    if not items:
+        raise ScoringError(f"{task}: no items were answered")
+    values, spread, ties = _values(task, benchmark, items)
+    bound = benchmark.bounds[task] if isinstance(benchmark.bounds, Mapping) else benchmark.bounds
+    guesses = [] if bound is None else [bound] * len(items)
+    if bound is None and "chance" in items[0]:
+        guesses = [_number(task, item, "chance", item["chance"], 0, 1) for item in items]
+        bound = math.fsum(guesses) / len(items)
+    return Stratum(
+        task,
+        values,
+        spread,
+        items=[f"{item['doc_id']} {item['doc_hash']}" for item in items],
+        clusters=[item.get("cluster", f"{task} {item['doc_id']}") for item in items],
+        weight=1 / len(benchmark.tasks) if benchmark.mean == "task" else len(items) / size,
+        bound=bound,
+        ties=ties,
+        guesses=guesses,
+    )
 
 
 def independent(parts: Sequence[Stratum]) -> list[Stratum]:
-    """Strata that share no cluster: all as one where some of them do, as GPQA's sets, which hold each other.
+    """The strata, or all of them as one where they share clusters: GPQA's sets hold each other.
 
-    Only of tasks whose items weigh the same: weighted otherwise, they are returned as they are.
+    Strata whose items do not all weigh the same are returned as they are.
     """
     seen: Counter[str] = Counter(cluster for part in parts for cluster in set(part.clusters))
     size = sum(part.n for part in parts)
     alike = all(math.isclose(part.weight, part.n / size) for part in parts)
     if not alike or max(seen.values()) < 2:
         return list(parts)
-    fields = ("values", "spread", "items", "clusters", "guesses")
-    together: dict[str, Any] = {field: [each for part in parts for each in getattr(part, field)] for field in fields}
+    lists = ("values", "spread", "items", "clusters", "guesses")
+    together: dict[str, Any] = {name: [each for part in parts for each in getattr(part, name)] for name in lists}
     return [Stratum(task=parts[0].task, weight=1.0, bound=None, ties=sum(part.ties for part in parts), **together)]
 
 
@@ -200,8 +191,6 @@ def p_of_chance(parts: Sequence[Stratum]) -> float:
     Args:
         parts: strata with `guesses`.
     """
-    import numpy as np
-
     apart, generator = independent(parts), np.random.default_rng(0)
     items = [item for part in apart for item in zip(part.values, part.guesses, strict=True)]
     if any(value > 0 and guess == 0 for value, guess in items):
@@ -209,22 +198,27 @@ def p_of_chance(parts: Sequence[Stratum]) -> float:
     alone = all(len(set(part.clusters)) == part.n for part in apart)
     even = all(guess == 0.5 for _, guess in items)
     if (alone or not even) and all(value in (0.0, 1.0) for value, _ in items):
-        right: dict[tuple[float, float], tuple[int, float]] = {}
-        for part in apart:
-            groups: dict[tuple[str, float], list[float]] = {}
-            for value, guess, cluster in zip(part.values, part.guesses, part.clusters, strict=True):
-                groups.setdefault((cluster, guess), []).append(value)
-            for (_, guess), values in groups.items():
-                key = len(values) * part.weight / part.n, guess
-                count, hits = right.get(key, (0, 0.0))
-                right[key] = count + 1, hits + math.fsum(values) / len(values)
-        return p_of_guessing(right, generator)
+        return p_of_guessing(_right(apart), generator)
     beyond = [summed(np.subtract(part.values, part.guesses), part.clusters, part.weight) for part in apart]
     return p_of_no_difference(beyond, generator)
 
 
+def _right(parts: Sequence[Stratum]) -> dict[tuple[float, float], tuple[int, float]]:
+    """Counts for `p_of_guessing`; items of one cluster with the same chance count as one item."""
+    right: dict[tuple[float, float], tuple[int, float]] = {}
+    for part in parts:
+        groups: dict[tuple[str, float], list[float]] = {}
+        for value, guess, cluster in zip(part.values, part.guesses, part.clusters, strict=True):
+            groups.setdefault((cluster, guess), []).append(value)
+        for (_, guess), values in groups.items():
+            key = len(values) * part.weight / part.n, guess
+            count, hits = right.get(key, (0, 0.0))
+            right[key] = count + 1, hits + math.fsum(values) / len(values)
+    return right
+
+
 def _values(task: str, benchmark: Benchmark, items: list[dict[str, Any]]) -> tuple[list[float], list[float], int]:
-    """What each item adds to the mean, the same linearized, and how many were tied."""
+    """The value of each item, its linearized value, and the number of items with a tie."""
     if benchmark.metric == "ifeval":
         keys = ("prompt_level_strict_acc,none", "inst_level_strict_acc,none")
         prompts = [_number(task, item, keys[0], item["metrics"][keys[0]], 0, 1) for item in items]
@@ -254,7 +248,7 @@ def _values(task: str, benchmark: Benchmark, items: list[dict[str, Any]]) -> tup
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Numbers whose mean is sum(above)/sum(below), and such whose spread is that ratio's, too, to first order.
+    """Numbers whose mean is sum(above)/sum(below), and linearized ones whose spread is the ratio's to first order.
 
     Of two runs over the same items the first are equal where the answers are.
     """
@@ -275,15 +269,19 @@ def score_benchmark(benchmark: Benchmark, result: dict[str, Any]) -> dict[str, A
         ScoringError: the file's items are not the benchmark's.
     """
     parts = strata(benchmark, result)
-    raw = math.fsum(part.weight * part.mean for part in parts)
-    errors = [part.stderr for part in parts]
-    apart = [(part.weight, part.stderr) for part in independent(parts)]
+    raw, n = math.fsum(part.weight * part.mean for part in parts), sum(part.n for part in parts)
+    errors = [(part.weight, part.stderr) for part in independent(parts)]
     stderr = None
-    if all(error is not None for _, error in apart):
-        # 0 where all items came out the same: they do not tell how far off that may be.
-        stderr = math.sqrt(sum((weight * error) ** 2 for weight, error in apart if error is not None)) or None
-    bounds = [part.bound for part in parts]
-    chance = None if None in bounds else math.fsum(p.weight * p.bound for p in parts)  # type: ignore[operator]
+    if all(error is not None for _, error in errors):
+        # 0 where all items came out the same: such items say nothing about the error, and None is returned.
+        stderr = math.sqrt(sum((weight * error) ** 2 for weight, error in errors if error is not None)) or None
+    bounds = [(part, part.bound) for part in parts if part.bound is not None]
+    chance = level = None
+    if len(bounds) == len(parts):
+        chance = math.fsum(part.weight * bound for part, bound in bounds)
+        level = normalized(raw, chance)
+        if isinstance(benchmark.bounds, Mapping):
+            level = math.fsum(part.weight * normalized(part.mean, bound) for part, bound in bounds)
     details: dict[str, Any] = {
         "metric": benchmark.metric,
         "at_chance": chance is not None and p_of_chance(parts) >= LEVEL,
@@ -295,29 +293,23 @@ def score_benchmark(benchmark: Benchmark, result: dict[str, Any]) -> dict[str, A
         items = result["tasks"][benchmark.name]["items"]
         details |= {"bytes": sum(item["bytes"] for item in items), "tokens": sum(item["tokens"][0] for item in items)}
     if len(parts) > 1:
-        details["size_weighted"] = math.fsum(part.mean * part.n for part in parts) / sum(part.n for part in parts)
+        details["size_weighted"] = math.fsum(part.mean * part.n for part in parts) / n
     details |= {key: _second(key, result) for key in benchmark.also}
-    details["tasks"] = {
-        part.task: {
-            "raw": part.mean,
-            "stderr": error or None,
-            "normalized": None if part.bound is None else normalized(part.mean, part.bound),
-            "chance": part.bound,
-            "n": part.n,
-            "ties": part.ties,
-            "truncated": result["tasks"][part.task]["overlong"],
-            "hash": result["tasks"][part.task]["hash"],
-        }
-        for part, error in zip(parts, errors, strict=True)
-    }
-    if chance is None:
-        level = None
-    elif isinstance(benchmark.bounds, Mapping):
-        level = math.fsum(part.weight * normalized(part.mean, part.bound) for part in parts)  # type: ignore[arg-type]
-    else:
-        level = normalized(raw, chance)
-    n = sum(part.n for part in parts)
+    details["tasks"] = {part.task: _task_row(part, result["tasks"][part.task]) for part in parts}
     return {"raw": raw, "stderr": stderr, "normalized": level, "chance": chance, "n": n, "details": details}
+
+
+def _task_row(part: Stratum, task: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "raw": part.mean,
+        "stderr": part.stderr or None,
+        "normalized": None if part.bound is None else normalized(part.mean, part.bound),
+        "chance": part.bound,
+        "n": part.n,
+        "ties": part.ties,
+        "truncated": task["overlong"],
+        "hash": task["hash"],
+    }
 
 
 def _second(key: str, result: dict[str, Any]) -> float:
@@ -352,20 +344,19 @@ def score_suite(
     Raises:
         ScoringError: a result file does not fit its benchmark.
     """
-    rows, absent, other = {}, {}, []
+    rows, absent, other, cut = {}, [], [], []
     for benchmark in benchmarks:
-        result = results.get(benchmark.name)
-        reason = "not run" if result is None else result.get("skipped")
-        if result is None or reason:
-            rows[benchmark.name] = no_score(benchmark, str(reason))
-            absent[benchmark.title] = reason
-        else:
-            rows[benchmark.name] = row = score_benchmark(benchmark, result)
-            if not smoke and benchmark.items not in (None, row["n"]):
-                other.append(f"{benchmark.title} has {row['n']} items here, {benchmark.items} on the leaderboard")
-    notes = [f"{benchmark.title}: {reason}" for benchmark in benchmarks if (reason := absent.get(benchmark.title))]
-    notes += other
-    average = None
+        result = results.get(benchmark.name, {"skipped": "not run"})
+        if reason := result.get("skipped"):
+            rows[benchmark.name] = no_score(benchmark, reason)
+            absent.append(f"{benchmark.title}: {reason}")
+            continue
+        rows[benchmark.name] = row = score_benchmark(benchmark, result)
+        if not smoke and benchmark.items not in (None, row["n"]):
+            other.append(f"{benchmark.title} has {row['n']} items here, {benchmark.items} on the leaderboard")
+        if count := row["details"]["truncated"]:
+            cut.append(f"{benchmark.title}: {count} prompts were cut to the model's context{_where_cut(row)}")
+    average, notes = None, [*absent, *other]
     if suite in AVERAGED:
         missing = [f"{each.title} is not part of this run" for each in SUITES[suite] if each.name not in rows]
         why = [
@@ -379,17 +370,12 @@ def score_suite(
         else:
             values = [100 * row["raw"] if suite == "v1" else row["normalized"] for row in rows.values()]
             average = math.fsum(values) / len(values)
-    for benchmark in benchmarks:
-        details = rows[benchmark.name]["details"]
-        if count := details.get("truncated"):
-            cut = {name: task["truncated"] for name, task in details["tasks"].items() if task["truncated"]}
-            told = f" ({', '.join(f'{name} {n}' for name, n in cut.items())})" if len(details["tasks"]) > 1 else ""
-            notes.append(f"{benchmark.title}: {count} prompts were cut to the model's context{told}")
-    return {
-        "suite": suite,
-        "smoke": bool(smoke),
-        "model": model,
-        "average": average,
-        "benchmarks": rows,
-        "notes": notes,
-    }
+    scores = {"suite": suite, "smoke": bool(smoke), "model": model, "average": average, "benchmarks": rows}
+    return {**scores, "notes": [*notes, *cut]}
+
+
+def _where_cut(row: dict[str, Any]) -> str:
+    """In which of a benchmark's tasks prompts were cut; nothing where it has a single one."""
+    tasks = row["details"]["tasks"]
+    cut = [f"{name} {task['truncated']}" for name, task in tasks.items() if task["truncated"]]
+    return f" ({', '.join(cut)})" if len(tasks) > 1 else ""

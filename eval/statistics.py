@@ -1,36 +1,34 @@
-"""What paired items can say of two models, and answers of one model about guessing."""
+"""What paired items say of two models, paired seeds of two norms, and the answers of one model about guessing."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 DRAWS = 10_000
 """Resamples of a bootstrap interval and sign flips of a test."""
-LEVEL = 0.05
+LEVEL, POWER = 0.05, 0.8
+BETTER, WORSE, SAME = "better", "worse", "not distinguishable"
 TEST_FROM, BOOTSTRAP_FROM = 6, 10
 """Independent values from which a test by signs can reach 5 % at all (2/2^6 = 3 %), and from which a bootstrap interval
 is worth showing: of three values it covers the truth 76 % of the time instead of 95 %."""
 _MOST = 20_000_000
-"""Numbers that are drawn at a time."""
+"""The most numbers that are drawn at a time, for the memory's sake."""
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Differences of one task item by item, summed over clusters: `sums` and `sizes` have one entry a cluster."""
 
-    sums: "np.ndarray"
-    sizes: "np.ndarray"
+    sums: np.ndarray
+    sizes: np.ndarray
     weight: float
 
 
-def summed(values: Sequence[float], clusters: Sequence[str], weight: float) -> Pairs:
+def summed(values: Sequence[float] | np.ndarray, clusters: Sequence[str], weight: float) -> Pairs:
     """One value an item, summed over clusters."""
-    import numpy as np
-
     names = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
     where = np.array([names[name] for name in clusters])
     sizes = np.bincount(where, minlength=len(names)).astype(float)
@@ -38,7 +36,7 @@ def summed(values: Sequence[float], clusters: Sequence[str], weight: float) -> P
 
 
 def bootstrap_interval(
-    pairs: Sequence[Pairs], generator: "np.random.Generator", draws: int = DRAWS
+    pairs: Sequence[Pairs], generator: np.random.Generator, draws: int = DRAWS
 ) -> tuple[float, float] | None:
     """95 % percentile interval of the weighted mean difference; clusters are drawn again within each task.
 
@@ -49,8 +47,6 @@ def bootstrap_interval(
         Both ends; None where a task has fewer than ten clusters, and where all differ by the same amount, most often by
         none: without scatter there is nothing to measure a difference against.
     """
-    import numpy as np
-
     means = np.concatenate([each.sums / each.sizes for each in pairs])
     if min(each.sums.size for each in pairs) < BOOTSTRAP_FROM or np.ptp(means) <= 1e-12 * np.abs(means).max():
         return None
@@ -65,14 +61,13 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def p_of_no_difference(pairs: Sequence[Pairs], generator: "np.random.Generator", draws: int = DRAWS) -> float:
+def p_of_no_difference(pairs: Sequence[Pairs], generator: np.random.Generator, draws: int = DRAWS) -> float:
     """Two-sided p-value of the hypothesis that either model is as likely to be ahead on each cluster of items.
 
     Without clusters, for answers that are right or wrong and items that weigh the same, this is McNemar's exact test:
     a binomial test on the items that only one model gets right. Otherwise the same idea by flipping the signs of the
     clusters' differences at random.
     """
-    import numpy as np
     from scipy.stats import binomtest
 
     scaled = np.concatenate([each.weight * each.sums / each.sizes.sum() for each in pairs])
@@ -89,7 +84,7 @@ def p_of_no_difference(pairs: Sequence[Pairs], generator: "np.random.Generator",
 
 
 def p_of_guessing(
-    right: Mapping[tuple[float, float], tuple[int, float]], generator: "np.random.Generator", draws: int = DRAWS
+    right: Mapping[tuple[float, float], tuple[int, float]], generator: np.random.Generator, draws: int = DRAWS
 ) -> float:
     """Two-sided p-value of the hypothesis that every item was guessed, of answers that are right or wrong.
 
@@ -102,7 +97,6 @@ def p_of_guessing(
         generator: for the draws.
         draws: how many.
     """
-    import numpy as np
     from scipy.stats import binomtest
 
     if len(right) == 1:
@@ -119,10 +113,133 @@ def p_of_guessing(
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
     """p-values after Holm's step-down correction; None stays None and does not count."""
-    order = sorted((value, i) for i, value in enumerate(values) if value is not None)
-    found: list[float | None] = [None] * len(values)
-    largest = 0.0
-    for rank, (value, i) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * value))
-        found[i] = largest
-    return found
+    known = np.array([value for value in values if value is not None], dtype=float)
+    order = np.argsort(known)
+    known[order] = np.minimum(1, np.maximum.accumulate(known[order] * np.arange(known.size, 0, -1)))
+    corrected = iter(known.tolist())
+    return [None if value is None else next(corrected) for value in values]
+
+
+def verdict_of(difference: float, corrected: float, lower_is_better: bool) -> str:
+    """What a difference from the baseline says, given its p-value after Holm's correction."""
+    if corrected >= LEVEL:
+        return SAME
+    return BETTER if (difference < 0) == lower_is_better else WORSE
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences of one norm from the baseline, a pair for each seed.
+
+    Args:
+        n: pairs.
+        mean: of the differences.
+        interval: 95 % t-interval of the mean; None for fewer than two pairs, and where all differ by the same amount:
+            without scatter there is nothing to measure it against.
+        p: of no difference, by the paired t-test (two-sided); 1 where there is none at all, None as above elsewhere.
+        detectable: the smallest true difference that would get a verdict with a probability of 80 %, if seeds scatter
+            as they did here; None as above.
+        sign_p: p of the sign test; None for fewer than six pairs.
+        bootstrap: 95 % bias-corrected and accelerated bootstrap interval; None for fewer than ten pairs.
+    """
+
+    n: int
+    mean: float
+    interval: tuple[float, float] | None
+    p: float | None
+    detectable: float | None
+    sign_p: float | None
+    bootstrap: tuple[float, float] | None
+
+
+def paired(differences: Sequence[float], norms: int = 1, seed: int = 0) -> Paired:
+    """What paired differences say, one for each seed.
+
+    Args:
+        differences: norm - baseline; at least one.
+        norms: how many norms are compared with the baseline, all of which share a probability of 5 % to err.
+        seed: of the bootstrap's resampling.
+    """
+    from scipy.stats import ttest_1samp
+
+    values = np.asarray(differences, dtype=float)
+    n, mean = len(values), float(np.mean(values))
+    if n < 2 or np.ptp(values) <= 1e-12 * abs(mean):
+        return Paired(n, mean, None, 1.0 if n > 1 and not values.any() else None, None, None, None)
+    low, high = t_interval(values)
+    return Paired(
+        n,
+        mean,
+        interval=(float(low), float(high)),
+        p=float(ttest_1samp(values, 0).pvalue),
+        detectable=detectable(values, LEVEL / norms),
+        sign_p=sign_test(values) if n >= TEST_FROM else None,
+        bootstrap=bca_interval(values, seed) if n >= BOOTSTRAP_FROM else None,
+    )
+
+
+def t_interval(values: np.ndarray, level: float = LEVEL) -> tuple[Any, Any]:
+    """Both ends of the t-interval of a mean that covers the truth with probability 1 - `level`.
+
+    Args:
+        values: differences, shape (..., n), n ≥ 2.
+        level: probability of missing the truth.
+
+    Returns:
+        Two arrays of shape (...).
+    """
+    from scipy.stats import ttest_1samp
+
+    interval = ttest_1samp(values, 0, axis=-1).confidence_interval(1 - level)
+    return interval.low, interval.high
+
+
+def detectable(values: np.ndarray, level: float = LEVEL, power: float = POWER) -> float:
+    """The smallest true difference that the t-test finds with probability `power`, given how n ≥ 2 values scatter."""
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    n, spread = len(values), float(values.std(ddof=1))
+    critical = t.ppf(1 - level / 2, n - 1)
+
+    def missing(shift: float) -> float:
+        # The other tail, below -critical, is far beyond reach where this one has a probability of 80 %.
+        return float(nct.sf(critical, n - 1, shift)) - power
+
+    return spread / math.sqrt(n) * float(brentq(missing, 0.0, 2 * (critical + 1)))
+
+
+def sign_test(values: np.ndarray) -> float:
+    """Two-sided p-value of differences being as often above 0 as below; those that are 0 say nothing."""
+    from scipy.stats import binomtest
+
+    moved = values[values != 0]
+    return float(binomtest(int((moved > 0).sum()), moved.size).pvalue) if moved.size else 1.0
+
+
+def bca_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """95 % bias-corrected and accelerated bootstrap interval of the mean (Efron 1987)."""
+    from scipy.stats import bootstrap
+
+    drawn = bootstrap((values,), np.mean, n_resamples=DRAWS, confidence_level=1 - LEVEL, method="BCa", rng=seed)
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+
+
+def verdicts(compared: Sequence[Paired], lower_is_better: bool, norms: int) -> list[tuple[float | None, str]]:
+    """p after Holm's correction, and what it says about each norm.
+
+    Args:
+        compared: a norm each.
+        lower_is_better: of the metric.
+        norms: how many are to be compared; those that have no p, or none yet, count as if theirs were 1.
+
+    Returns:
+        Corrected p and verdict: better, worse or not distinguishable, or nothing where there is no p.
+    """
+    values = [each.p for each in compared]
+    missing = norms - sum(value is not None for value in values)
+    corrected = holm([*values, *[1.0] * missing])[: len(compared)]
+    return [
+        (p, "" if p is None else verdict_of(each.mean, p, lower_is_better))
+        for each, p in zip(compared, corrected, strict=True)
+    ]

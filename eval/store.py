@@ -9,128 +9,109 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import atomic_directory, check_new_directory, write_json, write_text
 from hf_ibnorm.base.reading import read_json
 from hf_ibnorm.report.environment import environment_record
 from hf_ibnorm.report.tables import csv_text
 
-from .harness import Prompting
+from .options import Prompting
 from .scoring import DAMAGE, check_items, score_suite
 from .suites import DEFINED, SUITES, Benchmark
 from .tables import SMOKE, score_table, scores_caption, scores_markdown
 
-MANIFEST = "manifest.json"
-RESULTS = "results"
-
 
 def is_begun(directory: Path) -> bool:
     """Whether a run was begun in `directory`."""
-    return (directory / MANIFEST).is_file()
+    return (directory / layout.MANIFEST).is_file()
 
 
 def create(directory: Path, identity: dict[str, Any], about: dict[str, Any]) -> None:
-    """Begin a run: `identity` is all that its scores depend on, `about` what else is worth keeping.
-
-    Raises:
-        UserError: the directory cannot be made.
-    """
+    """Begin a run: `identity` is all that its scores depend on, `about` what else is worth keeping; UserError where the
+    directory cannot be made."""
     with bad_input(OSError, about="output: "):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(directory) as folder:
-            (folder / RESULTS).mkdir()
-            write_json(folder / "environment.json", environment_record())
-            write_json(folder / MANIFEST, {**about, "identity": identity})
+            (folder / layout.RESULTS).mkdir()
+            write_json(folder / layout.ENVIRONMENT, environment_record())
+            write_json(folder / layout.MANIFEST, {**about, "identity": identity})
 
 
 def still_missing(directory: Path, identity: dict[str, Any]) -> list[str]:
-    """The benchmarks that a stopped run has not finished.
-
-    Raises:
-        UserError: the run in `directory` is another one.
-    """
+    """The benchmarks that a stopped run has not finished; UserError where the run in `directory` is another one."""
     before = read_manifest(directory)["identity"]
     if different := _difference(before, identity):
         raise UserError(f"output: {directory} holds a run with another {different}; name a new directory")
-    for left_behind in (directory / RESULTS).glob(".*"):  # written in part when the run was killed
+    for left_behind in (directory / layout.RESULTS).glob(".*"):  # written in part when the run was killed
         left_behind.unlink(missing_ok=True)
-    return [name for name in identity["benchmarks"] if not (directory / RESULTS / f"{name}.json").is_file()]
+    return [name for name in identity["benchmarks"] if not _result(directory, name).is_file()]
 
 
 def _difference(before: Any, now: Any, field: str = "") -> str:
-    """Where two JSON values differ, "" if nowhere."""
+    """The first field in which two JSON values differ, with both values; "" where they are equal."""
     now = json.loads(json.dumps(now))
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return "" if before == now else f"{field}: {str(before)[:40]}, now {str(now)[:40]}"
     for name in sorted({*before, *now}):
-        if found := _difference(before.get(name), now.get(name), f"{field}.{name}" if field else name):
-            return found
+        if inner := _difference(before.get(name), now.get(name), f"{field}.{name}" if field else name):
+            return inner
     return ""
+
+
+def _result(directory: Path, benchmark: str) -> Path:
+    return directory / layout.RESULTS / f"{benchmark}.json"
+
+
+def _results(directory: Path) -> list[Path]:
+    """All result files, without those that are being written."""
+    return sorted((directory / layout.RESULTS).glob("[!.]*.json"))
 
 
 def write_result(directory: Path, benchmark: Benchmark, result: dict[str, Any], stamp: str) -> None:
     """Write the result file of a benchmark, with what its score is made of."""
     definition = {name: value for name, value in asdict(benchmark).items() if name not in ("config", "folders")}
     with bad_input(OSError, about="output: "):
-        content = {"stamp": stamp, **result, "definition": definition}
-        write_json(directory / RESULTS / f"{benchmark.name}.json", content)
+        write_json(_result(directory, benchmark.name), {"stamp": stamp, **result, "definition": definition})
+
+
+def add_to_manifest(directory: Path, **more: Any) -> None:
+    """Set further fields of a run's manifest."""
+    manifest = read_manifest(directory)
+    if manifest != {**manifest, **more}:
+        with bad_input(OSError, about="output: "):
+            write_json(directory / layout.MANIFEST, {**manifest, **more})
 
 
 def add_notes(directory: Path, notes: Sequence[str]) -> None:
-    """Keep what is worth knowing beside the scores."""
-    manifest = read_manifest(directory)
-    if more := [note for note in notes if note not in manifest["notes"]]:
-        with bad_input(OSError, about="output: "):
-            write_json(directory / MANIFEST, {**manifest, "notes": manifest["notes"] + more})
+    """Add notes, which stand beside the scores, to the manifest."""
+    add_to_manifest(directory, notes=list(dict.fromkeys([*read_manifest(directory)["notes"], *notes])))
 
 
 def record_hashes(directory: Path) -> None:
     """Write the hashes of the questions that were answered, task by task, into the manifest."""
-    hashes = {
-        name: task["hash"]
-        for result in read_results(directory).values()
-        for name, task in result.get("tasks", {}).items()
-    }
-    with bad_input(OSError, about="output: "):
-        write_json(directory / MANIFEST, {**read_manifest(directory), "task_hashes": hashes})
+    tasks = [task for result in read_results(directory).values() for task in result.get("tasks", {}).items()]
+    add_to_manifest(directory, task_hashes={name: task["hash"] for name, task in tasks})
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """`manifest.json` of a run.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    manifest: dict[str, Any] = read_json("run", directory / MANIFEST, _MANIFEST)
+    """`manifest.json` of a run; UserError where it is missing or damaged."""
+    manifest: dict[str, Any] = read_json("run", directory / layout.MANIFEST, layout.MANIFEST_FORM)
     return manifest
-
-
-_IDENTITY = {
-    **{"suite": str, "benchmarks": [str], "overlong": str, "versions": dict},
-    "model": {"weights": str, "config": str, "tokenizer": str, "dtype": str, "max_length": int},
-    **{"prompting": {"limit": (int, type(None))}, "mirror?": (dict, type(None))},
-}
-_MANIFEST = {"identity": _IDENTITY, "model": str, "notes": [str]}
-_TASK = {"items": [dict], "hash": str, "size": int}
-_RESULT = {"tasks?": {"*": _TASK}, "skipped?": str, "definition?": {"tasks": [str]}}
-"""Forms of what a run has on disk, as far as every reader needs it."""
 
 
 def read_results(directory: Path) -> dict[str, dict[str, Any]]:
     """The result files of a run by benchmark."""
-    found = {path.stem: read_json("run", path, _RESULT) for path in sorted((directory / RESULTS).glob("[!.]*.json"))}
-    for name, result in found.items():
+    results = {path.stem: read_json("run", path, layout.RESULT_FORM) for path in _results(directory)}
+    for name, result in results.items():
         if not {"tasks", "skipped"} & result.keys():
-            raise UserError(f"run: {directory / RESULTS / name}.json has no tasks or skipped")
-    return found
+            raise UserError(f"run: {_result(directory, name)} has no tasks or skipped")
+    return results
 
 
 def read_run(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The manifest and the result files of a run, each with as many items as it must have.
-
-    Raises:
-        UserError: a file is missing or damaged, or items are.
-    """
+    """The manifest and the result files of a run, each with as many items as it must have; UserError where a file is
+    missing or damaged, or items are."""
     manifest, results = read_manifest(directory), read_results(directory)
     with bad_input(*DAMAGE, about=f"run: {directory} holds a damaged result: "):
         limit = Prompting(**manifest["identity"]["prompting"]).limit
@@ -143,54 +124,44 @@ def benchmarks_of(suite: str, results: dict[str, dict[str, Any]], names: Sequenc
     """The benchmarks of a run: those of its suite, in order, or as their result files define them."""
     if suite in SUITES:
         return [each for each in SUITES[suite] if each.name in names]
-    found = []
+    benchmarks = []
     for name in names:
-        if name in DEFINED:
-            found.append(DEFINED[name])
-        elif name in results:
-            definition = results[name]["definition"]
-            found.append(Benchmark(**{**definition, "tasks": tuple(definition["tasks"])}))
+        if name in DEFINED or name not in results:
+            benchmarks.append(DEFINED.get(name, Benchmark(name, name, (), "")))
         else:
-            found.append(Benchmark(name, name, (), ""))
-    return found
+            definition = results[name]["definition"]
+            benchmarks.append(Benchmark(**{**definition, "tasks": tuple(definition["tasks"])}))
+    return benchmarks
 
 
 def merge(shards: Sequence[Path], output: Path) -> None:
-    """Put the shards of one run together, as if it had been run in `output`, a new directory.
-
-    Raises:
-        UserError: they are not shards of one run, or the directory cannot be made.
-    """
+    """Put the shards of one run together, as if it had been run in `output`, a new directory; UserError where they are
+    not shards of one run, or the directory cannot be made."""
     with bad_input():
         check_new_directory("output", output)
     manifests = [read_manifest(shard) for shard in shards]
-    first = manifests[0]["identity"]
-    names: list[str] = []
-    for shard, manifest in zip(shards, manifests, strict=True):
-        shared = {name: value for name, value in first.items() if name not in ("benchmarks", "mirror")}
-        if different := _difference(shared, {name: manifest["identity"].get(name) for name in shared}):
+    identities = [manifest["identity"] for manifest in manifests]
+    first = identities[0]
+    shared = {name: value for name, value in first.items() if name not in ("benchmarks", "mirror")}
+    for shard, identity in zip(shards, identities, strict=True):
+        if different := _difference(shared, {name: identity.get(name) for name in shared}):
             raise UserError(f"run: {shard} is no part of the run in {shards[0]}, it has another {different}")
-        names += manifest["identity"]["benchmarks"]
+    names = [name for identity in identities for name in identity["benchmarks"]]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"run: {repeated[0]} is in more than one of the directories")
     order = [each.name for each in SUITES.get(first["suite"], ())] or first["suite"].split(",")
-    files = [file for manifest in manifests for file in (manifest["identity"]["mirror"] or {}).items()]
+    files = [file for identity in identities for file in (identity["mirror"] or {}).items()]
     identity = {**first, "benchmarks": sorted(names, key=order.index), "mirror": dict(sorted(files)) or None}
     notes = [note for manifest in manifests for note in manifest["notes"]]
     create(output, identity, {**manifests[0], "identity": identity, "notes": list(dict.fromkeys(notes))})
     with bad_input(OSError, about="output: "):
-        for shard in shards:
-            for path in sorted((shard / RESULTS).glob("[!.]*.json")):
-                write_text(output / RESULTS / path.name, path.read_text(encoding="utf-8"))
+        for path in [path for shard in shards for path in _results(shard)]:
+            write_text(_result(output, path.stem), path.read_text(encoding="utf-8"))
     record_hashes(output)
 
 
 def score(directory: Path) -> dict[str, Any]:
-    """The scores of a run, from its files alone.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """The scores of a run, from its files alone; UserError where a file is missing or damaged."""
     manifest, results = read_run(directory)
     suite, names = manifest["identity"]["suite"], manifest["identity"]["benchmarks"]
     prompting = Prompting(**manifest["identity"]["prompting"])
@@ -203,11 +174,8 @@ def score(directory: Path) -> dict[str, Any]:
 
 
 def write_scores(directory: Path, output: Path | None = None) -> dict[str, Any]:
-    """Score a run, print the table and write `scores.json`, `.md`, `.csv` and `.tex` into `output`, or its directory.
-
-    Raises:
-        UserError: as `score` does, or the files cannot be written.
-    """
+    """Score a run, print the table and write `scores.json`, `.md`, `.csv` and `.tex` into `output`, or its directory;
+    UserError as in `score`, and where the files cannot be written."""
     scores = score(directory)
     target = output or directory
     table = score_table(scores)
@@ -219,7 +187,7 @@ def write_scores(directory: Path, output: Path | None = None) -> dict[str, Any]:
     ]
     with bad_input(OSError, about="output: "):
         target.mkdir(parents=True, exist_ok=True)
-        write_json(target / "scores.json", scores)
+        write_json(target / layout.SCORES, scores)
         write_text(target / "scores.md", scores_markdown(scores, table))
         write_text(target / "scores.csv", csv_text([*about, "benchmark", *fields], rows))
         write_text(target / "scores.tex", table.latex(scores_caption(scores)))

@@ -1,4 +1,4 @@
-"""What a suite is made of, defined once: tasks, shots, metric, aggregation, chance levels, and where the items are."""
+"""The suites: tasks, examples, metric, aggregation and chance level of each benchmark, and where its items are."""
 
 import json
 import re
@@ -10,15 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hf_ibnorm.data import load_corpus
 
 MULTIPLE_CHOICE = (
-    "sva_simple",
-    "sva_nounpp",
-    "sva_linzen",
-    "cause_and_effect",
-    "phrase_relatedness",
-    "human_organs_senses",
+    *("sva_simple", "sva_nounpp", "sva_linzen"),
+    *("cause_and_effect", "phrase_relatedness", "human_organs_senses"),
 )
 ROLLING = {"austen_test": "austen"}
 
@@ -83,15 +81,14 @@ def passages(text: str, words: int = 300) -> list[str]:
 
     Each is an item of its own: a novel as one item would have no standard error, and nothing to pair.
     """
-    found = [""]
+    pieces = [""]
     for paragraph in re.split(r"(?<=\n\n)(?!\n)", text):
-        if len(found[-1].split()) >= words:
-            found.append("")
-        found[-1] += paragraph
-    if len(found) > 1 and len(found[-1].split()) < words:  # the end of the text
-        last = found.pop()
-        found[-1] += last
-    return found
+        if len(pieces[-1].split()) >= words:
+            pieces.append("")
+        pieces[-1] += paragraph
+    if len(pieces) > 1 and len(pieces[-1].split()) < words:  # the end of the text
+        pieces[-2:] = ["".join(pieces[-2:])]
+    return pieces
 
 
 def _embedded(name: str) -> Benchmark:
@@ -106,172 +103,43 @@ def _embedded(name: str) -> Benchmark:
         "task": name,
         "custom_dataset": dataset,
         "test_split": "test",
-        "metadata": {"version": 2.0 if name in ROLLING else 1.0},  # 1: the novel as one item
+        "metadata": {"version": 2.0 if name in ROLLING else 1.0},  # version 1 had the novel as one item
     }
     if name in ROLLING:
-        metric = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+        metric = "bits_per_byte"
         config |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+        config["metric_list"] = [{"metric": metric, "aggregation": metric, "higher_is_better": False}]
     else:
-        metric = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
-        config |= {
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{query}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "gold",
-            "target_delimiter": " ",
-        }
-    return Benchmark(name, name, (name,), metric["metric"], config=config | {"metric_list": [metric]})
+        metric = "acc"
+        config |= {"output_type": "multiple_choice", "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}"}
+        config |= {"doc_to_target": "gold", "target_delimiter": " "}
+        config["metric_list"] = [{"metric": metric, "aggregation": "mean", "higher_is_better": True}]
+    return Benchmark(name, name, (name,), metric, config=config)
 
 
-SUBJECTS = (
-    "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
-    "college_computer_science college_mathematics college_medicine college_physics computer_security "
-    "conceptual_physics econometrics electrical_engineering elementary_mathematics formal_logic global_facts "
-    "high_school_biology high_school_chemistry high_school_computer_science high_school_european_history "
-    "high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_mathematics "
-    "high_school_microeconomics high_school_physics high_school_psychology high_school_statistics "
-    "high_school_us_history high_school_world_history human_aging human_sexuality international_law jurisprudence "
-    "logical_fallacies machine_learning management marketing medical_genetics miscellaneous moral_disputes "
-    "moral_scenarios nutrition philosophy prehistory professional_accounting professional_law "
-    "professional_medicine professional_psychology public_relations security_studies sociology us_foreign_policy "
-    "virology world_religions"
-)
+def _leaderboard(entry: dict[str, Any]) -> Benchmark:
+    """A benchmark as `tasks/leaderboards.yaml` describes it."""
+    pattern, choices = entry.pop("pattern", "{}"), entry.pop("choices", None)
+    tasks = tuple(pattern.format(task) for task in entry.pop("tasks", entry["name"]).split())
+    if isinstance(choices, dict):
+        bounds = {pattern.format(task): 1 / n for n, names in choices.items() for task in names.split()}
+        tasks, entry["bounds"] = tuple(bounds), bounds
+    elif choices:
+        entry["bounds"] = 1 / choices
+    lists: dict[str, Any] = {name: tuple(entry.pop(name, ())) for name in ("also", "folders")}
+    return Benchmark(tasks=tasks, **entry, **lists)
 
-BBH_CHOICES = {
-    2: "boolean_expressions causal_judgement formal_fallacies hyperbaton navigate snarks sports_understanding "
-    "web_of_lies",
-    3: "disambiguation_qa logical_deduction_three_objects tracking_shuffled_objects_three_objects",
-    4: "temporal_sequences",
-    5: "logical_deduction_five_objects penguins_in_a_table tracking_shuffled_objects_five_objects",
-    6: "date_understanding movie_recommendation ruin_names salient_translation_error_detection",
-    7: "logical_deduction_seven_objects tracking_shuffled_objects_seven_objects",
-    11: "geometric_shapes",
-    18: "reasoning_about_colored_objects",
-    19: "object_counting",
-}
-BBH = {f"leaderboard_bbh_{name}": 1 / n for n, names in BBH_CHOICES.items() for name in names.split()}
-MUSR = {"murder_mysteries": 1 / 2, "object_placements": 1 / 5, "team_allocation": 1 / 3}
-MATH = ("algebra", "counting_and_prob", "geometry", "intermediate_algebra", "num_theory", "prealgebra", "precalculus")
 
-V1 = (
-    Benchmark(
-        "arc_challenge", "ARC", ("arc_challenge",), "acc_norm", items=1172, shots=25, set_shots=True, folders=("arc",)
-    ),
-    Benchmark(
-        "hellaswag",
-        "HellaSwag",
-        ("hellaswag",),
-        "acc_norm",
-        items=10042,
-        shots=10,
-        set_shots=True,
-        folders=("hellaswag",),
-    ),
-    Benchmark(
-        "mmlu",
-        "MMLU",
-        tuple(f"mmlu_{subject}" for subject in SUBJECTS.split()),
-        "acc",
-        mean="task",
-        bounds=1 / 4,
-        items=14042,
-        shots=5,
-        set_shots=True,
-        folders=("mmlu/default",),
-    ),
-    Benchmark("truthfulqa_mc2", "TruthfulQA", ("truthfulqa_mc2",), "acc", items=817, folders=("truthfulqa",)),
-    Benchmark(
-        "winogrande",
-        "Winogrande",
-        ("winogrande",),
-        "acc",
-        bounds=1 / 2,
-        items=1267,
-        shots=5,
-        set_shots=True,
-        folders=("winogrande",),
-    ),
-    Benchmark(
-        "gsm8k",
-        "GSM8K",
-        ("gsm8k",),
-        "exact_match",
-        "strict-match",
-        bounds=0.0,
-        items=1319,
-        shots=5,
-        also=("exact_match,flexible-extract",),
-        folders=("gsm8k",),
-    ),
-)
+def _leaderboards() -> dict[str, tuple[Benchmark, ...]]:
+    text = resources.files("eval.tasks").joinpath("leaderboards.yaml").read_text(encoding="utf-8")
+    # In C, where PyYAML has it, ten times as fast.
+    content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return {name: tuple(map(_leaderboard, entries)) for name, entries in content.items()}
 
-V2 = (
-    Benchmark(
-        "leaderboard_ifeval",
-        "IFEval",
-        ("leaderboard_ifeval",),
-        "ifeval",
-        bounds=0.0,
-        items=541,
-        also=("prompt_level_strict_acc,none", "inst_level_strict_acc,none"),
-        folders=("leaderboard/ifeval",),
-    ),
-    Benchmark(
-        "leaderboard_bbh",
-        "BBH",
-        tuple(BBH),
-        "acc_norm",
-        mean="task",
-        bounds=BBH,
-        items=5761,
-        shots=3,
-        folders=("leaderboard/bbh_mc",),
-    ),
-    Benchmark(
-        "leaderboard_math_hard",
-        "MATH Lvl 5",
-        tuple(f"leaderboard_math_{name}_hard" for name in MATH),
-        "exact_match",
-        bounds=0.0,
-        items=1324,
-        shots=4,
-        folders=("leaderboard/math",),
-    ),
-    Benchmark(
-        "leaderboard_gpqa",
-        "GPQA",
-        tuple(f"leaderboard_gpqa_{name}" for name in ("diamond", "extended", "main")),
-        "acc_norm",
-        bounds=1 / 4,
-        items=1192,
-        folders=("leaderboard/gpqa",),
-    ),
-    Benchmark(
-        "leaderboard_musr",
-        "MuSR",
-        tuple(f"leaderboard_musr_{name}" for name in MUSR),
-        "acc_norm",
-        mean="task",
-        bounds={f"leaderboard_musr_{name}": bound for name, bound in MUSR.items()},
-        items=756,
-        folders=("leaderboard/musr",),
-    ),
-    Benchmark(
-        "leaderboard_mmlu_pro",
-        "MMLU-PRO",
-        ("leaderboard_mmlu_pro",),
-        "acc",
-        bounds=1 / 10,
-        items=12032,
-        shots=5,
-        folders=("leaderboard/mmlu_pro",),
-    ),
-)
 
 SUITES: dict[str, tuple[Benchmark, ...]] = {
     "embedded": tuple(_embedded(name) for name in (*ROLLING, *MULTIPLE_CHOICE)),
-    "v1": V1,
-    "v2": V2,
+    **_leaderboards(),
 }
 DEFINED = {each.name: each for benchmarks in SUITES.values() for each in benchmarks}
 AVERAGED = ("v1", "v2")
@@ -300,7 +168,7 @@ def leaves(benchmark: Benchmark) -> set[str]:
     if benchmark.tasks or not benchmark.folders:
         return set(benchmark.tasks)
     index = task_manager(benchmark.folders).task_index
-    found, left, seen = set(), [benchmark.name], set()
+    tasks, left, seen = set(), [benchmark.name], set()
     while left:
         name = left.pop()
         if name in seen:  # lm-eval has groups that hold themselves
@@ -308,9 +176,9 @@ def leaves(benchmark: Benchmark) -> set[str]:
         seen.add(name)
         entry = index.get(name)
         if entry is None or entry.kind.name in ("TASK", "PY_TASK"):
-            found.add(name)
+            tasks.add(name)
             continue
         below = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
         left += [each if isinstance(each, str) else each.get("task", "") for each in below or []]
         left += [each for each, other in index.items() if name in other.tags]
-    return found
+    return tasks

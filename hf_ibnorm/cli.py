@@ -7,7 +7,7 @@ import time
 from typing import NoReturn
 
 from .base.command import OneLineParser, run_command
-from .base.errors import UserError, bad_input
+from .base.errors import bad_input
 from .base.signals import StopSignals
 from .version import __version__
 
@@ -37,7 +37,7 @@ def _build_kernels(arguments: argparse.Namespace) -> None:
 
 def _main() -> None:
     from .analysis.cli import add_verb
-    from .convert.cli import add_verbs, take_norm_options
+    from .convert.cli import add_verbs
 
     parser = OneLineParser(prog="hf-ibnorm", description="IBNorm and normality normalization for Transformers.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -53,13 +53,9 @@ def _main() -> None:
     )
     build.add_argument("--force", action="store_true", help="compile even where they are built (default: not)")
     build.set_defaults(run=_build_kernels)
-    add_verbs(verbs)
+    add_verbs(verbs, sys.argv)
     add_verb(verbs)
-    words, options = take_norm_options(sys.argv[1:])
-    arguments = parser.parse_args(words)
-    if options and not hasattr(arguments, "norm_kwargs"):
-        raise UserError(f"--norm_kwargs.{next(iter(options))}: only convert takes options of a norm")
-    arguments.norm_kwargs = options
+    arguments = parser.parse_args()
     with StopSignals(lambda number: SystemExit(128 + number)):  # so that what is half written is removed
         arguments.run(arguments)
 

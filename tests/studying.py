@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState
 import eval.study.folder
 import eval.study.jobs
 from eval.runner import run as score
+from eval.study.file import parse_study
 from eval.study.folder import Folder
 from eval.study.jobs import work
-from eval.study.plan import parse_study
 from eval.study.report import write_report
 from eval.study.run import run_study
 from hf_ibnorm.base.errors import UserError
@@ -120,8 +120,8 @@ def ask(words):
 def here(monkeypatch, small_corpus, tmp_path):
     """Programs run in this process; returns carry_out(study, folder="study", room=None) → (Folder, executor, lines)."""
     monkeypatch.setenv("HF_IBNORM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(eval.study.jobs, "_call", call)
-    monkeypatch.setattr(eval.study.folder, "_ask", ask)
+    monkeypatch.setattr(eval.study.jobs, "call", call)
+    monkeypatch.setattr(eval.study.folder, "ask", ask)
 
     def carry_out(what, name="study", room=1 << 30):
         folder = Folder.begin(what, tmp_path / name, ["python", "-m", "eval", "study", "run"])

@@ -3,30 +3,39 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from hf_ibnorm.base.command import OneLineParser
+from hf_ibnorm.base.command import OneLineParser, add_verb
 from hf_ibnorm.base.errors import Stopped, UserError
+from hf_ibnorm.base.layout import CELL_RUN
 from hf_ibnorm.base.signals import StopSignals
 
 from ..options import positive
 from .plan import shipped_studies
 
-
-def _run(arguments: argparse.Namespace) -> None:
+if TYPE_CHECKING:
     from .folder import Folder
-    from .jobs import executor_for
-    from .plan import read_study
-    from .report import write_report
-    from .run import run_study, stopped_in_order
+
+
+def _begin(arguments: argparse.Namespace, command: Sequence[str]) -> "Folder":
+    """The directory of the study that a command names; its file is read before anything slow is imported."""
+    from .file import read_study
 
     study = read_study(arguments.study)
-    output = Path(arguments.output or Path("studies", study.name))
-    folder = Folder.begin(study, output, ["python", "-m", "eval", *sys.argv[1:]])
+    from .folder import Folder
 
-    def say(line: str) -> None:
-        print(line, flush=True)
+    return Folder.begin(study, Path(arguments.output or Path("studies", study.name)), command)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    folder = _begin(arguments, ["python", "-m", "eval", *sys.argv[1:]])
+    study = folder.study
+    from .jobs import executor_for
+    from .report import write_report
+    from .run import run_study, stopped_in_order
 
     try:
         with (
@@ -34,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> None:
             executor_for(arguments.jobs, arguments.ray, study.threads, study.gpus) as executor,
             _first_signal_only(),  # last: Ray sets a handler of its own when it starts
         ):
-            failures = run_study(folder, executor, say)
+            failures = run_study(folder, executor, partial(print, flush=True))
     except Stopped:
         raise stopped_in_order(folder) from None
     failed = f"{len(failures)} failed and are missing from the report; {failures[0]}" if failures else ""
@@ -67,16 +76,12 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _commands(arguments: argparse.Namespace) -> None:
-    from .folder import Folder
-    from .plan import read_study
-
-    study = read_study(arguments.study)
-    folder = Folder.begin(study, Path(arguments.output or Path("studies", study.name)), [])
+    folder = _begin(arguments, [])
     place = folder.path.absolute()
     for job in folder.to_do():
         words = ["python", "-m", "eval", "study", "cell", str(place), str(job.folder.relative_to(place))]
         print(f"cd {shlex.quote(str(job.directory))} && {shlex.join(words)}")
-    for search in study.searches:
+    for search in folder.study.searches:
         if folder.winner(search.name) is None:
             print(f"# {search.name}: a search is made by `study run` alone")
 
@@ -84,19 +89,19 @@ def _commands(arguments: argparse.Namespace) -> None:
 def _cell(arguments: argparse.Namespace) -> None:
     from .folder import Folder
     from .jobs import work
-    from .run import told_of
+    from .run import result_line
 
     folder = Folder.open(Path(arguments.study))
     jobs = {str(job.folder.relative_to(folder.path.absolute())): job for job in folder.to_do()}
     if arguments.cell not in jobs:
-        if not (folder.path / arguments.cell / "run").is_dir():
+        if not (folder.path / arguments.cell / CELL_RUN).is_dir():
             raise UserError(f"cell: got {arguments.cell!r}, must be one of those that `study commands` prints")
         print("nothing is left to be done")
         return
     job = jobs[arguments.cell]
     with _first_signal_only():
         ending = work(job)
-    line = told_of(folder, job, ending)
+    line = result_line(folder, job, ending)
     if line.startswith("failed"):
         raise UserError(f"{job.name}: {line}")
     print(f"{job.name}: {line}")
@@ -107,14 +112,11 @@ def add_study_verbs(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
     shipped = ", ".join(shipped_studies())
 
-    def verb(name: str, go: Any, about: str) -> argparse.ArgumentParser:
-        found = verbs.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
-        found.set_defaults(go=go)
-        return found
+    verb = partial(add_verb, verbs)
 
-    def of_file(found: argparse.ArgumentParser) -> None:
-        found.add_argument("study", metavar="STUDY", help=f"a study's YAML file, or a shipped study: {shipped}")
-        found.add_argument("--output", help="directory of the study (default: studies/NAME)")
+    def of_file(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("study", metavar="STUDY", help=f"a study's YAML file, or a shipped study: {shipped}")
+        parser.add_argument("--output", help="directory of the study (default: studies/NAME)")
 
     run = verb("run", _run, "carry out a study; one that was stopped goes on, what is finished is never repeated")
     of_file(run)

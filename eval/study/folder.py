@@ -12,24 +12,24 @@ from typing import Any
 
 import yaml
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.command import OneLineParser
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import alone_in, atomic_directory, check_new_directory, sha256, write_json, write_text
+from hf_ibnorm.base.layout import SOURCE
 from hf_ibnorm.base.reading import read_json, reading
 from hf_ibnorm.swap.families import FAMILIES
 
 from ..choice import choose
-from ..options import add_settings
+from ..options import Settings, add_settings
 from ..suites import SUITES
 from .plan import VALIDATION, Arm, Cell, Search, Study, flag_words, slug
 from .training import Training, mean_losses, read_training, scores_folder, with_scores
 
-PLAN, SOURCE, RUNNING = "study.json", "study.yaml", "running.json"
-
 
 @dataclass(frozen=True)
 class Command:
-    """One program of a job; there is nothing to do where `done` exists."""
+    """One program of a job; it has run where the file or folder `done` exists."""
 
     words: tuple[str, ...]
     done: Path
@@ -86,76 +86,64 @@ class Folder:
         check_suites(study)
         recipes = {condition: _resolved_recipe(study, condition) for condition in study.conditions}
         study = replace(study, baseline=study.baseline or _stock_norm(study, recipes))
-        record = {
-            "study": study.content(),
-            "recipes": {condition: sha256([text]) for condition, text in recipes.items()},
-            "command": list(command),
-        }
-        found = cls(path, study)
-        if not (path / PLAN).is_file():
-            with bad_input(OSError):
-                check_new_directory("output", path)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_directory(path) as folder:
-                    cls(folder, study)._write({**record, "history": [_entry(record)]}, recipes)
-            return found
-        before, now = found.record(), json.loads(json.dumps(record))
+        hashes = {condition: sha256([text]) for condition, text in recipes.items()}
+        record = json.loads(json.dumps({"study": study.content(), "recipes": hashes, "command": list(command)}))
+        folder = cls(path, study)
+        if (path / layout.PLAN).is_file():
+            folder._go_on(record, recipes)
+            return folder
+        with bad_input(OSError):
+            check_new_directory("output", path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_directory(path) as new:
+                cls(new, study)._write({**record, "history": [_entry(record)]}, recipes)
+        return folder
+
+    def _go_on(self, record: dict[str, Any], recipes: Mapping[str, str]) -> None:
+        """Write the plan of a study that was begun, where it has grown; UserError where it has changed."""
+        before = self.record()
         history = before["history"]
-        if not any(path.glob("*/**/metrics.jsonl")):
+        if not any(self.path.glob(f"*/**/{layout.METRICS}")):
             history = []
-        elif changed := _changed(before, now):
-            raise UserError(f"output: {path} holds a study with {changed[0]}; name a new directory")
-        entry, command = _entry(now), list(command) or before["command"]
+        elif changed := _changed(before, record):
+            raise UserError(f"output: {self.path} holds a study with {changed[0]}; name a new directory")
+        entry = _entry(record)
         if not history or history[-1]["plan"] != entry["plan"]:
             history = [*history, {**entry, **({"was": _summary(before["study"])} if history else {})}]
-        record = {**now, "command": command, "history": history}
+        record = {**record, "command": record["command"] or before["command"], "history": history}
         if record != before:
-            with found.lock():
-                found._write(record, recipes)
-        return found
+            with self.lock():
+                self._write(record, recipes)
 
     def _write(self, record: dict[str, Any], recipes: Mapping[str, str]) -> None:
-        """Write the plan; its own file last, by which the rest is found."""
-        (self.path / "recipes").mkdir(exist_ok=True)
+        """Write recipes, source and plan; the plan last, because a folder with one counts as a study."""
+        (self.path / layout.RECIPES).mkdir(exist_ok=True)
         for condition, text in recipes.items():
             write_text(self.recipe(condition), text)
         write_text(self.path / SOURCE, self.study.source)
-        write_json(self.path / PLAN, record)
+        write_json(self.path / layout.PLAN, record)
 
     @classmethod
     def open(cls, path: Path) -> "Folder":
-        """The study in `path`, as it was last begun.
-
-        Raises:
-            UserError: there is none, or its file is damaged.
-        """
-        if not (path / PLAN).is_file():
-            raise UserError(f"study: {path} holds no study (it has no {PLAN})")
+        """The study in `path`, as it was last begun; UserError where there is none, or its file is damaged."""
+        if not (path / layout.PLAN).is_file():
+            raise UserError(f"study: {path} holds no study (it has no {layout.PLAN})")
         record = cls(path, None).record()  # type: ignore[arg-type]
-        with reading("study", path / PLAN):
+        with reading("study", path / layout.PLAN):
             return cls(path, study_from(record["study"]))
 
     def record(self) -> dict[str, Any]:
-        """The content of `study.json`.
-
-        Raises:
-            UserError: it is damaged.
-        """
-        form = {"study": dict, "recipes": {"*": str}, "history": list, "command": [str]}
-        found: dict[str, Any] = read_json("study", self.path / PLAN, form)
-        return found
+        """The content of `study.json`; UserError where it is damaged."""
+        record: dict[str, Any] = read_json("study", self.path / layout.PLAN, layout.PLAN_FORM)
+        return record
 
     def lock(self) -> AbstractContextManager[None]:
-        """Keep any other process from starting the study's trainings.
-
-        Raises:
-            UserError: another one does.
-        """
+        """Keep any other process from starting the study's trainings; UserError where another one does."""
         return alone_in(self.path, f"output: {self.path} is in use by another `study run`", timeout=2)
 
     def note_running(self, names: Sequence[str]) -> None:
         """Write down what runs now."""
-        write_json(self.path / RUNNING, names)
+        write_json(self.path / layout.RUNNING, names)
 
     def running(self) -> list[str] | None:
         """What runs now, as it was noted last; None where no `study run` is at work."""
@@ -163,26 +151,22 @@ class Folder:
             with self.lock():
                 return None
         except UserError:
-            path = self.path / RUNNING
-            return list(read_json("study", path, [str])) if path.exists() else []
+            path = self.path / layout.RUNNING
+            return list(read_json("study", path, layout.RUNNING_FORM)) if path.exists() else []
 
     def recipe(self, condition: str) -> Path:
         """The resolved recipe of a condition."""
-        return self.path / "recipes" / f"{slug(condition) or 'recipe'}.yaml"
+        return self.path / layout.RECIPES / f"{slug(condition) or 'recipe'}.yaml"
 
     def search_folder(self, search: Search) -> Path:
         """Where a search keeps its trials."""
-        return self.path / "search" / slug(search.name)
+        return self.path / layout.SEARCHES / slug(search.name)
 
     def winner(self, name: str) -> dict[str, Any] | None:
-        """What the search of that name has found: {"lam", "learning_rate", ...}; None before it has ended.
-
-        λ is None where every trial diverged.
-        """
+        """{"lam", "learning_rate", ...} of a search, both None where every trial diverged; None before it has ended."""
         search = next(each for each in self.study.searches if each.name == name)
-        path = self.search_folder(search) / "winner.json"
-        number = (float, type(None))
-        return read_json("study", path, {"lam": number, "learning_rate": number}) if path.exists() else None
+        path = self.search_folder(search) / layout.WINNER
+        return read_json("study", path, layout.WINNER_FORM) if path.exists() else None
 
     def is_searched(self, arm: Arm) -> bool:
         """Whether an arm comes from a search."""
@@ -203,10 +187,10 @@ class Folder:
 
     def tried(self, condition: str, arm: Arm) -> dict[float, list[Training]]:
         """Learning rate → the trainings that decide on it, one a tuning seed."""
-        found: dict[float, list[Training]] = {}
+        trainings: dict[float, list[Training]] = {}
         for cell in self.tuning(condition, arm):
-            found.setdefault(cell.learning_rate, []).append(self.training(cell, arm))
-        return found
+            trainings.setdefault(cell.learning_rate, []).append(self.training(cell, arm))
+        return trainings
 
     def chosen(self, condition: str, arm: Arm) -> float | None:
         """The learning rate with the least mean validation loss over the tuning seeds; a diverged one is out.
@@ -227,45 +211,36 @@ class Folder:
         return [] if rate is None else [Cell(condition, arm.name, rate, seed) for seed in self.study.seeds]
 
     def cells(self, condition: str, arm: Arm) -> dict[Cell, Training]:
-        """All trainings of an arm that are known by now; one that decides and is compared is there once."""
+        """All trainings of an arm that are known by now; one that both tunes and is compared is in it once."""
         cells = dict.fromkeys((*self.tuning(condition, arm), *self.finals(condition, arm)))
         return {cell: self.training(cell, arm) for cell in cells}
 
     def training(self, cell: Cell, arm: Arm) -> Training:
         """How far a cell is."""
         folder = self.path / cell.folder
-        found = self._ended.get(cell) or read_training(folder, identity(arm, cell.learning_rate, cell.seed))
-        if found.ended:
-            self._ended[cell] = found
-        return with_scores(found, folder, self.study.suites)
+        training = self._ended.get(cell) or read_training(folder, identity(arm, cell.learning_rate, cell.seed))
+        if training.ended:
+            self._ended[cell] = training
+        return with_scores(training, folder, self.study.suites)
 
-    def training_job(
-        self,
-        condition: str,
-        arm: Arm,
-        learning_rate: float,
-        seed: int,
-        folder: Path,
-        name: str,
-        suites: Sequence[str] = (),
-    ) -> Job:
+    def training_job(self, cell: Cell, arm: Arm, folder: Path, name: str, suites: Sequence[str] = ()) -> Job:
         """A training in `folder`, and suites that its model is scored on.
 
         It runs from here, with as many threads as the study says.
         """
-        here, run_dir = Path.cwd(), folder / "run"
-        expected = identity(arm, learning_rate, seed)
-        # A recipe may ask for it: then every training would go to one repository.
+        here, run_dir = Path.cwd(), folder / layout.CELL_RUN
+        expected = identity(arm, cell.learning_rate, cell.seed)
+        # A recipe may ask for push_to_hub: every training would go to the same repository.
         never = {"push_to_hub": None}
         settings = {"run_dir": str(run_dir), "resume": "auto", **never, **expected, **arm.flags()}
         starter = self.study.launcher or (sys.executable,)
-        words = (*starter, "-m", "train_lm", "--config", str(self.recipe(condition)), *flag_words(settings))
-        commands = [Command(words, here / run_dir / "final")]
+        words = (*starter, "-m", "train_lm", "--config", str(self.recipe(cell.condition)), *flag_words(settings))
+        commands = [Command(words, here / run_dir / layout.FINAL)]
         for suite in suites:
             scores = scores_folder(folder, suite)
             flags = {"model": str(run_dir), "suite": suite, "output": str(scores), **_scoring(self.study, suite)}
             words = (sys.executable, "-m", "eval", "run", *flag_words(flags))
-            commands.append(Command(words, here / scores / "scores.json"))
+            commands.append(Command(words, here / scores / layout.SCORES))
         environment = {"OMP_NUM_THREADS": str(self.study.threads)}
         return Job(name, here / folder, tuple(commands), here, environment, expected)
 
@@ -276,16 +251,12 @@ class Folder:
         for condition, arm in self.groups():
             for cell in self.tuning(condition, arm):
                 if not self.training(cell, arm).ended:
-                    tuning[cell] = self._job(cell, arm)
+                    tuning[cell] = self.training_job(cell, arm, self.path / cell.folder, str(cell))
             for cell in self.finals(condition, arm):
-                training = self.training(cell, arm)
+                training, suites = self.training(cell, arm), self.study.suites
                 if not training.ended or training.unscored:
-                    finals[cell] = self._job(cell, arm, self.study.suites)
+                    finals[cell] = self.training_job(cell, arm, self.path / cell.folder, str(cell), suites)
         return [*tuning.values(), *finals.values()]
-
-    def _job(self, cell: Cell, arm: Arm, suites: Sequence[str] = ()) -> Job:
-        place = self.path / cell.folder
-        return self.training_job(cell.condition, arm, cell.learning_rate, cell.seed, place, str(cell), suites)
 
     def counts(self) -> tuple[int, int]:
         """Trainings that have ended (and been scored if they are to be), and how many there will be; searches apart."""
@@ -305,12 +276,8 @@ class Folder:
 
 def identity(arm: Arm, learning_rate: float, seed: int) -> dict[str, Any]:
     """Settings that tell one training of a study from the others."""
-    return {
-        "seed": seed,
-        "learning_rate": learning_rate,
-        "model.norm_type": arm.norm,
-        "model.norm_kwargs": dict(arm.kwargs),
-    }
+    norm = {"model.norm_type": arm.norm, "model.norm_kwargs": dict(arm.kwargs)}
+    return {"seed": seed, "learning_rate": learning_rate, **norm}
 
 
 def searched_arm(search: Search, lam: float | None) -> Arm:
@@ -327,21 +294,21 @@ def check_suites(study: Study) -> None:
         raise UserError(f"metric: got {study.metric!r}, must be {VALIDATION} or one of the suites': {', '.join(names)}")
     if study.metric in study.scoring.get("skip", ()):
         raise UserError(f"scoring: skip leaves out {study.metric}, which is the metric")
-    from ..runner import Settings
-
     parser = OneLineParser(prog="scoring")
     add_settings(parser)
     try:
         for suite in study.suites or ("",):
-            asked = vars(parser.parse_args(flag_words({"model": "", "suite": suite, **_scoring(study, suite)})))
+            flags = {"model": "", "suite": suite, **_scoring(study, suite)}
+            settings = vars(parser.parse_args(flag_words(flags)))
+            del settings["model"]
             if suite:
-                Settings(**{name: value for name, value in asked.items() if name != "model"}).benchmarks()
+                Settings(**settings).benchmarks()
     except UserError as error:
         raise UserError(f"scoring: {error}") from error
 
 
 def _scoring(study: Study, suite: str) -> dict[str, Any]:
-    """The flags of `eval run` for a suite; lists as it takes them. A suite of ours has no task from elsewhere."""
+    """The flags of `eval run` for a suite, lists with commas; a suite of ours needs no include_path."""
     return {
         name: ",".join(map(str, each)) if isinstance(each, list) else each
         for name, each in study.scoring.items()
@@ -353,7 +320,7 @@ def _resolved_recipe(study: Study, condition: str) -> str:
     """Every field of the recipe under a condition, by asking train_lm, which knows them."""
     shared = {**study.settings, **study.conditions[condition]}
     for arm in study.arms:
-        if arm.settings or arm.overrides:  # the rest of an arm is known to be good
+        if arm.settings or arm.overrides:  # norm and options were checked with the study's file
             _checked(study.recipe, {**shared, **arm.flags()})
     content = yaml.safe_load(_checked(study.recipe, shared))
     for name in ("seed", "learning_rate"):
@@ -365,26 +332,22 @@ def _resolved_recipe(study: Study, condition: str) -> str:
 
 def _checked(recipe: str, settings: Mapping[str, Any]) -> str:
     """What `train_lm --check` prints: the whole recipe."""
-    code, said = _ask(["train_lm", "--config", recipe, "--run_dir", "unused", *flag_words(settings), "--check"])
+    code, output = ask(["train_lm", "--config", recipe, "--run_dir", "unused", *flag_words(settings), "--check"])
     if code:
-        raise UserError(f"recipe: {(said.strip().splitlines() or ['train_lm failed'])[-1].removeprefix('error: ')}")
-    return said
+        raise UserError(f"recipe: {(output.strip().splitlines() or ['train_lm failed'])[-1].removeprefix('error: ')}")
+    return output
 
 
-def _ask(words: Sequence[str]) -> tuple[int, str]:
-    """Run one of the house's programs; its exit code, and what it printed, or complained about."""
+def ask(words: Sequence[str]) -> tuple[int, str]:
+    """Run one of the house's programs; its exit code, and its output, or its errors where it failed."""
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
     return done.returncode, done.stderr if done.returncode else done.stdout
 
 
 def _stock_norm(study: Study, recipes: Mapping[str, str]) -> str:
-    """The arm that is the norm of the stock model: RMSNorm for Llama, LayerNorm for GPT-2.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The arm that is the norm of the stock model: RMSNorm for Llama, LayerNorm for GPT-2; UserError without one."""
     model_type = yaml.safe_load(next(iter(recipes.values())))["model"]["model_type"]
-    (stock,) = (each.config.norm_site_table.stock for each in FAMILIES if each.config.stock_model_type == model_type)
+    (stock,) = (each.pin.stock for each in FAMILIES if each.stock_model_type == model_type)
     for arm in study.arms:
         if arm.norm == stock:
             return arm.name
@@ -392,43 +355,46 @@ def _stock_norm(study: Study, recipes: Mapping[str, str]) -> str:
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a study that was begun has and the new plan has not, or has otherwise.
+    """Parts of a study that was begun which the new plan lacks, or has changed.
 
-    Scoring may change: scores of another manner are not compared, and refuse to go on in one directory.
+    Scoring may change: models that were scored in different ways are not compared, and a run with other settings does
+    not go on in the same directory.
     """
     old, new = before["study"], now["study"]
-    found = [
+    changed = [
         f"another recipe{f' under {name}' if name else ''}"
         for name, each in before["recipes"].items()
         if now["recipes"].get(name) != each
     ]
-    found += [f"other {name}" for name in ("baseline", "threads", "tuning_seeds", "metric") if old[name] != new[name]]
+    changed += [f"other {name}" for name in ("baseline", "threads", "tuning_seeds", "metric") if old[name] != new[name]]
     for name in ("seeds", "learning_rates", "suites"):
-        found += [f"{name} {each}" for each in old[name] if each not in new[name]]
+        changed += [f"{name} {each}" for each in old[name] if each not in new[name]]
     for name, kind in (("arms", "norm"), ("searches", "search")):
         named = {each["name"]: each for each in new[name]}
-        found += [f"another {kind} {each['name']!r}" for each in old[name] if named.get(each["name"]) != each]
-    return found
+        changed += [f"another {kind} {each['name']!r}" for each in old[name] if named.get(each["name"]) != each]
+    return changed
 
 
 def _entry(record: Mapping[str, Any]) -> dict[str, str]:
-    """A line of the plan's history. Where the recipe was found, and words about the study, are no part of the plan."""
+    """A line of the plan's history; the recipe's path and the words about the study are no part of the plan."""
     plan = {name: each for name, each in record["study"].items() if name not in ("recipe", "source", "about")}
     text = json.dumps([plan, record["recipes"]], sort_keys=True)
     return {"plan": sha256([text]), "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def _summary(study: dict[str, Any]) -> str:
-    return (
-        f"{len(study['arms'])} norms, learning rates {', '.join(f'{each:g}' for each in study['learning_rates'])}, "
-        f"seeds {', '.join(map(str, study['seeds']))}"
-    )
+    rates = ", ".join(f"{each:g}" for each in study["learning_rates"])
+    return f"{len(study['arms'])} norms, learning rates {rates}, seeds {', '.join(map(str, study['seeds']))}"
 
 
 def study_from(content: dict[str, Any]) -> Study:
     """A study from the plain data of `Study.content`."""
-    arms = tuple(Arm(**{**each, "overrides": tuple(each["overrides"])}) for each in content["arms"])
-    searches = tuple(Search(**{**each, "lam": tuple(each["lam"])}) for each in content["searches"])
-    names = ("learning_rates", "tuning_seeds", "seeds", "suites", "launcher")
-    lists = {name: tuple(content[name]) for name in names}
-    return replace(Study(**{**content, "arms": arms, "searches": searches}), **lists)
+
+    def frozen(kind: Any, fields: Mapping[str, Any]) -> Any:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+    parts = {"arms": Arm, "searches": Search}
+    study: Study = frozen(
+        Study, {**content, **{name: [frozen(kind, each) for each in content[name]] for name, kind in parts.items()}}
+    )
+    return study

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from hf_ibnorm.base.command import require_extra
-from hf_ibnorm.base.errors import STOPPED as STOPPED_CODE
-from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.errors import STOPPED, UserError, bad_input
 from hf_ibnorm.base.files import write_json
+from hf_ibnorm.base.layout import FAILURE, LOG
 
 from .folder import Job
-from .training import DIVERGED, FAILURE, read_training
+from .training import DIVERGED, read_training
 
 POLL = 0.2
 """Seconds between two looks at a process."""
@@ -61,44 +61,44 @@ def work(job: Job, stopping: Callable[[], bool] = lambda: False) -> Ending:
         stopping: asked again and again; once it is true, the command gets SIGTERM.
     """
     started = time.monotonic()
+
+    def ending(code: int, line: str) -> Ending:
+        return Ending(code, line, time.monotonic() - started)
+
     job.folder.mkdir(parents=True, exist_ok=True)
     for command in job.commands:
         _wait_for_earlier(command.done.parent, stopping)
         if stopping():
-            return Ending(STOPPED_CODE, "stopped", time.monotonic() - started)
+            return ending(STOPPED, "stopped")
         if command.done.exists():
             continue
-        if read_training(job.folder, job.expected).state == DIVERGED:  # while it was waited for
+        if read_training(job.folder, job.expected).state == DIVERGED:  # another process may have trained it meanwhile
             break
         (job.folder / FAILURE).unlink(missing_ok=True)
         try:
-            code, line = _call(command.words, job, stopping)
+            code, line = call(command.words, job, stopping)
         except OSError as error:
             code, line = 1, f"{command.words[0]}: {error.strerror}"
         if not command.done.exists():
-            if code != STOPPED_CODE and not stopping():
+            if code != STOPPED and not stopping():
                 note_failure(job, line, code)
-            return Ending(code or 1, line, time.monotonic() - started)
-    return Ending(0, "", time.monotonic() - started)
+            return ending(code or 1, line)
+    return ending(0, "")
 
 
 def note_failure(job: Job, line: str, code: int) -> None:
-    """Write down what the first command of a job that is not done failed of."""
-    for command in job.commands:
-        if not command.done.exists():
-            failure = {"problem": line, "code": code, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-            done = str(command.done.relative_to(job.folder))
-            job.folder.mkdir(parents=True, exist_ok=True)
-            write_json(job.folder / FAILURE, {**failure, "done": done, "command": list(command.words)})
-            return
+    """Write down why the first unfinished command of a job failed."""
+    command = next((each for each in job.commands if not each.done.exists()), None)
+    if command:
+        failure = {"problem": line, "code": code, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        done = str(command.done.relative_to(job.folder))
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_json(job.folder / FAILURE, {**failure, "done": done, "command": list(command.words)})
 
 
 def outcome_of(future: "Future[Ending]", job: Job) -> Ending:
-    """How a job ended; where what carried it out was lost, such as a machine of a cluster, it has failed.
-
-    Raises:
-        UserError: that cannot be written down.
-    """
+    """How a job ended; where what carried it out was lost, such as a machine of a cluster, it has failed; UserError
+    where that cannot be written down."""
     try:
         return future.result()
     except Exception as error:
@@ -118,12 +118,12 @@ def _wait_for_earlier(place: Path, stopping: Callable[[], bool]) -> None:
             time.sleep(POLL)
 
 
-def _call(words: tuple[str, ...], job: Job, stopping: Callable[[], bool]) -> tuple[int, str]:
+def call(words: tuple[str, ...], job: Job, stopping: Callable[[], bool]) -> tuple[int, str]:
     """Run one command to its end; its exit code and the last line it said."""
-    log = job.folder / "log.txt"
+    log = job.folder / LOG
     with log.open("ab") as output:
         start = output.tell()
-        # A session of its own: Ctrl-C reaches this program alone, which ends the others in order.
+        # In a session of its own the process gets no Ctrl-C: this program ends it in order.
         process = subprocess.Popen(
             words,
             stdout=output,
@@ -143,8 +143,7 @@ def _call(words: tuple[str, ...], job: Job, stopping: Callable[[], bool]) -> tup
             process.terminate()
             process.wait()
             raise
-    said = log.read_bytes()[start:].decode(errors="replace").split("\n")
-    lines = [line.strip() for line in said if line.strip()]
+    lines = [line.strip() for line in log.read_bytes()[start:].decode(errors="replace").split("\n") if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     last = (errors or lines or ["nothing was said"])[-1]
     if process.returncode < 0:
@@ -181,7 +180,7 @@ class LocalExecutor:
     def _work(self, job: Job, stop: threading.Event, slot: int) -> Ending:
         try:
             return work(job, stop.is_set)
-        finally:  # not when the future is done: who waits for that may ask for room before
+        finally:  # before the future is done: whoever waits for that asks for room next
             self._free.append(slot)
 
     def cancel(self, future: "Future[Ending]") -> None:
@@ -212,18 +211,20 @@ class RayExecutor:
 
     def __init__(self, address: str, threads: int, gpus: int) -> None:
         require_extra("study", "ray")
+        import logging
+
         import ray
 
         try:
             _reach(address)
             dashboard = False if address == "local" else None
-            ray.init(address, log_to_driver=False, logging_level="error", include_dashboard=dashboard)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"ray: got {address!r}, no cluster there: {error}") from error
-        if address == "local":  # a cluster may yet grow
+        if address == "local":  # a cluster may grow, this machine does not
             for name, wanted in {"CPU": threads, "GPU": gpus}.items():
-                if wanted > (there := ray.cluster_resources().get(name, 0)):
-                    raise UserError(f"ray: a training takes {wanted} {name}s, this machine has {there:g}")
+                if wanted > (has := ray.cluster_resources().get(name, 0)):
+                    raise UserError(f"ray: a training takes {wanted} {name}s, this machine has {has:g}")
         self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(work)
         self._tasks: dict[Future[Ending], Any] = {}
 

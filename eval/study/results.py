@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from hf_ibnorm.report.runs import Run, flat_settings, harmless_settings
 
+from ..statistics import Paired, paired, verdicts
 from ..suites import DEFINED
 from .folder import Folder
 from .plan import VALIDATION, Arm, Cell
-from .statistics import Paired, paired, verdicts
 from .training import DIVERGED, FAILED, TRAINED, Training, mean_losses
 
 BASELINE, REFUSED, UNFINISHED, NO_BASELINE = "baseline", "refused", "unfinished", "no baseline"
@@ -59,8 +59,8 @@ class Group:
 
     def values(self, metric: str) -> dict[int, float]:
         """Seed → the metric, of trainings that have it."""
-        found = {seed: each.value(metric) for seed, each in self.finals.items()}
-        return {seed: value for seed, value in found.items() if value is not None}
+        values = {seed: each.value(metric) for seed, each in self.finals.items()}
+        return {seed: value for seed, value in values.items() if value is not None}
 
     def runs(self) -> list[Run]:
         """The compared runs that were trained to their end."""
@@ -105,47 +105,41 @@ def lower_is_better(groups: Iterable[Group], metric: str) -> bool:
 
 def judge(groups: Sequence[Group], baseline: Group, metric: str) -> None:
     """Give every group of one condition its verdict."""
-    for group in groups:
-        group.verdict = _hindrance(group, metric)
     counted, norms = [], len(groups) - 1
+    baseline.verdict = _hindrance(baseline, metric)
     for group in groups:
         if group is baseline:
             continue
         group.refused = _refusals(group, baseline, metric)
-        if group.refused:
-            group.verdict = REFUSED
-        elif not group.verdict and baseline.verdict:
-            group.verdict = NO_BASELINE
-        if group.verdict:
-            continue
-        ours, theirs = group.values(metric), baseline.values(metric)
-        group.differences = [ours[seed] - theirs[seed] for seed in ours]
-        group.paired = paired(group.differences, norms)
-        counted.append(group)
+        group.verdict = REFUSED if group.refused else _hindrance(group, metric) or (baseline.verdict and NO_BASELINE)
+        if not group.verdict:
+            ours, theirs = group.values(metric), baseline.values(metric)
+            group.differences = [ours[seed] - theirs[seed] for seed in ours]
+            group.paired = paired(group.differences, norms)
+            counted.append(group)
     baseline.verdict = baseline.verdict or BASELINE
-    found = verdicts([group.paired for group in counted if group.paired], lower_is_better(groups, metric), norms)
-    for group, (adjusted, verdict) in zip(counted, found, strict=True):
+    judged = verdicts([group.paired for group in counted if group.paired], lower_is_better(groups, metric), norms)
+    for group, (adjusted, verdict) in zip(counted, judged, strict=True):
         group.adjusted, group.verdict = adjusted, verdict or (ONE_SEED if len(group.finals) == 1 else NO_SCATTER)
 
 
 def _refusals(group: Group, baseline: Group, metric: str) -> dict[str, str]:
-    """Pairs with the baseline that are not equal in what they must be, compared ones and those that tuned."""
+    """Pair with the baseline → what it must share and does not; of compared trainings and of those that tuned."""
     pairs = [
         (f"seed {seed}", training, baseline.finals[seed], metric)
         for seed, training in group.finals.items()
         if seed in baseline.finals
     ]
-    for rate, ours, theirs in zip(group.tuning, group.tuning.values(), baseline.tuning.values(), strict=False):
+    for (rate, ours), theirs in zip(group.tuning.items(), baseline.tuning.values(), strict=False):
         pairs += [(f"tuning at {rate:g}", a, b, "") for a, b in zip(ours, theirs, strict=True)]
-    found = {}
-    for name, ours, theirs, tested in pairs:
-        if ours.ended and theirs.ended and (why := difference(ours, theirs, group.arm, baseline.arm, tested)):
-            found[name] = why
-    return found
+    reasons = {
+        name: difference(a, b, group.arm, baseline.arm, tested) for name, a, b, tested in pairs if a.ended and b.ended
+    }
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _hindrance(group: Group, metric: str) -> str:
-    """Why a norm can have no verdict, or nothing."""
+    """Why a norm can have no verdict; "" where it can."""
     tuning = [each for trainings in group.tuning.values() for each in trainings]
     finals = list(group.finals.values())
     if group.verdict == DIVERGED or any(each.state == DIVERGED for each in finals):
@@ -160,59 +154,60 @@ def _hindrance(group: Group, metric: str) -> str:
 
 
 def difference(ours: Training, theirs: Training, arm: Arm, other: Arm, metric: str) -> str:
-    """What two trainings of one seed do not share and must, or nothing.
+    """The first thing that two trainings of one seed must share and do not, or "".
 
     They share initial weights, every batch, the number of tokens, text, tokenizer, all settings but those that the arms
     are about, and what the test asks, if `metric` is one: its items, and the manner of asking. Of one that diverged
     only the batches that it has seen are compared.
     """
-    a, b = ours.run, theirs.run
-    if a is None or b is None:
+    if ours.run is None or theirs.run is None:
         return "there is no run"
+    runs = ours.run, theirs.run
     for name, what in HASHES.items():
-        ends = [run.environment.get(name) for run in (a, b)]
-        if ends[0] != ends[1]:
-            return f"{what} differ: {name} is {_told(ends[0])}, the baseline's {_told(ends[1])}"
-    for row, row_b in zip(a.metrics, b.metrics, strict=False):
-        if row["batch_sha"] != row_b["batch_sha"]:
-            told = f"batch_sha is {row['batch_sha']}, the baseline's {row_b['batch_sha']}"
-            return f"batches differ from step {row['step']} on: {told}"
-    tokens = [run.metrics[-1]["tokens"] for run in (a, b)]
+        a, b = (run.environment.get(name) for run in runs)
+        if a != b:
+            a, b = ("missing" if value is None else value[:16] for value in (a, b))
+            return f"{what} differ: {name} is {a}, the baseline's {b}"
+    for row, other_row in zip(*(run.metrics for run in runs), strict=False):
+        if row["batch_sha"] != other_row["batch_sha"]:
+            shas = f"batch_sha is {row['batch_sha']}, the baseline's {other_row['batch_sha']}"
+            return f"batches differ from step {row['step']} on: {shas}"
+    tokens = [run.metrics[-1]["tokens"] for run in runs]
     if ours.state == theirs.state == TRAINED and tokens[0] != tokens[1]:
         return f"tokens differ: {tokens[0]:,}, the baseline's {tokens[1]:,}"
-    free = {*harmless_settings((a, b)), *_ARMS_OWN, *(arm.settings or {}), *(other.settings or {})}
-    settings = [{**flat_settings(run.config), "processes": run.environment.get("num_processes")} for run in (a, b)]
-    for name in sorted((settings[0].keys() | settings[1].keys()) - free):
-        if settings[0].get(name) != settings[1].get(name):
-            return f"{name} differs: {settings[0].get(name)!r}, the baseline's {settings[1].get(name)!r}"
+    free = {*harmless_settings(runs), *_ARMS_OWN, *(arm.settings or {}), *(other.settings or {})}
+    a, b = ({**flat_settings(run.config), "processes": run.environment.get("num_processes")} for run in runs)
+    for name in sorted((a.keys() | b.keys()) - free):
+        if a.get(name) != b.get(name):
+            return f"{name} differs: {a.get(name)!r}, the baseline's {b.get(name)!r}"
     if metric in ours.scores and metric in theirs.scores:
-        items = [
-            {task: (row["hash"], row["n"]) for task, row in each.scores[metric]["details"]["tasks"].items()}
-            for each in (ours, theirs)
-        ]
-        if items[0] != items[1]:
-            return f"the items of {metric} differ"
-        for suite, manner in ours.scored_with.items():
-            for name, value in manner.items():
-                if (there := theirs.scored_with.get(suite, {}).get(name)) != value:
-                    return f"{suite} was scored with {name} {value!r}, for the baseline with {there!r}"
+        return _asked_otherwise(ours, theirs, metric)
     return ""
 
 
-def _told(value: str | None) -> str:
-    return "missing" if value is None else value[:16]
+def _asked_otherwise(ours: Training, theirs: Training, metric: str) -> str:
+    """The difference in a benchmark's items, or in how two models were asked; "" where there is none."""
+    tasks = [each.scores[metric]["details"]["tasks"] for each in (ours, theirs)]
+    a, b = ({task: (row["hash"], row["n"]) for task, row in each.items()} for each in tasks)
+    if a != b:
+        return f"the items of {metric} differ"
+    for suite, manner in ours.scored_with.items():
+        for name, value in manner.items():
+            if (other := theirs.scored_with.get(suite, {}).get(name)) != value:
+                return f"{suite} was scored with {name} {value!r}, for the baseline with {other!r}"
+    return ""
 
 
 def environments(groups: Iterable[Group]) -> list[str]:
-    """What of the trainings' surroundings is not the same for all of them."""
+    """Sentences about versions, devices and threads that differ between trainings."""
     runs = [run for group in groups for run in group.runs()]
-    found = []
+    lines = []
     for name in ("versions", "device", "torch_threads", "norm_backend", "git_revision", "cpu_capability"):
         kinds = Counter(json.dumps(run.environment.get(name), sort_keys=True) for run in runs)
         if len(kinds) > 1:
-            told = "; ".join(f"{count} with {kind}" for kind, count in kinds.most_common())
-            found.append(f"{name} is not the same for all trainings: {told}")
-    return found
+            counts = "; ".join(f"{count} with {kind}" for kind, count in kinds.most_common())
+            lines.append(f"{name} is not the same for all trainings: {counts}")
+    return lines
 
 
 def failures(folder: Folder, groups: Sequence[Group]) -> list[tuple[Cell, Training]]:

@@ -45,16 +45,16 @@ def run_study(folder: Folder, executor: Executor, say: Callable[[str], None]) ->
         for future in done:
             job = running.pop(future)
             folder.note_running([each.name for each in running.values()])
-            line = told_of(folder, job, outcome_of(future, job))
+            line = result_line(folder, job, outcome_of(future, job))
             if line.startswith("failed"):
                 failures.append(f"{job.name}: {line}")
             else:
-                tried.discard(job.name)  # one of the tuning may be asked for again, to be scored
+                tried.discard(job.name)  # a training that tuned may be compared next, and has to be scored then
             ended, total = folder.counts()
             say(f"[{ended}/{total}] {job.name}: {line}")
 
 
-def told_of(folder: Folder, job: Job, ending: Ending) -> str:
+def result_line(folder: Folder, job: Job, ending: Ending) -> str:
     """What became of a job, in a few words."""
     training = with_scores(read_training(job.folder, job.expected), job.folder, folder.study.suites)
     if training.state == DIVERGED:
@@ -62,18 +62,14 @@ def told_of(folder: Folder, job: Job, ending: Ending) -> str:
     if ending.code or training.validation is None:
         return f"failed: {ending.line or training.problem}"
     value = training.value(folder.study.metric)
-    told = f"validation {training.validation:.4f}"
-    if folder.study.metric != VALIDATION and value is not None:
-        told += f", {folder.study.metric} {value:.4f}"
-    return f"{told} ({_duration(ending.seconds)})"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    scored = folder.study.metric != VALIDATION and value is not None
+    metric = f", {folder.study.metric} {value:.4f}" if scored else ""
+    minutes, seconds = divmod(round(ending.seconds), 60)
+    duration = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    return f"validation {training.validation:.4f}{metric} ({duration})"
 
 
 def stopped_in_order(folder: Folder) -> Stopped:
-    """What a signal makes of a run."""
+    """The exception that ends a run after a signal."""
     ended, total = folder.counts()
     return Stopped(f"{ended} of {total} trainings have ended; the same command goes on from there")

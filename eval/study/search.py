@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
-from pathlib import Path
 from typing import Any
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.command import require_extra
 from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.base.files import write_json
 from hf_ibnorm.base.reading import read_json
 
-from .folder import Folder, searched_arm
+from .folder import Folder, Job, searched_arm
 from .jobs import Executor, outcome_of
-from .plan import VALIDATION, Search
+from .plan import VALIDATION, Cell, Search
 from .training import DIVERGED, TRAINED, Training, read_training
 
 PRUNED = "pruned"
@@ -32,7 +32,7 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
         UserError: Optuna is not installed, or a training failed.
     """
     place = folder.search_folder(search)
-    if (place / "winner.json").exists():
+    if (place / layout.WINNER).exists():
         return
     require_extra("study", "optuna")
     import optuna
@@ -47,19 +47,20 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
         # A sampler of its own for each trial: what it draws depends on the results so far alone, and the files of the
         # trials are all that a search has to remember.
         study.sampler = optuna.samplers.TPESampler(seed=1000 * folder.study.tuning_seeds[0] + number)
-        where = place / f"trial-{number:03d}"
-        path = where / "result.json"
-        result = read_json("study", path, _RESULT) if path.exists() else None
+        path = place / f"trial-{number:03d}" / layout.TRIAL
+        result = read_json("study", path, layout.TRIAL_FORM) if path.exists() else None
         if result:
             study.enqueue_trial({name: result[name] for name in ("lam", "learning_rate")})
         trial = study.ask()
         lam = trial.suggest_float("lam", *search.lam, log=True)
         rate = trial.suggest_categorical("learning_rate", list(folder.study.learning_rates))
-        name = f"{search.name}, trial {number + 1} of {search.trials}, λ {lam:.4g}, learning rate {rate:g}"
         if result:
             _tell(trial, result["validated"])
         else:
-            result = _carry_out(folder, search, executor, trial, lam, rate, where, name)
+            name = f"{search.name}, trial {number + 1} of {search.trials}, λ {lam:.4g}, learning rate {rate:g}"
+            cell = Cell("", search.name, rate, folder.study.tuning_seeds[0])
+            job = folder.training_job(cell, searched_arm(search, lam), path.parent, name)
+            result = {"lam": lam, "learning_rate": rate, **_carry_out(folder, job, executor, trial)}
             write_json(path, result)
             say(f"{name}: {result['state']}" + (f", validation {result['loss']:.4f}" if result["loss"] else ""))
         results.append(result)
@@ -70,53 +71,42 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
     trained = [result for result in results if result["state"] == TRAINED]
     best = min(trained, key=lambda result: result["loss"], default={"lam": None, "learning_rate": None, "loss": None})
     winner = {name: best[name] for name in ("lam", "learning_rate", "loss")}
-    write_json(place / "winner.json", {**winner, "trials": results})
-    found = f"λ {winner['lam']:.4g}, validation {winner['loss']:.4f}" if trained else "none, all diverged"
-    say(f"{search.name}: best of {search.trials} trials: {found}")
+    write_json(place / layout.WINNER, {**winner, "trials": results})
+    outcome = f"λ {winner['lam']:.4g}, validation {winner['loss']:.4f}" if trained else "none, all diverged"
+    say(f"{search.name}: best of {search.trials} trials: {outcome}")
 
 
-_RESULT = {
-    **{"state": str, "loss": (float, type(None)), "lam": float, "learning_rate": float, "validated": list},
-}
-"""Form of a trial's result."""
-
-
-def _carry_out(
-    folder: Folder, search: Search, executor: Executor, trial: Any, lam: float, rate: float, where: Path, name: str
-) -> dict[str, Any]:
-    """Train one trial, to its end or until it is pruned."""
-    arm, seed = searched_arm(search, lam), folder.study.tuning_seeds[0]
-    job = folder.training_job("", arm, rate, seed, where, name)
+def _carry_out(folder: Folder, job: Job, executor: Executor, trial: Any) -> dict[str, Any]:
+    """Train one trial, to its end or until it is pruned: its state, last loss and validations."""
     future = executor.submit(job)
-    folder.note_running([name])
-    told: list[tuple[int, float]] = []
-    pruned = False
-    while not pruned:
+    folder.note_running([job.name])
+    validated: list[tuple[int, float]] = []
+    ended = pruned = False
+    while not (ended or pruned):
         ended = bool(wait([future], timeout=LOOK).done)
-        training = read_training(where, job.expected)
-        new = _validated(training)[len(told) :]
+        training = read_training(job.folder, job.expected)
+        new = _validated(training)[len(validated) :]
         behind = _tell(trial, new)
-        told += new if behind is None else new[: behind + 1]
+        validated += new if behind is None else new[: behind + 1]
         pruned = behind is not None
-        if ended:
-            break
-    result = {"lam": lam, "learning_rate": rate, "loss": told[-1][1] if told else None, "validated": told}
+    loss = validated[-1][1] if validated else None
     if pruned:
         executor.cancel(future)
         wait([future])
-        return {**result, "state": PRUNED}
+        return {"loss": loss, "validated": validated, "state": PRUNED}
     ending = outcome_of(future, job)
     if training.state == DIVERGED:
-        return {**result, "state": DIVERGED, "loss": None}
+        return {"loss": None, "validated": validated, "state": DIVERGED}
     if ending.code or training.validation is None:
-        raise UserError(f"search: {name}: {ending.line or training.problem}")
-    return {**result, "state": TRAINED, "loss": training.validation}
+        raise UserError(f"search: {job.name}: {ending.line or training.problem}")
+    return {"loss": training.validation, "validated": validated, "state": TRAINED}
 
 
 def _tell(trial: Any, validated: Sequence[Sequence[float]]) -> int | None:
-    """Report validations in their order; the index of the one at which the trial is to be pruned.
+    """Report validations in their order; returns the index of the one at which the trial is to be pruned, or None.
 
-    The pruner is asked after each, even of a trial whose end is known: what it saw is what it judges later ones by.
+    The pruner is asked after each validation, even where the trial's end is known: it judges later trials by those
+    values.
     """
     for i, (step, loss) in enumerate(validated):
         trial.report(loss, int(step))

@@ -7,14 +7,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.reading import read_json
-from hf_ibnorm.report.runs import SKIPPED_SHARE, Run, read_scores
+from hf_ibnorm.report.runs import SKIPPED_SHARE, Run, flat_settings, read_scores
 
 from ..store import read_manifest
 from .plan import VALIDATION, slug
 
 WAITING, BEGUN, FAILED, DIVERGED, TRAINED = "waiting", "begun", "failed", "diverged", "trained"
-FAILURE = "failure.json"
 _COLUMNS = ("step", "loss", "tokens", "tokens_per_second", "batch_sha")
 
 
@@ -68,7 +68,7 @@ def mean_losses(tuning: Mapping[float, Sequence[Training]]) -> dict[float, float
 
 def scores_folder(folder: Path, suite: str) -> Path:
     """Where a cell keeps the scores of a suite."""
-    return folder / "scores" / slug(suite)
+    return folder / layout.SCORES_FOLDER / slug(suite)
 
 
 def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
@@ -81,20 +81,19 @@ def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
     Raises:
         UserError: a file of the study itself is damaged. A damaged file of the training makes it a failed one.
     """
-    run_dir, problem = folder / "run", _failure(folder)
-    finished = (run_dir / "final").exists()
+    run_dir, problem = folder / layout.CELL_RUN, _failure(folder)
+    finished = (run_dir / layout.FINAL).exists()
     try:
         run = Run.read(run_dir, finished)
-        wrong = _damage(run) or _stranger(run, expected)
     except ValueError as error:
-        if isinstance(error.__cause__, OSError):  # which says nothing about the training
+        if isinstance(error.__cause__, OSError):  # a disk that fails says nothing about the training
             raise
-        run, wrong = None, str(error)
-    if run is None or wrong:
-        begun = (run_dir / "metrics.jsonl").exists()
-        if finished or run:
-            return Training(FAILED, None, wrong)
+        if finished:
+            return Training(FAILED, None, str(error))
+        begun = (run_dir / layout.METRICS).exists()
         return Training(FAILED if problem else BEGUN if begun else WAITING, None, problem)
+    if wrong := _damage(run) or _stranger(run, expected):
+        return Training(FAILED, None, wrong)
     if reason := _divergence(run, finished):
         return Training(DIVERGED, run, reason)
     if finished:
@@ -107,28 +106,28 @@ def with_scores(training: Training, folder: Path, suites: Sequence[str]) -> Trai
     if training.state != TRAINED:
         return training
     places = {suite: scores_folder(folder, suite) for suite in suites}
-    missing = tuple(suite for suite, place in places.items() if not (place / "scores.json").exists())
-    found = {suite: read_scores(place) for suite, place in places.items() if suite not in missing}
+    missing = tuple(suite for suite, place in places.items() if not (place / layout.SCORES).exists())
+    scored = {suite: read_scores(place) for suite, place in places.items() if suite not in missing}
     return replace(
         training,
         problem=_failure(folder) if missing else "",
-        scores={name: row for each in found.values() for name, row in each["benchmarks"].items()},
+        scores={name: row for each in scored.values() for name, row in each["benchmarks"].items()},
         unscored=missing,
-        smoke=any(each["smoke"] for each in found.values()),
-        scored_with={suite: _manner(read_manifest(places[suite])["identity"]) for suite in found},
+        smoke=any(each["smoke"] for each in scored.values()),
+        scored_with={suite: _manner(read_manifest(places[suite])["identity"]) for suite in scored},
     )
 
 
 def _failure(folder: Path) -> str:
-    """What the last try of a cell failed of, or nothing; it may have been done since, by hand or after all."""
-    if not (folder / FAILURE).exists():
+    """Why the last try of a cell failed; "" where none has, or where the command has been finished since."""
+    if not (folder / layout.FAILURE).exists():
         return ""
-    failure = read_json("study", folder / FAILURE, {"done": str, "problem": str})
+    failure = read_json("study", folder / layout.FAILURE, layout.FAILURE_FORM)
     return "" if (folder / failure["done"]).exists() else str(failure["problem"])
 
 
 def _manner(identity: dict[str, Any]) -> dict[str, Any]:
-    """How a suite was put to a model: what must be the same for two scores to be compared."""
+    """How a suite was put to a model: settings that two scores must share to be compared."""
     model = {name: identity["model"][name] for name in ("dtype", "max_length")}
     return {**identity["prompting"], **model, "overlong": identity["overlong"], **identity["versions"]}
 
@@ -139,19 +138,22 @@ def _damage(run: Run) -> str:
 
 
 def _stranger(run: Run, expected: Mapping[str, Any]) -> str:
-    """What shows that a run is not the one that belongs here, or nothing."""
-    model = run.config["model"]
+    """The first setting that shows that a run belongs to another cell; "" where all are right."""
+    settings = flat_settings(run.config)
     for name, value in expected.items():
-        found = model[name.removeprefix("model.")] if name.startswith("model.") else run.config.get(name)
-        # A run's options are resolved, the cell's may leave out the model's own epsilon.
-        same = {key: found.get(key) for key in value} == dict(value) if isinstance(value, Mapping) else found == value
+        got = settings.get(name)
+        if isinstance(value, Mapping) and isinstance(got, Mapping):
+            # A run's options are resolved, the cell's may leave out the model's own epsilon.
+            same = {option: got.get(option) for option in value} == dict(value)
+        else:
+            same = got == value
         if not same:
-            return f"the run here is another one: {name} is {found!r}, must be {value!r}"
+            return f"the run here is another one: {name} is {got!r}, must be {value!r}"
     return ""
 
 
 def _divergence(run: Run, finished: bool) -> str:
-    """Why a run counts as diverged, or nothing: it ended itself, or has learnt nothing by its end."""
+    """Why a run counts as diverged: it gave up, or learnt nothing by its end; "" where it does not."""
     last = run.metrics[-1]
     lost = [name for name in ("loss", "grad_norm", VALIDATION) if last.get(name, 0.0) is None]
     given_up = last.get("skipped", 0) >= run.config["max_skipped_steps"] or VALIDATION in lost

@@ -93,10 +93,24 @@ class OneLineParser(argparse.ArgumentParser):
         """Every flag of this parser and of its verbs: argparse leaves a verb's unknown flags to the parser above."""
         flags: list[str] = []
         for action in self._actions:
-            flags += action.option_strings
+            flags += action.option_strings if action.help != argparse.SUPPRESS else []
             if isinstance(action, argparse._SubParsersAction):
                 flags += [flag for parser in action.choices.values() for flag in parser._flags()]
         return flags
+
+
+def add_verb(verbs: Any, name: str, go: Callable[[Any], None] | None, about: str) -> OneLineParser:
+    """The parser of a new verb of a command.
+
+    Args:
+        verbs: argparse's subparsers, with `parser_class=OneLineParser`.
+        name: the verb.
+        go: what to call with the arguments, as their attribute `go` has it; None for a verb that has verbs itself.
+        about: what it does, without a capital and a full stop.
+    """
+    parser: OneLineParser = verbs.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+    parser.set_defaults(go=go)
+    return parser
 
 
 def require_extra(extra: str, *modules: str) -> None:

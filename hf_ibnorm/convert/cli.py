@@ -2,12 +2,15 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..base.command import OneLineParser, quiet_libraries
 from ..base.errors import UserError, bad_input
 from .settings import DATA, DTYPES, INITS, NAME, SOURCE, TOKENS, Conversion
+
+_OPTION = "--norm_kwargs."
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -74,27 +77,27 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
     print(f"report: {folder / 'report.md'}")
 
 
-def take_norm_options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words of a command line without its `--norm_kwargs.NAME VALUE`, and those as options: JSON, or else text."""
-    rest: list[str] = []
-    options: dict[str, Any] = {}
-    left = iter(words)
-    for word in left:
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--norm_kwargs."):
-            rest.append(word)
-            continue
-        if not equals and (value := next(left, "")) == "":
-            raise UserError(f"{flag}: got no value")
+class _NormOption(argparse.Action):
+    """`--norm_kwargs.NAME VALUE`: puts VALUE, as JSON or else as text, under NAME into the mapping `norm_kwargs`."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
         try:
-            options[flag.removeprefix("--norm_kwargs.")] = json.loads(value)
+            value = json.loads(values)
         except ValueError:
-            options[flag.removeprefix("--norm_kwargs.")] = value
-    return rest, options
+            value = values
+        name = self.option_strings[0].removeprefix(_OPTION)
+        namespace.norm_kwargs = {**namespace.norm_kwargs, name: value}
 
 
-def add_verbs(verbs: Any) -> None:
-    """Add both to the command's parser."""
+def add_verbs(verbs: Any, words: Sequence[str]) -> None:
+    """Add both to the command's parser.
+
+    Args:
+        verbs: argparse's subparsers.
+        words: the command line; each option of a norm that it names becomes a flag of `convert`.
+    """
     convert = verbs.add_parser(
         "convert",
         help="a checkpoint on disk with other norms",
@@ -132,6 +135,8 @@ def add_verbs(verbs: Any) -> None:
     )
     _add_measuring(convert, "report_")
     convert.set_defaults(run=_convert, norm_kwargs={})
+    for flag in {word.partition("=")[0] for word in words if word.startswith(_OPTION)}:
+        convert.add_argument(flag, action=_NormOption, default={}, dest="norm_kwargs", help=argparse.SUPPRESS)
     report = verbs.add_parser(
         "convert_report",
         help="what a conversion cost, and what healing won back",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base import layout
 from ..base.errors import UserError
 from ..base.reading import check_form, read_json, read_text, read_yaml, reading
 from .tables import Table, score_cell
@@ -49,27 +50,27 @@ class Run:
             UserError, ValueError: `path` is no run directory, or no finished one, or a file in it is damaged; the
                 message names it.
         """
-        for name in ("config.yaml", "environment.json", "metrics.jsonl", *(["final"] if finished else [])):
+        for name in (layout.CONFIG, layout.ENVIRONMENT, layout.METRICS, *([layout.FINAL] if finished else [])):
             if not (path / name).exists():
                 kind = "a finished run directory" if finished else "a run directory"
                 raise ValueError(f"run: {path} is not {kind} (it has no {name})")
-        scores = path / "scores"
-        metrics = _rows(path / "metrics.jsonl", finished)
+        scores = path / layout.SCORES_FOLDER
+        metrics = _rows(path / layout.METRICS, finished)
         if not metrics and not finished:
             raise ValueError(f"run: {path / 'metrics.jsonl'} has no step yet")
         if finished and (not metrics or metrics[-1].get("eval_loss") is None):
             raise ValueError(f"run: {path / 'metrics.jsonl'} does not end with a validated step")
-        config = read_yaml("run", path / "config.yaml", _CONFIG)
+        config = read_yaml("run", path / layout.CONFIG, layout.RUN_CONFIG_FORM)
         for item in config["model"].get("norm_overrides") or []:
             if not isinstance(item, list) or len(item) != 2:
-                raise UserError(f"run: {path / 'config.yaml'}: norm_overrides: got {item!r}, must be [glob, norm]")
-            check_form(f"run: {path / 'config.yaml'}: norm_overrides: {item[0]}", item[1], _NORM)
+                raise UserError(f"run: {path / layout.CONFIG}: norm_overrides: got {item!r}, must be [glob, norm]")
+            check_form(f"run: {path / layout.CONFIG}: norm_overrides: {item[0]}", item[1], layout.RUN_NORM_FORM)
         return cls(
             name=path.name,
             config=config,
-            environment=read_json("run", path / "environment.json", _ENVIRONMENT),
+            environment=read_json("run", path / layout.ENVIRONMENT, layout.RUN_ENVIRONMENT_FORM),
             metrics=metrics,
-            scores=read_scores(scores) if (scores / "scores.json").exists() else None,
+            scores=read_scores(scores) if (scores / layout.SCORES).exists() else None,
         )
 
     def step_seconds(self) -> list[float]:
@@ -99,39 +100,11 @@ def read_scores(folder: Path) -> dict[str, Any]:
     Raises:
         UserError, ValueError: there is none, or it is damaged; the message names it.
     """
-    path = folder / "scores.json"
+    path = folder / layout.SCORES
     if not path.is_file():
-        raise ValueError(f"scores: {folder} has no scores.json")
-    scores: dict[str, Any] = read_json("scores", path, _SCORES)
+        raise ValueError(f"scores: {folder} has no {layout.SCORES}")
+    scores: dict[str, Any] = read_json("scores", path, layout.SCORES_FORM)
     return scores
-
-
-_NUMBER = (float, type(None))
-_NORM = {"type": str, "kwargs": {"lam?": _NUMBER}}
-_CONFIG = {
-    **{"seed": int, "corpus?": str},
-    "model": {"norm_type": str, "norm_kwargs": {"lam?": _NUMBER}, "norm_overrides?": list, "model_type?": str},
-}
-_ENVIRONMENT = {
-    **{"init_sha": str, "parameters": int, "device": str, "cpu_count": int, "date": str},
-    "versions": {"torch": str, "*": (str, type(None))},
-    **{"num_processes?": (int, type(None)), "flops_per_token?": float, "on_hub?": [str], "harmless_settings?": [str]},
-}
-_STEP = {
-    **{"step": int, "tokens": int, "tokens_per_second": float, "loss": _NUMBER, "batch_sha": str},
-    **dict.fromkeys(("eval_loss?", "grad_norm?", "gain_movement?", "learning_rate?", "lam_fraction?"), _NUMBER),
-}
-_SCORES = {
-    "smoke": bool,
-    "benchmarks": {
-        "*": {
-            **{"raw": _NUMBER, "normalized": _NUMBER, "n": (int, type(None))},
-            **{"stderr": _NUMBER, "chance": _NUMBER},
-            "details": {"metric": str, "at_chance?": bool, "tasks?": {"*": dict}},
-        }
-    },
-}
-"""Forms of what a run directory holds, as far as anything here reads it."""
 
 
 def _rows(path: Path, finished: bool) -> list[dict[str, Any]]:
@@ -142,7 +115,7 @@ def _rows(path: Path, finished: bool) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         with reading("run", f"{path}, line {number},"):
             rows.append(json.loads(line))
-        check_form(f"run: {path}, line {number}", rows[-1], _STEP)
+        check_form(f"run: {path}, line {number}", rows[-1], layout.RUN_STEP_FORM)
         if rows[-1]["tokens_per_second"] <= 0:
             raise UserError(f"run: {path}, line {number}: tokens_per_second: got 0 or less, must be more")
     return rows

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eval.harness import Prompting, answer, load_tasks, measure
+from eval.answers import answer, prompts_of
+from eval.harness import load_tasks
+from eval.options import Prompting
 from eval.scoring import score_benchmark
 from eval.suites import SUITES
 from hf_ibnorm import load_corpus
@@ -86,7 +88,7 @@ def score():
     def run(lm, benchmark, limit=None):
         prompting = Prompting(limit)
         complete, loaded = load_tasks(benchmark)
-        prompts = measure(lm, complete, loaded["tasks"], prompting)
+        prompts = prompts_of(lm, complete, loaded["tasks"], prompting)
         return score_benchmark(complete, answer(lm, complete, loaded, prompts, prompting))
 
     return run

@@ -8,8 +8,9 @@ import pytest
 from studying import ask, study
 
 import eval.study.folder
+from eval.study.file import read_study
 from eval.study.folder import Folder, study_from
-from eval.study.plan import Cell, flag_words, read_study, shipped_studies
+from eval.study.plan import Cell, flag_words, shipped_studies
 from hf_ibnorm.base.errors import UserError
 from train_lm.config import build_model_config, read_command_line
 
@@ -51,7 +52,7 @@ def test_every_option_is_kept_so_that_a_new_default_changes_nothing():
 
 @pytest.mark.parametrize(("family", "stock"), [("llama", "rmsnorm"), ("gpt2", "layernorm")])
 def test_the_baseline_is_the_norm_of_the_stock_model(tmp_path, monkeypatch, family, stock):
-    monkeypatch.setattr(eval.study.folder, "_ask", ask)
+    monkeypatch.setattr(eval.study.folder, "ask", ask)
     norms = ["ibnorm_l", {"norm": "layernorm", "name": "its own"}, {"norm": "rmsnorm", "name": "another"}]
     folder = Folder.begin(study(norms=norms, set={"model": {"model_type": family}}), tmp_path / "study", [])
     assert folder.study.arms[[arm.name for arm in folder.study.arms].index(folder.study.baseline)].norm == stock
@@ -91,12 +92,15 @@ def test_a_plan_comes_back_from_json():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"norms": None}, "norms: is missing; a study needs recipe, norms, learning_rates and seeds"),
+        ({"norms": None}, "norms: is missing; needed are recipe, norms, learning_rates, seeds"),
         ({"seed": [1]}, "study: unknown field 'seed' (did you mean 'seeds'?)"),
         ({"norms": ["rmsnorm", "ibnorm_x"]}, "norms[1].norm: unknown norm 'ibnorm_x'"),
         ({"norms": [{"norm": "ibnorm_t", "kwargs": {"lamb": 1}}]}, "norms[0].kwargs.lamb: ibnorm_t has no such option"),
         ({"norms": [{"norm": "ibnorm_t", "sweep": {"lam": [1, -1]}}]}, "norms[0].kwargs.lam: got -1"),
-        ({"norms": [{"norm": "ibnorm_t", "sweep": {"lam": 1}}]}, "norms[0].sweep.lam: got 1, must be a list"),
+        (
+            {"norms": [{"norm": "ibnorm_t", "sweep": {"lam": 1}}]},
+            "norms[0].sweep: got {'lam': 1}, must be a mapping, each value a list",
+        ),
         ({"norms": ["rmsnorm", "rmsnorm"]}, "norms: 'rmsnorm' is there more than once, or too like another name"),
         ({"norms": []}, "norms: got an empty list"),
         (
@@ -110,7 +114,10 @@ def test_a_plan_comes_back_from_json():
         ({"seeds": []}, "seeds: got an empty list"),
         ({"tuning_seeds": []}, "tuning_seeds: got an empty list"),
         ({"suites": ["embedded"], "scoring": {"skip": []}}, "scoring.skip: got an empty list"),
-        ({"suites": ["embedded"], "scoring": {"limit": None}}, "scoring.limit: got None"),
+        (
+            {"suites": ["embedded"], "scoring": {"limit": None}},
+            "scoring: got {'limit': None}, must be a mapping, each value text",
+        ),
         (
             {"norms": ["rmsnorm", {"norm": "dyt", "name": "rms norm"}, {"norm": "dyt", "name": "rms/norm"}]},
             "norms: 'rms norm' is there more than once",
@@ -122,11 +129,11 @@ def test_a_plan_comes_back_from_json():
             {"baseline": "rmsnrom"},
             "baseline: got 'rmsnrom', must be one of norms: rmsnorm, layernorm (did you mean 'rmsnorm'?)",
         ),
-        ({"learning_rates": [0]}, "learning_rates: got 0, must be a number > 0"),
+        ({"learning_rates": [0]}, "learning_rates: got [0], must be a list, each item a number > 0"),
         ({"learning_rates": []}, "learning_rates: got an empty list, must have one or more"),
         ({"learning_rates": [0.1, 0.1]}, "learning_rates: got 0.1 more than once"),
         ({"seeds": [0, 0]}, "seeds: got 0 more than once"),
-        ({"seeds": [0.5]}, "seeds: got 0.5, must be a whole number >= 0"),
+        ({"seeds": [0.5]}, "seeds: got [0.5], must be a list, each item a whole number >= 0"),
         ({"tuning_seeds": 0}, "tuning_seeds: got 0, must be a list"),
         ({"threads": 1.5}, "threads: got 1.5, must be a whole number >= 1"),
         ({"learning_rates": [0.1234567, 0.12345671]}, "learning_rates: got 0.123457 more than once"),
@@ -224,7 +231,7 @@ def test_the_recipe_is_resolved_once_and_kept(tmp_path):
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, monkeypatch, fields, message):
-    monkeypatch.setattr(eval.study.folder, "_ask", ask)
+    monkeypatch.setattr(eval.study.folder, "ask", ask)
     with pytest.raises(UserError, match=message):
         Folder.begin(study(**fields), tmp_path / "study", [])
     assert not (tmp_path / "study").exists()

@@ -12,8 +12,8 @@ from training import small_corpus  # noqa: F401
 
 import eval.study.jobs
 from eval.study.figures import sweeps_of
+from eval.study.file import read_study
 from eval.study.folder import Folder
-from eval.study.plan import read_study
 from eval.study.results import BASELINE, NO_BASELINE, ONE_SEED, REFUSED, UNFINISHED, Group
 from eval.study.status import print_status
 from eval.study.training import DIVERGED, FAILED, TRAINED, Training, mean_losses
@@ -73,13 +73,13 @@ def test_the_learning_rate_is_chosen_by_validation_and_its_training_is_one_of_th
 
 
 def test_a_test_set_is_looked_at_by_compared_models_alone(here, monkeypatch):  # noqa: F811
-    started, call = [], eval.study.jobs._call
+    started, call = [], eval.study.jobs.call
 
     def counting(words, job, stopping):
         started.append(words[words.index("-m") + 1])
         return call(words, job, stopping)
 
-    monkeypatch.setattr(eval.study.jobs, "_call", counting)
+    monkeypatch.setattr(eval.study.jobs, "call", counting)
     folder, _, lines = here(study(suites=["sva_simple"], metric="sva_simple", scoring={"limit": 4}, seeds=[0, 1]))
     groups = report(folder)
     scored = {path.parents[4].name + path.parents[3].name for path in folder.path.rglob("scores.json")}
@@ -181,7 +181,7 @@ def test_a_learning_rate_that_diverges_is_not_chosen(here):  # noqa: F811
 
 def test_a_failed_training_is_reported_and_tried_again(here, monkeypatch):  # noqa: F811
     plan = study(seeds=[0, 1], learning_rates=[0.02])
-    call = eval.study.jobs._call
+    call = eval.study.jobs.call
 
     def failing(words, job, stopping):
         if "layernorm" in words and "seed=1" in str(job.folder):
@@ -189,7 +189,7 @@ def test_a_failed_training_is_reported_and_tried_again(here, monkeypatch):  # no
         return call(words, job, stopping)
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval.study.jobs, "_call", failing)
+        patch.setattr(eval.study.jobs, "call", failing)
         folder, _, lines = here(plan)
     assert any(
         line.endswith("layernorm, learning rate 0.02, seed 1: failed: RuntimeError: out of memory") for line in lines
@@ -409,20 +409,20 @@ def test_a_failure_that_was_mended_by_hand_is_none(here):  # noqa: F811
 
 
 def test_a_command_that_dies_when_all_is_done_has_done_it(here, monkeypatch):  # noqa: F811
-    call = eval.study.jobs._call
+    call = eval.study.jobs.call
 
     def dying(words, job, stopping):
         call(words, job, stopping)
         return 1, "terminate called without an active exception"
 
-    monkeypatch.setattr(eval.study.jobs, "_call", dying)
+    monkeypatch.setattr(eval.study.jobs, "call", dying)
     folder, _, lines = here(study(norms=["rmsnorm"], seeds=[0], learning_rates=[0.02]))
     assert "failed" not in lines[0]
     assert report(folder)["rmsnorm"].verdict == BASELINE
 
 
 def test_a_command_that_does_nothing_has_failed(here, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(eval.study.jobs, "_call", lambda words, job, stopping: (0, "nothing was said"))
+    monkeypatch.setattr(eval.study.jobs, "call", lambda words, job, stopping: (0, "nothing was said"))
     _, _, lines = here(study(norms=["rmsnorm"], seeds=[0], learning_rates=[0.02]))
     assert lines == ["[0/1] rmsnorm, learning rate 0.02, seed 0: failed: nothing was said"]
 

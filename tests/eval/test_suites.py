@@ -8,8 +8,9 @@ import pytest
 from oracle import AntiOracle, Oracle
 
 from eval.__main__ import main
+from eval.answers import task_hash
 from eval.choice import choose
-from eval.harness import _task_hash, data_from, load_tasks
+from eval.harness import data_from, load_tasks
 from eval.model import load_model
 from eval.runner import run
 from eval.suites import SUITES, task_manager
@@ -112,7 +113,7 @@ def test_prompts_are_the_harness_own_to_the_letter(knowing, long_checkpoint, mir
     _, folder = knowing(Oracle, "v2" if name.startswith("leaderboard") else "v1")
     ours = json.loads((folder / "results" / f"{name}.json").read_text())["tasks"]
     for task, samples in theirs["samples"].items():
-        assert ours[task]["hash"] == _task_hash(samples)
+        assert ours[task]["hash"] == task_hash(samples)
 
 
 def test_gpqa_comes_out_in_the_same_order_whatever_ran_before(knowing, mirror, tmp_path):

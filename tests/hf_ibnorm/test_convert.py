@@ -466,7 +466,7 @@ def test_a_name_the_hub_does_not_give_is_one_line(tmp_path, command):
 
 def test_options_of_a_norm_belong_to_convert(command):
     code, _, error = command(main, "env", "--norm_kwargs.lam", "4")
-    assert (code, error) == (2, "error: --norm_kwargs.lam: only convert takes options of a norm\n")
+    assert (code, error) == (2, "error: unrecognized arguments: --norm_kwargs.lam 4 (see hf-ibnorm --help)\n")
 
 
 def test_killed_half_way_it_leaves_no_target(source, tmp_path):

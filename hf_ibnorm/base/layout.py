@@ -1,0 +1,73 @@
+"""What the folders of the house hold and how their files are called: runs, scores and studies, for writer and reader.
+
+Each `_FORM` is what `reading.check_form` takes: as much of a file as any reader needs, so that older files pass.
+"""
+
+from typing import Any
+
+_NUMBER = (float, type(None))
+
+# The directory of a training run.
+CONFIG, ENVIRONMENT, METRICS, NORMS = "config.yaml", "environment.json", "metrics.jsonl", "norms.jsonl"
+CHECKPOINTS, FINAL = "checkpoints", "final"
+"""Folder with a `step-N` for each checkpoint, and that of the finished model."""
+
+RUN_CONFIG_FORM = {
+    **{"seed": int, "corpus?": str},
+    "model": {"norm_type": str, "norm_kwargs": {"lam?": _NUMBER}, "norm_overrides?": list, "model_type?": str},
+}
+RUN_NORM_FORM = {"type": str, "kwargs": {"lam?": _NUMBER}}
+"""A norm of single sites in `norm_overrides`."""
+RUN_ENVIRONMENT_FORM = {
+    **{"init_sha": str, "parameters": int, "device": str, "cpu_count": int, "date": str},
+    "versions": {"torch": str, "*": (str, type(None))},
+    **{"num_processes?": (int, type(None)), "flops_per_token?": float, "on_hub?": [str], "harmless_settings?": [str]},
+}
+RUN_STEP_FORM = {
+    **{"step": int, "tokens": int, "tokens_per_second": float, "loss": _NUMBER, "batch_sha": str},
+    **dict.fromkeys(("eval_loss?", "grad_norm?", "gain_movement?", "learning_rate?", "lam_fraction?"), _NUMBER),
+}
+"""A line of `metrics.jsonl`."""
+
+# The directory of a model's scores.
+SCORES, SCORES_FOLDER, MANIFEST, RESULTS = "scores.json", "scores", "manifest.json", "results"
+"""The scores, the folder that a run directory has them in, and beside them: what was asked, and all answers."""
+
+SCORES_FORM = {
+    "smoke": bool,
+    "benchmarks": {
+        "*": {
+            **dict.fromkeys(("raw", "stderr", "normalized", "chance"), _NUMBER),
+            "n": (int, type(None)),
+            "details": {"metric": str, "at_chance?": bool, "tasks?": {"*": dict}},
+        }
+    },
+}
+MANIFEST_FORM = {
+    "identity": {
+        **{"suite": str, "benchmarks": [str], "overlong": str, "versions": dict},
+        "model": {"weights": str, "config": str, "tokenizer": str, "dtype": str, "max_length": int},
+        **{"prompting": {"limit": (int, type(None))}, "mirror?": (dict, type(None))},
+    },
+    **{"model": str, "notes": [str]},
+}
+RESULT_FORM = {
+    "tasks?": {"*": {"items": [dict], "hash": str, "size": int}},
+    **{"skipped?": str, "definition?": {"tasks": [str]}},
+}
+
+# The directory of a study.
+PLAN, SOURCE, RECIPES, RUNNING = "study.json", "study.yaml", "recipes", "running.json"
+"""The plan, the file that it was made of, the recipes of its conditions, and the names of what runs now."""
+CELLS, CELL_RUN, FAILURE, LOG = "cells", "run", "failure.json", "log.txt"
+"""Folder of all cells; in that of one cell: its run directory, what its last try failed of, what its programs said."""
+SEARCHES, WINNER, TRIAL = "search", "winner.json", "result.json"
+"""Folder of all searches; in that of one: what it found; in that of one trial: what came out."""
+
+PLAN_FORM = {"study": dict, "recipes": {"*": str}, "history": list, "command": [str]}
+RUNNING_FORM = [str]
+FAILURE_FORM = {"done": str, "problem": str}
+WINNER_FORM = {"lam": _NUMBER, "learning_rate": _NUMBER}
+TRIAL_FORM: dict[str, Any] = {
+    **{"state": str, "loss": _NUMBER, "lam": float, "learning_rate": float, "validated": list}
+}
