@@ -8,7 +8,6 @@ models, looks at them and does both.
 """
 
 import argparse
-import csv
 import json
 import re
 import shutil
@@ -16,14 +15,14 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from page import page
+from page import Row, fill, read_rows
 
-from hf_ibnorm.analysis import pictures
 from hf_ibnorm.analysis.information import Estimate
 from hf_ibnorm.analysis.noise import NoiseRobustness
-from hf_ibnorm.analysis.page import qq_panels
-from hf_ibnorm.analysis.pictures import short_site
 from hf_ibnorm.analysis.plane import PlanePoint
+from hf_ibnorm.analysis.show import pictures, plane_pictures
+from hf_ibnorm.analysis.show.axes import short_site
+from hf_ibnorm.analysis.show.describe import qq_grid
 from hf_ibnorm.base.files import write_json, write_text
 from hf_ibnorm.report.tables import Table
 
@@ -33,7 +32,6 @@ DRAWN = RESULTS / "pictures.json"
 """Numbers of pictures that no table has: histograms, pairs and quantiles."""
 TABLES = ("sites", "normality", "likelihood", "noise", "plane")
 PLACES = ("before", "after")
-Row = dict[str, str]
 
 
 def adopt(report: Path) -> None:
@@ -50,7 +48,7 @@ def adopt(report: Path) -> None:
         for name, model in models
     }
     likelihood = {name: model["likelihood"] for name, model in models if model["likelihood"]}
-    kept = {"lam_hat": lam_hat, "likelihood": likelihood, "qq": qq_panels(record["models"])}
+    kept = {"lam_hat": lam_hat, "likelihood": likelihood, "qq": qq_grid(record["models"])}
     # Five digits are more than a picture shows.
     write_text(DRAWN, json.dumps(json.loads(json.dumps(kept), parse_float=lambda text: float(f"{float(text):.5g}"))))
 
@@ -71,8 +69,8 @@ def draw() -> None:
     pictures.draw_lam_hat(sites, RESULTS / "lam_hat.png")
     pictures.draw_zeta({name: _noise(of_model(read("noise"), name, None)) for name in shown}, RESULTS / "zeta.png")
     points = {name: [_point(row) for row in of_model(read("plane"), name, None)] for name in shown}
-    pictures.draw_plane(points, RESULTS / "plane.png")
-    pictures.draw_ib(points, RESULTS / "ib.png")
+    plane_pictures.draw_plane(points, RESULTS / "plane.png")
+    plane_pictures.draw_ib(points, RESULTS / "ib.png")
     if DRAWN.is_file():
         pictures.draw_likelihood(found["likelihood"], RESULTS / "likelihood.png")
         pictures.draw_qq(found["qq"], RESULTS / "qq.png")
@@ -113,8 +111,7 @@ def _point(row: Row) -> PlanePoint:
 
 
 def read(name: str) -> list[Row]:
-    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_rows(RESULTS / f"{name}.csv")
 
 
 def facts() -> dict[str, Any]:
@@ -253,7 +250,7 @@ def main() -> None:
         adopt(report)
     draw()
     made = tables()
-    write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), made))
+    fill(PAGE, made)
     print(*made.values(), sep="\n")
 
 

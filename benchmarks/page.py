@@ -5,6 +5,7 @@ python benchmarks/page.py
 
 import csv
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from hf_ibnorm.base.files import write_text
@@ -28,9 +29,15 @@ IN_PLOT = {
 Row = dict[str, str]
 
 
-def read(name: str) -> list[Row]:
-    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+def read_rows(path: Path) -> list[Row]:
+    """A CSV file's rows."""
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def read(name: str) -> list[Row]:
+    """The rows of a result."""
+    return read_rows(RESULTS / f"{name}.csv")
 
 
 def machine(rows: list[Row]) -> str:
@@ -44,6 +51,18 @@ def measured_on(rows: list[Row]) -> str:
     """The same of rounds in turns."""
     rounds = " and ".join(dict.fromkeys(each.get("rounds") or each["repeats"] for each in rows))
     return f"{machine(rows)}, medians of {rounds} interleaved rounds"
+
+
+def filled(text: str, tables: dict[str, str]) -> str:
+    """`text` with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by the table of that name."""
+    for name, table in tables.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.S)  # type: ignore[misc]
+    return text
+
+
+def fill(page: Path, tables: dict[str, str]) -> None:
+    """The same of a file."""
+    write_text(page, filled(page.read_text(encoding="utf-8"), tables))
 
 
 def norms_table(rows: list[Row]) -> str:
@@ -71,54 +90,8 @@ def steps_table(rows: list[Row]) -> str:
         cells = [norm]
         for model in models:
             row = next(r for r in rows if (r["model"], r["norm"]) == (model, norm))
-            cells += [row["seconds"], f"{row['ratio_to_stock']} ({row['ratio_least']}–{row['ratio_most']})"]
+            cells += [row["seconds"], _spread(row, "ratio_to_stock")]
         table.rows.append(cells)
-    return table.markdown()
-
-
-def convert_table(rows: list[Row]) -> str:
-    """Copies and conversions: seconds, and memory beside its bound."""
-    table = Table(["", "s", "GB/s", "÷ flushed copy (least–most)", "peak memory, MB", "bound, MB"])
-    for row in rows:
-        ratio = f"{row['ratio_to_flushed_copy']} ({row['ratio_least']}–{row['ratio_most']})"
-        name = row["kind"] if row["kind"].startswith("copy") else f"`--init {row['kind']}`"
-        table.rows.append([name, row["seconds"], row["gigabytes_per_second"], ratio, row["peak_mb"], row["bound_mb"]])
-    return table.markdown()
-
-
-def analysis_table(rows: list[Row]) -> str:
-    """Analyses: seconds and memory by the length of the text."""
-    table = Table(["", "tokens", "s", "peak memory, MB"])
-    table.rows = [[row["what"], f"{int(row['tokens']):,}", row["seconds"], row["peak_mb"]] for row in rows]
-    return table.markdown()
-
-
-def watching_table(rows: list[Row]) -> str:
-    """What --watch_norms costs, by norm."""
-    table = Table(["norm", "plain step, s", "watched step ÷ plain", "`--watch_norms 50` (least–most)"])
-    for row in rows:
-        cost, *ends = (f"{float(row[key]):.1%}" for key in ("overhead_at_50", "overhead_least", "overhead_most"))
-        cells = [f"{float(row['plain_seconds']):.3f}", f"{float(row['watched_to_plain']):.2f}"]
-        table.rows.append([row["norm"], *cells, f"+{cost} ({'–'.join(ends)})"])
-    return table.markdown()
-
-
-def imports_table(rows: list[Row]) -> str:
-    """Commands and imports: seconds, and multiples of what they are measured beside."""
-    table = Table(["whole process", "s", "÷ `import torch`", "÷ Transformers' configs"])
-    for row in rows:
-        name = row["what"] if " import " in f" {row['what']}" else f"python -m {row['what']}"
-        table.rows.append([f"`{name}`", row["seconds"], row["times_torch"], row["times_configs"]])
-    return table.markdown()
-
-
-def long_text_table(rows: list[Row]) -> str:
-    """Texts of one line: memory by size."""
-    table = Table(["one line of", "MB", "tokens", "peak memory, MB", "bytes a byte"])
-    table.rows = [
-        [f"`.{row['kind']}`", row["megabytes"], f"{int(row['tokens']):,}", row["peak_mb"], row["bytes_a_byte"]]
-        for row in rows
-    ]
     return table.markdown()
 
 
@@ -130,26 +103,83 @@ def speed_table(rows: list[Row]) -> str:
     return table.markdown()
 
 
-def page(text: str, tables: dict[str, str]) -> str:
-    """`text` with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by the table of that name."""
-    for name, table in tables.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.S)  # type: ignore[misc]
-    return text
+def _spread(row: Row, middle: str, least: str = "ratio_least", most: str = "ratio_most") -> str:
+    return f"{row[middle]} ({row[least]}–{row[most]})"
+
+
+def _whole_process(row: Row) -> str:
+    """What was timed, as code: an import, or a command."""
+    return f"`{row['what']}`" if " import " in f" {row['what']}" else f"`python -m {row['what']}`"
+
+
+def _overhead(row: Row) -> str:
+    cost, *ends = (f"{float(row[key]):.1%}" for key in ("overhead_at_50", "overhead_least", "overhead_most"))
+    return f"+{cost} ({'–'.join(ends)})"
+
+
+def _tokens(row: Row) -> str:
+    return f"{int(row['tokens']):,}"
+
+
+LISTS: dict[str, tuple[Callable[[list[Row]], str], dict[str, str | Callable[[Row], str]]]] = {
+    "convert": (
+        measured_on,
+        {
+            "": lambda row: row["kind"] if row["kind"].startswith("copy") else f"`--init {row['kind']}`",
+            "s": "seconds",
+            "GB/s": "gigabytes_per_second",
+            "÷ flushed copy (least–most)": lambda row: _spread(row, "ratio_to_flushed_copy"),
+            "peak memory, MB": "peak_mb",
+            "bound, MB": "bound_mb",
+        },
+    ),
+    "analysis": (machine, {"": "what", "tokens": _tokens, "s": "seconds", "peak memory, MB": "peak_mb"}),
+    "watching": (
+        measured_on,
+        {
+            "norm": "norm",
+            "plain step, s": lambda row: f"{float(row['plain_seconds']):.3f}",
+            "watched step ÷ plain": lambda row: f"{float(row['watched_to_plain']):.2f}",
+            "`--watch_norms 50` (least–most)": _overhead,
+        },
+    ),
+    "imports": (
+        measured_on,
+        {
+            "whole process": _whole_process,
+            "s": "seconds",
+            "÷ `import torch`": "times_torch",
+            "÷ Transformers' configs": "times_configs",
+        },
+    ),
+    "long_text": (
+        machine,
+        {
+            "one line of": lambda row: f"`.{row['kind']}`",
+            "MB": "megabytes",
+            "tokens": _tokens,
+            "peak memory, MB": "peak_mb",
+            "bytes a byte": "bytes_a_byte",
+        },
+    ),
+}
+"""Results shown row by row: where they were measured, and heading → column of the file, or a function of a row."""
+
+
+def list_table(name: str) -> str:
+    """One of `LISTS`."""
+    rows, (where, columns) = read(name), LISTS[name]
+    cells = [[row[cell] if isinstance(cell, str) else cell(row) for cell in columns.values()] for row in rows]
+    return f"{where(rows)}:\n\n{Table(list(columns), cells).markdown()}"
 
 
 def tables() -> dict[str, str]:
-    """What the page shows of the results."""
-    norms, steps, convert = read("fused_norms"), read("fused_steps"), read("convert")
-    analysis, watching, imports = read("analysis"), read("watching"), read("imports")
-    long_text = read("long_text")
+    """What the pages show of the results."""
+    norms, steps = read("fused_norms"), read("fused_steps")
     return {
         "norms": f"{measured_on(norms)}:\n\n{norms_table(norms)}",
         "steps": f"{measured_on(steps)}:\n\n{steps_table(steps)}",
-        "convert": f"{measured_on(convert)}:\n\n{convert_table(convert)}",
-        "analysis": f"{machine(analysis)}:\n\n{analysis_table(analysis)}",
-        "watching": f"{measured_on(watching)}:\n\n{watching_table(watching)}",
-        "imports": f"{measured_on(imports)}:\n\n{imports_table(imports)}",
-        "long_text": f"{machine(long_text)}:\n\n{long_text_table(long_text)}",
+        **{name: list_table(name) for name in LISTS},
         "speed": speed_table(norms),
     }
 
@@ -180,8 +210,8 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     made = tables()
-    for path in (ROOT / name for name in PAGES):
-        write_text(path, page(path.read_text(encoding="utf-8"), made))
+    for name in PAGES:
+        fill(ROOT / name, made)
     plot(read("fused_norms"), ROOT / PLOT)
     print(*(table for name, table in made.items() if name != "speed"), sep="\n")
 

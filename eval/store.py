@@ -18,7 +18,7 @@ from hf_ibnorm.report.tables import csv_text
 from .harness import Prompting
 from .scoring import DAMAGE, check_items, score_suite
 from .suites import DEFINED, SUITES, Benchmark
-from .tables import SMOKE, score_table, scores_caption, scores_markdown
+from .tables import SMOKE, describe, score_table
 
 MANIFEST = "manifest.json"
 RESULTS = "results"
@@ -210,7 +210,6 @@ def write_scores(directory: Path, output: Path | None = None) -> dict[str, Any]:
     """
     scores = score(directory)
     target = output or directory
-    table = score_table(scores)
     fields = ("raw", "stderr", "normalized", "chance", "n")
     about = {"suite": scores["suite"], "model": scores["model"], "stamp": SMOKE if scores["smoke"] else ""}
     rows = [
@@ -220,10 +219,9 @@ def write_scores(directory: Path, output: Path | None = None) -> dict[str, Any]:
     with bad_input(OSError, about="output: "):
         target.mkdir(parents=True, exist_ok=True)
         write_json(target / "scores.json", scores)
-        write_text(target / "scores.md", scores_markdown(scores, table))
         write_text(target / "scores.csv", csv_text([*about, "benchmark", *fields], rows))
-        write_text(target / "scores.tex", table.latex(scores_caption(scores)))
+        describe(scores).write(target / "scores.md", target / "scores.tex")
     for note in scores["notes"]:
         print(note)
-    table.print()
+    score_table(scores).print()
     return scores

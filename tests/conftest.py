@@ -50,7 +50,7 @@ def pytest_configure(config):
 
     torch.set_num_threads(1)  # faster for models this small, and deaf to what else runs
     logging.disable_progress_bar()
-    plots._SETTINGS["figure.dpi"] = 40  # most of the time of a report would be its pictures'
+    plots.SETTINGS["figure.dpi"] = 40  # most of the time of a report would be its pictures'
 
 
 def pytest_collection_finish(session):

@@ -20,8 +20,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from .folder import Folder
     from .jobs import executor_for
     from .plan import read_study
-    from .report import write_report
     from .run import run_study, stopped_in_order
+    from .writing import write_report
 
     study = read_study(arguments.study)
     output = Path(arguments.output or Path("studies", study.name))
@@ -76,7 +76,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from .folder import Folder
-    from .report import write_report
+    from .writing import write_report
 
     folder = Folder.open(Path(arguments.study))
     write_report(folder, Path(arguments.output or folder.path / "report"))

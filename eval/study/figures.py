@@ -8,8 +8,22 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from hf_ibnorm.report.plots import COLOURS, MARKS, SMALL, STYLES, Estimate, beside, clip, crowd, figure, plot_forest
-from hf_ibnorm.report.runs import Run
+from hf_ibnorm.report.plots import (
+    COLOURS,
+    MARKS,
+    SMALL,
+    STYLES,
+    Estimate,
+    Points,
+    beside,
+    clip,
+    crowd,
+    draw_curve,
+    figure,
+    look,
+    panels,
+    smoothed,
+)
 
 from ..compare import BETTER, WORSE
 from .plan import VALIDATION
@@ -45,14 +59,16 @@ CURVE = ("condition", "norm", "seed", "kind", "step", "loss")
 
 def curves_of(groups: Sequence[Group]) -> list[Curve]:
     """The curves that are drawn: of norms with a run, the baseline first, then the best; of each sweep the best λ."""
-    found = []
+    curves = []
     for condition in dict.fromkeys(group.condition for group in groups):
         for group in _shown([group for group in groups if group.condition == condition]):
-            seeds = [seed for seed, each in group.finals.items() if each.run in group.runs()]
-            smoothed, validated = _smoothed(group.runs()), _validated(group.runs())
-            for seed, *losses in zip(seeds, smoothed, validated, strict=True):
-                found.append(Curve(condition, group.arm.name, seed, *losses))
-    return found
+            runs = group.runs()
+            seeds = [seed for seed, each in group.finals.items() if each.run in runs]
+            training = [smoothed(run.curve("loss"), SMOOTH) for run in runs]
+            shortest = min(map(len, training))  # a run may have skipped steps
+            for seed, run, losses in zip(seeds, runs, training, strict=True):
+                curves.append(Curve(condition, group.arm.name, seed, losses[:shortest], run.curve(VALIDATION)))
+    return curves
 
 
 def curve_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
@@ -69,56 +85,58 @@ def draw_losses(curves: Sequence[Curve], baseline: str | None, path: Path) -> No
     """Training loss, averaged over up to 20 steps, and by how much the validation loss differs from the baseline's:
     mean over seeds, band from best to worst. Without a baseline, the validation loss itself."""
     names = list(dict.fromkeys(each.norm for each in curves))
-    validated = {name: {each.seed: each.validation for each in curves if each.norm == name} for name in names}
-    smoothed = {name: {each.seed: each.training for each in curves if each.norm == name} for name in names}
-    base = validated.get(baseline or "", {})
-    if paired := bool(base) and all(_steps(each) == _steps(base) for each in validated.values()):
-        validated = {
+    training = {name: [each.training for each in curves if each.norm == name] for name in names}
+    validation = {name: {each.seed: each.validation for each in curves if each.norm == name} for name in names}
+    base = validation.get(baseline or "", {})
+    if paired := bool(base) and all(_steps(each) == _steps(base) for each in validation.values()):
+        validation = {
             name: {
-                seed: [(step, loss - other) for (step, loss), (_, other) in zip(curve, base[seed], strict=True)]
-                for seed, curve in each.items()
+                seed: [(step, loss - other) for (step, loss), (_, other) in zip(points, base[seed], strict=True)]
+                for seed, points in each.items()
             }
-            for name, each in validated.items()
+            for name, each in validation.items()
         }
-    with figure(path, 1, 2) as (left, right):
-        for panel, found in ((left, smoothed), (right, validated)):
-            late = {}
-            for i, (name, seeds) in enumerate(found.items()):
-                look: dict[str, Any] = {
-                    "color": COLOURS[i % len(COLOURS)],
-                    "linestyle": STYLES[i // len(COLOURS) % len(STYLES)],
-                }
-                points = list(zip(*seeds.values(), strict=False))  # a run may have skipped steps
-                steps, values = [each[0][0] for each in points], [[loss for _, loss in each] for each in points]
-                panel.plot(steps, [fmean(each) for each in values], linewidth=1.3, label=name, **look)
-                ends = [min(each) for each in values], [max(each) for each in values]
-                panel.fill_between(steps, *ends, color=look["color"], alpha=0.15, linewidth=0)
-                # Where a norm ends is what counts, and the second half of its training loss leads there.
-                first = len(values) // 2 if panel is left else 0
-                late[name] = [end for each in ends for end in each[first:]]
-            _show(panel, [value for each in late.values() for value in each])
-            clip(panel, late)
-            panel.set_xlabel("step")
+    with panels(path, 2, 2) as (left, right):
+        # Where a norm ends is what counts, and the second half of its training loss leads there.
+        _draw_seeds(left, training, 0.5)
+        _draw_seeds(right, {name: list(each.values()) for name, each in validation.items()}, 0.0)
         left.set_title(f"training loss, nats per token, mean of {SMOOTH} steps")
-        told = f"validation loss, difference from {baseline}, nats per token"
-        right.set_title(told if paired else "validation loss, nats per token")
+        difference = f"validation loss, difference from {baseline}, nats per token"
+        right.set_title(difference if paired else "validation loss, nats per token")
         beside(right)
 
 
-def draw_forest(groups: Sequence[Group], path: Path, what: str) -> None:
-    """Differences from the baseline: seeds as ticks, the mean with its t-interval; filled where the verdict is one."""
-    estimates = [
-        Estimate(
-            group.label,
-            group.paired.mean,
-            group.paired.interval,
-            group.differences,
-            filled=group.verdict in (BETTER, WORSE),
-        )
-        for group in groups
-        if group.paired
+def _draw_seeds(panel: Any, curves: Mapping[str, Sequence[Points]], start: float) -> None:
+    """The mean over the curves of each name, with a band from the least to the greatest.
+
+    Args:
+        panel: to draw on; its vertical axis is made for what comes after `start`.
+        curves: name → points of each seed, at the same steps.
+        start: a share of the points.
+    """
+    late = {}
+    for i, (name, seeds) in enumerate(curves.items()):
+        style: Any = {"linestyle": STYLES[i // len(COLOURS) % len(STYLES)], "linewidth": 1.3}
+        points = list(zip(*seeds, strict=False))  # a run may have skipped steps
+        steps, values = [each[0][0] for each in points], [[loss for _, loss in each] for each in points]
+        draw_curve(panel, i, [(step, fmean(each)) for step, each in zip(steps, values, strict=True)], name, **style)
+        ends = [min(each) for each in values], [max(each) for each in values]
+        panel.fill_between(steps, *ends, color=look(i)[0], alpha=0.15, linewidth=0)
+        late[name] = [end for each in ends for end in each[int(start * len(values)) :]]
+    shown = [value for values in late.values() for value in values]
+    room = 0.06 * (max(shown) - min(shown)) or 0.1
+    panel.set_ylim(min(shown) - room, max(shown) + room)
+    clip(panel, late)
+    panel.set_xlabel("step")
+
+
+def estimates(groups: Sequence[Group]) -> list[Estimate]:
+    """Lines of the forest plot: differences from the baseline, a tick for each seed; filled where one is a verdict."""
+    return [
+        Estimate(each.label, each.paired.mean, each.paired.interval, each.differences, each.verdict in (BETTER, WORSE))
+        for each in groups
+        if each.paired
     ]
-    plot_forest(estimates, path, what)
 
 
 def draw_cost(groups: Sequence[Group], path: Path, metric: str, what: str) -> None:
@@ -218,22 +236,16 @@ def draw_stability(groups: Sequence[Group], path: Path) -> None:
     """Validation loss over λ × learning rate, a panel for each sweep; a cross where a training diverged."""
     sweeps = sweeps_of(groups)
     rates = sorted({rate for sweep in sweeps.values() for group in sweep for rate in group.tuning})
-    found = [loss for group in groups for loss in group.tuned().values() if loss is not None]
-    low = min(found)
+    losses = [loss for group in groups for loss in group.tuned().values() if loss is not None]
+    low = min(losses)
     # What is a nat behind the best is as lost as what is three behind.
-    high = min(max(found), low + 1.0)
-    columns = min(3, len(sweeps))
-    with figure(path, -(-len(sweeps) // columns), columns, 2.9) as axes:
-        panels = list(getattr(axes, "flat", [axes]))
-        for panel in panels[len(sweeps) :]:
-            panel.remove()
-        panels = panels[: len(sweeps)]
-        for panel, (name, sweep) in zip(panels, sweeps.items(), strict=True):
+    high = min(max(losses), low + 1.0)
+    with panels(path, len(sweeps), 3, 2.9) as flat:
+        for panel, (name, sweep) in zip(flat, sweeps.items(), strict=True):
             table = [[_loss(group, rate) for rate in rates] for group in sweep]
             panel.imshow(table, cmap="viridis_r", vmin=low, vmax=high, aspect="auto", origin="lower")
             for y, group in enumerate(sweep):
-                for x, rate in enumerate(rates):
-                    loss = table[y][x]
+                for x, (rate, loss) in enumerate(zip(rates, table[y], strict=True)):
                     text = f"{loss:.2f}" if not math.isnan(loss) else "×" if _diverged(group, rate) else ""
                     dark = math.isnan(loss) or loss < (low + high) / 2
                     place: Any = {"ha": "center", "va": "center", "fontsize": SMALL}
@@ -242,8 +254,8 @@ def draw_stability(groups: Sequence[Group], path: Path) -> None:
             panel.set_yticks(range(len(sweep)), [f"{group.arm.lam:g}" for group in sweep])
             panel.grid(False)
             panel.set_title(name)
-        panels[0].figure.supxlabel("learning rate; × diverged")
-        panels[0].figure.supylabel("λ")
+        flat[0].figure.supxlabel("learning rate; × diverged")
+        flat[0].figure.supylabel("λ")
 
 
 def sweeps_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -276,31 +288,8 @@ def _validation(group: Group) -> float:
     return fmean(group.values(VALIDATION).values())
 
 
-def _smoothed(runs: Sequence[Run]) -> list[list[tuple[int, float]]]:
-    """Step and training loss of each run, averaged over steps."""
-    curves = []
-    for run in runs:
-        rows = [(row["step"], row["loss"]) for row in run.metrics if row["loss"] is not None]
-        size = max(1, min(SMOOTH, len(rows) // 10))
-        blocks = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
-        curves.append([(block[-1][0], fmean(loss for _, loss in block)) for block in blocks])
-    shortest = min(map(len, curves))  # a run may have skipped steps
-    return [curve[:shortest] for curve in curves]
-
-
-def _validated(runs: Sequence[Run]) -> list[list[tuple[int, float]]]:
-    """Step and validation loss of each run."""
-    return [[(row["step"], row[VALIDATION]) for row in run.metrics if row.get(VALIDATION) is not None] for run in runs]
-
-
 def _steps(curves: Mapping[int, Sequence[tuple[int, float]]]) -> dict[int, list[int]]:
     return {seed: [step for step, _ in curve] for seed, curve in curves.items()}
-
-
-def _show(panel: Any, values: Sequence[float]) -> None:
-    """Let the vertical axis go as far as these values do."""
-    room = 0.06 * (max(values) - min(values)) or 0.1
-    panel.set_ylim(min(values) - room, max(values) + room)
 
 
 def _loss(group: Group, rate: float) -> float:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from textwrap import wrap
 from typing import Any
 
@@ -29,7 +29,7 @@ MARKS = "os^Dv<>P"
 FAR_OFF = 3.0
 """How many times as far from the middle as the next one something must be to be left off an axis."""
 Ends = tuple[float, float]
-_SETTINGS: Any = {
+SETTINGS: Any = {
     "figure.dpi": 144,
     "figure.constrained_layout.use": True,
     "font.size": TEXT,
@@ -51,13 +51,15 @@ _SETTINGS: Any = {
 
 
 @contextmanager
-def figure(path: Path, rows: int = 1, columns: int = 1, height: float = 3.6) -> Iterator[Any]:
-    """Axes to draw on, a grid of them where there are more; saved to `path` (PNG), whole or not at all.
+def panels(path: Path, count: int, columns: int = 1, height: float = 3.6, margin: float = 0.0) -> Iterator[list[Any]]:
+    """Axes to draw on, row by row; saved to `path` (PNG), whole or not at all.
 
     Args:
         path: PNG file.
-        rows, columns: of the grid.
-        height: of a row, in inches.
+        count: of axes.
+        columns: axes beside each other, at most.
+        height: of a row of axes, in inches.
+        margin: height of what stands above and below all rows, in inches.
     """
     import matplotlib
 
@@ -66,10 +68,14 @@ def figure(path: Path, rows: int = 1, columns: int = 1, height: float = 3.6) -> 
 
     from .ticks import plain_ticks
 
-    with plt.rc_context(_SETTINGS):
-        fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, height * rows))
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    with plt.rc_context(SETTINGS):
+        fig, grid = plt.subplots(rows, columns, figsize=(WIDTH, margin + height * rows), squeeze=False)
+        for surplus in grid.flat[count:]:
+            surplus.remove()
         try:
-            yield axes
+            yield list(grid.flat[:count])
             plain_ticks(fig)
             drawn = BytesIO()
             # Without the version in its metadata the same numbers give the same bytes.
@@ -77,6 +83,13 @@ def figure(path: Path, rows: int = 1, columns: int = 1, height: float = 3.6) -> 
             write_bytes(path, drawn.getvalue())
         finally:
             plt.close(fig)
+
+
+@contextmanager
+def figure(path: Path, height: float = 3.6) -> Iterator[Any]:
+    """The same with one axes."""
+    with panels(path, 1, height=height) as (axes,):
+        yield axes
 
 
 def look(i: int) -> tuple[str, str]:
@@ -223,11 +236,33 @@ def plot_forest(estimates: Sequence[Estimate], path: Path, what: str) -> None:
             beside(axes, handles([axes]))
 
 
-def plot_losses(runs: list[Run], path: Path) -> None:
+Points = Sequence[tuple[float, float]]
+
+
+def draw_curve(axes: Any, i: int, points: Points, label: str = "", **options: Any) -> None:
+    """The i-th curve through points (x, y), in its colour and line style unless `options` of matplotlib say others."""
+    colour, style = look(i)
+    x, y = zip(*points, strict=True) if points else ((), ())
+    axes.plot(x, y, **{"color": colour, "linestyle": style, "linewidth": 1.2, "label": label, **options})
+
+
+def smoothed(points: Points, most: int, sliding: bool = False) -> list[tuple[float, float]]:
+    """Means over `most` points, or a tenth of them where they are few, each at the last x of its mean.
+
+    Args:
+        points: (x, y).
+        most: points in a mean.
+        sliding: whether a mean begins at every point; where not, each point is in one mean.
+    """
+    size = max(1, min(most, len(points) // 10))
+    blocks = [points[i : i + size] for i in range(0, len(points) - size + 1, 1 if sliding else size)]
+    return [(block[-1][0], fmean(y for _, y in block)) for block in blocks]
+
+
+def plot_losses(runs: Sequence[Run], path: Path) -> None:
     """Training loss (averaged over up to 10 steps) and validation loss of several runs against the step."""
     with figure(path) as axes:
-        _draw_losses(axes, runs)
-        above(axes.figure, _runs_and_validation(axes))
+        above(axes.figure, _draw_losses(axes, runs))
 
 
 PANELS = {
@@ -237,48 +272,33 @@ PANELS = {
 }
 
 
-def plot_runs(runs: list[Run], path: Path) -> None:
+def plot_runs(runs: Sequence[Run], path: Path) -> None:
     """Losses, gradient norm, movement of the gains and speed of several runs, finished or not, in one picture."""
-    with figure(path, 2, 2, 2.9) as axes:
-        losses, *others = axes.flat
-        _draw_losses(losses, runs)
-        for panel, (name, title) in zip(others, PANELS.items(), strict=True):
+    with panels(path, 1 + len(PANELS), 2, 2.9) as (losses, *others):
+        entries = _draw_losses(losses, runs)
+        for axes, (name, title) in zip(others, PANELS.items(), strict=True):
             curves = {}
             for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
-                rows = [row for row in run.metrics if row.get(name) is not None]
-                colour, style = look(i)
-                steps, curves[label] = [row["step"] for row in rows], [row[name] for row in rows]
-                panel.plot(steps, curves[label], style, color=colour, linewidth=1.0)
-            panel.set_xlabel("step")
-            panel.set_ylabel(title)
-            if name == "grad_norm":
-                panel.set_yscale("log")
-            clip(panel, curves)
-        above(losses.figure, _runs_and_validation(losses))
+                draw_curve(axes, i, run.curve(name), linewidth=1.0)
+                curves[label] = [value for _, value in run.curve(name)]
+            axes.set(xlabel="step", ylabel=title, yscale="log" if name == "grad_norm" else "linear")
+            clip(axes, curves)
+        above(losses.figure, entries)
 
 
-def _draw_losses(axes: Any, runs: list[Run]) -> None:
-    """A line for the training loss and marks for the validation loss of each run."""
+def _draw_losses(axes: Any, runs: Sequence[Run]) -> dict[str, Any]:
+    """A line for the training loss and marks for the validation loss of each run.
+
+    Returns:
+        The entries of the legend, the marks of all runs last.
+    """
     curves = {}
     for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
-        colour, style = look(i)
-        counted = [row for row in run.metrics if row["loss"] is not None]  # of a skipped step there may be none
-        steps, losses = [row["step"] for row in counted], [row["loss"] for row in counted]
-        window = max(1, min(10, len(losses) // 10))
-        smooth = [sum(losses[j : j + window]) / window for j in range(len(losses) - window + 1)]
-        name = label if len(runs) > 1 else "training"
-        axes.plot(steps[-len(smooth) :], smooth, style, color=colour, linewidth=1.2, label=name)
-        validated = [row for row in run.metrics if row.get("eval_loss") is not None]
-        values, mark = [row["eval_loss"] for row in validated], MARKS[i % len(MARKS)]
-        options: Any = {"color": colour, "markersize": 6, "markerfacecolor": "white", "linewidth": 0}
-        axes.plot([row["step"] for row in validated], values, mark, label="" if i else "validation", **options)
-        curves[label] = [*smooth, *values]
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
+        training, validation = smoothed(run.curve("loss"), 10, sliding=True), run.curve("eval_loss")
+        draw_curve(axes, i, training, label if len(runs) > 1 else "training")
+        mark = {"marker": MARKS[i % len(MARKS)], "markersize": 6, "markerfacecolor": "white", "linestyle": ""}
+        draw_curve(axes, i, validation, "" if i else "validation", **mark)
+        curves[label] = [value for _, value in (*training, *validation)]
+    axes.set(xlabel="step", ylabel="loss, nats per token")
     clip(axes, curves)
-
-
-def _runs_and_validation(axes: Any) -> dict[str, Any]:
-    """The entries of the legend, the marks of all runs last."""
-    found = handles([axes])
-    return dict(sorted(found.items(), key=lambda entry: entry[0] == "validation"))
+    return dict(sorted(handles([axes]).items(), key=lambda entry: entry[0] == "validation"))

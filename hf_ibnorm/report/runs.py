@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ class Run:
             scores=read_scores(scores) if (scores / "scores.json").exists() else None,
         )
 
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """Step and value of a measured number, at the steps that have it: a skipped step may have no loss."""
+        return [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
+
     def step_seconds(self) -> list[float]:
         """What each step took, validation not counted."""
         before = [0, *(row["tokens"] for row in self.metrics)]
@@ -164,7 +169,7 @@ def _strength(options: dict[str, Any]) -> str:
     return f" λ={options['lam']:g}" if "lam" in options else ""
 
 
-def labels(runs: list[Run]) -> list[str]:
+def labels(runs: Sequence[Run]) -> list[str]:
     """What tells the runs apart: the norm with its strength, and the directory's name where two share that."""
     short = []
     for run in runs:

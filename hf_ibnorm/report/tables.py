@@ -84,6 +84,11 @@ def decimals(error: float | None, most: int = 4) -> int:
     return min(max(1 - math.floor(math.log10(float(f"{error:.1e}"))), 0), most)
 
 
+def number_cell(value: float | None, form: str, missing: str = "-") -> str:
+    """A number in a format of `format`; `missing` where there is none."""
+    return missing if value is None else format(value, form)
+
+
 def _escaped(text: str) -> str:
     """Plain text as LaTeX."""
     special = {"\\": r"\textbackslash{}", "±": r"$\pm$", "λ": r"$\lambda$", "~": r"\textasciitilde{}", "^": r"\^{}"}

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ibnorm import convert_checkpoint, norm_sites
 from hf_ibnorm.cli import main
-from hf_ibnorm.convert import report
+from hf_ibnorm.convert.cost import report_conversion
 from hf_ibnorm.convert.measure import measure
-from hf_ibnorm.convert.report import report_conversion
 from hf_ibnorm.data.text import Text, draw_text
 
 QUICK = ["--report_tokens", "300", "--report_scores", "0"]
@@ -149,7 +148,8 @@ def test_later_stages_have_a_command_of_their_own(folder, tmp_path, command):
 
 def test_without_the_extras_there_is_no_picture_and_no_score(folder, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(report, "find_spec", lambda name: None if name in ("lm_eval", "matplotlib") else find(name))
+    missing = ("lm_eval", "matplotlib")
+    monkeypatch.setattr("hf_ibnorm.convert.cost.find_spec", lambda name: None if name in missing else find(name))
     convert_checkpoint(folder, tmp_path / "same", "ibnorm_l")
     found = report_conversion(folder, {"swapped": tmp_path / "same"}, tmp_path / "out", tokens=300)
     assert found["scored"] == 0

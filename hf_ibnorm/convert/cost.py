@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..base.files import atomic_directory, check_new_directory, write_json, write_text
 from ..checks import MOST_TOKENS, check_number
 from ..data.text import LEAST, Text, draw_text
+from ..report.document import Document, machine
 from ..report.environment import environment_record
 from ..report.runs import read_scores
 from ..report.tables import Table, csv_text, score_cell
@@ -30,8 +31,16 @@ STAGES = {"keep": "swapped", "identity": "identity", "calibrate": "calibrated"}
 """What a model is called in its report, by how it was made."""
 NOVEL = "austen_test"
 """Benchmark of the embedded suite that is left out: a whole novel."""
-TOLD = ("lam", "unit", "standardize", "noise", "alpha")
+NAMED = ("lam", "unit", "standardize", "noise", "alpha")
 """Options of a norm that its row names."""
+READING = (
+    "*KL* is that of the next-token distributions, from the source's to the stage's, mean over tokens; *same top "
+    "token* the share of tokens at which both hold the same one most likely. *Output error* is that of a norm's output "
+    "against the source's at the same site, each in its own model, as a fraction of the variance of the source's; "
+    "median and worst over the sites. A *row* is what a norm makes of one token before gain and bias, its width the "
+    "standard deviation over the features: 1 for IBNorm that standardizes with `layer`, a little less for RMSNorm; of "
+    "each site the narrowest row counts, and of these the median and the least. All sites are in `sites.csv`."
+)
 
 
 def report_conversion(
@@ -70,11 +79,11 @@ def report_conversion(
     check_new_directory("output", Path(output))
     with ExitStack() as stack:
         found = read_source(source, stack)
-        text, scored = prepare(found, data, tokens, scores)
-        return write_report(found, {name: Path(path) for name, path in stages.items()}, Path(output), text, scored)
+        text, scored = text_and_items(found, data, tokens, scores)
+        return _write(found, {name: Path(path) for name, path in stages.items()}, Path(output), text, scored)
 
 
-def prepare(source: Source, data: str, tokens: int, scores: int | None, prefix: str = "") -> tuple[Text, int]:
+def text_and_items(source: Source, data: str, tokens: int, scores: int | None, prefix: str = "") -> tuple[Text, int]:
     """Text to measure on, and how many items are scored; `prefix` is what errors put before an argument's name.
 
     Raises:
@@ -101,7 +110,7 @@ def _check_language_model(field: str, model: Source) -> None:
         raise ValueError(f"{field}: got a {kind}; only a language model can be measured (--no_report)")
 
 
-def write_report(source: Source, stages: Mapping[str, Path], output: Path, text: Text, scored: int) -> dict[str, Any]:
+def _write(source: Source, stages: Mapping[str, Path], output: Path, text: Text, scored: int) -> dict[str, Any]:
     """`report_conversion` of a source that was read, with what was prepared."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with ExitStack() as stack:
@@ -137,10 +146,10 @@ def write_report(source: Source, stages: Mapping[str, Path], output: Path, text:
     with atomic_directory(output) as folder:
         write_json(folder / "report.json", record)
         write_text(folder / "sites.csv", _sites_csv(record))
-        drawn = find_spec("matplotlib") is not None
-        if drawn:
-            plot(record, folder / "report.png")
-        write_text(folder / "report.md", _page(record, drawn))
+        picture = folder / "report.png" if find_spec("matplotlib") else None
+        if picture:
+            draw_sites(record, picture)
+        describe(record, picture).write(folder / "report.md")
     return record
 
 
@@ -167,7 +176,7 @@ def convert_and_report(
     wanted.check(target)
     with ExitStack() as stack:
         found = read_source(source, stack)
-        text, scored = prepare(found, data, tokens, scores, prefix="report_")
+        text, scored = text_and_items(found, data, tokens, scores, prefix="report_")
         record = convert_source(found, target, wanted)
         stages = {STAGES[wanted.init]: target}
         try:
@@ -175,8 +184,8 @@ def convert_and_report(
                 kept = Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))) / "kept"
                 convert_source(found, kept, replace(wanted, init="keep"))
                 stages = {STAGES["keep"]: kept, **stages}
-            report = write_report(found, stages, target / NAME, text, scored)
-            cost = f"## What it cost\n\n{summary(report).markdown()}\n`{NAME}/` has more.\n"
+            report = _write(found, stages, target / NAME, text, scored)
+            cost = f"## What it cost\n\n{stage_table(report).markdown()}\n`{NAME}/` has more.\n"
             write_text(target / "README.md", f"{card_text(record)}\n{cost}")
         except (OSError, ValueError, RuntimeError) as error:
             raise RuntimeError(f"{target} is whole, its report is not: {error}") from error
@@ -207,8 +216,8 @@ def _norm_of(model: PreTrainedModel) -> str:
     """The norm of a model in words."""
     if (name := getattr(model.config, "norm_type", None)) is None:
         return "the architecture's own"
-    told = "".join(f", {key} {value}" for key, value in model.config.norm_kwargs.items() if key in TOLD)
-    return f"{name}{told}{' (with overrides)' if model.config.norm_overrides else ''}"
+    options = "".join(f", {key} {value}" for key, value in model.config.norm_kwargs.items() if key in NAMED)
+    return f"{name}{options}{' (with overrides)' if model.config.norm_overrides else ''}"
 
 
 def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
@@ -234,7 +243,7 @@ def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
     return benchmarks
 
 
-def summary(record: Mapping[str, Any]) -> Table:
+def stage_table(record: Mapping[str, Any]) -> Table:
     """A row for each stage of a report."""
     scored = bool(record["scored"])
     table = Table(
@@ -278,49 +287,36 @@ def _sites_csv(record: Mapping[str, Any]) -> str:
     return csv_text(list(rows[0]), rows)
 
 
-def _page(record: Mapping[str, Any], drawn: bool) -> str:
-    """`report.md`."""
-    environment = record["environment"]
-    lines = [
-        f"# What became of {record['source']}",
-        summary(record).markdown(),
-        f"Measured in float32 on {record['tokens']:,} tokens ({record['bytes']:,} bytes) of {record['text']}.",
-        "*KL* is that of the next-token distributions, from the source's to the stage's, mean over tokens; *same top "
-        "token* the share of tokens at which both hold the same one most likely. *Output error* is that of a norm's "
-        "output against the source's at the same site, each in its own model, as a fraction of the variance of the "
-        "source's; median and worst over the sites. A *row* is what a norm makes of one token before gain and bias, "
-        "its width the standard deviation over the features: 1 for IBNorm that standardizes with `layer`, a little "
-        "less for RMSNorm; of each site the narrowest row counts, and of these the median and the least. All sites are "
-        "in `sites.csv`.",
-    ]
-    if drawn:
-        lines.append("![output error and narrowest row of every site](report.png)")
-    if record["scored"]:
-        lines += [
-            _score_table(record).markdown(),
-            f"The first {record['scored']} items of each task of the embedded suite, by `python -m eval run`; the "
-            "novel is left out. Means are over normalized scores, 0 for guessing and 100 for no mistake.",
-        ]
-    lines.append(
-        f"Made on {environment['device']}, {environment['cpu_count']} cores, torch {environment['versions']['torch']}, "
-        f"{environment['date'][:10]}."
+def describe(record: Mapping[str, Any], picture: Path | None) -> Document:
+    """The report on a record, with the picture that `draw_sites` drew of it, if any."""
+    document = Document(f"What became of {record['source']}", made=[f"Made on {machine(record['environment'])}."])
+    document.table(stage_table(record))
+    document.paragraph(
+        f"Measured in float32 on {record['tokens']:,} tokens ({record['bytes']:,} bytes) of {record['text']}."
     )
-    return "\n\n".join(line.rstrip("\n") for line in lines) + "\n"
+    document.paragraph(READING)
+    if picture:
+        document.picture(picture, "output error and narrowest row of every site")
+    if record["scored"]:
+        document.table(_score_table(record))
+        document.paragraph(
+            f"The first {record['scored']} items of each task of the embedded suite, by `python -m eval run`; the "
+            "novel is left out. Means are over normalized scores, 0 for guessing and 100 for no mistake."
+        )
+    return document
 
 
-def plot(record: Mapping[str, Any], path: Path) -> None:
+def draw_sites(record: Mapping[str, Any], path: Path) -> None:
     """Output error, and the narrowest row, of every site of every stage but the source."""
-    from ..report.plots import above, figure, handles, look
+    from ..report.plots import above, draw_curve, handles, panels
 
-    with figure(path, 1, 2, 3.2) as (errors, widths):
+    with panels(path, 2, 2, 3.2) as (errors, widths):
         for i, (name, stage) in enumerate(record["stages"].items()):
-            colour, style = look(i)
-            sites = range(len(stage["sites"]))
+            sites = list(enumerate(stage["sites"].values()))
             if name != SOURCE:
-                values = [cost["error"] or math.nan for cost in stage["sites"].values()]  # 0 is not on the scale
-                errors.plot(sites, values, style, color=colour, linewidth=1.2, label=name)
-            values = [cost["least_row_std"] for cost in stage["sites"].values()]
-            widths.plot(sites, values, style, color=colour, linewidth=1.2, label=name)
+                # An error of 0 has no place on a logarithmic axis.
+                draw_curve(errors, i, [(site, cost["error"] or math.nan) for site, cost in sites], name)
+            draw_curve(widths, i, [(site, cost["least_row_std"]) for site, cost in sites], name)
         if any(math.isfinite(value) for line in errors.lines for value in line.get_ydata()):
             errors.set_yscale("log")
         errors.set_title("output error, fraction of the source's variance")

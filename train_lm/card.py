@@ -1,15 +1,24 @@
 """The model card of a finished training run: front matter that the Hub reads, and what a reader should know."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data import CORPORA
-from .runs import Run
-from .tables import Table, score_cell
+from hf_ibnorm.data import CORPORA
+from hf_ibnorm.report.document import Document
+from hf_ibnorm.report.runs import Run
+from hf_ibnorm.report.tables import Table, number_cell, score_cell
 
 FAMILY_NAMES = {"llama": "Llama", "gpt2": "GPT-2"}
+USAGE = """```python
+import hf_ibnorm  # registers the model with the Auto classes
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{where}")
+tokenizer = AutoTokenizer.from_pretrained("{where}")
+```"""
 COMPUTE_OPTIMAL = 20
 """Tokens per parameter, about, that spend a given amount of computation best (Hoffmann et al., 2022)."""
 
@@ -41,25 +50,25 @@ def model_card(run: Run, repo: str | None = None, remote_code: bool = False) -> 
         eval_results=results or None,
     )
     start = f"started from {_shown(model['init_from'], run)}" if model.get("init_from") else "pretrained from scratch"
-    paragraphs = [
-        f"# {_plain(name)}",
+    card = Document(_plain(name))
+    card.paragraph(
         f"A {_family(model)} language model of {run.environment['parameters']:,} parameters whose norm "
         f"is {_code(model['norm_type'])}{' (not everywhere)' if model.get('norm_overrides') else ''}, {start} with "
-        "`hf_ibnorm`. This card was made from the files of its training run.",
-        "## Use",
-        _usage(repo, remote_code),
-        "## Model",
-        _bullets(_architecture(run)),
-        "## Training",
-        _bullets(_training(run)),
-        "![training and validation loss against the step](loss.png)",
-        "## Scores",
-        *_scores(run.scores),
-        "## Limits",
-        _limits(run),
-    ]
-    text = "\n\n".join(paragraphs) + "\n"
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+        "`hf_ibnorm`. This card was made from the files of its training run."
+    )
+    card.heading("Use")
+    card.paragraph(USAGE.format(where=repo or "path/to/this/directory"))
+    if remote_code:
+        card.paragraph("Without the package: no import, and `trust_remote_code=True` in both calls.")
+    for title, rows in (("Model", _architecture(run)), ("Training", _training(run))):
+        card.heading(title)
+        card.bullets(f"{name}: {text}" for name, text in rows.items())
+    card.picture(Path("loss.png"), "training and validation loss against the step")
+    card.heading("Scores")
+    _add_scores(card, run.scores)
+    card.heading("Limits")
+    card.paragraph(_limits(run))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card.markdown()}"))
 
 
 def _results(scores: dict[str, Any]) -> list[EvalResult]:
@@ -75,21 +84,6 @@ def _results(scores: dict[str, Any]) -> list[EvalResult]:
         for name, row in scores["benchmarks"].items()
         if row["raw"] is not None
     ]
-
-
-def _usage(repo: str | None, remote_code: bool) -> str:
-    where = repo or "path/to/this/directory"
-    code = (
-        "```python\n"
-        "import hf_ibnorm  # registers the model with the Auto classes\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{where}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n'
-        "```"
-    )
-    if remote_code:
-        return f"{code}\n\nWithout the package: no import, and `trust_remote_code=True` in both calls."
-    return code
 
 
 def _architecture(run: Run) -> dict[str, str]:
@@ -178,30 +172,28 @@ def _own_tokenizer(config: dict[str, Any]) -> str:
     return "byte-level BPE trained on the training text"
 
 
-def _scores(scores: dict[str, Any] | None) -> list[str]:
-    """The section on scores, as paragraphs."""
+def _add_scores(card: Document, scores: dict[str, Any] | None) -> None:
+    """The section on scores."""
     if scores is None:
-        return ["Not scored."]
+        card.paragraph("Not scored.")
+        return
     table = Table(["benchmark", "metric", "score", "normalized", "items"])
     for name, row in scores["benchmarks"].items():
         metric = row["details"]["metric"]
         lower = " (lower is better)" if metric == "bits_per_byte" else ""
-        level = "-" if row["normalized"] is None else f"{row['normalized']:.2f}"
-        items = "-" if row["n"] is None else f"{row['n']:,}"
+        level, items = number_cell(row["normalized"], ".2f"), number_cell(row["n"], ",")
         table.rows.append([_code(name), _code(metric) + lower, score_cell(row), level, items])
-    paragraphs = [
-        "Measured by `python -m eval run`, through lm-evaluation-harness: score ± standard error; normalized puts "
-        "guessing at 0 and a perfect score at 100.",
-        table.markdown().rstrip(),
-    ]
     if scores["smoke"]:
-        marked = "**SMOKE - not leaderboard scores**: part of the items only, or changed generation settings."
-        paragraphs.insert(0, marked)
+        card.paragraph("**SMOKE - not leaderboard scores**: part of the items only, or changed generation settings.")
+    card.paragraph(
+        "Measured by `python -m eval run`, through lm-evaluation-harness: score ± standard error; normalized puts "
+        "guessing at 0 and a perfect score at 100."
+    )
+    card.table(table)
     if scores.get("average") is not None:
-        paragraphs.append(f"Average of the suite {_code(scores['suite'])}: **{scores['average']:.2f}** of 100.")
-    if notes := [note for note in scores.get("notes", []) if not note.startswith("SMOKE")]:
-        paragraphs.append("\n".join(f"- {_plain(_without_paths(note))}" for note in notes))
-    return paragraphs
+        card.paragraph(f"Average of the suite {_code(scores['suite'])}: **{scores['average']:.2f}** of 100.")
+    notes = (note for note in scores.get("notes", []) if not note.startswith("SMOKE"))
+    card.bullets(_plain(_without_paths(note)) for note in notes)
 
 
 def _limits(run: Run) -> str:
@@ -231,17 +223,12 @@ def _family(model: dict[str, Any]) -> str:
 
 
 def _norm(name: str, options: dict[str, Any]) -> str:
-    told = {key: value for key, value in options.items() if key != "backend" and value is not None}
-    given = ", ".join(f"{key}={_option(value)}" for key, value in told.items())
-    return _code(name) + (f" with {_code(given)}" if given else "")
-
-
-def _option(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _bullets(rows: dict[str, str]) -> str:
-    return "\n".join(f"- {name}: {text}" for name, text in rows.items())
+    shown = ", ".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in options.items()
+        if key != "backend" and value is not None
+    )
+    return _code(name) + (f" with {_code(shown)}" if shown else "")
 
 
 def _duration(seconds: float) -> str:
@@ -258,8 +245,8 @@ def _shown(name: str, run: Run) -> str:
 
 def _on_hub(run: Run) -> list[str]:
     """What the run loaded from the Hub: only where it ran could a name be told from a directory."""
-    found: list[str] = run.environment.get("on_hub", [])
-    return found
+    names: list[str] = run.environment.get("on_hub", [])
+    return names
 
 
 def _without_paths(text: str) -> str:
