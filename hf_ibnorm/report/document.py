@@ -99,7 +99,7 @@ class Document:
     def html(self) -> str:
         """As a single file that can be mailed, archived and read without a network or a script."""
         content = {"title": self.title, "marked": self.marked, "parts": self._parts, "made": self.made}
-        text: str = _template().render(**content, width=f"{WIDTH:g}")
+        text: str = _page().render(**content, width=f"{WIDTH:g}")
         return text
 
     def latex(self) -> str:
@@ -120,13 +120,23 @@ def machine(environment: Mapping[str, Any]) -> str:
 
 
 @cache
-def _template() -> Any:
-    from jinja2 import Environment
+def _page() -> Any:
     from markupsafe import Markup, escape
 
     def inline(text: str) -> Markup:
         return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {"inline": inline, "base64": lambda path: base64.b64encode(Path(path).read_bytes()).decode()}
-    return environment.from_string(Path(__file__).with_name("document.html").read_text(encoding="utf-8"))
+    def base64_of(path: Path) -> str:
+        return base64.b64encode(path.read_bytes()).decode()
+
+    return template(Path(__file__).with_name("document.html"), inline=inline, base64=base64_of)
+
+
+def template(path: Path, autoescape: bool = True, **filters: Any) -> Any:
+    """A jinja2 template from a file, in which a line of nothing but a `{% %}` leaves no line."""
+    from jinja2 import Environment
+
+    options: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = Environment(autoescape=autoescape, **options)
+    environment.filters |= filters
+    return environment.from_string(path.read_text(encoding="utf-8"))
