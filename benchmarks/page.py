@@ -5,7 +5,6 @@ python benchmarks/page.py
 
 import csv
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from hf_ibnorm.base.files import write_text
@@ -103,85 +102,69 @@ def speed_table(rows: list[Row]) -> str:
     return table.markdown()
 
 
-def _spread(row: Row, middle: str, least: str = "ratio_least", most: str = "ratio_most") -> str:
-    return f"{row[middle]} ({row[least]}–{row[most]})"
+def _spread(row: Row, middle: str) -> str:
+    return f"{row[middle]} ({row['ratio_least']}–{row['ratio_most']})"
 
 
-def _whole_process(row: Row) -> str:
-    """What was timed, as code: an import, or a command."""
-    return f"`{row['what']}`" if " import " in f" {row['what']}" else f"`python -m {row['what']}`"
+def convert_table(rows: list[Row]) -> str:
+    """Copies and conversions: seconds, and memory beside its bound."""
+    table = Table(["", "s", "GB/s", "÷ flushed copy (least–most)", "peak memory, MB", "bound, MB"])
+    for row in rows:
+        name = row["kind"] if row["kind"].startswith("copy") else f"`--init {row['kind']}`"
+        times = [row["seconds"], row["gigabytes_per_second"], _spread(row, "ratio_to_flushed_copy")]
+        table.rows.append([name, *times, row["peak_mb"], row["bound_mb"]])
+    return table.markdown()
 
 
-def _overhead(row: Row) -> str:
-    cost, *ends = (f"{float(row[key]):.1%}" for key in ("overhead_at_50", "overhead_least", "overhead_most"))
-    return f"+{cost} ({'–'.join(ends)})"
+def analysis_table(rows: list[Row]) -> str:
+    """Analyses: seconds and memory by the length of the text."""
+    table = Table(["", "tokens", "s", "peak memory, MB"])
+    table.rows = [[row["what"], f"{int(row['tokens']):,}", row["seconds"], row["peak_mb"]] for row in rows]
+    return table.markdown()
 
 
-def _tokens(row: Row) -> str:
-    return f"{int(row['tokens']):,}"
+def watching_table(rows: list[Row]) -> str:
+    """What --watch_norms costs, by norm."""
+    table = Table(["norm", "plain step, s", "watched step ÷ plain", "`--watch_norms 50` (least–most)"])
+    for row in rows:
+        cost, *ends = (f"{float(row[key]):.1%}" for key in ("overhead_at_50", "overhead_least", "overhead_most"))
+        cells = [f"{float(row['plain_seconds']):.3f}", f"{float(row['watched_to_plain']):.2f}"]
+        table.rows.append([row["norm"], *cells, f"+{cost} ({'–'.join(ends)})"])
+    return table.markdown()
 
 
-LISTS: dict[str, tuple[Callable[[list[Row]], str], dict[str, str | Callable[[Row], str]]]] = {
-    "convert": (
-        measured_on,
-        {
-            "": lambda row: row["kind"] if row["kind"].startswith("copy") else f"`--init {row['kind']}`",
-            "s": "seconds",
-            "GB/s": "gigabytes_per_second",
-            "÷ flushed copy (least–most)": lambda row: _spread(row, "ratio_to_flushed_copy"),
-            "peak memory, MB": "peak_mb",
-            "bound, MB": "bound_mb",
-        },
-    ),
-    "analysis": (machine, {"": "what", "tokens": _tokens, "s": "seconds", "peak memory, MB": "peak_mb"}),
-    "watching": (
-        measured_on,
-        {
-            "norm": "norm",
-            "plain step, s": lambda row: f"{float(row['plain_seconds']):.3f}",
-            "watched step ÷ plain": lambda row: f"{float(row['watched_to_plain']):.2f}",
-            "`--watch_norms 50` (least–most)": _overhead,
-        },
-    ),
-    "imports": (
-        measured_on,
-        {
-            "whole process": _whole_process,
-            "s": "seconds",
-            "÷ `import torch`": "times_torch",
-            "÷ Transformers' configs": "times_configs",
-        },
-    ),
-    "long_text": (
-        machine,
-        {
-            "one line of": lambda row: f"`.{row['kind']}`",
-            "MB": "megabytes",
-            "tokens": _tokens,
-            "peak memory, MB": "peak_mb",
-            "bytes a byte": "bytes_a_byte",
-        },
-    ),
-}
-"""Results shown row by row: where they were measured, and heading → column of the file, or a function of a row."""
+def imports_table(rows: list[Row]) -> str:
+    """Commands and imports: seconds, and multiples of what they are measured beside."""
+    table = Table(["whole process", "s", "÷ `import torch`", "÷ Transformers' configs"])
+    for row in rows:
+        name = row["what"] if " import " in f" {row['what']}" else f"python -m {row['what']}"
+        table.rows.append([f"`{name}`", row["seconds"], row["times_torch"], row["times_configs"]])
+    return table.markdown()
 
 
-def list_table(name: str) -> str:
-    """One of `LISTS`."""
-    rows, (where, columns) = read(name), LISTS[name]
-    cells = [[row[cell] if isinstance(cell, str) else cell(row) for cell in columns.values()] for row in rows]
-    return f"{where(rows)}:\n\n{Table(list(columns), cells).markdown()}"
+def long_text_table(rows: list[Row]) -> str:
+    """Texts of one line: memory by size."""
+    table = Table(["one line of", "MB", "tokens", "peak memory, MB", "bytes a byte"])
+    table.rows = [
+        [f"`.{row['kind']}`", row["megabytes"], f"{int(row['tokens']):,}", row["peak_mb"], row["bytes_a_byte"]]
+        for row in rows
+    ]
+    return table.markdown()
 
 
 def tables() -> dict[str, str]:
     """What the pages show of the results."""
-    norms, steps = read("fused_norms"), read("fused_steps")
-    return {
-        "norms": f"{measured_on(norms)}:\n\n{norms_table(norms)}",
-        "steps": f"{measured_on(steps)}:\n\n{steps_table(steps)}",
-        **{name: list_table(name) for name in LISTS},
-        "speed": speed_table(norms),
+    shown = {
+        "norms": ("fused_norms", measured_on, norms_table),
+        "steps": ("fused_steps", measured_on, steps_table),
+        "convert": ("convert", measured_on, convert_table),
+        "analysis": ("analysis", machine, analysis_table),
+        "watching": ("watching", measured_on, watching_table),
+        "imports": ("imports", measured_on, imports_table),
+        "long_text": ("long_text", machine, long_text_table),
     }
+    made = {name: f"{where(read(file))}:\n\n{table(read(file))}" for name, (file, where, table) in shown.items()}
+    return {**made, "speed": speed_table(read("fused_norms"))}
 
 
 def plot(rows: list[Row], path: Path) -> None:

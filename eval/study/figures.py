@@ -1,29 +1,14 @@
 """The pictures of a study's report."""
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from hf_ibnorm.report.plots import (
-    COLOURS,
-    MARKS,
-    SMALL,
-    STYLES,
-    Estimate,
-    Points,
-    beside,
-    clip,
-    crowd,
-    draw_curve,
-    figure,
-    look,
-    panels,
-    smoothed,
-)
+from hf_ibnorm.report import plots
+from hf_ibnorm.report.plots import COLOURS, MARKS, SMALL, STYLES, Estimate, Points
 
 from ..compare import BETTER, WORSE
 from .plan import VALIDATION
@@ -64,7 +49,7 @@ def curves_of(groups: Sequence[Group]) -> list[Curve]:
         for group in _shown([group for group in groups if group.condition == condition]):
             runs = group.runs()
             seeds = [seed for seed, each in group.finals.items() if each.run in runs]
-            training = [smoothed(run.curve("loss"), SMOOTH) for run in runs]
+            training = [plots.smoothed(run.curve("loss"), SMOOTH) for run in runs]
             shortest = min(map(len, training))  # a run may have skipped steps
             for seed, run, losses in zip(seeds, runs, training, strict=True):
                 curves.append(Curve(condition, group.arm.name, seed, losses[:shortest], run.curve(VALIDATION)))
@@ -96,14 +81,14 @@ def draw_losses(curves: Sequence[Curve], baseline: str | None, path: Path) -> No
             }
             for name, each in validation.items()
         }
-    with panels(path, 2, 2) as (left, right):
+    with plots.panels(path, 2, 2) as (left, right):
         # Where a norm ends is what counts, and the second half of its training loss leads there.
         _draw_seeds(left, training, 0.5)
         _draw_seeds(right, {name: list(each.values()) for name, each in validation.items()}, 0.0)
         left.set_title(f"training loss, nats per token, mean of {SMOOTH} steps")
         difference = f"validation loss, difference from {baseline}, nats per token"
         right.set_title(difference if paired else "validation loss, nats per token")
-        beside(right)
+        plots.beside(right)
 
 
 def _draw_seeds(panel: Any, curves: Mapping[str, Sequence[Points]], start: float) -> None:
@@ -119,14 +104,16 @@ def _draw_seeds(panel: Any, curves: Mapping[str, Sequence[Points]], start: float
         style: Any = {"linestyle": STYLES[i // len(COLOURS) % len(STYLES)], "linewidth": 1.3}
         points = list(zip(*seeds, strict=False))  # a run may have skipped steps
         steps, values = [each[0][0] for each in points], [[loss for _, loss in each] for each in points]
-        draw_curve(panel, i, [(step, fmean(each)) for step, each in zip(steps, values, strict=True)], name, **style)
+        plots.draw_curve(
+            panel, i, [(step, fmean(each)) for step, each in zip(steps, values, strict=True)], name, **style
+        )
         ends = [min(each) for each in values], [max(each) for each in values]
-        panel.fill_between(steps, *ends, color=look(i)[0], alpha=0.15, linewidth=0)
+        panel.fill_between(steps, *ends, color=plots.look(i)[0], alpha=0.15, linewidth=0)
         late[name] = [end for each in ends for end in each[int(start * len(values)) :]]
     shown = [value for values in late.values() for value in values]
     room = 0.06 * (max(shown) - min(shown)) or 0.1
     panel.set_ylim(min(shown) - room, max(shown) + room)
-    clip(panel, late)
+    plots.clip(panel, late)
     panel.set_xlabel("step")
 
 
@@ -144,92 +131,76 @@ def draw_cost(groups: Sequence[Group], path: Path, metric: str, what: str) -> No
 
     The norms of a sweep have one look, with λ beside each; what is far off is a mark at the edge, with its number.
     """
-    found = [
-        (group, list(group.values(metric).values()), [run.seconds() for run in group.runs()])
+    points = [
+        (group, *_center(group.values(metric).values()), *_center([run.seconds() for run in group.runs()]))
         for group in groups
         if group.values(metric)
     ]
     families = {id(group): name for name, sweep in sweeps_of(groups).items() for group in sweep}
     # A sweep has its colour of the picture over λ.
-    names = list(dict.fromkeys([*sweeps_of(groups), *(families.get(id(group), group.arm.name) for group, *_ in found)]))
-    low, high = crowd([(fmean(values) - _error(values), fmean(values) + _error(values)) for _, values, _ in found])
+    names = list(dict.fromkeys([*sweeps_of(groups), *(families.get(id(each[0]), each[0].arm.name) for each in points)]))
+    last, crowded = len(COLOURS) - 1, len(names) > len(COLOURS)
+    low, high = plots.crowd([(y - error, y + error) for _, y, error, _, _ in points])
     room = 0.06 * (high - low) or 0.5
-    with figure(path, height=4.2) as axes:
+    low, high = low - room, high + room
+    with plots.figure(path, height=4.2) as axes:
         entries: dict[str, Any] = {}
-        for group, values, seconds in found:
+        for group, y, error, x, seconds in points:
             name = families.get(id(group), group.arm.name)
             i = names.index(name)
-            x, y = fmean(seconds), fmean(values)
+            off, at = not low <= y <= high, min(max(y, low), high)
+            look: Any = {"fmt": ("^" if y > high else "v") if off else MARKS[i % len(MARKS)], "clip_on": not off}
             # Norms that are more than there are colours share the last one, and have their names beside them.
-            colour, mark = COLOURS[min(i, len(COLOURS) - 1)], MARKS[i % len(MARKS)]
-            off = not low - room <= y <= high + room
-            drawn = axes.errorbar(
-                x,
-                high + room if off and y > high else low - room if off else y,
-                xerr=_spread(seconds),
-                yerr=None if off else _spread(values),
-                fmt=("^" if y > high else "v") if off else mark,
-                color=colour,
-                elinewidth=0.7,
-                alpha=0.85,
-                clip_on=not off,
-            )
+            look |= {"color": COLOURS[min(i, last)], "elinewidth": 0.7, "alpha": 0.85}
+            drawn = axes.errorbar(x, at, xerr=seconds, yerr=None if off else error, **look)
             texts = [f"{group.arm.lam:g}"] if id(group) in families else []
-            texts += [name] if i >= len(COLOURS) - 1 and len(names) > len(COLOURS) else []
+            texts += [name] if i >= last and crowded else []
             texts += [f"{group.arm.name}: {y:.4g}, off the scale"] if off else []
-            side: Any = {"textcoords": "offset points", "fontsize": SMALL, "color": colour}
-            axes.annotate(
-                ", ".join(texts), (x, min(max(y, low - room), high + room)), (6, 4 if not off else -10), **side
-            )
-            entries.setdefault(name if i < len(COLOURS) - 1 or len(names) <= len(COLOURS) else "others", drawn)
-        axes.set_ylim(low - room, high + room)
-        axes.set_xlabel("seconds per training, validation not counted")
-        axes.set_ylabel(what)
-        beside(axes, entries, "numbers in the picture: λ" if families else None)
+            side: Any = {"textcoords": "offset points", "fontsize": SMALL, "color": look["color"]}
+            axes.annotate(", ".join(texts), (x, at), (6, -10 if off else 4), **side)
+            entries.setdefault("others" if i >= last and crowded else name, drawn)
+        axes.set(ylim=(low, high), xlabel="seconds per training, validation not counted", ylabel=what)
+        plots.beside(axes, entries, "numbers in the picture: λ" if families else None)
 
 
 def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> None:
     """The metric against λ, a line for each sweep, at the best learning rate of each λ; other norms as lines across."""
     sweeps, shown = sweeps_of(groups), {}
-    with figure(path, height=4.2) as axes:
+    lams = sorted({group.arm.lam or 0.0 for sweep in sweeps.values() for group in sweep})
+    swept = {id(group) for sweep in sweeps.values() for group in sweep}
+    with plots.figure(path, height=4.2) as axes:
         for i, (name, sweep) in enumerate(sweeps.items()):
-            found = [(group.arm.lam or 0.0, list(group.values(metric).values())) for group in sweep]
-            points = [(lam, values) for lam, values in found if values]
-            if not points:
-                continue
-            for lam, values in points:
-                shown[f"{name}, λ = {lam:g},"] = [fmean(values) + sign * _error(values) for sign in (-1, 1)]
-            colour = COLOURS[i % len(COLOURS)]
+            known = [group for group in sweep if group.values(metric)]
             aside = 1.05 ** (i - len(sweeps) // 2)  # or the error bars of one λ would cover each other
-            axes.errorbar(
-                [lam * aside for lam, _ in points],
-                [fmean(values) for _, values in points],
-                yerr=[_spread(values) or 0.0 for _, values in points],
-                fmt=MARKS[i % len(MARKS)] + STYLES[i % len(STYLES)],
-                color=colour,
-                elinewidth=0.8,
-                capsize=3,
-                label=name,
-            )
-        swept = {id(group) for sweep in sweeps.values() for group in sweep}
+            points = [((group.arm.lam or 0.0) * aside, *_center(group.values(metric).values())) for group in known]
+            for group, (_, y, error) in zip(known, points, strict=True):
+                shown[f"{name}, λ = {group.arm.lam:g},"] = [y - error, y + error]
+            if points:
+                x, y, error = zip(*points, strict=True)
+                look: Any = {"color": COLOURS[i % len(COLOURS)], "elinewidth": 0.8, "capsize": 3, "label": name}
+                axes.errorbar(x, y, yerr=error, fmt=MARKS[i % len(MARKS)] + STYLES[i % len(STYLES)], **look)
         for i, group in enumerate(group for group in groups if id(group) not in swept and group.values(metric)):
-            values = list(group.values(metric).values())
-            shown[group.arm.name] = [fmean(values)]
-            style: Any = {"color": "black", "alpha": 0.8}
-            axes.axhline(fmean(values), linestyle=STYLES[i % len(STYLES)], linewidth=1, label=group.arm.name, **style)
-            if group.verdict == BASELINE and len(values) > 1:
-                axes.axhspan(fmean(values) - stdev(values), fmean(values) + stdev(values), color="black", alpha=0.08)
-        lams = sorted({group.arm.lam or 0.0 for sweep in sweeps.values() for group in sweep})
+            y, error = _center(group.values(metric).values())
+            shown[group.arm.name] = [y]
+            look = {"color": "black", "alpha": 0.8, "linewidth": 1, "label": group.arm.name}
+            axes.axhline(y, linestyle=STYLES[i % len(STYLES)], **look)
+            if group.verdict == BASELINE and error:
+                axes.axhspan(y - error, y + error, color="black", alpha=0.08)
         if lams[0]:
             axes.set_xscale("log", base=2)
         else:  # a norm too, and no place on a logarithmic axis
             axes.set_xscale("symlog", base=2, linthresh=next(filter(None, lams)), linscale=0.5)
         axes.set_xticks(lams, [f"{lam:g}" for lam in lams])
         axes.set_xticks([], minor=True)
-        axes.set_xlabel("λ")
-        axes.set_ylabel(what)
-        clip(axes, shown)
-        beside(axes)
+        axes.set(xlabel="λ", ylabel=what)
+        plots.clip(axes, shown)
+        plots.beside(axes)
+
+
+def _center(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and standard deviation, which is 0 of a single value."""
+    values = list(values)
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 def draw_stability(groups: Sequence[Group], path: Path) -> None:
@@ -237,22 +208,15 @@ def draw_stability(groups: Sequence[Group], path: Path) -> None:
     sweeps = sweeps_of(groups)
     rates = sorted({rate for sweep in sweeps.values() for group in sweep for rate in group.tuning})
     losses = [loss for group in groups for loss in group.tuned().values() if loss is not None]
-    low = min(losses)
     # What is a nat behind the best is as lost as what is three behind.
-    high = min(max(losses), low + 1.0)
-    with panels(path, len(sweeps), 3, 2.9) as flat:
+    ends = min(losses), min(max(losses), min(losses) + 1.0)
+    with plots.panels(path, len(sweeps), 3, 2.9) as flat:
         for panel, (name, sweep) in zip(flat, sweeps.items(), strict=True):
-            table = [[_loss(group, rate) for rate in rates] for group in sweep]
-            panel.imshow(table, cmap="viridis_r", vmin=low, vmax=high, aspect="auto", origin="lower")
-            for y, group in enumerate(sweep):
-                for x, (rate, loss) in enumerate(zip(rates, table[y], strict=True)):
-                    text = f"{loss:.2f}" if not math.isnan(loss) else "×" if _diverged(group, rate) else ""
-                    dark = math.isnan(loss) or loss < (low + high) / 2
-                    place: Any = {"ha": "center", "va": "center", "fontsize": SMALL}
-                    panel.text(x, y, text, color="black" if dark else "white", **place)
+            table = [[group.tuned().get(rate) for rate in rates] for group in sweep]
+            texts = [[_tuned_text(group, rate) for rate in rates] for group in sweep]
+            plots.draw_heat(panel, table, texts, ends, cmap="viridis_r", origin="lower")
             panel.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
             panel.set_yticks(range(len(sweep)), [f"{group.arm.lam:g}" for group in sweep])
-            panel.grid(False)
             panel.set_title(name)
         flat[0].figure.supxlabel("learning rate; × diverged")
         flat[0].figure.supylabel("λ")
@@ -264,14 +228,14 @@ def sweeps_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
     for group in groups:
         if group.arm.lam is not None:
             families.setdefault(group.arm.family, []).append(group)
-    found: dict[str, list[Group]] = {}
+    sweeps: dict[str, list[Group]] = {}
     for family in families.values():
         if len(family) >= 3:
             title = re.sub(r" ?\blam=\S+", "", family[0].arm.name)
-            while title in found:
+            while title in sweeps:
                 title += "'"
-            found[title] = sorted(family, key=lambda group: group.arm.lam or 0.0)
-    return found
+            sweeps[title] = sorted(family, key=lambda group: group.arm.lam or 0.0)
+    return sweeps
 
 
 def _shown(groups: Sequence[Group]) -> list[Group]:
@@ -292,18 +256,7 @@ def _steps(curves: Mapping[int, Sequence[tuple[int, float]]]) -> dict[int, list[
     return {seed: [step for step, _ in curve] for seed, curve in curves.items()}
 
 
-def _loss(group: Group, rate: float) -> float:
-    loss = group.tuned().get(rate)
-    return math.nan if loss is None else loss
-
-
-def _diverged(group: Group, rate: float) -> bool:
-    return any(each.state == DIVERGED for each in group.tuning.get(rate, []))
-
-
-def _spread(values: Sequence[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None
-
-
-def _error(values: Sequence[float]) -> float:
-    return _spread(values) or 0.0
+def _tuned_text(group: Group, rate: float) -> str:
+    if (loss := group.tuned().get(rate)) is not None:
+        return f"{loss:.2f}"
+    return "×" if any(each.state == DIVERGED for each in group.tuning.get(rate, [])) else ""

@@ -12,32 +12,7 @@ from hf_ibnorm.report.tables import Table, csv_text
 
 from ..compare import BETTER, WORSE
 from ..tables import SMOKE
-from .figures import (
-    CURVE,
-    Curve,
-    curve_rows,
-    curves_of,
-    draw_cost,
-    draw_lam,
-    draw_losses,
-    draw_stability,
-    estimates,
-    sweeps_of,
-)
-from .findings import (
-    READING,
-    benchmark_table,
-    cell_rows,
-    cost_table,
-    failure_table,
-    metric_title,
-    provenance,
-    tuning_table,
-    verdict_sentences,
-    verdict_table,
-    verdict_text,
-    what_was_equal,
-)
+from . import figures, findings
 from .folder import SOURCE, Folder
 from .plan import Study, slug
 from .results import BASELINE, REFUSED, Group, gather
@@ -62,9 +37,9 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
         each.ended for group in groups for row in (*group.tuning.values(), group.finals.values()) for each in row
     ):
         raise UserError(f"study: {folder.path} has no training yet that has ended; see `study status`")
-    equal, made = what_was_equal(folder, groups, study.metric), provenance(folder, groups)
-    cost, wrong = cost_table(groups, study.metric), failure_table(folder, groups)
-    rows, curves = cell_rows(folder, groups, study.metric), curves_of(groups)
+    equal, made = findings.what_was_equal(folder, groups, study.metric), findings.provenance(folder, groups)
+    cost, wrong = findings.cost_table(groups, study.metric), findings.failure_table(folder, groups)
+    rows, curves = findings.cell_rows(folder, groups, study.metric), figures.curves_of(groups)
     with bad_input(OSError, about="output: "):
         output.mkdir(parents=True, exist_ok=True)
         pictures = draw_pictures(groups, curves, output, study.metric)
@@ -72,12 +47,12 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
         write_verdicts(document, groups, output)
         write_text(output / "cells.csv", csv_text(list(rows[0]), rows))
         if curves:
-            write_text(output / "curves.csv", csv_text(CURVE, curve_rows(curves)))
+            write_text(output / "curves.csv", csv_text(figures.CURVE, figures.curve_rows(curves)))
         write_text(output / SOURCE, study.source)
         for condition in study.conditions:
             path = folder.recipe(condition)
             write_text(output / f"recipe-{path.name}", path.read_text(encoding="utf-8"))
-    verdict_table(groups, study.metric).print()
+    findings.verdict_table(groups, study.metric).print()
     print(*_stamped_sentences(study, groups), *equal, sep="\n")
     print(f"Report: {output / 'report.html'}")
     return groups
@@ -105,24 +80,25 @@ def describe(
         made: when, with what, and how, a sentence each.
         wrong: trainings and pairs that do not count.
     """
-    caption = f"{metric_title(groups, study.metric)}, mean ± standard deviation over seeds."
+    caption = f"{findings.metric_title(groups, study.metric)}, mean ± standard deviation over seeds."
     stamp = f"{SMOKE}. " if _is_smoke(groups) else ""
-    bad = {verdict_text(group): "bad" for group in groups if group.verdict in (WORSE, DIVERGED, REFUSED, FAILED)}
-    document = Document(f"Study: {study.name}", {**bad, BETTER: "good"}, made)
+    bad = [group for group in groups if group.verdict in (WORSE, DIVERGED, REFUSED, FAILED)]
+    marked = {findings.verdict_text(group): "bad" for group in bad} | {BETTER: "good"}
+    document = Document(f"Study: {study.name}", marked, made)
     document.lead(study.about)
     for line in _stamped_sentences(study, groups):
         document.strong(line)
-    document.table(verdict_table(groups, study.metric), caption, f"{stamp}Study {study.name}: {caption}")
+    document.table(findings.verdict_table(groups, study.metric), caption, f"{stamp}Study {study.name}: {caption}")
     for title, path in pictures:
         document.picture(path, title)
     document.heading("How to read it")
-    document.paragraph(READING)
+    document.paragraph(findings.READING)
     document.heading("What was equal")
     document.bullets(equal)
     for title, table in (
         (COST, cost),
-        ("Tuning", tuning_table(groups)),
-        ("Benchmarks", benchmark_table(groups)),
+        ("Tuning", findings.tuning_table(groups)),
+        ("Benchmarks", findings.benchmark_table(groups)),
         ("What went wrong", wrong),
     ):
         if table and table.rows:
@@ -139,7 +115,7 @@ def _is_smoke(groups: Sequence[Group]) -> bool:
 
 def _stamped_sentences(study: Study, groups: Sequence[Group]) -> list[str]:
     stamp = [f"{SMOKE}: scored on part of the items."] if _is_smoke(groups) else []
-    return [*stamp, *verdict_sentences(groups, study.baseline)]
+    return [*stamp, *findings.verdict_sentences(groups, study.baseline)]
 
 
 def write_verdicts(document: Document, groups: Sequence[Group], output: Path) -> None:
@@ -173,31 +149,31 @@ def _verdict_row(group: Group) -> dict[str, Any]:
 
 
 def draw_pictures(
-    groups: Sequence[Group], curves: Sequence[Curve], output: Path, metric: str
+    groups: Sequence[Group], curves: Sequence[figures.Curve], output: Path, metric: str
 ) -> list[tuple[str, Path]]:
     """Draw every picture there is something for: title and file."""
-    about, drawn = metric_title(groups, metric), list[tuple[str, Path]]()
+    about, drawn = findings.metric_title(groups, metric), list[tuple[str, Path]]()
 
     def add(title: str, name: str) -> Path:
         drawn.append((title, output / f"{name}.png"))
         return output / f"{name}.png"
 
-    if lines := estimates(groups):
+    if lines := figures.estimates(groups):
         plot_forest(lines, add("differences from the baseline", "forest"), f"difference from the baseline: {about}")
     for condition in dict.fromkeys(group.condition for group in groups):
         here = [group for group in groups if group.condition == condition]
         where, end = (f" ({condition})", f"-{slug(condition)}") if condition else ("", "")
-        swept = [group for sweep in sweeps_of(here).values() for group in sweep]
+        swept = [group for sweep in figures.sweeps_of(here).values() for group in sweep]
         if shown := [curve for curve in curves if curve.condition == condition]:
             base = next((group.arm.name for group in here if group.verdict == BASELINE), None)
-            draw_losses(shown, base, add(f"losses{where}", f"losses{end}"))
+            figures.draw_losses(shown, base, add(f"losses{where}", f"losses{end}"))
         if any(group.values(metric) for group in here):
-            draw_cost(here, add(f"quality against time{where}", f"cost{end}"), metric, about)
+            figures.draw_cost(here, add(f"quality against time{where}", f"cost{end}"), metric, about)
             if swept:
-                draw_lam(here, add(f"quality against λ{where}", f"lambda{end}"), metric, about)
+                figures.draw_lam(here, add(f"quality against λ{where}", f"lambda{end}"), metric, about)
         if any(len(group.tuning) > 1 and any(group.tuned().values()) for group in swept):
             title = f"where it breaks: validation loss over λ and learning rate{where}"
-            draw_stability(here, add(title, f"stability{end}"))
+            figures.draw_stability(here, add(title, f"stability{end}"))
     return drawn
 
 

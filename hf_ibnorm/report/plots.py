@@ -246,6 +246,33 @@ def draw_curve(axes: Any, i: int, points: Points, label: str = "", **options: An
     axes.plot(x, y, **{"color": colour, "linestyle": style, "linewidth": 1.2, "label": label, **options})
 
 
+def draw_heat(
+    axes: Any, table: Sequence[Sequence[float | None]], texts: Sequence[Sequence[str]], ends: Ends, **options: Any
+) -> Any:
+    """A table as a heat map, a text in each cell; cells of None or NaN stay white.
+
+    Args:
+        axes: to draw on.
+        table: the numbers.
+        texts: of the cells; empty for no text anywhere.
+        ends: numbers that get the first and the last colour.
+        options: of matplotlib's `imshow`.
+
+    Returns:
+        What a colour bar is made of.
+    """
+    numbers = [[math.nan if number is None else number for number in row] for row in table]
+    image = axes.imshow(numbers, vmin=ends[0], vmax=ends[1], aspect="auto", **options)
+    axes.grid(False)
+    for y, row in enumerate(texts):
+        for x, text in enumerate(row):
+            red, green, blue, opaque = image.to_rgba(numbers[y][x])
+            is_dark = opaque and 0.3 * red + 0.59 * green + 0.11 * blue < 0.48
+            place: Any = {"ha": "center", "va": "center", "fontsize": SMALL}
+            axes.text(x, y, text, color="white" if is_dark else "black", **place)
+    return image
+
+
 def smoothed(points: Points, most: int, sliding: bool = False) -> list[tuple[float, float]]:
     """Means over `most` points, or a tenth of them where they are few, each at the last x of its mean.
 

@@ -124,7 +124,7 @@ def test_a_pushed_model_loads_by_its_name_in_a_fresh_process(finished, hub, comm
     assert command(push, str(finished), "--repo", REPO)[0] == 0
     code = (
         "import hf_ibnorm\n"
-        "from hf_ibnorm.files import sha256_tensors\n"
+        "from hf_ibnorm.base.files import sha256_tensors\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model, tokenizer = (auto.from_pretrained('{REPO}') for auto in (AutoModelForCausalLM, AutoTokenizer))\n"
         "print(sha256_tensors(model.state_dict().items()), model.model.norm.noise, len(tokenizer))"

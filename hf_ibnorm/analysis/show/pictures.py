@@ -13,23 +13,8 @@ from pathlib import Path
 from statistics import fmean, quantiles
 from typing import TYPE_CHECKING, Any
 
-from ...report.plots import SMALL, WIDTH, above, clip, crowd, look, panels
-from .axes import (
-    NAMED,
-    REFERENCE,
-    Depth,
-    any_finite,
-    depth_bar,
-    depth_colours,
-    draw_marked_curve,
-    entries,
-    outer_ticks,
-    relative,
-    set_title,
-    share,
-    short_site,
-    thinned,
-)
+from ...report.plots import SMALL, WIDTH, above, clip, crowd, draw_heat, look, panels
+from . import axes
 
 if TYPE_CHECKING:
     from ..noise import NoiseRobustness
@@ -125,28 +110,28 @@ def draw_profiles(
         quantity: {name: [quantity.of(site) for site in sites.values()] for name, sites in models.items()}
         for quantity in wanted
     }
-    profiles = {quantity: curves for quantity, curves in profiles.items() if any(map(any_finite, curves.values()))}
+    profiles = {quantity: curves for quantity, curves in profiles.items() if any(map(axes.any_finite, curves.values()))}
     if not profiles:
         return False
     # The look of a model goes by its place among all, so that it has one colour in all pictures.
-    drawn = [name for name in models if any(any_finite(curves[name]) for curves in profiles.values())]
-    depth = Depth.of({name: list(models[name]) for name in drawn})
+    drawn = [name for name in models if any(axes.any_finite(curves[name]) for curves in profiles.values())]
+    depth = axes.Depth.of({name: list(models[name]) for name in drawn})
     widths = {site["width"] for name in drawn for site in models[name].values() if site.get("width")}
     columns = 3 if len(profiles) in (1, 2, 3, 5, 6, 9) else 4
     with panels(path, len(profiles), columns, 2.1, MARGIN) as flat:
-        share(flat, "x")
+        axes.share(flat, "x")
         for i, (panel, (quantity, curves)) in enumerate(zip(flat, profiles.items(), strict=True)):
             known = {quantity.reference(width) for width in widths} if quantity.reference else set()
             if len(known) == 1:  # or models of different width have different ones
-                panel.axhline(*known, linestyle=(0, (1, 1)), label=reference, **REFERENCE)
-            for name in filter(lambda name: any_finite(curves[name]), drawn):
-                draw_marked_curve(panel, list(models).index(name), depth.places(name), curves[name], name)
+                panel.axhline(*known, linestyle=(0, (1, 1)), label=reference, **axes.REFERENCE)
+            for name in filter(lambda name: axes.any_finite(curves[name]), drawn):
+                axes.draw_marked_curve(panel, list(models).index(name), depth.places(name), curves[name], name)
             quantity.set_scale(panel, [value for curve in curves.values() for value in curve])
             clip(panel, curves)
-            set_title(panel, quantity.title, columns)
+            axes.set_title(panel, quantity.title, columns)
             panel.tick_params(labelbottom=i + columns >= len(flat))
         depth.label(flat)
-        above(flat[0].figure, entries(flat, [*drawn, reference]))
+        above(flat[0].figure, axes.entries(flat, [*drawn, reference]))
     return True
 
 
@@ -187,12 +172,12 @@ def draw_qq(grid: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
     with panels(path, len(rows) * len(columns), len(columns), min(2.4, max(1.2, 0.75 * size)), MARGIN) as flat:
         for i, panel in enumerate(flat):
             row, column = rows[i // len(columns)], columns[i % len(columns)]
-            panel.plot([-limit, limit], [-limit, limit], linestyle="--", zorder=3, **REFERENCE)
+            panel.plot([-limit, limit], [-limit, limit], linestyle="--", zorder=3, **axes.REFERENCE)
             _draw_channels(panel, cells.get((row, column), []), brief=size <= 1.2)
             panel.set(xlim=(-1.08 * limit, 1.08 * limit), ylim=(-1.08 * height, 1.08 * height))
-            outer_ticks(panel, i, len(flat), len(columns))
+            axes.outer_ticks(panel, i, len(flat), len(columns))
             if i < len(columns):
-                set_title(panel, short_site(column), len(columns))
+                axes.set_title(panel, axes.short_site(column), len(columns))
             if i % len(columns) == len(columns) - 1:
                 panel.text(1.03, 0.5, row, transform=panel.transAxes, rotation=270, va="center")
         flat[0].figure.supxlabel("quantile of the normal distribution")
@@ -229,7 +214,7 @@ def draw_zeta(maps: Mapping[str, "NoiseRobustness"], path: Path) -> bool:
         name: [[math.nan if each is None else 100 * each for each in row[1:]] for row in robustness.zeta[:-1]]
         for name, robustness in maps.items()
     }
-    tables = {name: table for name, table in tables.items() if any(map(any_finite, table))}
+    tables = {name: table for name, table in tables.items() if any(map(axes.any_finite, table))}
     if not tables:
         return False
     top = max(value for table in tables.values() for row in table for value in row if math.isfinite(value)) or 1.0
@@ -239,10 +224,10 @@ def draw_zeta(maps: Mapping[str, "NoiseRobustness"], path: Path) -> bool:
     alike = len({maps[name].sites for name in tables}) == 1
     with panels(path, len(tables), columns, 0.9 * size + 0.1, MARGIN) as flat:
         for i, (panel, (name, table)) in enumerate(zip(flat, tables.items(), strict=True)):
-            image = _draw_heat(panel, table, top, [short_site(site) for site in maps[name].sites])
+            image = _draw_heat(panel, table, top, [axes.short_site(site) for site in maps[name].sites])
             if alike:
-                outer_ticks(panel, i, len(flat), columns)
-            set_title(panel, name if len(strengths) == 1 else f"{name}, δ = {maps[name].delta:g}", max(2, columns))
+                axes.outer_ticks(panel, i, len(flat), columns)
+            axes.set_title(panel, name if len(strengths) == 1 else f"{name}, δ = {maps[name].delta:g}", max(2, columns))
         at = f" at δ = {next(iter(strengths)):g}" if len(strengths) == 1 else ""
         bar = flat[0].figure.colorbar(image, ax=flat, aspect=30, pad=0.02)
         bar.set_label(f"ζ{at}, % of the values before gain and bias")
@@ -253,21 +238,14 @@ def draw_zeta(maps: Mapping[str, "NoiseRobustness"], path: Path) -> bool:
 
 def _draw_heat(panel: Any, table: Sequence[Sequence[float]], top: float, names: Sequence[str]) -> Any:
     """A table as a heat map from 0 to `top`, with its numbers where there is room for them; returns the image."""
-    image = panel.imshow(table, cmap="viridis", vmin=0.0, vmax=top, aspect="auto")
+    texts = [["" if math.isnan(each) else f"{each:.{each < 9.5:d}f}" for each in row] for row in table]
+    image = draw_heat(panel, table, texts if len(table) < 10 else [], (0.0, top), cmap="viridis")
     for axis, part in ((panel.xaxis, names[1:]), (panel.yaxis, names[:-1])):
-        named = thinned(len(part), NAMED)
+        named = axes.thinned(len(part), axes.NAMED)
         axis.set_ticks(named, [part[i] for i in named])
     panel.tick_params(axis="x", labelrotation=90)
     panel.tick_params(length=0)
-    panel.grid(False)
     panel.spines[:].set_visible(False)
-    if len(table) < 10:
-        for y, row in enumerate(table):
-            for x, value in enumerate(row):
-                if math.isfinite(value):
-                    text = f"{value:.0f}" if value >= 9.5 else f"{value:.1f}"
-                    options: Any = {"ha": "center", "va": "center", "fontsize": SMALL}
-                    panel.text(x, y, text, color="white" if value < 0.6 * top else "black", **options)
     return image
 
 
@@ -286,10 +264,8 @@ def draw_lam_hat(models: Mapping[str, Sites], path: Path) -> bool:
     lam_hats = {name: sites for name, sites in lam_hats.items() if sites}
     if not lam_hats:
         return False
-    depth, everything = (
-        Depth.of({name: list(sites) for name, sites in lam_hats.items()}),
-        [each for sites in lam_hats.values() for each in sites.values()],
-    )
+    depth = axes.Depth.of({name: list(sites) for name, sites in lam_hats.items()})
+    everything = [each for sites in lam_hats.values() for each in sites.values()]
     middles = [_most_rows(each) or (each["mean"],) * 2 for each in everything]
     low, high = crowd([(each["least"], each["most"]) for each in everything])
     # The rows are many, and one of them can be anywhere.
@@ -297,12 +273,12 @@ def draw_lam_hat(models: Mapping[str, Sites], path: Path) -> bool:
     high = min(max(2.0, high), max(2.5, *(3 * each[1] - 2 for each in middles)))
     with panels(path, 1, 1, 3.4, MARGIN) as (panel,):
         panel.axhspan(0, 2, color="0.94", linewidth=0, zorder=0)
-        panel.axhline(1, linestyle=(0, (1, 1)), label=NO_TRANSFORMATION, **REFERENCE)
+        panel.axhline(1, linestyle=(0, (1, 1)), label=NO_TRANSFORMATION, **axes.REFERENCE)
         for name, sites in lam_hats.items():
             i, places = list(models).index(name), depth.places(name, list(lam_hats))
             for place, each in zip(places, sites.values(), strict=True):
                 _draw_rows(panel, place, each, (low, high), look(i)[0])
-            draw_marked_curve(panel, i, places, [each["mean"] for each in sites.values()], name)
+            axes.draw_marked_curve(panel, i, places, [each["mean"] for each in sites.values()], name)
         panel.set_ylim(low - 0.05, high + 0.15)
         depth.label([panel])
         panel.set_ylabel("λ̂ of a row")
@@ -312,8 +288,8 @@ def draw_lam_hat(models: Mapping[str, Sites], path: Path) -> bool:
         numbers = any(each["outside"] for each in everything)
         shaded = "numbers: share of rows outside [0, 2], shaded" if numbers else "shaded: [0, 2]"
         note = ", some longer than shown (triangles)" if longer else ""
-        set_title(panel, f"marks: mean; {bars}{note}; {shaded}", 1)
-        above(panel.figure, entries([panel], [*lam_hats, NO_TRANSFORMATION]))
+        axes.set_title(panel, f"marks: mean; {bars}{note}; {shaded}", 1)
+        above(panel.figure, axes.entries([panel], [*lam_hats, NO_TRANSFORMATION]))
     return True
 
 
@@ -369,11 +345,11 @@ def draw_likelihood(models: Mapping[str, Mapping[str, Mapping[str, Any]]], path:
     (left, right), (low, high) = (_nearly_all([point[axis] for point in everything]) for axis in (0, 1))
     columns = min(3, len(points))
     with panels(path, len(points), columns, 3.2, MARGIN) as flat:
-        colours = depth_colours()
+        colours = axes.depth_colours()
         for i, (panel, (name, sites)) in enumerate(zip(flat, points.items(), strict=True)):
-            panel.axhline(0, linestyle="--", **REFERENCE)
+            panel.axhline(0, linestyle="--", **axes.REFERENCE)
             off = 0
-            for site, place in zip(sites, relative(len(sites)), strict=True):
+            for site, place in zip(sites, axes.relative(len(sites)), strict=True):
                 inside = [(x, y) for x, y in site if left <= x <= right and low <= y <= high]
                 if inside:
                     dots: Any = {"color": colours(place), "markersize": 3, "alpha": 0.6, "linewidth": 0}
@@ -386,10 +362,10 @@ def draw_likelihood(models: Mapping[str, Mapping[str, Mapping[str, Any]]], path:
             least = math.floor(1e4 * min(correlations)) / 1e4 if correlations else None
             agreement = "" if least is None else f"; correlation at least {least:.4f} at every norm"
             beyond = f"; {off} off the scale (×)" if off else ""
-            set_title(panel, f"{name}: {sum(map(len, sites)):,} rows{agreement}{beyond}", columns)
+            axes.set_title(panel, f"{name}: {sum(map(len, sites)):,} rows{agreement}{beyond}", columns)
             panel.set(xlim=(left, right), ylim=(low, high))
-            outer_ticks(panel, i, len(flat), columns)
-        depth_bar(flat)
+            axes.outer_ticks(panel, i, len(flat), columns)
+        axes.depth_bar(flat)
         flat[0].figure.supxlabel("λ of the largest likelihood")
         flat[0].figure.supylabel("λ̂ of one Newton step - that λ")
     return True

@@ -7,17 +7,7 @@ from typing import Any
 
 from ...report.plots import above, look, panels
 from ..plane import PlanePoint
-from .axes import (
-    Depth,
-    any_finite,
-    depth_bar,
-    depth_colours,
-    draw_marked_curve,
-    entries,
-    relative,
-    set_title,
-    share,
-)
+from . import axes
 from .pictures import MARGIN
 
 ESTIMATOR_NAMES = {"renyi": "Rényi", "ksg": "KSG"}
@@ -36,7 +26,7 @@ def draw_plane(models: Models, path: Path) -> bool:
     known = _known(models)
     if not known:
         return False
-    depth = Depth.of({name: list(dict.fromkeys(each.site for each in models[name])) for name in known})
+    depth = axes.Depth.of({name: list(dict.fromkeys(each.site for each in models[name])) for name in known})
     columns = min(3, len(known)) if len(known) > 1 else len(_estimators(known))
     cells: list[tuple[str, str] | None] = []
     for estimator in _estimators(known):
@@ -49,15 +39,15 @@ def draw_plane(models: Models, path: Path) -> bool:
                 panel.remove()
         shown = {i: (panel, cell) for i, (panel, cell) in enumerate(zip(flat, cells, strict=True)) if cell}
         for estimator in _estimators(known):
-            share([panel for panel, cell in shown.values() if cell[0] == estimator], "xy")
+            axes.share([panel for panel, cell in shown.values() if cell[0] == estimator], "xy")
         for i, (panel, (estimator, name)) in shown.items():
             alike = {j: other[0] == estimator for j, (_, other) in shown.items()}
             panel.tick_params(labelleft=not (i % columns and alike.get(i - 1)), labelbottom=not alike.get(i + columns))
             points = [each for each in known[name] if each.estimator == estimator]
-            for site, place in zip(depth.sites[name], relative(len(depth.sites[name])), strict=True):
-                _draw_path(panel, [each for each in points if each.site == site], depth_colours()(place))
-            set_title(panel, f"{ESTIMATOR_NAMES.get(estimator, estimator)}, {name}", columns)
-        depth_bar([panel for panel, _ in shown.values()], depth.names)
+            for site, place in zip(depth.sites[name], axes.relative(len(depth.sites[name])), strict=True):
+                _draw_path(panel, [each for each in points if each.site == site], axes.depth_colours()(place))
+            axes.set_title(panel, f"{ESTIMATOR_NAMES.get(estimator, estimator)}, {name}", columns)
+        axes.depth_bar([panel for panel, _ in shown.values()], depth.names)
         flat[0].figure.supxlabel("I(X;T), nats; large points: last step, bars: 95 % intervals")
         flat[0].figure.supylabel("I(T;Y), nats")
     return True
@@ -85,7 +75,7 @@ def draw_ib(models: Models, path: Path) -> bool:
     known = _known(last)
     if not known:
         return False
-    depth = Depth.of({name: list(dict.fromkeys(each.site for each in last[name])) for name in known})
+    depth = axes.Depth.of({name: list(dict.fromkeys(each.site for each in last[name])) for name in known})
     estimators = _estimators(known)
     betas = ", ".join(sorted({f"{each.beta:g}" for points in known.values() for each in points}))
     with panels(path, len(estimators), min(2, len(estimators)), 3.0, MARGIN) as flat:
@@ -95,15 +85,15 @@ def draw_ib(models: Models, path: Path) -> bool:
                 i, places = list(models).index(name), depth.places(name, list(models))
                 values = {site: estimate.value for site, estimate in estimates.items() if estimate.value is not None}
                 curve = [values.get(site, math.nan) for site in depth.sites[name]]
-                if any_finite(curve):
-                    draw_marked_curve(panel, i, places, curve, name)
+                if axes.any_finite(curve):
+                    axes.draw_marked_curve(panel, i, places, curve, name)
                 for site, place in zip(depth.sites[name], places, strict=True):
                     if site in estimates and estimates[site].interval is not None:
                         panel.plot([place] * 2, estimates[site].interval, color=look(i)[0], linewidth=1.0)
             panel.set_title(f"{ESTIMATOR_NAMES.get(estimator, estimator)}, β = {betas}")
         depth.label(flat)
         flat[0].set_ylabel("I(T;Y) - β·I(X;T), nats")
-        above(flat[0].figure, entries(flat, list(known)))
+        above(flat[0].figure, axes.entries(flat, list(known)))
     return True
 
 
