@@ -1,7 +1,7 @@
 """Whether models differ: the same items, paired; difference, interval, test and verdict for each benchmark."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,12 @@ def pair(first: Sequence[Stratum], second: Sequence[Stratum]) -> list[Pairs]:
     """
     import numpy as np
 
-    found = []
+    pairs = []
     for a, b in zip(first, second, strict=True):
         if a.items != b.items:
             raise ScoringError(f"{a.task}: the runs have other items")
-        found.append(summed(np.subtract(b.values, a.values), a.clusters, a.weight))
-    return found
+        pairs.append(summed(np.subtract(b.values, a.values), a.clusters, a.weight))
+    return pairs
 
 
 def compare(
@@ -81,50 +81,38 @@ def compare(
     Raises:
         ScoringError: the runs have other items.
     """
+    rows = [_difference(each, first[each.name], second[each.name], seed) for each in benchmarks]
+    judged = []
+    for benchmark, row, adjusted in zip(benchmarks, rows, holm([row.p for row in rows]), strict=True):
+        verdict = row.verdict
+        if not verdict and adjusted is None:
+            verdict = NOT_TESTED
+        elif not verdict and adjusted is not None and adjusted >= LEVEL:
+            verdict = SAME
+        elif not verdict:
+            verdict = BETTER if (row.difference < 0) == benchmark.rolling else WORSE
+        judged.append(replace(row, adjusted=adjusted, verdict=verdict))
+    return judged
+
+
+def _difference(benchmark: Benchmark, first: dict[str, Any], second: dict[str, Any], seed: int) -> Difference:
+    """One benchmark before p is corrected; without a verdict, unless both are at chance."""
     import numpy as np
 
-    rows = []
-    for benchmark in benchmarks:
-        generator = np.random.default_rng(seed)
-        results = [run[benchmark.name] for run in (first, second)]
-        parts = [independent(strata(benchmark, result)) for result in results]
-        scores = [score_benchmark(benchmark, result) for result in results]
-        pairs = pair(*parts)
-        interval = bootstrap_interval(pairs, generator)
-        enough = sum(each.sums.size for each in pairs) >= TEST_FROM
-        p = p_of_no_difference(pairs, generator) if enough else None
-        moved = np.concatenate([np.subtract(b.values, a.values) for a, b in zip(*parts, strict=True)])
-        better = -moved if benchmark.rolling else moved
-        rows.append((benchmark, scores, interval, p, int((better > 0).sum()), int((better < 0).sum())))
-    adjusted = holm([p for _, _, _, p, _, _ in rows])
-    found = []
-    for (benchmark, (a, b), interval, p, wins, losses), corrected in zip(rows, adjusted, strict=True):
-        difference = b["raw"] - a["raw"]
-        if a["details"]["at_chance"] and b["details"]["at_chance"]:
-            verdict = CHANCE
-        elif corrected is None:
-            verdict = NOT_TESTED
-        elif corrected >= LEVEL:
-            verdict = SAME
-        else:
-            verdict = BETTER if (difference < 0) == benchmark.rolling else WORSE
-        found.append(
-            Difference(
-                benchmark.name,
-                benchmark.title,
-                a["raw"],
-                b["raw"],
-                difference,
-                interval,
-                p,
-                corrected,
-                wins,
-                losses,
-                a["n"],
-                verdict,
-            )
-        )
-    return found
+    generator = np.random.default_rng(seed)
+    parts = [independent(strata(benchmark, result)) for result in (first, second)]
+    a, b = (score_benchmark(benchmark, result) for result in (first, second))
+    pairs = pair(*parts)
+    interval = bootstrap_interval(pairs, generator)
+    enough = sum(each.sums.size for each in pairs) >= TEST_FROM
+    p = p_of_no_difference(pairs, generator) if enough else None
+    moved = np.concatenate([np.subtract(theirs.values, ours.values) for ours, theirs in zip(*parts, strict=True)])
+    wins, losses = int((moved > 0).sum()), int((moved < 0).sum())
+    if benchmark.rolling:
+        wins, losses = losses, wins
+    verdict = CHANCE if a["details"]["at_chance"] and b["details"]["at_chance"] else ""
+    raw = a["raw"], b["raw"], b["raw"] - a["raw"]
+    return Difference(benchmark.name, benchmark.title, *raw, interval, p, None, wins, losses, a["n"], verdict)
 
 
 @dataclass(frozen=True)
@@ -153,31 +141,23 @@ def comparable(runs: Sequence[Scored]) -> list[Benchmark]:
         for field in ("suite", "prompting"):
             a, b = (_asked(each.manifest["identity"][field]) for each in (first, run))
             if a != b:
-                raise UserError(f"compare: {run.name} was run with {field} {_told(b)}, {first.name} with {_told(a)}")
+                raise UserError(f"compare: {run.name} was run with {field} {b}, {first.name} with {a}")
         for name in set(first.results) & set(run.results):
             tasks = first.results[name]["tasks"], run.results[name]["tasks"]
             for task in sorted({*tasks[0], *tasks[1]}):
                 for field in ("hash", "shots", "version", "generation"):
                     a, b = (each.get(task, {}).get(field) for each in tasks)
                     if a != b:
-                        told = f"{_brief(b)} in {run.name}, {_brief(a)} in {first.name}"
-                        raise UserError(f"compare: {task} has another {field}: {told}; these are other questions")
+                        values = f"{str(b)[:12]} in {run.name}, {str(a)[:12]} in {first.name}"
+                        raise UserError(f"compare: {task} has another {field}: {values}; these are other questions")
     shared = [name for name in first.results if all(name in run.results for run in runs)]
     if not shared:
         raise UserError("compare: the runs share no benchmark that was answered")
     return benchmarks_of(first.manifest["identity"]["suite"], first.results, shared)
 
 
-def _asked(value: Any) -> Any:
+def _asked(value: Any) -> str:
     """A suite's name, or every setting of how it was put: runs of earlier versions lack the newer ones."""
-    return asdict(Prompting(**value)) if isinstance(value, dict) else value
-
-
-def _brief(value: Any) -> str:
-    return str(value)[:12] if isinstance(value, str) else str(value)
-
-
-def _told(value: Any) -> str:
     if not isinstance(value, dict):
         return repr(value)
-    return ", ".join(f"{name}={each}" for name, each in value.items())
+    return ", ".join(f"{name}={each}" for name, each in asdict(Prompting(**value)).items())

@@ -11,7 +11,7 @@ from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import write_json, write_text
 from hf_ibnorm.report.document import Document
 from hf_ibnorm.report.environment import package_versions
-from hf_ibnorm.report.plots import COLOURS, Estimate, plot_forest
+from hf_ibnorm.report.plots import COLOURS, ForestLine, plot_forest
 from hf_ibnorm.report.tables import Table, csv_text, decimals, number_cell, score_cell
 
 from .compare import BETTER, CHANCE, NOT_TESTED, SAME, WORSE, Difference, Scored, comparable, compare
@@ -63,11 +63,11 @@ def _numbers(row: Difference) -> list[str]:
     ]
 
 
-def estimates(differences: Differences) -> list[Estimate]:
+def forest_lines(differences: Differences) -> list[ForestLine]:
     """The lines of the forest plot: in percentage points, a filled mark where the verdict is better or worse."""
     last = len(COLOURS) - 1
     return [
-        Estimate(
+        ForestLine(
             row.title if i <= last else f"{row.title}, {name}",
             100 * row.difference,
             row.interval and (100 * row.interval[0], 100 * row.interval[1]),
@@ -174,7 +174,7 @@ def write_files(
     with bad_input(OSError, about="output: "):
         output.mkdir(parents=True, exist_ok=True)
         what = f"difference from {first}, percentage points or 0.01 bits per byte"
-        plot_forest(estimates(differences), output / "forest.png", what)
+        plot_forest(forest_lines(differences), output / "forest.png", what)
         content = {name: [asdict(row) for row in each] for name, each in differences.items()}
         write_json(output / "comparison.json", {"first": first, "stamp": stamp, "differences": content})
         write_text(output / "comparison.csv", csv_text(columns, rows))

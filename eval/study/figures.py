@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from hf_ibnorm.report import plots
-from hf_ibnorm.report.plots import COLOURS, MARKS, SMALL, STYLES, Estimate, Points
+from hf_ibnorm.report.plots import COLOURS, MARKS, SMALL, STYLES, ForestLine, Points
 
 from ..compare import BETTER, WORSE
 from .plan import VALIDATION
@@ -34,8 +34,8 @@ class Curve:
     condition: str
     norm: str
     seed: int
-    training: Sequence[tuple[int, float]]
-    validation: Sequence[tuple[int, float]]
+    training: Points
+    validation: Points
 
 
 CURVE = ("condition", "norm", "seed", "kind", "step", "loss")
@@ -117,10 +117,12 @@ def _draw_seeds(panel: Any, curves: Mapping[str, Sequence[Points]], start: float
     panel.set_xlabel("step")
 
 
-def estimates(groups: Sequence[Group]) -> list[Estimate]:
+def forest_lines(groups: Sequence[Group]) -> list[ForestLine]:
     """Lines of the forest plot: differences from the baseline, a tick for each seed; filled where one is a verdict."""
     return [
-        Estimate(each.label, each.paired.mean, each.paired.interval, each.differences, each.verdict in (BETTER, WORSE))
+        ForestLine(
+            each.label, each.paired.mean, each.paired.interval, each.differences, each.verdict in (BETTER, WORSE)
+        )
         for each in groups
         if each.paired
     ]
@@ -176,9 +178,9 @@ def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> Non
             for group, (_, y, error) in zip(known, points, strict=True):
                 shown[f"{name}, λ = {group.arm.lam:g},"] = [y - error, y + error]
             if points:
-                x, y, error = zip(*points, strict=True)
+                places, means, errors = zip(*points, strict=True)
                 look: Any = {"color": COLOURS[i % len(COLOURS)], "elinewidth": 0.8, "capsize": 3, "label": name}
-                axes.errorbar(x, y, yerr=error, fmt=MARKS[i % len(MARKS)] + STYLES[i % len(STYLES)], **look)
+                axes.errorbar(places, means, yerr=errors, fmt=MARKS[i % len(MARKS)] + STYLES[i % len(STYLES)], **look)
         for i, group in enumerate(group for group in groups if id(group) not in swept and group.values(metric)):
             y, error = _center(group.values(metric).values())
             shown[group.arm.name] = [y]
@@ -252,7 +254,7 @@ def _validation(group: Group) -> float:
     return fmean(group.values(VALIDATION).values())
 
 
-def _steps(curves: Mapping[int, Sequence[tuple[int, float]]]) -> dict[int, list[int]]:
+def _steps(curves: Mapping[int, Points]) -> dict[int, list[float]]:
     return {seed: [step for step, _ in curve] for seed, curve in curves.items()}
 
 

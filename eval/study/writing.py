@@ -158,7 +158,7 @@ def draw_pictures(
         drawn.append((title, output / f"{name}.png"))
         return output / f"{name}.png"
 
-    if lines := figures.estimates(groups):
+    if lines := figures.forest_lines(groups):
         plot_forest(lines, add("differences from the baseline", "forest"), f"difference from the baseline: {about}")
     for condition in dict.fromkeys(group.condition for group in groups):
         here = [group for group in groups if group.condition == condition]

@@ -63,7 +63,7 @@ def analyze(
     measuring: Measuring | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Look at every norm of some models, one after the other, and write what was found into a new directory.
+    """Look at every norm of some models, one after the other, and write what was measured into a new directory.
 
     It gets `report.html` (one page that needs nothing else), `analysis.json`, a CSV file of every kind of number, and
     the pictures. Models are in float32, on the GPU where there is one, and only one of them is in memory.
@@ -99,25 +99,20 @@ def analyze(
         check_number("tokens", tokens, 2, MOST_TOKENS)
         check_number("checkpoints", checkpoints, 1, LARGEST)
         check_new_directory("output", folder)
-        named = dict(models) if isinstance(models, Mapping) else dict(zip(_names(models), models, strict=True))
-        for name in named:
-            if name.startswith("_"):  # matplotlib would leave it out of the legends
-                raise ValueError(f"model: got the name {name!r}, must not begin with _; NAME=DIR chooses another")
-        subjects = {
-            name: _subject(str(path), data, int(tokens), "noise" not in measuring.skip) for name, path in named.items()
-        }
+        subjects = _subjects(models, data, int(tokens), "noise" not in measuring.skip)
     chosen = _chosen_sites(subjects, measuring)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for name, subject in subjects.items():
-        found[name] = _looked_at(name, subject, replace(measuring, sites=chosen[name]), int(checkpoints), device, say)
+        here = replace(measuring, sites=chosen[name])
+        measured[name] = _looked_at(name, subject, here, int(checkpoints), device, say)
         gc.collect()  # before the next model is loaded
-    made = environment_record()
+    first, made = next(iter(subjects.values())), environment_record()
     record = {
-        "text": next(iter(subjects.values())).text.name,
-        "noise_scale": training.name if (training := next(iter(subjects.values())).training_text) else None,
+        "text": first.text.name,
+        "noise_scale": first.training_text.name if first.training_text else None,
         "options": {"data": data, "tokens": tokens, "checkpoints": checkpoints, **asdict(measuring)},
-        "models": found,
+        "models": measured,
         "environment": {name: made[name] for name in ("date", "device", "cpu_count", "versions", "git_revision")},
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +123,17 @@ def analyze(
                 write_text(inside / file, csv_text(list(dict.fromkeys(key for row in rows for key in row)), rows))
         describe(record, draw_pictures(record, inside), inside).write(inside / "report.html")
     return record
+
+
+def _subjects(
+    models: Sequence[str | Path] | Mapping[str, str | Path], data: str, tokens: int, noise: bool
+) -> dict[str, Subject]:
+    """Name → model and text; arguments as for `analyze`, and whether noise will be measured."""
+    named = dict(models) if isinstance(models, Mapping) else dict(zip(_names(models), models, strict=True))
+    for name in named:
+        if name.startswith("_"):  # matplotlib would leave it out of the legends
+            raise ValueError(f"model: got the name {name!r}, must not begin with _; NAME=DIR chooses another")
+    return {name: _subject(str(path), data, tokens, noise) for name, path in named.items()}
 
 
 def _names(models: Sequence[str | Path]) -> list[str]:
@@ -205,30 +211,30 @@ def _looked_at(
     ids, training = subject.text.ids, None if subject.training_text is None else subject.training_text.ids
     model = load_whole(subject.folder, subject.config, torch.float32).to(device)
     say(f"{name}: {ids.numel():,} tokens of {subject.text.name}")
-    found: dict[str, Any] = {"folder": str(subject.folder), "norm": _norm_of(model), "step": subject.step}
-    found |= {"tokens": ids.numel(), "tokens_sha": sha256([str(ids.shape), ids.numpy().tobytes()])[:16]}
-    found |= {"unknown": unknown_norms(model.base_model)}
+    measured: dict[str, Any] = {"folder": str(subject.folder), "norm": _norm_of(model), "step": subject.step}
+    measured |= {"tokens": ids.numel(), "tokens_sha": sha256([str(ids.shape), ids.numpy().tobytes()])[:16]}
+    measured |= {"unknown": unknown_norms(model.base_model)}
     with bad_input(FloatingPointError, about=f"{name}: "):
-        found |= analyze_model(model, ids, measuring, training)
+        measured |= analyze_model(model, ids, measuring, training)
     del model
     earlier = [step for step in subject.checkpoints if step != subject.step]
-    if found["plane"] is not None:
-        for point in found["plane"]:
+    if measured["plane"] is not None:
+        for point in measured["plane"]:
             point["step"] = subject.step
         points: list[Any] = []
         for step in (earlier[i] for i in spaced(len(earlier), checkpoints - 1)):
             say(f"{name}: the information plane at step {step}")
             then = load_whole(subject.checkpoints[step], None, torch.float32).to(device)
             points += information_plane(then, ids, step=step, **plane_options(measuring))
-        found["plane"] = [*map(asdict, points), *found["plane"]]
-    found["start"] = None
-    if found["normality"] is not None and earlier[:1] == [0]:
+        measured["plane"] = [*map(asdict, points), *measured["plane"]]
+    measured["start"] = None
+    if measured["normality"] is not None and earlier[:1] == [0]:
         say(f"{name}: normality at step 0")
         then = load_whole(subject.checkpoints[0], None, torch.float32).to(device)
         with bad_input(FloatingPointError, about=f"{name}, step 0: "):
             start = analyze_model(then, ids, replace(measuring, skip=tuple(set(PARTS) - {"normality"})))
-        found["start"] = {name: start[name] for name in ("loss", "sites", "normality", "likelihood")}
-    return found
+        measured["start"] = {name: start[name] for name in ("loss", "sites", "normality", "likelihood")}
+    return measured
 
 
 def _norm_of(model: Any) -> str:

@@ -46,7 +46,7 @@ def run_command(main: Callable[[], None], lower: str) -> NoReturn:
     except BrokenPipeError:  # `... | head` closed our output; point it elsewhere, or Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError) as error:
-        from .base.room import is_out_of_memory
+        from .room import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

@@ -78,9 +78,9 @@ def report_conversion(
     """
     check_new_directory("output", Path(output))
     with ExitStack() as stack:
-        found = read_source(source, stack)
-        text, scored = text_and_items(found, data, tokens, scores)
-        return _write(found, {name: Path(path) for name, path in stages.items()}, Path(output), text, scored)
+        original = read_source(source, stack)
+        text, scored = text_and_items(original, data, tokens, scores)
+        return _write(original, {name: Path(path) for name, path in stages.items()}, Path(output), text, scored)
 
 
 def text_and_items(source: Source, data: str, tokens: int, scores: int | None, prefix: str = "") -> tuple[Text, int]:
@@ -122,16 +122,16 @@ def _write(source: Source, stages: Mapping[str, Path], output: Path, text: Text,
             _check_stage(name, stage, source, text.ids.shape[1])
     folders = {SOURCE: source.folder, **stages}
     old = _loaded(source.folder, device)
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for name, folder in folders.items():
         model = old if name == SOURCE else _loaded(folder, device)
         try:
-            found[name] = {"norm": _norm_of(model), **asdict(measure(old, model, text))}
+            measured[name] = {"norm": _norm_of(model), **asdict(measure(old, model, text))}
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     del old, model
     for name, folder in folders.items():
-        found[name]["scores"] = embedded_scores(folder, scored) if scored else None
+        measured[name]["scores"] = embedded_scores(folder, scored) if scored else None
     made = environment_record()
     record = {
         "source": source.title,
@@ -139,7 +139,7 @@ def _write(source: Source, stages: Mapping[str, Path], output: Path, text: Text,
         "tokens": text.ids.numel(),
         "bytes": text.bytes,
         "scored": scored,
-        "stages": found,
+        "stages": measured,
         "environment": {name: made[name] for name in ("date", "device", "cpu_count", "versions", "git_revision")},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -175,16 +175,16 @@ def convert_and_report(
     """
     wanted.check(target)
     with ExitStack() as stack:
-        found = read_source(source, stack)
-        text, scored = text_and_items(found, data, tokens, scores, prefix="report_")
-        record = convert_source(found, target, wanted)
+        original = read_source(source, stack)
+        text, scored = text_and_items(original, data, tokens, scores, prefix="report_")
+        record = convert_source(original, target, wanted)
         stages = {STAGES[wanted.init]: target}
         try:
             if wanted.init == "calibrate":
                 kept = Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))) / "kept"
-                convert_source(found, kept, replace(wanted, init="keep"))
+                convert_source(original, kept, replace(wanted, init="keep"))
                 stages = {STAGES["keep"]: kept, **stages}
-            report = _write(found, stages, target / NAME, text, scored)
+            report = _write(original, stages, target / NAME, text, scored)
             cost = f"## What it cost\n\n{stage_table(report).markdown()}\n`{NAME}/` has more.\n"
             write_text(target / "README.md", f"{card_text(record)}\n{cost}")
         except (OSError, ValueError, RuntimeError) as error:
@@ -265,8 +265,8 @@ def stage_table(record: Mapping[str, Any]) -> Table:
 
 def mean_score(scores: Mapping[str, Any]) -> float | None:
     """Mean of the normalized scores, 0 to 100, over the tasks that have one; None where none has."""
-    found = [row["normalized"] for row in scores.values() if row["normalized"] is not None]
-    return fmean(found) if found else None
+    normalized = [row["normalized"] for row in scores.values() if row["normalized"] is not None]
+    return fmean(normalized) if normalized else None
 
 
 def _score_table(record: Mapping[str, Any]) -> Table:

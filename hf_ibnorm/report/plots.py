@@ -137,8 +137,8 @@ def clip(axes: Any, curves: Mapping[str, Sequence[float]]) -> None:
     if off:
         room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
         letters = int(axes.get_position().width * WIDTH * 72 / (0.6 * SMALL))
-        told = [f"{name} is off the scale: {_from_to(*each)}" for name, each in off.items()]
-        lines = [line for each in told for line in wrap(each, letters)]
+        notes = [f"{name} is off the scale: {_from_to(*each)}" for name, each in off.items()]
+        lines = [line for note in notes for line in wrap(note, letters)]
         axes.set_ylim(low - room, high + room * (1 + 2 * len(lines)))
         box: Any = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.0}
         place: Any = {"transform": axes.transAxes, "ha": "right", "va": "top", "zorder": 5, "in_layout": False}
@@ -169,12 +169,12 @@ def above(figure: Any, entries: Mapping[str, Any]) -> None:
 
 def handles(panels: Sequence[Any]) -> dict[str, Any]:
     """What is labelled in any of the panels: label → handle."""
-    found = [zip(*reversed(panel.get_legend_handles_labels()), strict=True) for panel in panels]
-    return {label: handle for each in found for label, handle in each}
+    legends = [panel.get_legend_handles_labels() for panel in panels]
+    return {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ForestLine:
     """A line of a forest plot.
 
     Args:
@@ -196,21 +196,21 @@ class Estimate:
     name: str = ""
 
 
-def plot_forest(estimates: Sequence[Estimate], path: Path, what: str) -> None:
+def plot_forest(lines: Sequence[ForestLine], path: Path, what: str) -> None:
     """Differences from 0, a line each; one that is far off is an arrow at the edge, with its number.
 
     Args:
-        estimates: from top to bottom.
+        lines: from top to bottom.
         path: PNG file.
         what: they are, with unit.
     """
-    reach = [(0.0, each.value, *(each.interval or ())) for each in estimates]
+    reach = [(0.0, each.value, *(each.interval or ())) for each in lines]
     extents = [(min(each), max(each)) for each in reach]
     low, high = crowd(extents) if extents else (-1.0, 1.0)
     room = 0.06 * (high - low) or 1.0
     low, high = low - room, high + room
-    with figure(path, height=1.0 + 0.3 * max(len(estimates), 1)) as axes:
-        for y, each in enumerate(estimates):
+    with figure(path, height=1.0 + 0.3 * max(len(lines), 1)) as axes:
+        for y, each in enumerate(lines):
             mark: Any = {"color": each.colour, "markersize": 6.5, "zorder": 4}
             if not low <= each.value <= high:
                 far = each.value > high
@@ -227,11 +227,11 @@ def plot_forest(estimates: Sequence[Estimate], path: Path, what: str) -> None:
             axes.plot([each.value], [y], "o", label=each.name, **mark)
             axes.plot(each.points, [y] * len(each.points), "|", color="black", markersize=7, alpha=0.6, zorder=3)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(estimates)), [each.label for each in estimates])
-        axes.set_ylim(max(len(estimates), 1) - 0.4, -0.6)
+        axes.set_yticks(range(len(lines)), [each.label for each in lines])
+        axes.set_ylim(max(len(lines), 1) - 0.4, -0.6)
         axes.set_xlim(low, high)
         axes.set_xlabel(what)
-        names = {each.name for each in estimates}
+        names = {each.name for each in lines}
         if len(names) > 1:
             beside(axes, handles([axes]))
 
