@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import write_json, write_text
-from hf_ibnorm.report.document import Document
+from hf_ibnorm.report.document import Document, readings
 from hf_ibnorm.report.environment import package_versions
 from hf_ibnorm.report.plots import COLOURS, ForestLine, plot_forest
 from hf_ibnorm.report.tables import Table, csv_text, decimals, number_cell, score_cell
@@ -18,18 +18,8 @@ from .compare import BETTER, CHANCE, NOT_TESTED, SAME, WORSE, Difference, Scored
 from .harness import Prompting
 from .scoring import DAMAGE, score_benchmark
 from .suites import Benchmark
-from .tables import SMOKE
+from .tables import READING, SMOKE
 
-READING = (
-    "Difference: the other model minus the first, of raw scores (percentage points; bits per byte times 100, where "
-    "less is better). Interval: 95 % of the differences when items are drawn again with replacement, the same for "
-    "both models (whole clusters where items share a sentence); none for fewer than ten clusters, or where no item "
-    "differs. p: McNemar's exact test on the items that only one "
-    "model gets right, or flips of the signs of paired differences where items are clustered or not just right or "
-    "wrong; corrected after Holm for the number of benchmarks. A verdict needs the corrected p below 0.05, and is "
-    "'both at chance' where neither model does better or worse than guessing, and 'not tested' where there are fewer "
-    "than six clusters, of which no test can tell anything. One pair of models says nothing about other seeds."
-)
 Differences = dict[str, list[Difference]]
 """Name of a run → its differences from the first."""
 KINDS = (BETTER, WORSE, SAME, CHANCE, NOT_TESTED)
@@ -150,7 +140,7 @@ def describe(
     document.table(difference_table(differences), latex_caption=f"{title}.{f' {stamp}.' if stamp else ''}")
     document.picture(picture, "differences")
     document.heading("How to read it", page_only=True)
-    document.paragraph(READING)
+    document.paragraph(readings(READING)["Comparison"])
     document.heading("Scores", page_only=True)
     document.folded(scores_side_by_side(runs, benchmarks), "raw ± standard error, task by task")
     document.heading("What was compared", page_only=True)

@@ -1,12 +1,14 @@
 """Scores as a table."""
 
+from pathlib import Path
 from typing import Any
 
-from hf_ibnorm.report.document import Document
+from hf_ibnorm.report.document import Document, readings
 from hf_ibnorm.report.tables import Table, number_cell, score_cell
 
 from .suites import AVERAGED, DEFINED, SUITES
 
+READING = Path(__file__).with_name("reading.md")
 SMOKE = "SMOKE - not a leaderboard score"
 
 
@@ -51,19 +53,6 @@ def suites_table(suite: str) -> Table:
     return table
 
 
-PROTOCOL = {
-    "v1": "Open LLM Leaderboard I, with the prompts of today's harness and not those of the commit that the "
-    "leaderboard pinned in 2023. The average is that of the raw scores, in percent.",
-    "v2": "Open LLM Leaderboard II. The average is that of the normalized scores.",
-}
-READING = (
-    "Raw scores are fractions ± standard error (robust to items that share a sentence), bits per byte where lower "
-    "is better; normalized puts guessing at 0 and a perfect score at 100. An item whose best choice is tied counts "
-    "as wrong. At chance: guessing would bring a score so far off with a probability of 5 % or more; below chance: "
-    "further down, as a model that prefers short answers can be."
-)
-
-
 def describe(scores: dict[str, Any]) -> Document:
     """The report on the scores of a run."""
     document = Document(f"{scores['suite']}: {scores['model']}")
@@ -72,7 +61,8 @@ def describe(scores: dict[str, Any]) -> Document:
         document.strong(SMOKE)
     document.table(score_table(scores), latex_caption=f"{scores['model']} on suite {scores['suite']}.{smoke}")
     document.bullets(scores["notes"])
-    document.paragraph(READING)
-    if scores["suite"] in PROTOCOL:
-        document.paragraph(PROTOCOL[scores["suite"]])
+    texts = readings(READING)
+    document.paragraph(texts["Scores"])
+    if scores["suite"] in texts:
+        document.paragraph(texts[scores["suite"]])
     return document

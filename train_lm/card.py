@@ -50,7 +50,7 @@ def model_card(run: Run, repo: str | None = None, remote_code: bool = False) -> 
         """A corpus, tokenizer or checkpoint by its name on the Hub, or by the last part of its path."""
         return _code(source if source in on_hub else re.split(r"[/\\]", source.rstrip("/\\"))[-1])
 
-    filters = {"code": _code, "plain": _plain, "named": named, "commas": lambda number: f"{number:,}"}
+    filters = {"code": _code, "plain": _plain, "named": named}
     text = template(Path(__file__).with_name("card.md"), autoescape=False, **filters).render(
         name=name, repo=repo, remote_code=remote_code, model=model, norm=_norm, **_facts(run)
     )

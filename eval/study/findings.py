@@ -33,16 +33,6 @@ VERDICTS = (
     *(DIVERGED, REFUSED, FAILED, UNFINISHED, ONE_SEED, NO_SCATTER, NO_SCORE, NO_BASELINE),
 )
 """In the order in which sentences name them."""
-READING = (
-    "Each seed fixes the data order and the initial values of every parameter that the norms share, so a norm and the "
-    "baseline are compared seed by seed. Difference: the mean over seeds of norm minus baseline, with its 95 % "
-    "t-interval. p: of no difference, by the paired t-test, corrected after Holm for all norms of the study; a verdict "
-    "needs it below 0.05, so an interval without 0 in it can still be 'not distinguishable'. Could be seen: the least "
-    "true difference that gets a verdict with a probability of 80 %, if seeds scatter as they did here and it is the "
-    "only one (Holm's first step); a smaller one may well be there. A norm with a seed that diverged has the verdict "
-    "'diverged' and no mean is tested: the seeds that are left would be a selection. The verdict holds for this model, "
-    "this text and this budget. Seconds depend on what else ran beside a training, and so on --jobs."
-)
 
 
 def metric_title(groups: Sequence[Group], metric: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import write_text
-from hf_ibnorm.report.document import Document
+from hf_ibnorm.report.document import Document, readings
 from hf_ibnorm.report.plots import plot_forest
 from hf_ibnorm.report.tables import Table, csv_text
 
@@ -91,8 +91,9 @@ def describe(
     document.table(findings.verdict_table(groups, study.metric), caption, f"{stamp}Study {study.name}: {caption}")
     for title, path in pictures:
         document.picture(path, title)
-    document.heading("How to read it")
-    document.paragraph(findings.READING)
+    for title, text in readings(Path(__file__).with_name("reading.md")).items():
+        document.heading(title)
+        document.paragraph(text)
     document.heading("What was equal")
     document.bullets(equal)
     for title, table in (

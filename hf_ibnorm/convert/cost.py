@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..base.files import atomic_directory, check_new_directory, write_json, write_text
 from ..checks import MOST_TOKENS, check_number
 from ..data.text import LEAST, Text, draw_text
-from ..report.document import Document, machine
+from ..report.document import Document, machine, readings
 from ..report.environment import environment_record
 from ..report.runs import read_scores
 from ..report.tables import Table, csv_text, score_cell
@@ -33,14 +33,6 @@ NOVEL = "austen_test"
 """Benchmark of the embedded suite that is left out: a whole novel."""
 NAMED = ("lam", "unit", "standardize", "noise", "alpha")
 """Options of a norm that its row names."""
-READING = (
-    "*KL* is that of the next-token distributions, from the source's to the stage's, mean over tokens; *same top "
-    "token* the share of tokens at which both hold the same one most likely. *Output error* is that of a norm's output "
-    "against the source's at the same site, each in its own model, as a fraction of the variance of the source's; "
-    "median and worst over the sites. A *row* is what a norm makes of one token before gain and bias, its width the "
-    "standard deviation over the features: 1 for IBNorm that standardizes with `layer`, a little less for RMSNorm; of "
-    "each site the narrowest row counts, and of these the median and the least. All sites are in `sites.csv`."
-)
 
 
 def report_conversion(
@@ -294,7 +286,7 @@ def describe(record: Mapping[str, Any], picture: Path | None) -> Document:
     document.paragraph(
         f"Measured in float32 on {record['tokens']:,} tokens ({record['bytes']:,} bytes) of {record['text']}."
     )
-    document.paragraph(READING)
+    document.paragraph(readings(Path(__file__).with_name("reading.md"))["How to read it"])
     if picture:
         document.picture(picture, "output error and narrowest row of every site")
     if record["scored"]:

@@ -119,6 +119,20 @@ def machine(environment: Mapping[str, Any]) -> str:
     return f"{device}, {cores} cores, torch {environment['versions']['torch']}, {environment['date'][:10]}"
 
 
+def readings(path: Path, **values: Any) -> dict[str, str]:
+    """How to read the numbers of a report: the sections of a Markdown file, filled in by jinja2.
+
+    Args:
+        path: its sections begin with `## `.
+        **values: named in the file.
+
+    Returns:
+        Heading → one paragraph.
+    """
+    sections = template(path, autoescape=False).render(values).split("## ")[1:]
+    return {heading: " ".join(text.split()) for heading, _, text in (each.partition("\n") for each in sections)}
+
+
 @cache
 def _page() -> Any:
     from markupsafe import Markup, escape
@@ -133,10 +147,13 @@ def _page() -> Any:
 
 
 def template(path: Path, autoescape: bool = True, **filters: Any) -> Any:
-    """A jinja2 template from a file, in which a line of nothing but a `{% %}` leaves no line."""
+    """A jinja2 template from a file, in which a line of nothing but a `{% %}` leaves no line.
+
+    Its filters are those given and `commas`, as in 1,000.
+    """
     from jinja2 import Environment
 
     options: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(autoescape=autoescape, **options)
-    environment.filters |= filters
+    environment.filters |= {"commas": "{:,}".format, **filters}
     return environment.from_string(path.read_text(encoding="utf-8"))
