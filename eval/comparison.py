@@ -1,4 +1,4 @@
-"""What a comparison is written as: table, forest plot, data, and the page that holds all of it."""
+"""A comparison, written: table, forest plot, data, and the page that holds all of it."""
 
 import shlex
 import sys

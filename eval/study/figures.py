@@ -18,7 +18,7 @@ from .training import DIVERGED
 SHOWN = 8
 """Norms in one picture of losses; of a λ sweep only the best λ is drawn."""
 SMOOTH = 20
-"""Steps that the training loss is averaged over."""
+"""Steps in a mean of the training loss."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def draw_losses(curves: Sequence[Curve], baseline: str | None, path: Path) -> No
             for name, each in validation.items()
         }
     with plots.panels(path, 2, 2) as (left, right):
-        # Where a norm ends is what counts, and the second half of its training loss leads there.
+        # The axis fits the second half of the training loss: the ends are compared, not the beginnings.
         _draw_seeds(left, training, 0.5)
         _draw_seeds(right, {name: list(each.values()) for name, each in validation.items()}, 0.0)
         left.set_title(f"training loss, nats per token, mean of {SMOOTH} steps")
@@ -131,7 +131,7 @@ def forest_lines(groups: Sequence[Group]) -> list[ForestLine]:
 def draw_cost(groups: Sequence[Group], path: Path, metric: str, what: str) -> None:
     """The metric against the seconds that a training took: means over seeds, with standard deviations.
 
-    The norms of a sweep have one look, with λ beside each; what is far off is a mark at the edge, with its number.
+    The norms of a sweep have one look, with λ beside each; one that is far off is a mark at the edge, with its number.
     """
     points = [
         (group, *_center(group.values(metric).values()), *_center([run.seconds() for run in group.runs()]))
@@ -152,7 +152,7 @@ def draw_cost(groups: Sequence[Group], path: Path, metric: str, what: str) -> No
             i = names.index(name)
             off, at = not low <= y <= high, min(max(y, low), high)
             look: Any = {"fmt": ("^" if y > high else "v") if off else MARKS[i % len(MARKS)], "clip_on": not off}
-            # Norms that are more than there are colours share the last one, and have their names beside them.
+            # With more norms than colours, the last ones share a colour, and their names stand beside the marks.
             look |= {"color": COLOURS[min(i, last)], "elinewidth": 0.7, "alpha": 0.85}
             drawn = axes.errorbar(x, at, xerr=seconds, yerr=None if off else error, **look)
             texts = [f"{group.arm.lam:g}"] if id(group) in families else []
@@ -210,7 +210,7 @@ def draw_stability(groups: Sequence[Group], path: Path) -> None:
     sweeps = sweeps_of(groups)
     rates = sorted({rate for sweep in sweeps.values() for group in sweep for rate in group.tuning})
     losses = [loss for group in groups for loss in group.tuned().values() if loss is not None]
-    # What is a nat behind the best is as lost as what is three behind.
+    # The colours end one nat above the best loss: beyond it, a training is lost by however much.
     ends = min(losses), min(max(losses), min(losses) + 1.0)
     with plots.panels(path, len(sweeps), 3, 2.9) as flat:
         for panel, (name, sweep) in zip(flat, sweeps.items(), strict=True):
@@ -225,7 +225,7 @@ def draw_stability(groups: Sequence[Group], path: Path) -> None:
 
 
 def sweeps_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Norms that differ in λ alone, three or more: what their names share → sorted by λ."""
+    """Three or more norms that differ in λ alone: the common part of their names → the norms, sorted by λ."""
     families: dict[str, list[Group]] = {}
     for group in groups:
         if group.arm.lam is not None:

@@ -1,4 +1,4 @@
-"""What a study found, as tables, rows and sentences: verdicts first, then what they rest on."""
+"""The findings of a study as tables, rows and sentences: verdicts first, then the numbers they rest on."""
 
 import math
 import shlex
@@ -58,7 +58,7 @@ def verdict_table(groups: Sequence[Group], metric: str) -> Table:
 
 
 def _statistics(group: Group) -> list[str]:
-    """The cells of `verdict_table` that say something of differences from the baseline; none where there are none."""
+    """The cells of `verdict_table` on the differences from the baseline; none for a norm without differences."""
     paired = group.paired
     if paired is None:
         return []
@@ -74,7 +74,7 @@ def _statistics(group: Group) -> list[str]:
 
 
 def verdict_text(group: Group) -> str:
-    """A verdict, and of how many seeds where that matters."""
+    """A verdict, with the number of seeds that diverged, or the pairs that were refused."""
     if group.verdict == DIVERGED and group.finals:
         count = sum(each.state == DIVERGED for each in group.finals.values())
         return f"{DIVERGED} ({count} of {len(group.finals)} seeds)"
@@ -184,7 +184,7 @@ def verdict_sentences(groups: Sequence[Group], baseline: str) -> list[str]:
 
 
 def what_was_equal(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:
-    """What was the same for all norms, as far as the files show it, and what was not."""
+    """Sentences on what all norms had in common, as far as the files show it, and on what they had not."""
     study, lines = folder.study, []
     pairs = sum(len(group.differences) for group in groups)
     runs = [run for group in groups if group.differences for run in group.runs()]
@@ -249,7 +249,7 @@ def _tuning_lines(folder: Folder, groups: Sequence[Group], metric: str) -> list[
 
 
 def provenance(folder: Folder, groups: Sequence[Group]) -> list[str]:
-    """When, with what, on what, and the command that makes it again."""
+    """Date, machine, versions, and the command that makes the report again."""
     record, threads = folder.record(), folder.study.threads
     lines = [f"Begun {record['history'][0]['date'][:10]}, trainings with {threads} thread{'s' * (threads > 1)} each."]
     if run := next((run for group in groups for run in group.runs()), None):

@@ -47,8 +47,9 @@ class Document:
         self._parts.append(_Part(kind, content, markdown, **options))
 
     def lead(self, text: str, page_only: bool = False) -> None:
-        """A sentence under the title."""
-        self._add("lead", text, "" if page_only else text)
+        """A sentence under the title; nothing where it is empty."""
+        if text:
+            self._add("lead", text, "" if page_only else text)
 
     def heading(self, text: str, page_only: bool = False) -> None:
         """A section begins."""

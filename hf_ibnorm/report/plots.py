@@ -17,7 +17,7 @@ from ..base.files import write_bytes
 from .runs import Run, labels
 
 WIDTH = 10.0
-"""Of every picture, and of the page that shows it, in inches: text has the size there that it is drawn with."""
+"""Inches across a picture, and across the page that shows it: so text is as large on the page as in the picture."""
 TEXT, SMALL = 10.0, 9.0
 """Font sizes in points: of titles and labels, and of ticks, legends and notes."""
 COLOURS = (
@@ -98,14 +98,14 @@ def look(i: int) -> tuple[str, str]:
 
 
 def crowd(extents: Sequence[tuple[float, float]], cores: Sequence[tuple[float, float]] | None = None) -> Ends:
-    """From where to where an axis shows things well: all of them but those that are far off.
+    """The ends of an axis that shows things well: all of them but those that are far off.
 
     Far off are fewer than half of the things, where the nearest of them reaches at least three times as far from the
     middle as what is next, and only where the axis is less than half as long without them.
 
     Args:
-        extents: from where to where each thing goes; at least one.
-        cores: from where to where most of each goes, by which it is judged; as `extents` without.
+        extents: the ends of each thing; at least one.
+        cores: the ends of most of each thing, by which its distance is judged; `extents` unless given.
     """
     cores = extents if cores is None else cores
     middle = median((low + high) / 2 for low, high in cores)
@@ -121,7 +121,7 @@ def crowd(extents: Sequence[tuple[float, float]], cores: Sequence[tuple[float, f
 
 
 def clip(axes: Any, curves: Mapping[str, Sequence[float]]) -> None:
-    """Let the vertical axis show well what most curves do, and say in the picture which go beyond it, and how far.
+    """Fit the vertical axis to most curves, and name in the picture the curves that leave it, with their ends.
 
     Args:
         axes: where the curves are drawn; on a logarithmic scale nothing is changed.
@@ -151,7 +151,7 @@ def _from_to(low: float, high: float) -> str:
 
 
 def beside(axes: Any, entries: Mapping[str, Any] | None = None, title: str | None = None) -> None:
-    """A legend to the right of the axes: of what is labelled in them, or of `entries`, label → handle."""
+    """A legend to the right of the axes: of their labelled artists, or of `entries`, label → handle."""
     given: dict[str, Any] = {"title": title, "alignment": "left"}
     given |= {} if entries is None else {"handles": list(entries.values()), "labels": list(entries)}
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, **given)
@@ -197,12 +197,12 @@ class ForestLine:
 
 
 def plot_forest(lines: Sequence[ForestLine], path: Path, what: str) -> None:
-    """Differences from 0, a line each; one that is far off is an arrow at the edge, with its number.
+    """Differences from 0, a line each; a difference that is far off is an arrow at the edge, with its number.
 
     Args:
         lines: from top to bottom.
         path: PNG file.
-        what: they are, with unit.
+        what: the title of the axis, with its unit.
     """
     reach = [(0.0, each.value, *(each.interval or ())) for each in lines]
     extents = [(min(each), max(each)) for each in reach]
@@ -264,12 +264,12 @@ def draw_heat(
     numbers = [[math.nan if number is None else number for number in row] for row in table]
     image = axes.imshow(numbers, vmin=ends[0], vmax=ends[1], aspect="auto", **options)
     axes.grid(False)
-    for y, row in enumerate(texts):
-        for x, text in enumerate(row):
-            red, green, blue, opaque = image.to_rgba(numbers[y][x])
-            is_dark = opaque and 0.3 * red + 0.59 * green + 0.11 * blue < 0.48
-            place: Any = {"ha": "center", "va": "center", "fontsize": SMALL}
-            axes.text(x, y, text, color="white" if is_dark else "black", **place)
+    cells = [(x, y, text) for y, row in enumerate(texts) for x, text in enumerate(row) if text]
+    for x, y, text in cells:
+        red, green, blue, opaque = image.to_rgba(numbers[y][x])
+        is_dark = opaque and 0.3 * red + 0.59 * green + 0.11 * blue < 0.48
+        place: Any = {"ha": "center", "va": "center", "fontsize": SMALL}
+        axes.text(x, y, text, color="white" if is_dark else "black", **place)
     return image
 
 

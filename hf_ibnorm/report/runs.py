@@ -31,7 +31,7 @@ HARMLESS = frozenset(
 )
 """Settings of train_lm that change nothing in what is computed."""
 SKIPPED_SHARE = 0.25
-"""Of a run's steps: with so many skipped, for want of a finite loss and gradient, it has failed."""
+"""A run fails when this share of its steps was skipped because loss or gradient was not finite."""
 
 
 def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Run:
         )
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """Step and value of a measured number, at the steps that have it: a skipped step may have no loss."""
+        """Step and value of a column of `metrics.jsonl`, where it has one: a skipped step may have no loss."""
         return [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
 
     def step_seconds(self) -> list[float]:
@@ -182,7 +182,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def comparison(runs: list[Run]) -> Table:
-    """Runs as columns: the test set first, then what it cost, then the tasks."""
+    """Runs as columns: scores on the test set first, then the cost of training, then the tasks."""
     table = Table(["", *labels(runs)])
     scored = [run.scores["benchmarks"] if run.scores else {} for run in runs]
     names = list(dict.fromkeys(name for scores in scored for name in scores))
@@ -205,7 +205,7 @@ def comparison(runs: list[Run]) -> Table:
 
 
 def fairness(runs: list[Run]) -> list[str]:
-    """What the runs share, as sentences; a difference that spoils a comparison is said, not hidden."""
+    """Sentences on the settings, data and initial values that the runs share; a difference is a WARNING."""
     lines = []
     starts = {run.environment["init_sha"] for run in runs}
     if len(starts) == 1:

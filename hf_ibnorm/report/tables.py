@@ -51,7 +51,7 @@ class Table:
         )
 
     def print(self) -> None:
-        """On standard output, as wide as it needs to be when that is no terminal."""
+        """On standard output; as wide as the table where that is no terminal."""
         table = RichTable(box=None, pad_edge=False, header_style="bold")
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="left" if i < self.text else "right", overflow="fold")

@@ -90,7 +90,7 @@ def depth_bar(panels: Sequence[Any], names: Sequence[str] = ()) -> None:
 
 
 def share(panels: Sequence[Any], axes: str) -> None:
-    """The same limits of "x", "y" or "xy"; before anything is drawn, or what is outside the first's is cut off."""
+    """Give panels the same limits of "x", "y" or "xy". Call it before anything is drawn, or curves are cut off."""
     first, *others = panels
     for panel in others:
         for axis in axes:
@@ -98,12 +98,12 @@ def share(panels: Sequence[Any], axes: str) -> None:
 
 
 def set_title(panel: Any, text: str, columns: int) -> None:
-    """Over a panel that has an n-th of the width, in lines that do not run into the next."""
+    """A title over a panel that is one of `columns` across, wrapped so that it does not run into the next panel's."""
     panel.set_title("\n".join(wrap(text, int(10.5 * WIDTH / columns) - 4)))
 
 
 def outer_ticks(panel: Any, i: int, count: int, columns: int) -> None:
-    """Tick labels of the i-th of `count` panels only where it is leftmost or lowest."""
+    """Keep the tick labels of the i-th of `count` panels only at the left and the lower edge of the grid."""
     panel.tick_params(labelleft=i % columns == 0, labelbottom=i + columns >= count)
 
 

@@ -1,4 +1,4 @@
-"""The report of a survey: pictures, tables, and what the numbers are, from its record."""
+"""The report of a survey: pictures, tables, and how to read the numbers, from its record."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,8 +27,8 @@ def noise_of(model: Mapping[str, Any]) -> NoiseRobustness:
 
 
 def qq_grid(models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Q-Q data of what comes out of a norm in the middle and the last, at step 0 and now; of the first, too, where
-    there is no step 0."""
+    """Q-Q data of the output of two norms, the middle and the last, at step 0 and now; without a step 0, of the first
+    norm as well."""
     started = any(model["start"] for model in models.values())
     grid: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
@@ -42,7 +42,7 @@ def qq_grid(models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def draw_pictures(record: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Draw the pictures that there are numbers for: file → what it shows."""
+    """Draw every picture whose numbers are in the record: file → caption."""
     models = record["models"]
     sites = {name: model["sites"] for name, model in models.items()}
     likelihood = {name: model["likelihood"] for name, model in models.items() if model["likelihood"]}

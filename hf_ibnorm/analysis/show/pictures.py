@@ -1,9 +1,9 @@
 """The pictures of the diagnostics, in the style of `report.plots`.
 
 Each function draws what its callers measured, leaves out what is None, and returns whether there was anything to draw;
-where there was not, it writes no file. They need matplotlib when they are called. Sites that have the same names in all
-models are drawn by name, others by their relative place, so that models of another family or depth fit beside each
-other.
+where there was not, it writes no file. Matplotlib is imported when they are called. Where all models have sites of the
+same names, the axis of depth has these names; otherwise it goes from each model's first norm to its last, so that
+models of another family or depth fit beside each other.
 """
 
 import math
@@ -113,7 +113,7 @@ def draw_profiles(
     profiles = {quantity: curves for quantity, curves in profiles.items() if any(map(axes.any_finite, curves.values()))}
     if not profiles:
         return False
-    # The look of a model goes by its place among all, so that it has one colour in all pictures.
+    # A model keeps its colour in all pictures: that of its place among all models, drawn here or not.
     drawn = [name for name in models if any(axes.any_finite(curves[name]) for curves in profiles.values())]
     depth = axes.Depth.of({name: list(models[name]) for name in drawn})
     widths = {site["width"] for name in drawn for site in models[name].values() if site.get("width")}
@@ -122,7 +122,7 @@ def draw_profiles(
         axes.share(flat, "x")
         for i, (panel, (quantity, curves)) in enumerate(zip(flat, profiles.items(), strict=True)):
             known = {quantity.reference(width) for width in widths} if quantity.reference else set()
-            if len(known) == 1:  # or models of different width have different ones
+            if len(known) == 1:  # models of different widths may have different references: then none is drawn
                 panel.axhline(*known, linestyle=(0, (1, 1)), label=reference, **axes.REFERENCE)
             for name in filter(lambda name: axes.any_finite(curves[name]), drawn):
                 axes.draw_marked_curve(panel, list(models).index(name), depth.places(name), curves[name], name)

@@ -54,7 +54,7 @@ def draw_plane(models: Models, path: Path) -> bool:
 
 
 def _draw_path(panel: Any, points: Sequence[PlanePoint], colour: Any) -> None:
-    """A site's way through the plane, and where it ends."""
+    """The way of a site through the plane, step by step, its last point marked."""
     if not points:
         return
     x, y = ([getattr(each, field).value for each in points] for field in ("input", "output"))
@@ -98,7 +98,7 @@ def draw_ib(models: Models, path: Path) -> bool:
 
 
 def _known(models: Models) -> dict[str, list[PlanePoint]]:
-    """The points that could be estimated, of the models that have any."""
+    """The points with an estimate, of the models that have such points."""
     known = {name: [each for each in points if each.ib.value is not None] for name, points in models.items()}
     return {name: points for name, points in known.items() if points}
 
@@ -108,6 +108,6 @@ def _estimators(models: Models) -> list[str]:
 
 
 def _last_step(points: Sequence[PlanePoint]) -> list[PlanePoint]:
-    """Those of the last step; a model that is no checkpoint has none."""
+    """The points of the last step; the points of a model that is no checkpoint have no step."""
     steps = [-1 if each.step is None else each.step for each in points]
     return [each for each, step in zip(points, steps, strict=True) if step == max(steps)]

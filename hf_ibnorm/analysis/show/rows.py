@@ -12,7 +12,7 @@ FILES = (
 )
 """One without a row is not written."""
 UNKNOWN = "a norm of an unknown kind"
-"""Why a module that is called a norm is not looked at."""
+"""Why a module that has the name of a norm is not measured."""
 _GROUPS = (*PLACES, "lam_hat", "p_std")
 """Cells of a site that are several numbers, or None."""
 Row = dict[str, Any]

@@ -58,7 +58,7 @@ def _cell(cells: Any, *keys: str) -> Any:
 
 
 def sites_table(sites: Mapping[str, Any]) -> Table:
-    """A row for each norm: the numbers that most is said with; the CSV file has all."""
+    """A row for each norm, with the most telling numbers; the CSV file has all."""
     values = ("mean", "variance", "skewness", "excess_kurtosis", "near_zero", "hoyer", "massive", "effective_rank")
     columns: dict[str, tuple[str, ...]]
     columns = {f"{value.replace('_', ' ')}, {place}": (place, value) for value in values for place in PLACES}
@@ -86,7 +86,7 @@ def normality_table(stage: Mapping[str, Any]) -> Table:
 
 
 def plane_table(points: Iterable[PlanePoint]) -> Table:
-    """Points of the information plane, with 95 % intervals; what cannot be estimated says why."""
+    """Points of the information plane, with 95 % intervals; the note says why there is no estimate."""
     columns = ["I(X;T)", "chance", "I(T;Y)", "chance", "I(T;Y) - β·I(X;T)", "β", "n", "note"]
     table = Table(["site", "step", "estimator", *columns])
     for point in points:
@@ -104,7 +104,7 @@ def reasons_table(record: Mapping[str, Any]) -> Table:
 
 
 def _reasons(model: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Site, cell and reason of all that is empty in a model."""
+    """Site, cell and reason, for every empty cell of a model."""
     for part, why in model["reasons"].items():
         yield ["", part, why]
     for site in model["unknown"]:
