@@ -21,7 +21,7 @@ from ..data.text import LEAST, Text, draw_text
 from ..report.document import Document, machine, readings
 from ..report.environment import environment_record
 from ..report.runs import read_scores
-from ..report.tables import Table, csv_text, score_cell
+from ..report.tables import Table, csv_text, number_cell, score_cell
 from ..swap.loading import load
 from .checkpoint import Source, card_text, convert_source, read_source
 from .measure import measure
@@ -213,22 +213,13 @@ def _norm_of(model: PreTrainedModel) -> str:
 
 
 def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
-    """Rows of `scores.json` that `python -m eval run --suite embedded` writes for a model, without the novel.
-
-    Args:
-        model: its directory.
-        limit: items a task.
-
-    Raises:
-        RuntimeError: it fails.
-    """
+    """Scores in the embedded suite, without the novel, on `limit` items a task; RuntimeError where eval fails."""
     with TemporaryDirectory(prefix="hf_ibnorm_") as folder:
         flags = ["--suite", "embedded", "--skip", NOVEL, "--limit", str(limit), "--batch_size", "32"]
         flags += ["--overlong", "skip"]  # a short context is no reason for no report
-        words = ["run", "--model", str(model), *flags, "--output", f"{folder}/scores"]
+        flags += ["--model", str(model), "--output", f"{folder}/scores"]
         # -P: an eval.py in the user's folder is not ours.
-        words = [sys.executable, "-P", "-m", "eval", *words]
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-P", "-m", "eval", "run", *flags], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"scores: {(done.stderr.strip().splitlines() or ['eval failed'])[-1]}")
         benchmarks: dict[str, Any] = read_scores(Path(folder) / "scores")["benchmarks"]
@@ -237,21 +228,17 @@ def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
 
 def stage_table(record: Mapping[str, Any]) -> Table:
     """A row for each stage of a report."""
-    scored = bool(record["scored"])
-    table = Table(
-        [
-            *("stage", "norm", "bits per byte", "KL to source, nats", "same top token", "output error, median"),
-            *("worst", "narrowest row, median", "least", *(["embedded, mean"] if scored else [])),
-        ]
-    )
+    columns = ["stage", "norm", "bits per byte", "KL to source, nats", "same top token", "output error, median"]
+    columns += ["worst", "narrowest row, median", "least"]
+    table = Table(columns + ["embedded, mean"] * bool(record["scored"]))
     for name, stage in record["stages"].items():
         errors = [site["error"] for site in stage["sites"].values() if site["error"] is not None] or [math.nan]
         widths = [site["least_row_std"] for site in stage["sites"].values()]
-        whole = [f"{stage['bits_per_byte']:.4f}", f"{stage['kl']:.4g}", f"{stage['top1']:.1%}"]
-        by_site = [f"{value:.3g}" for value in (median(errors), max(errors), median(widths), min(widths))]
-        mean = mean_score(stage["scores"]) if scored else None
-        scores = ["-" if mean is None else f"{mean:.2f}"] if scored else []
-        table.rows.append([name, stage["norm"], *whole, *by_site, *scores])
+        cells = [f"{stage['bits_per_byte']:.4f}", f"{stage['kl']:.4g}", f"{stage['top1']:.1%}"]
+        cells += [f"{value:.3g}" for value in (median(errors), max(errors), median(widths), min(widths))]
+        if record["scored"]:
+            cells.append(number_cell(mean_score(stage["scores"]), ".2f"))
+        table.rows.append([name, stage["norm"], *cells])
     return table
 
 
@@ -265,9 +252,8 @@ def _score_table(record: Mapping[str, Any]) -> Table:
     """A row for each stage, a column for each embedded task."""
     scores = {name: stage["scores"] for name, stage in record["stages"].items()}
     tasks = [name for name in scores[SOURCE] if name != NOVEL]
-    return Table(
-        ["stage", *tasks], [[name, *(score_cell(row[each]) for each in tasks)] for name, row in scores.items()]
-    )
+    rows = [[name, *(score_cell(row[each]) for each in tasks)] for name, row in scores.items()]
+    return Table(["stage", *tasks], rows)
 
 
 def _sites_csv(record: Mapping[str, Any]) -> str:

@@ -7,16 +7,17 @@ import pytest
 from hf_ibnorm.report.document import Document, readings
 from hf_ibnorm.report.tables import Table
 
+PNG = b"\x89PNG"
+
 
 @pytest.fixture
 def document(tmp_path):
-    (tmp_path / "forest.png").write_bytes(b"\x89PNG")
+    (tmp_path / "forest.png").write_bytes(PNG)
     document = Document("Norms <&> losses", {"worse": "bad"}, ["Made by `a <b>`.", "In a day."])
     document.lead("About it.", page_only=True)
     document.strong("Against a - worse: b.")
-    document.table(
-        Table(["norm", "verdict"], [["b|c", "worse"]], text=2), "Mean over seeds.", latex_caption="Norms & co"
-    )
+    table = Table(["norm", "verdict"], [["b|c", "worse"]], text=2)
+    document.table(table, "Mean over seeds.", latex_caption="Norms & co")
     document.picture(tmp_path / "forest.png", "differences")
     document.heading("Details", page_only=True)
     document.folded(Table(["seed"], [["0"]]), "1 training", "cells.csv")
@@ -41,10 +42,7 @@ def test_the_page_needs_nothing_else(document):
     assert '<p class="lead">About it.</p>' in page
     assert "<p><strong>Against a - worse: b.</strong></p>" in page
     assert '<td class="text">b|c</td><td class="text bad">worse</td>' in page
-    assert (
-        f'<img alt="differences" src="data:image/png;base64,{base64.b64encode(bytes([0x89]) + b"PNG").decode()}">'
-        in page
-    )
+    assert f'<img alt="differences" src="data:image/png;base64,{base64.b64encode(PNG).decode()}">' in page
     assert page.count("<details>") == 2
     assert "<li>one</li><li>two</li>" in page
     assert "<footer>Made by <code>a &lt;b&gt;</code>. In a day.</footer>" in page
