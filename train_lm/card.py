@@ -39,7 +39,7 @@ def model_card(run: Run, repo: str | None = None, remote_code: bool = False) -> 
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["hf_ibnorm", model["norm_type"], *(norm["type"] for _, norm in model.get("norm_overrides") or [])],
+        tags=["hf_ibnorm", *(norm for _, norm, _ in run.norms())],
         base_model=model["init_from"] if model.get("init_from") in on_hub else None,
         datasets=[run.config["corpus"]] if run.config["corpus"] in on_hub else None,
         model_name=name if results else None,

@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from hf_ibnorm.base.files import sha256
+from hf_ibnorm.report.runs import Run
 from hf_ibnorm.report.tables import Table, decimals, number_cell
 
 from ..compare import BETTER, SAME, WORSE
@@ -205,8 +206,7 @@ def what_was_equal(folder: Folder, groups: Sequence[Group], metric: str) -> list
                 f"NOTE: on purpose, {arm.name} has {', '.join(f'{k} = {v}' for k, v in arm.settings.items())}."
             )
     lines += _tuning_lines(folder, groups, metric)
-    noisy = [group for group in groups if group.arm.norm == "layernormalnorm" and group.runs()]
-    if noisy:
+    if any(_draws_noise(run) for group in groups for run in group.runs()):
         lines.append("Noise is off in validation: models are in eval mode, which train_lm checks.")
         if study.suites and "noise" not in study.scoring.get("ignore", ()):
             lines.append("Noise is off in scoring: the doctor of `eval run` checks that logits repeat.")
@@ -214,6 +214,14 @@ def what_was_equal(folder: Folder, groups: Sequence[Group], metric: str) -> list
     for change in folder.record()["history"][1:]:
         lines.append(f"NOTE: the plan was changed at {change['date']}, after it began with {change['was']}.")
     return lines
+
+
+def _draws_noise(run: Run) -> bool:
+    """Whether a norm of a run's model draws noise in training; a norm that is not registered here is passed over."""
+    from hf_ibnorm.norms import NORMS, build_norm
+
+    known = [(name, options) for _, name, options in run.norms() if name in NORMS]
+    return any(getattr(build_norm(name, 2, **options), "draws_noise", False) for name, options in known)
 
 
 def _tuning_lines(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:

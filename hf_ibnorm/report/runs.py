@@ -85,6 +85,12 @@ class Run:
             scores=read_scores(scores) if (scores / "scores.json").exists() else None,
         )
 
+    def norms(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """Glob, name and options: of the norm of all sites, whose glob is "", and of every override."""
+        model = self.config["model"]
+        overrides = [(glob, norm["type"], norm["kwargs"]) for glob, norm in model.get("norm_overrides") or []]
+        return [("", model["norm_type"], model["norm_kwargs"]), *overrides]
+
     def curve(self, name: str) -> list[tuple[int, float]]:
         """Step and value of a column of `metrics.jsonl`, where it has one: a skipped step may have no loss."""
         return [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
@@ -173,10 +179,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
     """What tells the runs apart: the norm with its strength, and the directory's name where two share that."""
     short = []
     for run in runs:
-        model = run.config["model"]
-        norms = [("", model["norm_type"], model["norm_kwargs"])]
-        norms += [(f"{glob}: ", norm["type"], norm["kwargs"]) for glob, norm in model.get("norm_overrides") or []]
-        short.append(", ".join(f"{where}{norm}{_strength(options)}" for where, norm, options in norms))
+        names = (f"{glob and glob + ': '}{name}{_strength(options)}" for glob, name, options in run.norms())
+        short.append(", ".join(names))
     count = Counter(short)
     return [label if count[label] == 1 else f"{label} ({run.name})" for label, run in zip(short, runs, strict=True)]
 
