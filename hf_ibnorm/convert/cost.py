@@ -286,7 +286,7 @@ def describe(record: Mapping[str, Any], picture: Path | None) -> Document:
 
 def draw_sites(record: Mapping[str, Any], path: Path) -> None:
     """Output error, and the narrowest row, of every site of every stage but the source."""
-    from ..report.plots import above, draw_curve, handles, panels
+    from ..report.plots import above, draw_curve, panels
 
     with panels(path, 2, 2, 3.2) as (errors, widths):
         for i, (name, stage) in enumerate(record["stages"].items()):
@@ -303,4 +303,4 @@ def draw_sites(record: Mapping[str, Any], path: Path) -> None:
         widths.set_ylim(min(0.1, widths.get_ylim()[0]), max(2.0, widths.get_ylim()[1]))
         widths.set_title("standard deviation of the narrowest row")
         errors.figure.supxlabel("norm, from the embedding to the output")
-        above(errors.figure, handles([widths]))
+        above([widths])

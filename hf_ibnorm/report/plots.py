@@ -157,8 +157,15 @@ def beside(axes: Any, entries: Mapping[str, Any] | None = None, title: str | Non
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, **given)
 
 
-def above(figure: Any, entries: Mapping[str, Any]) -> None:
-    """One legend over all panels, for which the picture grows, if there is more than one thing to tell."""
+def above(panels: Sequence[Any], order: Sequence[str] = ()) -> None:
+    """One legend over the whole picture, which grows by it, of more than one label in the panels.
+
+    Args:
+        panels: whose labelled artists are told; the same label means the same look.
+        order: labels that are told, in this order; all of them, as they were drawn, without.
+    """
+    drawn, figure = handles(panels), panels[0].figure
+    entries = {label: drawn[label] for label in order or drawn if label in drawn}
     if len(entries) > 1:
         most = max(1, min(5, int(WIDTH / (0.6 + 0.075 * max(map(len, entries))))))
         columns = -(-len(entries) // -(-len(entries) // most))
@@ -168,7 +175,7 @@ def above(figure: Any, entries: Mapping[str, Any]) -> None:
 
 
 def handles(panels: Sequence[Any]) -> dict[str, Any]:
-    """What is labelled in any of the panels: label → handle."""
+    """Label → handle of the labelled artists in any of the panels."""
     legends = [panel.get_legend_handles_labels() for panel in panels]
     return {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
 
@@ -289,7 +296,8 @@ def smoothed(points: Points, most: int, sliding: bool = False) -> list[tuple[flo
 def plot_losses(runs: Sequence[Run], path: Path) -> None:
     """Training loss (averaged over up to 10 steps) and validation loss of several runs against the step."""
     with figure(path) as axes:
-        above(axes.figure, _draw_losses(axes, runs))
+        _draw_losses(axes, runs)
+        above([axes], [*_names(runs), "validation"])
 
 
 PANELS = {
@@ -302,7 +310,7 @@ PANELS = {
 def plot_runs(runs: Sequence[Run], path: Path) -> None:
     """Losses, gradient norm, movement of the gains and speed of several runs, finished or not, in one picture."""
     with panels(path, 1 + len(PANELS), 2, 2.9) as (losses, *others):
-        entries = _draw_losses(losses, runs)
+        _draw_losses(losses, runs)
         for axes, (name, title) in zip(others, PANELS.items(), strict=True):
             curves = {}
             for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
@@ -310,22 +318,22 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
                 curves[label] = [value for _, value in run.curve(name)]
             axes.set(xlabel="step", ylabel=title, yscale="log" if name == "grad_norm" else "linear")
             clip(axes, curves)
-        above(losses.figure, entries)
+        above([losses], [*_names(runs), "validation"])
 
 
-def _draw_losses(axes: Any, runs: Sequence[Run]) -> dict[str, Any]:
-    """A line for the training loss and marks for the validation loss of each run.
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Of the lines in the legend."""
+    return labels(runs) if len(runs) > 1 else ["training"]
 
-    Returns:
-        The entries of the legend, the marks of all runs last.
-    """
+
+def _draw_losses(axes: Any, runs: Sequence[Run]) -> None:
+    """A line for the training loss and marks for the validation loss of each run."""
     curves = {}
-    for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
+    for i, (run, label, name) in enumerate(zip(runs, labels(runs), _names(runs), strict=True)):
         training, validation = smoothed(run.curve("loss"), 10, sliding=True), run.curve("eval_loss")
-        draw_curve(axes, i, training, label if len(runs) > 1 else "training")
+        draw_curve(axes, i, training, name)
         mark = {"marker": MARKS[i % len(MARKS)], "markersize": 6, "markerfacecolor": "white", "linestyle": ""}
         draw_curve(axes, i, validation, "" if i else "validation", **mark)
         curves[label] = [value for _, value in (*training, *validation)]
     axes.set(xlabel="step", ylabel="loss, nats per token")
     clip(axes, curves)
-    return dict(sorted(handles([axes]).items(), key=lambda entry: entry[0] == "validation"))

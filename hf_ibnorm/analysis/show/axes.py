@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
-from ...report.plots import MARKS, WIDTH, draw_curve, handles
+from ...report.plots import MARKS, WIDTH, draw_curve
 
 NAMED = 12
 """Site names on one axis; of more sites every n-th is named."""
@@ -105,12 +105,6 @@ def set_title(panel: Any, text: str, columns: int) -> None:
 def outer_ticks(panel: Any, i: int, count: int, columns: int) -> None:
     """Keep the tick labels of the i-th of `count` panels only at the left and the lower edge of the grid."""
     panel.tick_params(labelleft=i % columns == 0, labelbottom=i + columns >= count)
-
-
-def entries(panels: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
-    """Which of `labels` are in any panel, in their order: label → handle."""
-    drawn = handles(panels)
-    return {label: drawn[label] for label in labels if label in drawn}
 
 
 def draw_marked_curve(panel: Any, i: int, places: Sequence[float], values: Sequence[float], name: str) -> None:

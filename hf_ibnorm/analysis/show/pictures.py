@@ -131,7 +131,7 @@ def draw_profiles(
             axes.set_title(panel, quantity.title, columns)
             panel.tick_params(labelbottom=i + columns >= len(flat))
         depth.label(flat)
-        above(flat[0].figure, axes.entries(flat, [*drawn, reference]))
+        above(flat, [*drawn, reference])
     return True
 
 
@@ -289,7 +289,7 @@ def draw_lam_hat(models: Mapping[str, Sites], path: Path) -> bool:
         shaded = "numbers: share of rows outside [0, 2], shaded" if numbers else "shaded: [0, 2]"
         note = ", some longer than shown (triangles)" if longer else ""
         axes.set_title(panel, f"marks: mean; {bars}{note}; {shaded}", 1)
-        above(panel.figure, axes.entries([panel], [*lam_hats, NO_TRANSFORMATION]))
+        above([panel], [*lam_hats, NO_TRANSFORMATION])
     return True
 
 

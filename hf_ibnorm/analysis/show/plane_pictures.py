@@ -93,7 +93,7 @@ def draw_ib(models: Models, path: Path) -> bool:
             panel.set_title(f"{ESTIMATOR_NAMES.get(estimator, estimator)}, β = {betas}")
         depth.label(flat)
         flat[0].set_ylabel("I(T;Y) - β·I(X;T), nats")
-        above(flat[0].figure, axes.entries(flat, list(known)))
+        above(flat, list(known))
     return True
 
 
