@@ -16,10 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from page import page
+from page import fill
 
-from hf_ibnorm.base.files import write_text
-from hf_ibnorm.convert.report import SOURCE, mean_score, plot
+from hf_ibnorm.convert.cost import SOURCE, draw_sites, mean_score
 from hf_ibnorm.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
@@ -69,14 +68,14 @@ def reports() -> dict[str, dict[str, Any]]:
     return {case: json.loads(path.read_text(encoding="utf-8")) for case, path in paths.items() if path.is_file()}
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(by_case: dict[str, dict[str, Any]]) -> str:
     """A row for the source and for each stage of each case, and on what they were measured."""
     columns = ["bits per byte", "won back", "KL, nats", "same top token", "embedded, mean", "narrowest row"]
     shown = Table(["norm", "stage", *columns])
-    first = next(iter(found.values()))
+    first = next(iter(by_case.values()))
     source = first["stages"][SOURCE]
     shown.rows.append(["RMSNorm", SOURCE, *_cells(source, None, None)])
-    for case, report in found.items():
+    for case, report in by_case.items():
         for name in STAGES:
             stage = report["stages"][name]
             swapped = report["stages"][STAGES[0]] if name != STAGES[0] else None
@@ -100,9 +99,9 @@ def _cells(stage: dict[str, Any], source: dict[str, Any] | None, swapped: dict[s
     ]
 
 
-def written(text: str) -> str:
-    """The page with the table of the reports that are there."""
-    return page(text, {"conversions": table(reports())})
+def tables() -> dict[str, str]:
+    """What the page shows of the reports that are there."""
+    return {"conversions": table(reports())}
 
 
 def main() -> None:
@@ -121,8 +120,8 @@ def main() -> None:
             study(arguments.model, case, work, RESULTS / case)
             shutil.rmtree(work)
     for case, report in reports().items():
-        plot(report, RESULTS / case / "report.png")
-    write_text(PAGE, written(PAGE.read_text(encoding="utf-8")))
+        draw_sites(report, RESULTS / case / "report.png")
+    fill(PAGE, tables())
 
 
 if __name__ == "__main__":

@@ -8,22 +8,20 @@ models, looks at them and does both.
 """
 
 import argparse
-import csv
 import json
-import re
 import shutil
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
-from page import page
+import pandas as pd
+from page import fill
 
-from hf_ibnorm.analysis import pictures
 from hf_ibnorm.analysis.information import Estimate
 from hf_ibnorm.analysis.noise import NoiseRobustness
-from hf_ibnorm.analysis.page import qq_panels
-from hf_ibnorm.analysis.pictures import short_site
 from hf_ibnorm.analysis.plane import PlanePoint
+from hf_ibnorm.analysis.show import pictures, plane_pictures
+from hf_ibnorm.analysis.show.axes import short_site
+from hf_ibnorm.analysis.show.describe import qq_grid
 from hf_ibnorm.base.files import write_json, write_text
 from hf_ibnorm.report.tables import Table
 
@@ -33,7 +31,6 @@ DRAWN = RESULTS / "pictures.json"
 """Numbers of pictures that no table has: histograms, pairs and quantiles."""
 TABLES = ("sites", "normality", "likelihood", "noise", "plane")
 PLACES = ("before", "after")
-Row = dict[str, str]
 
 
 def adopt(report: Path) -> None:
@@ -50,173 +47,157 @@ def adopt(report: Path) -> None:
         for name, model in models
     }
     likelihood = {name: model["likelihood"] for name, model in models if model["likelihood"]}
-    kept = {"lam_hat": lam_hat, "likelihood": likelihood, "qq": qq_panels(record["models"])}
+    kept = {"lam_hat": lam_hat, "likelihood": likelihood, "qq": qq_grid(record["models"])}
     # Five digits are more than a picture shows.
     write_text(DRAWN, json.dumps(json.loads(json.dumps(kept), parse_float=lambda text: float(f"{float(text):.5g}"))))
 
 
+def read(name: str) -> pd.DataFrame:
+    """A table of the report; its `step` is that of a checkpoint."""
+    return pd.read_csv(RESULTS / f"{name}.csv")
+
+
+def facts() -> dict[str, Any]:
+    """What was measured on what."""
+    record: dict[str, Any] = json.loads((RESULTS / "facts.json").read_text(encoding="utf-8"))
+    return record
+
+
+def trained(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of the finished models."""
+    steps = {name: model["step"] for name, model in facts()["models"].items()}
+    return rows[rows["step"] == rows["model"].map(steps)]
+
+
 def draw() -> None:
     """Draw every picture that there are numbers for; one without numbers stays as it is."""
-    shown = facts()["models"]
-    found = json.loads(DRAWN.read_text(encoding="utf-8")) if DRAWN.is_file() else {"lam_hat": {}}
-    sites: dict[str, dict[str, Any]] = {name: {} for name in shown}
-    for row in read("sites"):
-        if row["step"] == str(shown[row["model"]]["step"]):
-            sites[row["model"]][row["site"]] = _statistics(row)
-    for name, each in found["lam_hat"].items():
-        for site, histogram in each.items():
-            sites[name][site]["lam_hat"] = histogram
+    kept = json.loads(DRAWN.read_text(encoding="utf-8")) if DRAWN.is_file() else {"lam_hat": {}}
+    sites: dict[str, dict[str, Any]] = {name: {} for name in facts()["models"]}
+    for row in trained(read("sites")).to_dict("records"):
+        site = sites[row["model"]][row["site"]] = _statistics(row)
+        site["lam_hat"] = kept["lam_hat"].get(row["model"], {}).get(row["site"], site["lam_hat"])
+    points = {
+        name: [_point(row) for row in rows.to_dict("records")]
+        for name, rows in read("plane").groupby("model", sort=False)
+    }
     pictures.draw_profiles(sites, RESULTS / "profiles.png")
     pictures.draw_norm_profiles(sites, RESULTS / "norms.png")
     pictures.draw_lam_hat(sites, RESULTS / "lam_hat.png")
-    pictures.draw_zeta({name: _noise(of_model(read("noise"), name, None)) for name in shown}, RESULTS / "zeta.png")
-    points = {name: [_point(row) for row in of_model(read("plane"), name, None)] for name in shown}
-    pictures.draw_plane(points, RESULTS / "plane.png")
-    pictures.draw_ib(points, RESULTS / "ib.png")
+    noise = {name: _noise(rows) for name, rows in read("noise").groupby("model", sort=False)}
+    pictures.draw_zeta(noise, RESULTS / "zeta.png")
+    plane_pictures.draw_plane(points, RESULTS / "plane.png")
+    plane_pictures.draw_ib(points, RESULTS / "ib.png")
     if DRAWN.is_file():
-        pictures.draw_likelihood(found["likelihood"], RESULTS / "likelihood.png")
-        pictures.draw_qq(found["qq"], RESULTS / "qq.png")
+        pictures.draw_likelihood(kept["likelihood"], RESULTS / "likelihood.png")
+        pictures.draw_qq(kept["qq"], RESULTS / "qq.png")
 
 
-def _statistics(row: Row) -> dict[str, Any]:
-    """A site's statistics from their row."""
-    numbers = {key: float(cell) for key, cell in row.items() if re.fullmatch(r"-?[\d.]+(e-?\d+)?", cell)}
-    site: dict[str, Any] = {key: value for key, value in numbers.items() if "_" not in key}
-    for part in (*PLACES, "lam_hat", "p_std"):
-        cells = {key.removeprefix(f"{part}_"): value for key, value in numbers.items() if key.startswith(f"{part}_")}
-        site[part] = cells or None
-    return {**site, "width": int(row["width"])}
+def _statistics(row: dict[str, Any]) -> dict[str, Any]:
+    """A site's statistics from their row, without its empty cells."""
+    cells = {key: cell for key, cell in row.items() if not pd.isna(cell)}
+    parts = {
+        part: {key.removeprefix(f"{part}_"): cell for key, cell in cells.items() if key.startswith(f"{part}_")} or None
+        for part in (*PLACES, "lam_hat", "p_std")
+    }
+    return {**cells, **parts}
 
 
-def _noise(rows: list[Row]) -> NoiseRobustness:
-    sites = tuple(dict.fromkeys(row[key] for key in ("noise_at", "measured_at") for row in rows))
-    found = {(row["noise_at"], row["measured_at"]): row for row in rows}
+def _noise(rows: pd.DataFrame) -> NoiseRobustness:
+    sites = tuple(dict.fromkeys([*rows["noise_at"], *rows["measured_at"]]))
 
-    def grid(key: str) -> tuple[tuple[float | None, ...], ...]:
-        cells = [[found.get((a, b), {}).get(key) for b in sites] for a in sites]
-        return tuple(tuple(float(cell) if cell else None for cell in line) for line in cells)
+    def grid(values: str) -> tuple[tuple[float | None, ...], ...]:
+        cells = rows.pivot(index="noise_at", columns="measured_at", values=values).reindex(index=sites, columns=sites)
+        return tuple(tuple(None if pd.isna(cell) else cell for cell in line) for line in cells.to_numpy())
 
     options = facts()["options"]
     return NoiseRobustness(options["delta"], options["draws"], sites, grid("zeta"), grid("spread"), 0)
 
 
-def _point(row: Row) -> PlanePoint:
+def _point(row: dict[str, Any]) -> PlanePoint:
+    known = {key: None if pd.isna(cell) else cell for key, cell in row.items()}
+
     def estimate(key: str) -> Estimate:
-        value, *ends, chance = (
-            float(row[name]) if row[name] else None for name in (key, f"{key}_low", f"{key}_high", f"{key}_chance")
-        )
-        interval = None if None in ends else (ends[0], ends[1])
-        return Estimate(value, interval, chance, int(row["n"]), row["reason"])
+        ends = known[f"{key}_low"], known[f"{key}_high"]
+        reason = known["reason"] or ""
+        return Estimate(known[key], None if None in ends else ends, known[f"{key}_chance"], row["n"], reason)
 
-    step = int(row["step"]) if row["step"] else None
-    return PlanePoint(step, row["site"], row["estimator"], *map(estimate, KEYS), float(row["beta"]))
+    estimates = map(estimate, ("i_xt", "i_ty", "ib"))
+    return PlanePoint(known["step"], row["site"], row["estimator"], *estimates, row["beta"])
 
 
-def read(name: str) -> list[Row]:
-    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def from_to(row: pd.Series, column: str, form: str) -> str:
+    """What goes in, and what comes out."""
+    return " → ".join(f"{row[f'{place}_{column}']:{form}}" for place in PLACES)
 
 
-def facts() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / "facts.json").read_text(encoding="utf-8"))
-    return found
+def dashed(value: float, form: str) -> str:
+    """A number, or a dash where there is none."""
+    return "-" if pd.isna(value) else format(value, form)
 
 
-def of_model(rows: list[Row], model: str, step: int | None) -> list[Row]:
-    return [row for row in rows if row["model"] == model and (step is None or row["step"] == str(step))]
-
-
-def middle(rows: list[Row], column: str, form: str) -> str:
-    """Median over the norms; a dash where none has a number."""
-    values = [float(row[column]) for row in rows if row[column]]
-    return format(median(values), form) if values else "-"
-
-
-def from_to(rows: list[Row], column: str, form: str) -> str:
-    return " → ".join(middle(rows, f"{place}_{column}", form) for place in PLACES)
-
-
-def shape_table() -> str:
-    """What the norms make of a row."""
+def shape_table() -> Table:
+    """What the norms make of a row: medians over the norms."""
     columns = ["model", "row's excess kurtosis", "near zero", "Hoyer", "largest / median size"]
     table = Table([*columns, "var(s) / var(x)", "saturated", "mean slope", "effective rank, out"])
-    sites = read("sites")
-    for name, model in facts()["models"].items():
-        rows = of_model(sites, name, model["step"])
-        cells = [from_to(rows, column, ".3f") for column in ("row_excess_kurtosis", "near_zero", "hoyer")]
-        cells += [from_to(rows, "massive", ".1f"), middle(rows, "contraction", ".3g")]
-        cells += [middle(rows, "saturation", ".1%"), middle(rows, "slope", ".3f")]
-        table.rows.append([name, *cells, middle(rows, "after_effective_rank", ".1f")])
-    return table.markdown()
+    own = {"contraction": ".3g", "saturation": ".1%", "slope": ".3f", "after_effective_rank": ".1f"}
+    for name, row in trained(read("sites")).groupby("model", sort=False).median(numeric_only=True).iterrows():
+        cells = [from_to(row, column, ".3f") for column in ("row_excess_kurtosis", "near_zero", "hoyer")]
+        cells += [from_to(row, "massive", ".1f"), *(dashed(row[column], form) for column, form in own.items())]
+        table.rows.append([str(name), *cells])
+    return table
 
 
-def normality_table() -> str:
-    """How normal channels are, at the start and at the end."""
-    columns = ["model", "step", "Q-Q R², in → out", "D'Agostino rejects", "Henze-Zirkler rejects", "mean abs. r"]
-    table = Table([*columns, "of ranks", "AMI", "AMI, uniform bins"])
-    rows = read("normality")
-    for name, model in facts()["models"].items():
-        for step in (0, model["step"]):
-            here = of_model(rows, name, step)
-            by_place = [[row for row in here if row["place"] == place] for place in PLACES]
-            cells = [
-                " → ".join(middle(each, column, form) for each in by_place)
-                for column, form in (
-                    ("r_squared_mean", ".4f"),
-                    ("dagostino_rejected", ".0%"),
-                    ("henze_zirkler_rejected", ".0%"),
-                    ("correlation_mean", ".3f"),
-                    ("rank_correlation_mean", ".3f"),
-                    ("mutual_information_mean", ".3f"),
-                    ("mutual_information_uniform_mean", ".3f"),
-                )
-            ]
-            table.rows.append([name, str(step), *cells])
-    return table.markdown()
+def normality_table() -> Table:
+    """How normal channels are, at the start and at the end: medians over the norms."""
+    columns = {
+        "Q-Q R², in → out": ("r_squared_mean", ".4f"),
+        "D'Agostino rejects": ("dagostino_rejected", ".0%"),
+        "Henze-Zirkler rejects": ("henze_zirkler_rejected", ".0%"),
+        "mean abs. r": ("correlation_mean", ".3f"),
+        "of ranks": ("rank_correlation_mean", ".3f"),
+        "AMI": ("mutual_information_mean", ".3f"),
+        "AMI, uniform bins": ("mutual_information_uniform_mean", ".3f"),
+    }
+    medians = read("normality").groupby(["model", "step", "place"], sort=False).median(numeric_only=True)
+    table = Table(["model", "step", *columns])
+    for name, step in dict.fromkeys(key[:2] for key in medians.index):
+        by_place = [medians.loc[name, step, place] for place in PLACES]
+        cells = (" → ".join(dashed(each[column], form) for each in by_place) for column, form in columns.values())
+        table.rows.append([name, str(step), *cells])
+    return table
 
 
-def lam_table() -> str:
+def lam_table() -> Table:
     """λ̂ and the width of a row after the power transform, norm by norm."""
+    columns = {"lam_hat_mean": ".2f", "lam_hat_least": ".2f", "lam_hat_most": ".2f", "lam_hat_outside": ".2%"}
+    columns |= {"p_std_mean": ".3f", "p_std_least": ".3f", "correlation": ".3f"}
     table = Table(["norm", "λ̂, mean", "least", "most", "outside [0, 2]", "std p, mean", "least", "r with likelihood"])
-    sites, pairs = read("sites"), read("likelihood")
-    for name, model in facts()["models"].items():
-        for row in of_model(sites, name, model["step"]):
-            if not row["lam_hat_mean"]:
-                continue
-            (found,) = (each for each in of_model(pairs, name, model["step"]) if each["site"] == row["site"])
-            cells = [f"{float(row[f'lam_hat_{key}']):.2f}" for key in ("mean", "least", "most")]
-            cells += [f"{float(row['lam_hat_outside']):.2%}"]
-            cells += [f"{float(row[f'p_std_{key}']):.3f}" for key in ("mean", "least")]
-            table.rows.append([row["site"], *cells, f"{float(found['correlation']):.3f}"])
-    return table.markdown()
+    keys = ["model", "step", "site"]
+    sites = trained(read("sites")).dropna(subset="lam_hat_mean")
+    for row in sites.merge(read("likelihood")[[*keys, "correlation"]], on=keys).to_dict("records"):
+        table.rows.append([row["site"], *(format(row[column], form) for column, form in columns.items())])
+    return table
 
 
-def noise_table() -> str:
+def noise_table() -> Table:
     """ζ from every norm to the last, and its mean."""
     rows = read("noise")
-    last = rows[-1]["measured_at"]
-    sites = list(dict.fromkeys(row["noise_at"] for row in rows))
-    table = Table(["model", *map(short_site, sites), "mean"])
-    for name in facts()["models"]:
-        values = [float(row["zeta"]) for row in of_model(rows, name, None) if row["measured_at"] == last]
-        table.rows.append([name, *(f"{value:.3f}" for value in values), f"{fmean(values):.3f}"])
-    return table.markdown()
+    rows = rows[rows["measured_at"] == rows["measured_at"].iloc[-1]]
+    table = Table(["model", *map(short_site, dict.fromkeys(rows["noise_at"])), "mean"])
+    for name, zeta in rows.groupby("model", sort=False)["zeta"]:
+        table.rows.append([str(name), *(f"{value:.3f}" for value in (*zeta, zeta.mean()))])
+    return table
 
 
-def plane_table() -> str:
+def plane_table() -> Table:
     """The information plane of the last norm and over all norms, at the end of training."""
     columns = ["model", "estimator", "I(X;T)", "I(T;Y)", "IB value", "mean over the norms: I(X;T)", "I(T;Y)"]
     table = Table([*columns, "IB value"])
-    rows = read("plane")
-    for name, model in facts()["models"].items():
-        for estimator in ("renyi", "ksg"):
-            here = [row for row in of_model(rows, name, model["step"]) if row["estimator"] == estimator]
-            last = here[-1]
-            ends = {key: [float(last[f"{key}{end}"]) for end in ("", "_low", "_high")] for key in KEYS}
-            cells = [f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in ends.values()]
-            means = [f"{fmean(float(row[key]) for row in here):.3f}" for key in KEYS]
-            table.rows.append([name, estimator, *cells, *means])
-    return table.markdown()
+    for (name, estimator), rows in trained(read("plane")).groupby(["model", "estimator"], sort=False):
+        last = rows.iloc[-1]
+        cells = [f"{last[key]:.2f} ({last[f'{key}_low']:.2f} to {last[f'{key}_high']:.2f})" for key in KEYS]
+        table.rows.append([name, estimator, *cells, *(f"{rows[key].mean():.3f}" for key in KEYS)])
+    return table
 
 
 KEYS = ("i_xt", "i_ty", "ib")
@@ -235,14 +216,9 @@ def made_with() -> str:
 
 def tables() -> dict[str, str]:
     """What the page shows of the results."""
-    return {
-        "shape": shape_table(),
-        "normality": normality_table(),
-        "lam": lam_table(),
-        "noise": noise_table(),
-        "plane": plane_table(),
-        "made": made_with(),
-    }
+    made = {"shape": shape_table, "normality": normality_table, "lam": lam_table, "noise": noise_table}
+    made |= {"plane": plane_table}
+    return {**{name: table().markdown() for name, table in made.items()}, "made": made_with()}
 
 
 def main() -> None:
@@ -253,7 +229,7 @@ def main() -> None:
         adopt(report)
     draw()
     made = tables()
-    write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), made))
+    fill(PAGE, made)
     print(*made.values(), sep="\n")
 
 

@@ -28,9 +28,15 @@ IN_PLOT = {
 Row = dict[str, str]
 
 
-def read(name: str) -> list[Row]:
-    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+def read_rows(path: Path) -> list[Row]:
+    """A CSV file's rows."""
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def read(name: str) -> list[Row]:
+    """The rows of a result."""
+    return read_rows(RESULTS / f"{name}.csv")
 
 
 def machine(rows: list[Row]) -> str:
@@ -44,6 +50,18 @@ def measured_on(rows: list[Row]) -> str:
     """The same of rounds in turns."""
     rounds = " and ".join(dict.fromkeys(each.get("rounds") or each["repeats"] for each in rows))
     return f"{machine(rows)}, medians of {rounds} interleaved rounds"
+
+
+def filled(text: str, tables: dict[str, str]) -> str:
+    """`text` with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by the table of that name."""
+    for name, table in tables.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.S)  # type: ignore[misc]
+    return text
+
+
+def fill(page: Path, tables: dict[str, str]) -> None:
+    """The same of a file."""
+    write_text(page, filled(page.read_text(encoding="utf-8"), tables))
 
 
 def norms_table(rows: list[Row]) -> str:
@@ -71,18 +89,30 @@ def steps_table(rows: list[Row]) -> str:
         cells = [norm]
         for model in models:
             row = next(r for r in rows if (r["model"], r["norm"]) == (model, norm))
-            cells += [row["seconds"], f"{row['ratio_to_stock']} ({row['ratio_least']}–{row['ratio_most']})"]
+            cells += [row["seconds"], _spread(row, "ratio_to_stock")]
         table.rows.append(cells)
     return table.markdown()
+
+
+def speed_table(rows: list[Row]) -> str:
+    """The README's few rows: forward and backward at the wider shape."""
+    shown = {r["norm"]: r for r in rows if r["direction"] == "both" and (r["rows"], r["width"]) == SHAPES[0]}
+    table = Table(["forward + backward, 4096×1024, float32", "ms", "÷ torch layer_norm"])
+    table.rows = [[norm, f"{float(shown[norm]['ms']):.1f}", shown[norm]["ratio_to_layer_norm"]] for norm in IN_README]
+    return table.markdown()
+
+
+def _spread(row: Row, middle: str) -> str:
+    return f"{row[middle]} ({row['ratio_least']}–{row['ratio_most']})"
 
 
 def convert_table(rows: list[Row]) -> str:
     """Copies and conversions: seconds, and memory beside its bound."""
     table = Table(["", "s", "GB/s", "÷ flushed copy (least–most)", "peak memory, MB", "bound, MB"])
     for row in rows:
-        ratio = f"{row['ratio_to_flushed_copy']} ({row['ratio_least']}–{row['ratio_most']})"
         name = row["kind"] if row["kind"].startswith("copy") else f"`--init {row['kind']}`"
-        table.rows.append([name, row["seconds"], row["gigabytes_per_second"], ratio, row["peak_mb"], row["bound_mb"]])
+        times = [row["seconds"], row["gigabytes_per_second"], _spread(row, "ratio_to_flushed_copy")]
+        table.rows.append([name, *times, row["peak_mb"], row["bound_mb"]])
     return table.markdown()
 
 
@@ -122,36 +152,19 @@ def long_text_table(rows: list[Row]) -> str:
     return table.markdown()
 
 
-def speed_table(rows: list[Row]) -> str:
-    """The README's few rows: forward and backward at the wider shape."""
-    shown = {r["norm"]: r for r in rows if r["direction"] == "both" and (r["rows"], r["width"]) == SHAPES[0]}
-    table = Table(["forward + backward, 4096×1024, float32", "ms", "÷ torch layer_norm"])
-    table.rows = [[norm, f"{float(shown[norm]['ms']):.1f}", shown[norm]["ratio_to_layer_norm"]] for norm in IN_README]
-    return table.markdown()
-
-
-def page(text: str, tables: dict[str, str]) -> str:
-    """`text` with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by the table of that name."""
-    for name, table in tables.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.S)  # type: ignore[misc]
-    return text
-
-
 def tables() -> dict[str, str]:
-    """What the page shows of the results."""
-    norms, steps, convert = read("fused_norms"), read("fused_steps"), read("convert")
-    analysis, watching, imports = read("analysis"), read("watching"), read("imports")
-    long_text = read("long_text")
-    return {
-        "norms": f"{measured_on(norms)}:\n\n{norms_table(norms)}",
-        "steps": f"{measured_on(steps)}:\n\n{steps_table(steps)}",
-        "convert": f"{measured_on(convert)}:\n\n{convert_table(convert)}",
-        "analysis": f"{machine(analysis)}:\n\n{analysis_table(analysis)}",
-        "watching": f"{measured_on(watching)}:\n\n{watching_table(watching)}",
-        "imports": f"{measured_on(imports)}:\n\n{imports_table(imports)}",
-        "long_text": f"{machine(long_text)}:\n\n{long_text_table(long_text)}",
-        "speed": speed_table(norms),
+    """What the pages show of the results."""
+    shown = {
+        "norms": ("fused_norms", measured_on, norms_table),
+        "steps": ("fused_steps", measured_on, steps_table),
+        "convert": ("convert", measured_on, convert_table),
+        "analysis": ("analysis", machine, analysis_table),
+        "watching": ("watching", measured_on, watching_table),
+        "imports": ("imports", measured_on, imports_table),
+        "long_text": ("long_text", machine, long_text_table),
     }
+    made = {name: f"{where(read(file))}:\n\n{table(read(file))}" for name, (file, where, table) in shown.items()}
+    return {**made, "speed": speed_table(read("fused_norms"))}
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -180,8 +193,8 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     made = tables()
-    for path in (ROOT / name for name in PAGES):
-        write_text(path, page(path.read_text(encoding="utf-8"), made))
+    for name in PAGES:
+        fill(ROOT / name, made)
     plot(read("fused_norms"), ROOT / PLOT)
     print(*(table for name, table in made.items() if name != "speed"), sep="\n")
 

@@ -8,46 +8,26 @@ is. The verdicts of `quick` are put into the README, too.
 """
 
 import argparse
-import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from page import page
+from page import Row, fill, read_rows
 
 from eval.study.figures import Curve
 from eval.study.file import read_study
-from eval.study.page import Parts, write_pages
+from eval.study.findings import mean_spread, verdict_table
 from eval.study.plan import Arm, Study
-from eval.study.report import (
-    READING,
-    as_table,
-    benchmark_table,
-    draw,
-    findings,
-    marked,
-    mean_spread,
-    tuning_table,
-    verdict_row,
-    verdict_table,
-    what,
-)
 from eval.study.results import Group, judge
 from eval.study.training import TRAINED, Training
-from hf_ibnorm.base.files import write_text
+from eval.study.writing import COST, as_table, describe, draw_pictures, write_verdicts
 from hf_ibnorm.report.runs import Run
-from hf_ibnorm.report.tables import Table, csv_text
+from hf_ibnorm.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
 RESULTS, README = ROOT / "docs/results", ROOT / "README.md"
 STUDIES = ("quick", "lambda")
-COST = "What quality cost"
-Row = dict[str, str]
-
-
-def read_rows(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def training(row: Row, metric: str) -> Training:
@@ -85,14 +65,14 @@ def groups_of(study: Study, rows: list[Row]) -> list[Group]:
 
 def curves_of(path: Path) -> list[Curve]:
     """The losses that are kept; none where the file is missing."""
-    found: dict[tuple[str, str, int], dict[str, list[tuple[int, float]]]] = {}
+    losses: dict[tuple[str, str, int], dict[str, list[tuple[int, float]]]] = {}
     for row in read_rows(path) if path.is_file() else []:
-        kinds = found.setdefault((row["condition"], row["norm"], int(row["seed"])), {"training": [], "validation": []})
+        kinds = losses.setdefault((row["condition"], row["norm"], int(row["seed"])), {"training": [], "validation": []})
         kinds[row["kind"]].append((int(row["step"]), float(row["loss"])))
-    return [Curve(*key, kinds["training"], kinds["validation"]) for key, kinds in found.items()]
+    return [Curve(*key, kinds["training"], kinds["validation"]) for key, kinds in losses.items()]
 
 
-def tables_of(text: str) -> Table:
+def first_table(text: str) -> Table:
     """The first table in some Markdown."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     columns, _, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines)
@@ -102,41 +82,21 @@ def tables_of(text: str) -> Table:
 def redraw(name: str) -> Table:
     """Write the pages and pictures of one study, and return its verdicts."""
     folder = RESULTS / name
-    study = read_study(str(folder / "study.yaml"))
+    study = replace(read_study(str(folder / "study.yaml")), name=name)
     rows = read_rows(folder / "cells.csv")
     groups, kept = groups_of(study, rows), (folder / "report.md").read_text(encoding="utf-8")
     parts = dict(re.findall(r"^## (.+?)\n+(.*?)(?=^## |\Z)", kept, re.M | re.S))
-    cost, by_name = tables_of(parts[COST]), {group.label: group for group in groups}
+    cost, by_name = first_table(parts[COST]), {group.label: group for group in groups}
     for row in cost.rows:
         row[1] = mean_spread(list(by_name[row[0]].values(study.metric).values()))
-    table = verdict_table(groups, study.metric)
-    caption = f"{what(groups, study.metric)}, mean ± standard deviation over seeds."
-    pictures = draw(groups, curves_of(folder / "curves.csv"), folder, study.metric)
+    pictures = draw_pictures(groups, curves_of(folder / "curves.csv"), folder, study.metric)
     if not any(path.name == "losses.png" for _, path in pictures):
         pictures.insert(1, ("losses", folder / "losses.png"))
-    sections = [(COST, cost), ("Tuning", tuning_table(groups)), ("Benchmarks", benchmark_table(groups))]
-    _, *made = [line for line in parts["Every training"].split("\n\n") if line.strip()]
-    write_pages(
-        Parts(
-            f"Study: {name}",
-            study.about,
-            findings(groups, study.baseline),
-            table,
-            caption,
-            pictures,
-            READING,
-            [line.removeprefix("- ") for line in parts["What was equal"].strip().splitlines()],
-            sections,
-            as_table([cells(row) for row in rows]),
-            [line.strip() for line in made],
-            marked(groups),
-        ),
-        folder,
-    )
-    verdicts = [{"stamp": "", **verdict_row(group)} for group in groups]
-    write_text(folder / "verdicts.csv", csv_text(list(verdicts[0]), verdicts))
-    write_text(folder / "verdicts.tex", table.latex(f"Study {name}: {caption}"))
-    return table
+    equal = [line.removeprefix("- ") for line in parts["What was equal"].strip().splitlines()]
+    _, *made = [line.strip() for line in parts["Every training"].split("\n\n") if line.strip()]
+    trainings = as_table([cells(row) for row in rows])
+    write_verdicts(describe(study, groups, pictures, equal, cost, trainings, made), groups, folder)
+    return verdict_table(groups, study.metric)
 
 
 def cells(row: Row) -> dict[str, Any]:
@@ -147,8 +107,7 @@ def cells(row: Row) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=STUDIES, help="folders of docs/results (default: quick lambda)")
-    made = {name: redraw(name).markdown() for name in parser.parse_args().names}
-    write_text(README, page(README.read_text(encoding="utf-8"), made))
+    fill(README, {name: redraw(name).markdown() for name in parser.parse_args().names})
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .page import write_comparison
+    from .comparison import write_comparison
 
     write_comparison([Path(run) for run in arguments.runs], Path(arguments.output))
 

@@ -19,7 +19,7 @@ from hf_ibnorm.report.tables import csv_text
 from .options import Prompting
 from .scoring import DAMAGE, check_items, score_suite
 from .suites import DEFINED, SUITES, Benchmark
-from .tables import SMOKE, score_table, scores_caption, scores_markdown
+from .tables import SMOKE, describe, score_table
 
 
 def is_begun(directory: Path) -> bool:
@@ -178,7 +178,6 @@ def write_scores(directory: Path, output: Path | None = None) -> dict[str, Any]:
     UserError as in `score`, and where the files cannot be written."""
     scores = score(directory)
     target = output or directory
-    table = score_table(scores)
     fields = ("raw", "stderr", "normalized", "chance", "n")
     about = {"suite": scores["suite"], "model": scores["model"], "stamp": SMOKE if scores["smoke"] else ""}
     rows = [
@@ -188,10 +187,9 @@ def write_scores(directory: Path, output: Path | None = None) -> dict[str, Any]:
     with bad_input(OSError, about="output: "):
         target.mkdir(parents=True, exist_ok=True)
         write_json(target / layout.SCORES, scores)
-        write_text(target / "scores.md", scores_markdown(scores, table))
         write_text(target / "scores.csv", csv_text([*about, "benchmark", *fields], rows))
-        write_text(target / "scores.tex", table.latex(scores_caption(scores)))
+        describe(scores).write(target / "scores.md", target / "scores.tex")
     for note in scores["notes"]:
         print(note)
-    table.print()
+    score_table(scores).print()
     return scores

@@ -1,11 +1,14 @@
 """Scores as a table."""
 
+from pathlib import Path
 from typing import Any
 
-from hf_ibnorm.report.tables import Table, score_cell
+from hf_ibnorm.report.document import Document, readings
+from hf_ibnorm.report.tables import Table, number_cell, score_cell
 
 from .suites import AVERAGED, DEFINED, SUITES
 
+READING = Path(__file__).with_name("reading.md")
 SMOKE = "SMOKE - not a leaderboard score"
 
 
@@ -14,17 +17,11 @@ def score_table(scores: dict[str, Any]) -> Table:
     table = Table(["benchmark", "raw", "normalized", "chance", "n", "ties", "truncated"])
     for name, row in scores["benchmarks"].items():
         details = row["details"]
-        table.rows.append(
-            [
-                DEFINED[name].title if name in DEFINED else name,
-                score_cell(row) + (" bits per byte" if details["metric"] == "bits_per_byte" else ""),
-                _number(row["normalized"], ".2f"),
-                _number(row["chance"], ".3f"),
-                _number(row["n"], "d"),
-                _number(details.get("ties"), "d"),
-                _number(details.get("truncated"), "d"),
-            ]
-        )
+        title = DEFINED[name].title if name in DEFINED else name
+        unit = " bits per byte" if details["metric"] == "bits_per_byte" else ""
+        numbers = [(row["normalized"], ".2f"), (row["chance"], ".3f"), (row["n"], "d")]
+        numbers += [(details.get(each), "d") for each in ("ties", "truncated")]
+        table.rows.append([title, score_cell(row) + unit, *(number_cell(*each, missing="") for each in numbers)])
         seconds = {key: value for key, value in details.items() if "," in key}
         if "size_weighted" in details:
             seconds["size-weighted"] = details["size_weighted"]
@@ -56,31 +53,16 @@ def suites_table(suite: str) -> Table:
     return table
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def scores_markdown(scores: dict[str, Any], table: Table) -> str:
-    """`scores.md`."""
-    smoke = f"**{SMOKE}**\n\n" if scores["smoke"] else ""
-    notes = "".join(f"- {note}\n" for note in scores["notes"])
-    return (
-        f"# {scores['suite']}: {scores['model']}\n\n{smoke}{table.markdown()}\n{notes}\n"
-        "Raw scores are fractions ± standard error (robust to items that share a sentence), bits per byte where lower "
-        "is better; normalized puts guessing at 0 and a perfect score at 100. An item whose best choice is tied counts "
-        "as wrong. At chance: guessing would bring a score so far off with a probability of 5 % or more; below chance: "
-        "further down, as a model that prefers short answers can be.\n" + PROTOCOL.get(scores["suite"], "")
-    )
-
-
-PROTOCOL = {
-    "v1": "\nOpen LLM Leaderboard I, with the prompts of today's harness and not those of the commit that the "
-    "leaderboard pinned in 2023. The average is that of the raw scores, in percent.\n",
-    "v2": "\nOpen LLM Leaderboard II. The average is that of the normalized scores.\n",
-}
-
-
-def scores_caption(scores: dict[str, Any]) -> str:
-    """One line on what a table shows."""
+def describe(scores: dict[str, Any]) -> Document:
+    """The report on the scores of a run."""
+    document = Document(f"{scores['suite']}: {scores['model']}")
     smoke = f" {SMOKE}." if scores["smoke"] else ""
-    return f"{scores['model']} on suite {scores['suite']}.{smoke}"
+    if smoke:
+        document.strong(SMOKE)
+    document.table(score_table(scores), latex_caption=f"{scores['model']} on suite {scores['suite']}.{smoke}")
+    document.bullets(scores["notes"])
+    texts = readings(READING)
+    document.paragraph(texts["Scores"])
+    if scores["suite"] in texts:
+        document.paragraph(texts[scores["suite"]])
+    return document

@@ -19,8 +19,8 @@ from eval.runner import run as score
 from eval.study.file import parse_study
 from eval.study.folder import Folder
 from eval.study.jobs import work
-from eval.study.report import write_report
 from eval.study.run import run_study
+from eval.study.writing import write_report
 from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.base.files import sha256
 from train_lm.config import read_command_line

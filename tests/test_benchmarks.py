@@ -41,25 +41,27 @@ def test_the_pages_show_the_results_in_the_tree():
 
     tables = page.tables()
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in page.PAGES]
-    assert [page.page(text, tables) for text in texts] == texts
+    assert [page.filled(text, tables) for text in texts] == texts
     assert all(any(table in text for text in texts) for table in tables.values())
 
 
 def test_the_page_of_conversions_shows_the_reports_in_the_tree():
     import conversion
+    from page import filled
 
     text = conversion.PAGE.read_text(encoding="utf-8")
-    assert conversion.written(text) == text
+    assert filled(text, conversion.tables()) == text
     assert conversion.reports().keys() == set(conversion.CASES)
     assert all(f"results/convert/{case}/report.md" in text for case in conversion.CASES)
 
 
 def test_the_page_of_diagnostics_shows_the_results_in_the_tree():
     import insight
+    from page import filled
 
     text = insight.PAGE.read_text(encoding="utf-8")
     tables = insight.tables()
-    assert insight.page(text, tables) == text
+    assert filled(text, tables) == text
     assert all(table in text for table in tables.values())
     assert set(insight.facts()["models"]) == {"rmsnorm", "ibnorm_l", "ibnorm_t", "ibnorm_shrink", "layernormalnorm"}
 
@@ -151,7 +153,7 @@ def test_no_table_of_a_wide_study_is_wider_than_its_page(tmp_path, monkeypatch):
     import studies
 
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
-    monkeypatch.setattr(studies, "draw", lambda *_: [])
+    monkeypatch.setattr(studies, "draw_pictures", lambda *_: [])
     folder = shutil.copytree(ROOT / "docs/results/lambda", tmp_path / "lambda")
     studies.redraw("lambda")
     check_layout(folder / "report.html", tmp_path)

@@ -19,10 +19,10 @@ from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import write_text
 from hf_ibnorm.base.manifest import MANIFEST
 from hf_ibnorm.base.reading import read_json
-from hf_ibnorm.report.card import model_card
 from hf_ibnorm.report.plots import plot_losses
 from hf_ibnorm.report.runs import Run, read_scores
 
+from .card import model_card
 from .final import WEIGHTS, among, flaw
 
 UPLOADED = (

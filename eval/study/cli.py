@@ -34,8 +34,8 @@ def _run(arguments: argparse.Namespace) -> None:
     folder = _begin(arguments, ["python", "-m", "eval", *sys.argv[1:]])
     study = folder.study
     from .jobs import executor_for
-    from .report import write_report
     from .run import run_study, stopped_in_order
+    from .writing import write_report
 
     try:
         with (
@@ -69,7 +69,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from .folder import Folder
-    from .report import write_report
+    from .writing import write_report
 
     folder = Folder.open(Path(arguments.study))
     write_report(folder, Path(arguments.output or folder.path / "report"))

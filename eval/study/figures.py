@@ -1,15 +1,14 @@
 """The pictures of a study's report."""
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from hf_ibnorm.report.plots import COLOURS, MARKS, SMALL, STYLES, Estimate, beside, clip, crowd, figure, plot_forest
-from hf_ibnorm.report.runs import Run
+from hf_ibnorm.report import plots
+from hf_ibnorm.report.plots import COLOURS, MARKS, SMALL, STYLES, ForestLine, Points
 
 from ..compare import BETTER, WORSE
 from .plan import VALIDATION
@@ -19,7 +18,7 @@ from .training import DIVERGED
 SHOWN = 8
 """Norms in one picture of losses; of a λ sweep only the best λ is drawn."""
 SMOOTH = 20
-"""Steps that the training loss is averaged over."""
+"""Steps in a mean of the training loss."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Curve:
     condition: str
     norm: str
     seed: int
-    training: Sequence[tuple[int, float]]
-    validation: Sequence[tuple[int, float]]
+    training: Points
+    validation: Points
 
 
 CURVE = ("condition", "norm", "seed", "kind", "step", "loss")
@@ -45,14 +44,16 @@ CURVE = ("condition", "norm", "seed", "kind", "step", "loss")
 
 def curves_of(groups: Sequence[Group]) -> list[Curve]:
     """The curves that are drawn: of norms with a run, the baseline first, then the best; of each sweep the best λ."""
-    found = []
+    curves = []
     for condition in dict.fromkeys(group.condition for group in groups):
         for group in _shown([group for group in groups if group.condition == condition]):
-            seeds = [seed for seed, each in group.finals.items() if each.run in group.runs()]
-            smoothed, validated = _smoothed(group.runs()), _validated(group.runs())
-            for seed, *losses in zip(seeds, smoothed, validated, strict=True):
-                found.append(Curve(condition, group.arm.name, seed, *losses))
-    return found
+            runs = group.runs()
+            seeds = [seed for seed, each in group.finals.items() if each.run in runs]
+            training = [plots.smoothed(run.curve("loss"), SMOOTH) for run in runs]
+            shortest = min(map(len, training))  # a run may have skipped steps
+            for seed, run, losses in zip(seeds, runs, training, strict=True):
+                curves.append(Curve(condition, group.arm.name, seed, losses[:shortest], run.curve(VALIDATION)))
+    return curves
 
 
 def curve_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
@@ -69,197 +70,174 @@ def draw_losses(curves: Sequence[Curve], baseline: str | None, path: Path) -> No
     """Training loss, averaged over up to 20 steps, and by how much the validation loss differs from the baseline's:
     mean over seeds, band from best to worst. Without a baseline, the validation loss itself."""
     names = list(dict.fromkeys(each.norm for each in curves))
-    validated = {name: {each.seed: each.validation for each in curves if each.norm == name} for name in names}
-    smoothed = {name: {each.seed: each.training for each in curves if each.norm == name} for name in names}
-    base = validated.get(baseline or "", {})
-    if paired := bool(base) and all(_steps(each) == _steps(base) for each in validated.values()):
-        validated = {
+    training = {name: [each.training for each in curves if each.norm == name] for name in names}
+    validation = {name: {each.seed: each.validation for each in curves if each.norm == name} for name in names}
+    base = validation.get(baseline or "", {})
+    if paired := bool(base) and all(_steps(each) == _steps(base) for each in validation.values()):
+        validation = {
             name: {
-                seed: [(step, loss - other) for (step, loss), (_, other) in zip(curve, base[seed], strict=True)]
-                for seed, curve in each.items()
+                seed: [(step, loss - other) for (step, loss), (_, other) in zip(points, base[seed], strict=True)]
+                for seed, points in each.items()
             }
-            for name, each in validated.items()
+            for name, each in validation.items()
         }
-    with figure(path, 1, 2) as (left, right):
-        for panel, found in ((left, smoothed), (right, validated)):
-            late = {}
-            for i, (name, seeds) in enumerate(found.items()):
-                look: dict[str, Any] = {
-                    "color": COLOURS[i % len(COLOURS)],
-                    "linestyle": STYLES[i // len(COLOURS) % len(STYLES)],
-                }
-                points = list(zip(*seeds.values(), strict=False))  # a run may have skipped steps
-                steps, values = [each[0][0] for each in points], [[loss for _, loss in each] for each in points]
-                panel.plot(steps, [fmean(each) for each in values], linewidth=1.3, label=name, **look)
-                ends = [min(each) for each in values], [max(each) for each in values]
-                panel.fill_between(steps, *ends, color=look["color"], alpha=0.15, linewidth=0)
-                # Where a norm ends is what counts, and the second half of its training loss leads there.
-                first = len(values) // 2 if panel is left else 0
-                late[name] = [end for each in ends for end in each[first:]]
-            _show(panel, [value for each in late.values() for value in each])
-            clip(panel, late)
-            panel.set_xlabel("step")
+    with plots.panels(path, 2, 2) as (left, right):
+        # The axis fits the second half of the training loss: the ends are compared, not the beginnings.
+        _draw_seeds(left, training, 0.5)
+        _draw_seeds(right, {name: list(each.values()) for name, each in validation.items()}, 0.0)
         left.set_title(f"training loss, nats per token, mean of {SMOOTH} steps")
-        told = f"validation loss, difference from {baseline}, nats per token"
-        right.set_title(told if paired else "validation loss, nats per token")
-        beside(right)
+        difference = f"validation loss, difference from {baseline}, nats per token"
+        right.set_title(difference if paired else "validation loss, nats per token")
+        plots.beside(right)
 
 
-def draw_forest(groups: Sequence[Group], path: Path, what: str) -> None:
-    """Differences from the baseline: seeds as ticks, the mean with its t-interval; filled where the verdict is one."""
-    estimates = [
-        Estimate(
-            group.label,
-            group.paired.mean,
-            group.paired.interval,
-            group.differences,
-            filled=group.verdict in (BETTER, WORSE),
+def _draw_seeds(panel: Any, curves: Mapping[str, Sequence[Points]], start: float) -> None:
+    """The mean over the curves of each name, with a band from the least to the greatest.
+
+    Args:
+        panel: to draw on; its vertical axis is made for what comes after `start`.
+        curves: name → points of each seed, at the same steps.
+        start: a share of the points.
+    """
+    late = {}
+    for i, (name, seeds) in enumerate(curves.items()):
+        style: Any = {"linestyle": STYLES[i // len(COLOURS) % len(STYLES)], "linewidth": 1.3}
+        points = list(zip(*seeds, strict=False))  # a run may have skipped steps
+        steps, values = [each[0][0] for each in points], [[loss for _, loss in each] for each in points]
+        plots.draw_curve(
+            panel, i, [(step, fmean(each)) for step, each in zip(steps, values, strict=True)], name, **style
         )
-        for group in groups
-        if group.paired
+        ends = [min(each) for each in values], [max(each) for each in values]
+        panel.fill_between(steps, *ends, color=plots.look(i)[0], alpha=0.15, linewidth=0)
+        late[name] = [end for each in ends for end in each[int(start * len(values)) :]]
+    shown = [value for values in late.values() for value in values]
+    room = 0.06 * (max(shown) - min(shown)) or 0.1
+    panel.set_ylim(min(shown) - room, max(shown) + room)
+    plots.clip(panel, late)
+    panel.set_xlabel("step")
+
+
+def forest_lines(groups: Sequence[Group]) -> list[ForestLine]:
+    """Lines of the forest plot: differences from the baseline, a tick for each seed; filled where one is a verdict."""
+    return [
+        ForestLine(
+            each.label, each.paired.mean, each.paired.interval, each.differences, each.verdict in (BETTER, WORSE)
+        )
+        for each in groups
+        if each.paired
     ]
-    plot_forest(estimates, path, what)
 
 
 def draw_cost(groups: Sequence[Group], path: Path, metric: str, what: str) -> None:
     """The metric against the seconds that a training took: means over seeds, with standard deviations.
 
-    The norms of a sweep have one look, with λ beside each; what is far off is a mark at the edge, with its number.
+    The norms of a sweep have one look, with λ beside each; one that is far off is a mark at the edge, with its number.
     """
-    found = [
-        (group, list(group.values(metric).values()), [run.seconds() for run in group.runs()])
+    points = [
+        (group, *_center(group.values(metric).values()), *_center([run.seconds() for run in group.runs()]))
         for group in groups
         if group.values(metric)
     ]
     families = {id(group): name for name, sweep in sweeps_of(groups).items() for group in sweep}
     # A sweep has its colour of the picture over λ.
-    names = list(dict.fromkeys([*sweeps_of(groups), *(families.get(id(group), group.arm.name) for group, *_ in found)]))
-    low, high = crowd([(fmean(values) - _error(values), fmean(values) + _error(values)) for _, values, _ in found])
+    names = list(dict.fromkeys([*sweeps_of(groups), *(families.get(id(each[0]), each[0].arm.name) for each in points)]))
+    last, crowded = len(COLOURS) - 1, len(names) > len(COLOURS)
+    low, high = plots.crowd([(y - error, y + error) for _, y, error, _, _ in points])
     room = 0.06 * (high - low) or 0.5
-    with figure(path, height=4.2) as axes:
+    low, high = low - room, high + room
+    with plots.figure(path, height=4.2) as axes:
         entries: dict[str, Any] = {}
-        for group, values, seconds in found:
+        for group, y, error, x, seconds in points:
             name = families.get(id(group), group.arm.name)
             i = names.index(name)
-            x, y = fmean(seconds), fmean(values)
-            # Norms that are more than there are colours share the last one, and have their names beside them.
-            colour, mark = COLOURS[min(i, len(COLOURS) - 1)], MARKS[i % len(MARKS)]
-            off = not low - room <= y <= high + room
-            drawn = axes.errorbar(
-                x,
-                high + room if off and y > high else low - room if off else y,
-                xerr=_spread(seconds),
-                yerr=None if off else _spread(values),
-                fmt=("^" if y > high else "v") if off else mark,
-                color=colour,
-                elinewidth=0.7,
-                alpha=0.85,
-                clip_on=not off,
-            )
+            off, at = not low <= y <= high, min(max(y, low), high)
+            look: Any = {"fmt": ("^" if y > high else "v") if off else MARKS[i % len(MARKS)], "clip_on": not off}
+            # With more norms than colours, the last ones share a colour, and their names stand beside the marks.
+            look |= {"color": COLOURS[min(i, last)], "elinewidth": 0.7, "alpha": 0.85}
+            drawn = axes.errorbar(x, at, xerr=seconds, yerr=None if off else error, **look)
             texts = [f"{group.arm.lam:g}"] if id(group) in families else []
-            texts += [name] if i >= len(COLOURS) - 1 and len(names) > len(COLOURS) else []
+            texts += [name] if i >= last and crowded else []
             texts += [f"{group.arm.name}: {y:.4g}, off the scale"] if off else []
-            side: Any = {"textcoords": "offset points", "fontsize": SMALL, "color": colour}
-            axes.annotate(
-                ", ".join(texts), (x, min(max(y, low - room), high + room)), (6, 4 if not off else -10), **side
-            )
-            entries.setdefault(name if i < len(COLOURS) - 1 or len(names) <= len(COLOURS) else "others", drawn)
-        axes.set_ylim(low - room, high + room)
-        axes.set_xlabel("seconds per training, validation not counted")
-        axes.set_ylabel(what)
-        beside(axes, entries, "numbers in the picture: λ" if families else None)
+            side: Any = {"textcoords": "offset points", "fontsize": SMALL, "color": look["color"]}
+            axes.annotate(", ".join(texts), (x, at), (6, -10 if off else 4), **side)
+            entries.setdefault("others" if i >= last and crowded else name, drawn)
+        axes.set(ylim=(low, high), xlabel="seconds per training, validation not counted", ylabel=what)
+        plots.beside(axes, entries, "numbers in the picture: λ" if families else None)
 
 
 def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> None:
     """The metric against λ, a line for each sweep, at the best learning rate of each λ; other norms as lines across."""
     sweeps, shown = sweeps_of(groups), {}
-    with figure(path, height=4.2) as axes:
+    lams = sorted({group.arm.lam or 0.0 for sweep in sweeps.values() for group in sweep})
+    swept = {id(group) for sweep in sweeps.values() for group in sweep}
+    with plots.figure(path, height=4.2) as axes:
         for i, (name, sweep) in enumerate(sweeps.items()):
-            found = [(group.arm.lam or 0.0, list(group.values(metric).values())) for group in sweep]
-            points = [(lam, values) for lam, values in found if values]
-            if not points:
-                continue
-            for lam, values in points:
-                shown[f"{name}, λ = {lam:g},"] = [fmean(values) + sign * _error(values) for sign in (-1, 1)]
-            colour = COLOURS[i % len(COLOURS)]
+            known = [group for group in sweep if group.values(metric)]
             aside = 1.05 ** (i - len(sweeps) // 2)  # or the error bars of one λ would cover each other
-            axes.errorbar(
-                [lam * aside for lam, _ in points],
-                [fmean(values) for _, values in points],
-                yerr=[_spread(values) or 0.0 for _, values in points],
-                fmt=MARKS[i % len(MARKS)] + STYLES[i % len(STYLES)],
-                color=colour,
-                elinewidth=0.8,
-                capsize=3,
-                label=name,
-            )
-        swept = {id(group) for sweep in sweeps.values() for group in sweep}
+            points = [((group.arm.lam or 0.0) * aside, *_center(group.values(metric).values())) for group in known]
+            for group, (_, y, error) in zip(known, points, strict=True):
+                shown[f"{name}, λ = {group.arm.lam:g},"] = [y - error, y + error]
+            if points:
+                places, means, errors = zip(*points, strict=True)
+                look: Any = {"color": COLOURS[i % len(COLOURS)], "elinewidth": 0.8, "capsize": 3, "label": name}
+                axes.errorbar(places, means, yerr=errors, fmt=MARKS[i % len(MARKS)] + STYLES[i % len(STYLES)], **look)
         for i, group in enumerate(group for group in groups if id(group) not in swept and group.values(metric)):
-            values = list(group.values(metric).values())
-            shown[group.arm.name] = [fmean(values)]
-            style: Any = {"color": "black", "alpha": 0.8}
-            axes.axhline(fmean(values), linestyle=STYLES[i % len(STYLES)], linewidth=1, label=group.arm.name, **style)
-            if group.verdict == BASELINE and len(values) > 1:
-                axes.axhspan(fmean(values) - stdev(values), fmean(values) + stdev(values), color="black", alpha=0.08)
-        lams = sorted({group.arm.lam or 0.0 for sweep in sweeps.values() for group in sweep})
+            y, error = _center(group.values(metric).values())
+            shown[group.arm.name] = [y]
+            look = {"color": "black", "alpha": 0.8, "linewidth": 1, "label": group.arm.name}
+            axes.axhline(y, linestyle=STYLES[i % len(STYLES)], **look)
+            if group.verdict == BASELINE and error:
+                axes.axhspan(y - error, y + error, color="black", alpha=0.08)
         if lams[0]:
             axes.set_xscale("log", base=2)
         else:  # a norm too, and no place on a logarithmic axis
             axes.set_xscale("symlog", base=2, linthresh=next(filter(None, lams)), linscale=0.5)
         axes.set_xticks(lams, [f"{lam:g}" for lam in lams])
         axes.set_xticks([], minor=True)
-        axes.set_xlabel("λ")
-        axes.set_ylabel(what)
-        clip(axes, shown)
-        beside(axes)
+        axes.set(xlabel="λ", ylabel=what)
+        plots.clip(axes, shown)
+        plots.beside(axes)
+
+
+def _center(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and standard deviation, which is 0 of a single value."""
+    values = list(values)
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 def draw_stability(groups: Sequence[Group], path: Path) -> None:
     """Validation loss over λ × learning rate, a panel for each sweep; a cross where a training diverged."""
     sweeps = sweeps_of(groups)
     rates = sorted({rate for sweep in sweeps.values() for group in sweep for rate in group.tuning})
-    found = [loss for group in groups for loss in group.tuned().values() if loss is not None]
-    low = min(found)
-    # What is a nat behind the best is as lost as what is three behind.
-    high = min(max(found), low + 1.0)
-    columns = min(3, len(sweeps))
-    with figure(path, -(-len(sweeps) // columns), columns, 2.9) as axes:
-        panels = list(getattr(axes, "flat", [axes]))
-        for panel in panels[len(sweeps) :]:
-            panel.remove()
-        panels = panels[: len(sweeps)]
-        for panel, (name, sweep) in zip(panels, sweeps.items(), strict=True):
-            table = [[_loss(group, rate) for rate in rates] for group in sweep]
-            panel.imshow(table, cmap="viridis_r", vmin=low, vmax=high, aspect="auto", origin="lower")
-            for y, group in enumerate(sweep):
-                for x, rate in enumerate(rates):
-                    loss = table[y][x]
-                    text = f"{loss:.2f}" if not math.isnan(loss) else "×" if _diverged(group, rate) else ""
-                    dark = math.isnan(loss) or loss < (low + high) / 2
-                    place: Any = {"ha": "center", "va": "center", "fontsize": SMALL}
-                    panel.text(x, y, text, color="black" if dark else "white", **place)
+    losses = [loss for group in groups for loss in group.tuned().values() if loss is not None]
+    # The colours end one nat above the best loss: beyond it, a training is lost by however much.
+    ends = min(losses), min(max(losses), min(losses) + 1.0)
+    with plots.panels(path, len(sweeps), 3, 2.9) as flat:
+        for panel, (name, sweep) in zip(flat, sweeps.items(), strict=True):
+            table = [[group.tuned().get(rate) for rate in rates] for group in sweep]
+            texts = [[_tuned_text(group, rate) for rate in rates] for group in sweep]
+            plots.draw_heat(panel, table, texts, ends, cmap="viridis_r", origin="lower")
             panel.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
             panel.set_yticks(range(len(sweep)), [f"{group.arm.lam:g}" for group in sweep])
-            panel.grid(False)
             panel.set_title(name)
-        panels[0].figure.supxlabel("learning rate; × diverged")
-        panels[0].figure.supylabel("λ")
+        flat[0].figure.supxlabel("learning rate; × diverged")
+        flat[0].figure.supylabel("λ")
 
 
 def sweeps_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Norms that differ in λ alone, three or more: what their names share → sorted by λ."""
+    """Three or more norms that differ in λ alone: the common part of their names → the norms, sorted by λ."""
     families: dict[str, list[Group]] = {}
     for group in groups:
         if group.arm.lam is not None:
             families.setdefault(group.arm.family, []).append(group)
-    found: dict[str, list[Group]] = {}
+    sweeps: dict[str, list[Group]] = {}
     for family in families.values():
         if len(family) >= 3:
             title = re.sub(r" ?\blam=\S+", "", family[0].arm.name)
-            while title in found:
+            while title in sweeps:
                 title += "'"
-            found[title] = sorted(family, key=lambda group: group.arm.lam or 0.0)
-    return found
+            sweeps[title] = sorted(family, key=lambda group: group.arm.lam or 0.0)
+    return sweeps
 
 
 def _shown(groups: Sequence[Group]) -> list[Group]:
@@ -276,45 +254,11 @@ def _validation(group: Group) -> float:
     return fmean(group.values(VALIDATION).values())
 
 
-def _smoothed(runs: Sequence[Run]) -> list[list[tuple[int, float]]]:
-    """Step and training loss of each run, averaged over steps."""
-    curves = []
-    for run in runs:
-        rows = [(row["step"], row["loss"]) for row in run.metrics if row["loss"] is not None]
-        size = max(1, min(SMOOTH, len(rows) // 10))
-        blocks = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
-        curves.append([(block[-1][0], fmean(loss for _, loss in block)) for block in blocks])
-    shortest = min(map(len, curves))  # a run may have skipped steps
-    return [curve[:shortest] for curve in curves]
-
-
-def _validated(runs: Sequence[Run]) -> list[list[tuple[int, float]]]:
-    """Step and validation loss of each run."""
-    return [[(row["step"], row[VALIDATION]) for row in run.metrics if row.get(VALIDATION) is not None] for run in runs]
-
-
-def _steps(curves: Mapping[int, Sequence[tuple[int, float]]]) -> dict[int, list[int]]:
+def _steps(curves: Mapping[int, Points]) -> dict[int, list[float]]:
     return {seed: [step for step, _ in curve] for seed, curve in curves.items()}
 
 
-def _show(panel: Any, values: Sequence[float]) -> None:
-    """Let the vertical axis go as far as these values do."""
-    room = 0.06 * (max(values) - min(values)) or 0.1
-    panel.set_ylim(min(values) - room, max(values) + room)
-
-
-def _loss(group: Group, rate: float) -> float:
-    loss = group.tuned().get(rate)
-    return math.nan if loss is None else loss
-
-
-def _diverged(group: Group, rate: float) -> bool:
-    return any(each.state == DIVERGED for each in group.tuning.get(rate, []))
-
-
-def _spread(values: Sequence[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None
-
-
-def _error(values: Sequence[float]) -> float:
-    return _spread(values) or 0.0
+def _tuned_text(group: Group, rate: float) -> str:
+    if (loss := group.tuned().get(rate)) is not None:
+        return f"{loss:.2f}"
+    return "×" if any(each.state == DIVERGED for each in group.tuning.get(rate, [])) else ""

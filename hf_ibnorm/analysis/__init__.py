@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from .plane import PlanePoint as PlanePoint
     from .plane import information_plane as information_plane
     from .plane import run_information_plane as run_information_plane
-    from .report import analyze as analyze
     from .sites import ModelStatistics as ModelStatistics
     from .sites import SiteStatistics as SiteStatistics
     from .sites import ValueStatistics as ValueStatistics
     from .sites import watch as watch
+    from .survey import analyze as analyze
 
 _HOMES = {
     "information": ("Estimate", "ksg_information", "renyi_information"),
@@ -45,8 +45,8 @@ _HOMES = {
     "normality": ("lambda_against_likelihood", "measure_normality", "qq"),
     "places": ("known_norms",),
     "plane": ("PlanePoint", "information_plane", "run_information_plane"),
-    "report": ("analyze",),
     "sites": ("ModelStatistics", "SiteStatistics", "ValueStatistics", "watch"),
+    "survey": ("analyze",),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 if not TYPE_CHECKING:

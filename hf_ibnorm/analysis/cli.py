@@ -25,8 +25,8 @@ def _analyze(arguments: argparse.Namespace) -> None:
         models[name] = path
 
     from .model import Measuring
-    from .page import summary
-    from .report import analyze
+    from .show.tables import median_table
+    from .survey import analyze
 
     quiet_libraries()
     given = {name: value for name, value in vars(arguments).items() if value is not None}
@@ -42,7 +42,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
     options |= {"measuring": Measuring(**wanted), "say": partial(print, flush=True)}
     with bad_input(OSError):
         record = analyze(models or arguments.model, arguments.output, **options)
-    summary(record).print()
+    median_table(record).print()
     print(f"report: {Path(arguments.output) / 'report.html'}")
 
 

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..base.room import check_room
 from ..checks import check_number
-from ..report.tables import Table
 from ..swap.loading import checkpoints_of, load
 from .information import HALVES, KSG, RENYI, SHUFFLES, Draws, Estimate, draw, summary
 from .noise import chosen_norms, evaluating
@@ -140,31 +139,6 @@ def run_information_plane(
 
 def _listed(steps: Collection[int]) -> str:
     return ", ".join(map(str, sorted(steps)))
-
-
-def plane_table(points: Sequence[PlanePoint]) -> Table:
-    """Points of the information plane as a table, with 95 % intervals; what cannot be estimated says why."""
-    columns = [
-        "site",
-        "step",
-        "estimator",
-        "I(X;T)",
-        "chance",
-        "I(T;Y)",
-        "chance",
-        "I(T;Y) - β·I(X;T)",
-        "β",
-        "n",
-        "note",
-    ]
-    table = Table(columns)
-    for point in points:
-        cells = [str(point.step if point.step is not None else ""), point.estimator]
-        for each in (point.input, point.output):
-            cells += [str(each), "" if each.chance is None else f"{each.chance:.3f}"]
-        cells += [str(point.ib), f"{point.beta:g}", str(point.ib.n), point.ib.reason]
-        table.rows.append([point.site, *cells])
-    return table
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ _OPTION = "--norm_kwargs."
 def _convert(arguments: argparse.Namespace) -> None:
     _check_flags(arguments)
     from .checkpoint import convert_checkpoint, lost_text
-    from .report import convert_and_report
+    from .cost import convert_and_report
 
     quiet_libraries()
     names = Conversion.__dataclass_fields__
@@ -62,7 +62,7 @@ def _report(arguments: argparse.Namespace) -> None:
         if not equals or not name or not folder or name in (*stages, SOURCE):
             raise UserError(f"stages: got {word!r}, must be NAME=DIR, each name once, none of them {SOURCE}")
         stages[name] = folder
-    from .report import report_conversion
+    from .cost import report_conversion
 
     quiet_libraries()
     with bad_input(), bad_input(RuntimeError):
@@ -71,9 +71,9 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _print_report(report: dict[str, Any], folder: Path) -> None:
-    from .report import summary
+    from .cost import stage_table
 
-    summary(report).print()
+    stage_table(report).print()
     print(f"report: {folder / 'report.md'}")
 
 

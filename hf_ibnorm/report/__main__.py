@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from ..base.command import OneLineParser, require_extra, run_command
 from ..base.errors import bad_input
-from ..base.files import write_text
+from .document import Document, machine
 from .plots import plot_losses
 from .runs import Run, comparison, fairness
 
@@ -27,20 +27,16 @@ def _main() -> None:
         runs = [Run.read(Path(path)) for path in arguments.runs]
     table, lines = comparison(runs), fairness(runs)
     command = shlex.join(["python", "-m", "hf_ibnorm.report", *sys.argv[1:]])
-    environment = runs[0].environment
-    made = (
-        f"Made by `{command}` from runs on {environment['device']}, {environment['cpu_count']} cores, "
-        f"torch {environment['versions']['torch']}, {environment['date'][:10]}."
-    )
-    text = "\n".join([table.markdown(), *(f"- {line}" for line in lines), "", "![loss](loss.png)", "", made, ""])
+    document = Document(made=[f"Made by `{command}` from runs on {machine(runs[0].environment)}."])
+    document.table(table)
+    document.bullets(lines)
+    document.picture(output / "loss.png", "loss")
     with bad_input(OSError, about="output: "):
         output.mkdir(parents=True, exist_ok=True)
         plot_losses(runs, output / "loss.png")
-        write_text(output / "report.md", text)
+        document.write(output / "report.md")
     table.print()
-    print()
-    for line in lines:
-        print(line)
+    print("", *lines, sep="\n")
     print(f"Table and plot: {output / 'report.md'}, {output / 'loss.png'}")
 
 

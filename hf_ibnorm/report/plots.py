@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from textwrap import wrap
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..base.files import write_bytes
 from .runs import Run, labels
 
 WIDTH = 10.0
-"""Of every picture, and of the page that shows it, in inches: text has the size there that it is drawn with."""
+"""Inches across a picture, and across the page that shows it: so text is as large on the page as in the picture."""
 TEXT, SMALL = 10.0, 9.0
 """Font sizes in points: of titles and labels, and of ticks, legends and notes."""
 COLOURS = (
@@ -51,13 +51,15 @@ SETTINGS: Any = {
 
 
 @contextmanager
-def figure(path: Path, rows: int = 1, columns: int = 1, height: float = 3.6) -> Iterator[Any]:
-    """Axes to draw on, a grid of them where there are more; saved to `path` (PNG), whole or not at all.
+def panels(path: Path, count: int, columns: int = 1, height: float = 3.6, margin: float = 0.0) -> Iterator[list[Any]]:
+    """Axes to draw on, row by row; saved to `path` (PNG), whole or not at all.
 
     Args:
         path: PNG file.
-        rows, columns: of the grid.
-        height: of a row, in inches.
+        count: of axes.
+        columns: axes beside each other, at most.
+        height: of a row of axes, in inches.
+        margin: height of what stands above and below all rows, in inches.
     """
     import matplotlib
 
@@ -66,10 +68,14 @@ def figure(path: Path, rows: int = 1, columns: int = 1, height: float = 3.6) -> 
 
     from .ticks import plain_ticks
 
+    columns = min(columns, count)
+    rows = -(-count // columns)
     with plt.rc_context(SETTINGS):
-        fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, height * rows))
+        fig, grid = plt.subplots(rows, columns, figsize=(WIDTH, margin + height * rows), squeeze=False)
+        for surplus in grid.flat[count:]:
+            surplus.remove()
         try:
-            yield axes
+            yield list(grid.flat[:count])
             plain_ticks(fig)
             drawn = BytesIO()
             # Without the version in its metadata the same numbers give the same bytes.
@@ -79,20 +85,27 @@ def figure(path: Path, rows: int = 1, columns: int = 1, height: float = 3.6) -> 
             plt.close(fig)
 
 
+@contextmanager
+def figure(path: Path, height: float = 3.6) -> Iterator[Any]:
+    """The same with one axes."""
+    with panels(path, 1, height=height) as (axes,):
+        yield axes
+
+
 def look(i: int) -> tuple[str, str]:
     """Colour and line style of the i-th curve."""
     return COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
 
 
 def crowd(extents: Sequence[tuple[float, float]], cores: Sequence[tuple[float, float]] | None = None) -> Ends:
-    """From where to where an axis shows things well: all of them but those that are far off.
+    """The ends of an axis that shows things well: all of them but those that are far off.
 
     Far off are fewer than half of the things, where the nearest of them reaches at least three times as far from the
     middle as what is next, and only where the axis is less than half as long without them.
 
     Args:
-        extents: from where to where each thing goes; at least one.
-        cores: from where to where most of each goes, by which it is judged; as `extents` without.
+        extents: the ends of each thing; at least one.
+        cores: the ends of most of each thing, by which its distance is judged; `extents` unless given.
     """
     cores = extents if cores is None else cores
     middle = median((low + high) / 2 for low, high in cores)
@@ -108,7 +121,7 @@ def crowd(extents: Sequence[tuple[float, float]], cores: Sequence[tuple[float, f
 
 
 def clip(axes: Any, curves: Mapping[str, Sequence[float]]) -> None:
-    """Let the vertical axis show well what most curves do, and say in the picture which go beyond it, and how far.
+    """Fit the vertical axis to most curves, and name in the picture the curves that leave it, with their ends.
 
     Args:
         axes: where the curves are drawn; on a logarithmic scale nothing is changed.
@@ -124,8 +137,8 @@ def clip(axes: Any, curves: Mapping[str, Sequence[float]]) -> None:
     if off:
         room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
         letters = int(axes.get_position().width * WIDTH * 72 / (0.6 * SMALL))
-        told = [f"{name} is off the scale: {_from_to(*each)}" for name, each in off.items()]
-        lines = [line for each in told for line in wrap(each, letters)]
+        notes = [f"{name} is off the scale: {_from_to(*each)}" for name, each in off.items()]
+        lines = [line for note in notes for line in wrap(note, letters)]
         axes.set_ylim(low - room, high + room * (1 + 2 * len(lines)))
         box: Any = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.0}
         place: Any = {"transform": axes.transAxes, "ha": "right", "va": "top", "zorder": 5, "in_layout": False}
@@ -138,14 +151,21 @@ def _from_to(low: float, high: float) -> str:
 
 
 def beside(axes: Any, entries: Mapping[str, Any] | None = None, title: str | None = None) -> None:
-    """A legend to the right of the axes: of what is labelled in them, or of `entries`, label → handle."""
+    """A legend to the right of the axes: of their labelled artists, or of `entries`, label → handle."""
     given: dict[str, Any] = {"title": title, "alignment": "left"}
     given |= {} if entries is None else {"handles": list(entries.values()), "labels": list(entries)}
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, **given)
 
 
-def above(figure: Any, entries: Mapping[str, Any]) -> None:
-    """One legend over all panels, for which the picture grows, if there is more than one thing to tell."""
+def above(panels: Sequence[Any], order: Sequence[str] = ()) -> None:
+    """One legend over the whole picture, which grows by it, of more than one label in the panels.
+
+    Args:
+        panels: whose labelled artists are told; the same label means the same look.
+        order: labels that are told, in this order; all of them, as they were drawn, without.
+    """
+    drawn, figure = handles(panels), panels[0].figure
+    entries = {label: drawn[label] for label in order or drawn if label in drawn}
     if len(entries) > 1:
         most = max(1, min(5, int(WIDTH / (0.6 + 0.075 * max(map(len, entries))))))
         columns = -(-len(entries) // -(-len(entries) // most))
@@ -155,13 +175,13 @@ def above(figure: Any, entries: Mapping[str, Any]) -> None:
 
 
 def handles(panels: Sequence[Any]) -> dict[str, Any]:
-    """What is labelled in any of the panels: label → handle."""
-    found = [zip(*reversed(panel.get_legend_handles_labels()), strict=True) for panel in panels]
-    return {label: handle for each in found for label, handle in each}
+    """Label → handle of the labelled artists in any of the panels."""
+    legends = [panel.get_legend_handles_labels() for panel in panels]
+    return {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ForestLine:
     """A line of a forest plot.
 
     Args:
@@ -183,21 +203,21 @@ class Estimate:
     name: str = ""
 
 
-def plot_forest(estimates: Sequence[Estimate], path: Path, what: str) -> None:
-    """Differences from 0, a line each; one that is far off is an arrow at the edge, with its number.
+def plot_forest(lines: Sequence[ForestLine], path: Path, what: str) -> None:
+    """Differences from 0, a line each; a difference that is far off is an arrow at the edge, with its number.
 
     Args:
-        estimates: from top to bottom.
+        lines: from top to bottom.
         path: PNG file.
-        what: they are, with unit.
+        what: the title of the axis, with its unit.
     """
-    reach = [(0.0, each.value, *(each.interval or ())) for each in estimates]
+    reach = [(0.0, each.value, *(each.interval or ())) for each in lines]
     extents = [(min(each), max(each)) for each in reach]
     low, high = crowd(extents) if extents else (-1.0, 1.0)
     room = 0.06 * (high - low) or 1.0
     low, high = low - room, high + room
-    with figure(path, height=1.0 + 0.3 * max(len(estimates), 1)) as axes:
-        for y, each in enumerate(estimates):
+    with figure(path, height=1.0 + 0.3 * max(len(lines), 1)) as axes:
+        for y, each in enumerate(lines):
             mark: Any = {"color": each.colour, "markersize": 6.5, "zorder": 4}
             if not low <= each.value <= high:
                 far = each.value > high
@@ -214,20 +234,70 @@ def plot_forest(estimates: Sequence[Estimate], path: Path, what: str) -> None:
             axes.plot([each.value], [y], "o", label=each.name, **mark)
             axes.plot(each.points, [y] * len(each.points), "|", color="black", markersize=7, alpha=0.6, zorder=3)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(estimates)), [each.label for each in estimates])
-        axes.set_ylim(max(len(estimates), 1) - 0.4, -0.6)
+        axes.set_yticks(range(len(lines)), [each.label for each in lines])
+        axes.set_ylim(max(len(lines), 1) - 0.4, -0.6)
         axes.set_xlim(low, high)
         axes.set_xlabel(what)
-        names = {each.name for each in estimates}
+        names = {each.name for each in lines}
         if len(names) > 1:
             beside(axes, handles([axes]))
 
 
-def plot_losses(runs: list[Run], path: Path) -> None:
+Points = Sequence[tuple[float, float]]
+
+
+def draw_curve(axes: Any, i: int, points: Points, label: str = "", **options: Any) -> None:
+    """The i-th curve through points (x, y), in its colour and line style unless `options` of matplotlib say others."""
+    colour, style = look(i)
+    x, y = zip(*points, strict=True) if points else ((), ())
+    axes.plot(x, y, **{"color": colour, "linestyle": style, "linewidth": 1.2, "label": label, **options})
+
+
+def draw_heat(
+    axes: Any, table: Sequence[Sequence[float | None]], texts: Sequence[Sequence[str]], ends: Ends, **options: Any
+) -> Any:
+    """A table as a heat map, a text in each cell; cells of None or NaN stay white.
+
+    Args:
+        axes: to draw on.
+        table: the numbers.
+        texts: of the cells; empty for no text anywhere.
+        ends: numbers that get the first and the last colour.
+        options: of matplotlib's `imshow`.
+
+    Returns:
+        What a colour bar is made of.
+    """
+    numbers = [[math.nan if number is None else number for number in row] for row in table]
+    image = axes.imshow(numbers, vmin=ends[0], vmax=ends[1], aspect="auto", **options)
+    axes.grid(False)
+    cells = [(x, y, text) for y, row in enumerate(texts) for x, text in enumerate(row) if text]
+    for x, y, text in cells:
+        red, green, blue, opaque = image.to_rgba(numbers[y][x])
+        is_dark = opaque and 0.3 * red + 0.59 * green + 0.11 * blue < 0.48
+        place: Any = {"ha": "center", "va": "center", "fontsize": SMALL}
+        axes.text(x, y, text, color="white" if is_dark else "black", **place)
+    return image
+
+
+def smoothed(points: Points, most: int, sliding: bool = False) -> list[tuple[float, float]]:
+    """Means over `most` points, or a tenth of them where they are few, each at the last x of its mean.
+
+    Args:
+        points: (x, y).
+        most: points in a mean.
+        sliding: whether a mean begins at every point; where not, each point is in one mean.
+    """
+    size = max(1, min(most, len(points) // 10))
+    blocks = [points[i : i + size] for i in range(0, len(points) - size + 1, 1 if sliding else size)]
+    return [(block[-1][0], fmean(y for _, y in block)) for block in blocks]
+
+
+def plot_losses(runs: Sequence[Run], path: Path) -> None:
     """Training loss (averaged over up to 10 steps) and validation loss of several runs against the step."""
     with figure(path) as axes:
         _draw_losses(axes, runs)
-        above(axes.figure, _runs_and_validation(axes))
+        above([axes], [*_names(runs), "validation"])
 
 
 PANELS = {
@@ -237,48 +307,33 @@ PANELS = {
 }
 
 
-def plot_runs(runs: list[Run], path: Path) -> None:
+def plot_runs(runs: Sequence[Run], path: Path) -> None:
     """Losses, gradient norm, movement of the gains and speed of several runs, finished or not, in one picture."""
-    with figure(path, 2, 2, 2.9) as axes:
-        losses, *others = axes.flat
+    with panels(path, 1 + len(PANELS), 2, 2.9) as (losses, *others):
         _draw_losses(losses, runs)
-        for panel, (name, title) in zip(others, PANELS.items(), strict=True):
+        for axes, (name, title) in zip(others, PANELS.items(), strict=True):
             curves = {}
             for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
-                rows = [row for row in run.metrics if row.get(name) is not None]
-                colour, style = look(i)
-                steps, curves[label] = [row["step"] for row in rows], [row[name] for row in rows]
-                panel.plot(steps, curves[label], style, color=colour, linewidth=1.0)
-            panel.set_xlabel("step")
-            panel.set_ylabel(title)
-            if name == "grad_norm":
-                panel.set_yscale("log")
-            clip(panel, curves)
-        above(losses.figure, _runs_and_validation(losses))
+                draw_curve(axes, i, run.curve(name), linewidth=1.0)
+                curves[label] = [value for _, value in run.curve(name)]
+            axes.set(xlabel="step", ylabel=title, yscale="log" if name == "grad_norm" else "linear")
+            clip(axes, curves)
+        above([losses], [*_names(runs), "validation"])
 
 
-def _draw_losses(axes: Any, runs: list[Run]) -> None:
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Of the lines in the legend."""
+    return labels(runs) if len(runs) > 1 else ["training"]
+
+
+def _draw_losses(axes: Any, runs: Sequence[Run]) -> None:
     """A line for the training loss and marks for the validation loss of each run."""
     curves = {}
-    for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
-        colour, style = look(i)
-        counted = [row for row in run.metrics if row["loss"] is not None]  # of a skipped step there may be none
-        steps, losses = [row["step"] for row in counted], [row["loss"] for row in counted]
-        window = max(1, min(10, len(losses) // 10))
-        smooth = [sum(losses[j : j + window]) / window for j in range(len(losses) - window + 1)]
-        name = label if len(runs) > 1 else "training"
-        axes.plot(steps[-len(smooth) :], smooth, style, color=colour, linewidth=1.2, label=name)
-        validated = [row for row in run.metrics if row.get("eval_loss") is not None]
-        values, mark = [row["eval_loss"] for row in validated], MARKS[i % len(MARKS)]
-        options: Any = {"color": colour, "markersize": 6, "markerfacecolor": "white", "linewidth": 0}
-        axes.plot([row["step"] for row in validated], values, mark, label="" if i else "validation", **options)
-        curves[label] = [*smooth, *values]
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
+    for i, (run, label, name) in enumerate(zip(runs, labels(runs), _names(runs), strict=True)):
+        training, validation = smoothed(run.curve("loss"), 10, sliding=True), run.curve("eval_loss")
+        draw_curve(axes, i, training, name)
+        mark = {"marker": MARKS[i % len(MARKS)], "markersize": 6, "markerfacecolor": "white", "linestyle": ""}
+        draw_curve(axes, i, validation, "" if i else "validation", **mark)
+        curves[label] = [value for _, value in (*training, *validation)]
+    axes.set(xlabel="step", ylabel="loss, nats per token")
     clip(axes, curves)
-
-
-def _runs_and_validation(axes: Any) -> dict[str, Any]:
-    """The entries of the legend, the marks of all runs last."""
-    found = handles([axes])
-    return dict(sorted(found.items(), key=lambda entry: entry[0] == "validation"))

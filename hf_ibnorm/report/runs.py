@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ..base.reading import check_form, read_json, read_text, read_yaml, reading
 from .tables import Table, score_cell
 
 SKIPPED_SHARE = 0.25
-"""Of a run's steps: with so many skipped, for want of a finite loss and gradient, it has failed."""
+"""A run fails when this share of its steps was skipped because loss or gradient was not finite."""
 
 
 def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +73,16 @@ class Run:
             scores=read_scores(scores) if (scores / layout.SCORES).exists() else None,
         )
 
+    def norms(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """Glob, name and options: of the norm of all sites, whose glob is "", and of every override."""
+        model = self.config["model"]
+        overrides = [(glob, norm["type"], norm["kwargs"]) for glob, norm in model.get("norm_overrides") or []]
+        return [("", model["norm_type"], model["norm_kwargs"]), *overrides]
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """Step and value of a column of `metrics.jsonl`, where it has one: a skipped step may have no loss."""
+        return [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
+
     def step_seconds(self) -> list[float]:
         """What each step took, validation not counted."""
         before = [0, *(row["tokens"] for row in self.metrics)]
@@ -125,20 +135,18 @@ def _strength(options: dict[str, Any]) -> str:
     return f" λ={options['lam']:g}" if "lam" in options else ""
 
 
-def labels(runs: list[Run]) -> list[str]:
+def labels(runs: Sequence[Run]) -> list[str]:
     """What tells the runs apart: the norm with its strength, and the directory's name where two share that."""
     short = []
     for run in runs:
-        model = run.config["model"]
-        norms = [("", model["norm_type"], model["norm_kwargs"])]
-        norms += [(f"{glob}: ", norm["type"], norm["kwargs"]) for glob, norm in model.get("norm_overrides") or []]
-        short.append(", ".join(f"{where}{norm}{_strength(options)}" for where, norm, options in norms))
+        names = (f"{glob and glob + ': '}{name}{_strength(options)}" for glob, name, options in run.norms())
+        short.append(", ".join(names))
     count = Counter(short)
     return [label if count[label] == 1 else f"{label} ({run.name})" for label, run in zip(short, runs, strict=True)]
 
 
 def comparison(runs: list[Run]) -> Table:
-    """Runs as columns: the test set first, then what it cost, then the tasks."""
+    """Runs as columns: scores on the test set first, then the cost of training, then the tasks."""
     table = Table(["", *labels(runs)])
     scored = [run.scores["benchmarks"] if run.scores else {} for run in runs]
     names = list(dict.fromkeys(name for scores in scored for name in scores))
@@ -161,7 +169,7 @@ def comparison(runs: list[Run]) -> Table:
 
 
 def fairness(runs: list[Run]) -> list[str]:
-    """What the runs share, as sentences; a difference that spoils a comparison is said, not hidden."""
+    """Sentences on the settings, data and initial values that the runs share; a difference is a WARNING."""
     lines = []
     starts = {run.environment["init_sha"] for run in runs}
     if len(starts) == 1:

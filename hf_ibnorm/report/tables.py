@@ -51,7 +51,7 @@ class Table:
         )
 
     def print(self) -> None:
-        """On standard output, as wide as it needs to be when that is no terminal."""
+        """On standard output; as wide as the table where that is no terminal."""
         table = RichTable(box=None, pad_edge=False, header_style="bold")
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="left" if i < self.text else "right", overflow="fold")
@@ -82,6 +82,11 @@ def decimals(error: float | None, most: int = 4) -> int:
     if not error or not math.isfinite(error):
         return most
     return min(max(1 - math.floor(math.log10(float(f"{error:.1e}"))), 0), most)
+
+
+def number_cell(value: float | None, form: str, missing: str = "-") -> str:
+    """A number in a format of `format`; `missing` where there is none."""
+    return missing if value is None else format(value, form)
 
 
 def _escaped(text: str) -> str:

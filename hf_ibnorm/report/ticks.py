@@ -35,9 +35,9 @@ class PlainLog(Formatter):
 def plain(text: str) -> str:
     r"""`$\mathdefault{2\times10^{-3}}$` as `0.002`, and `$\mathdefault{10^{7}}$` as `10⁷`; other text as it is."""
     text = re.sub(r"^\$\\mathdefault\{(.*)\}\$$", r"\1", text)
-    if not (found := re.fullmatch(r"(-?)(?:([\d.]+)\\times)?([\d.]+)\^\{(-?[\d.]+)\}", text)):
+    if not (match := re.fullmatch(r"(-?)(?:([\d.]+)\\times)?([\d.]+)\^\{(-?[\d.]+)\}", text)):
         return text.replace("-", "−")
-    sign, factor, base, exponent = found.groups()
+    sign, factor, base, exponent = match.groups()
     if base != "10" or abs(float(exponent)) <= WRITTEN_OUT:
         return f"{sign}{float(factor or 1) * float(base) ** float(exponent):.4g}".replace("-", "−")
     return f"{sign}{f'{factor}·' if factor else ''}{base}{exponent.translate(_RAISED)}".replace("-", "−")

@@ -12,10 +12,12 @@ from helpers import FAMILIES, tokens
 from pictures import tick_labels
 
 from hf_ibnorm import apply_norm
-from hf_ibnorm.analysis import pictures, qq, watch
+from hf_ibnorm.analysis import qq, watch
 from hf_ibnorm.analysis.information import Estimate
 from hf_ibnorm.analysis.noise import NoiseRobustness
 from hf_ibnorm.analysis.plane import PlanePoint
+from hf_ibnorm.analysis.show import pictures, plane_pictures
+from hf_ibnorm.analysis.show.axes import NAMED, short_site
 from hf_ibnorm.report import plots
 
 SITES = ["model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"]
@@ -106,9 +108,9 @@ def test_models_with_other_sites_are_drawn_by_relative_place(measured, figures, 
 
 
 def test_names_on_axes():
-    assert [pictures.short_site(site) for site in SITES] == ["0.input", "0.post", "norm"]
+    assert [short_site(site) for site in SITES] == ["0.input", "0.post", "norm"]
     names = ["transformer.h.11.ln_2", "h.0.ln_1", "ln_f", "base_model.model.model.norm", "my norm, step 0.5"]
-    assert [pictures.short_site(name) for name in names] == ["11.ln_2", "0.ln_1", "ln_f", "norm", "my norm, step 0.5"]
+    assert [short_site(name) for name in names] == ["11.ln_2", "0.ln_1", "ln_f", "norm", "my norm, step 0.5"]
 
 
 def lam_hat(**fields):
@@ -123,10 +125,10 @@ def test_of_many_sites_every_second_or_later_one_is_named_and_the_last(count, fi
     (panel,) = figures[0].axes
     named = panel.get_xticks().tolist()
     assert [label.get_text() for label in panel.get_xticklabels()] == [f"{i}.input" for i in named]
-    if count <= pictures.NAMED:
+    if count <= NAMED:
         assert named == list(range(count))
     else:
-        assert len(named) <= pictures.NAMED + 1
+        assert len(named) <= NAMED + 1
         assert (named[0], named[-1]) == (0, count - 1)
         assert all(i % 2 == 0 for i in named)
 
@@ -253,7 +255,7 @@ def nothing(found):
 
 def test_the_plane_has_a_panel_for_each_model_and_estimator(figures, tmp_path):
     models = {"a": points(), "b": points(estimators=["renyi"]), "c": nothing(points())}
-    assert pictures.draw_plane(models, tmp_path / "plane.png")
+    assert plane_pictures.draw_plane(models, tmp_path / "plane.png")
     assert is_png(tmp_path / "plane.png")
     *panels, _ = figures[0].axes
     assert titles(figures[0])[:-1] == ["Rényi, a", "Rényi, b", "KSG, a"]
@@ -261,15 +263,15 @@ def test_the_plane_has_a_panel_for_each_model_and_estimator(figures, tmp_path):
     # Of each site its way, its end and the end's two intervals.
     assert [len(axes.lines) for axes in panels] == [3 * 4] * 3
     assert panels[0].lines[0].get_xydata().tolist() == [[1, 0], [1, 1], [1, 2]]
-    assert pictures.draw_plane({"a": points(steps=[None])}, tmp_path / "one.png")
+    assert plane_pictures.draw_plane({"a": points(steps=[None])}, tmp_path / "one.png")
     assert titles(figures[1])[:-1] == ["Rényi, a", "KSG, a"]
-    assert not pictures.draw_plane({"c": models["c"], "d": []}, tmp_path / "none.png")
+    assert not plane_pictures.draw_plane({"c": models["c"], "d": []}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
 def test_nothing_is_cut_off_when_panels_share_their_limits(figures, tmp_path):
     models = {"a": points(steps=[0, 10]), "b": points(steps=[0, 90])}
-    pictures.draw_plane(models, tmp_path / "plane.png")
+    plane_pictures.draw_plane(models, tmp_path / "plane.png")
     for axes in figures[0].axes[:2]:
         for line in axes.lines:
             assert axes.get_ylim()[0] <= min(line.get_ydata())
@@ -279,7 +281,7 @@ def test_nothing_is_cut_off_when_panels_share_their_limits(figures, tmp_path):
 def test_ib_values_of_the_last_step_over_depth(figures, tmp_path):
     some = points()
     some[-6] = nothing(some[-6:])[0]  # the first site's Rényi value at the last step
-    assert pictures.draw_ib({"a": some, "b": points(steps=[None]), "c": nothing(points())}, tmp_path / "ib.png")
+    assert plane_pictures.draw_ib({"a": some, "b": points(steps=[None]), "c": nothing(points())}, tmp_path / "ib.png")
     assert is_png(tmp_path / "ib.png")
     renyi, ksg = figures[0].axes
     assert titles(figures[0]) == ["Rényi, β = 0.5", "KSG, β = 0.5"]
@@ -289,7 +291,7 @@ def test_ib_values_of_the_last_step_over_depth(figures, tmp_path):
     intervals = [tuple(line.get_ydata()) for line in renyi.lines if line.get_label().startswith("_")]
     assert len(intervals) == 2 + 3
     assert intervals[0] == pytest.approx((0.0, 0.2))
-    assert not pictures.draw_ib({"c": nothing(points())}, tmp_path / "none.png")
+    assert not plane_pictures.draw_ib({"c": nothing(points())}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -298,7 +300,7 @@ def test_the_same_numbers_give_the_same_bytes(measured, tmp_path):
     draws = {
         "norm": lambda path: pictures.draw_norm_profiles(models, path),
         "zeta": lambda path: pictures.draw_zeta({"a": robustness(3)}, path),
-        "plane": lambda path: pictures.draw_plane({"a": points()}, path),
+        "plane": lambda path: plane_pictures.draw_plane({"a": points()}, path),
     }
     for name, draw in draws.items():
         paths = [tmp_path / f"{name}-{i}.png" for i in range(2)]

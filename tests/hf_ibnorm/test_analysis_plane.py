@@ -9,7 +9,7 @@ from helpers import FAMILIES, FINAL
 
 from hf_ibnorm import apply_norm, norm_sites
 from hf_ibnorm.analysis import information_plane, run_information_plane
-from hf_ibnorm.analysis.plane import plane_table
+from hf_ibnorm.analysis.show.tables import plane_table
 
 FEW = {"resamples": 20, "shuffles": 1}
 

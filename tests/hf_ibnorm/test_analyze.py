@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from hf_ibnorm import apply_norm
-from hf_ibnorm.analysis import analyze, lambda_against_likelihood, measure_normality, noise_robustness, page, watch
+from hf_ibnorm.analysis import analyze, lambda_against_likelihood, measure_normality, noise_robustness, watch
 from hf_ibnorm.analysis.model import PARTS, Measuring, analyze_model
+from hf_ibnorm.analysis.show.describe import describe, draw_pictures, qq_grid
 from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.cli import main
 from hf_ibnorm.data.text import draw_text
@@ -148,7 +149,7 @@ def test_no_table_of_the_page_is_wider_than_the_page(report, tmp_path):
 
 def test_what_is_drawn_of_channels_is_what_comes_out(report):
     record = json.loads((report / "analysis.json").read_text(encoding="utf-8"))
-    panels, normality = page.qq_panels(record["models"]), record["models"]["normal"]["normality"]
+    panels, normality = qq_grid(record["models"]), record["models"]["normal"]["normality"]
     assert list(panels) == ["stock", "normal"]
     assert list(panels["normal"]) == ["first norm", "middle norm", "last norm"]
     assert panels["normal"]["last norm"] == normality["norm"]["after"]["qq"]
@@ -157,7 +158,7 @@ def test_what_is_drawn_of_channels_is_what_comes_out(report):
 
 def test_a_record_read_back_gives_the_same_page(report, tmp_path):
     record = json.loads((report / "analysis.json").read_text(encoding="utf-8"))
-    again = page.page(record, page.draw(record, tmp_path), tmp_path)
+    again = describe(record, draw_pictures(record, tmp_path), tmp_path).html()
     assert again == (report / "report.html").read_text(encoding="utf-8")
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ibnorm import convert_checkpoint, norm_sites
 from hf_ibnorm.cli import main
+from hf_ibnorm.convert.cost import report_conversion
 from hf_ibnorm.convert.measure import measure
-from hf_ibnorm.convert.report import report_conversion
 from hf_ibnorm.data.text import Text, draw_text
 
 QUICK = ["--report_tokens", "300", "--report_scores", "0"]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pictures import check_style, tick_labels
 
-from hf_ibnorm.report.plots import COLOURS, Estimate, clip, crowd, figure, plot_forest, plot_losses, plot_runs
+from hf_ibnorm.report.plots import COLOURS, ForestLine, clip, crowd, figure, plot_forest, plot_losses, plot_runs
 from hf_ibnorm.report.runs import Run
 from hf_ibnorm.report.ticks import plain
 
@@ -125,9 +125,9 @@ def test_a_curve_that_is_mostly_beside_the_others_is_not_off(figures, tmp_path):
 
 def test_a_forest_has_its_outlier_at_the_edge_with_its_number(figures, tmp_path):
     estimates = [
-        Estimate(f"norm {i}", 0.01 * i, (0.01 * i - 0.1, 0.01 * i + 0.1), [0.01 * i], i == 2) for i in range(5)
+        ForestLine(f"norm {i}", 0.01 * i, (0.01 * i - 0.1, 0.01 * i + 0.1), [0.01 * i], i == 2) for i in range(5)
     ]
-    plot_forest([*estimates, Estimate("far", 0.82, (0.71, 0.93))], tmp_path / "forest.png", "difference")
+    plot_forest([*estimates, ForestLine("far", 0.82, (0.71, 0.93))], tmp_path / "forest.png", "difference")
     (axes,) = figures[0].axes
     assert axes.get_xlim()[1] < 0.3
     assert [text.get_text() for text in axes.texts] == ["+0.82 (+0.71 to +0.93), off the scale"]

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from hf_ibnorm.report.__main__ import main
-from hf_ibnorm.report.page import Page
+from hf_ibnorm.report.document import Document
 from hf_ibnorm.report.runs import Run, comparison, fairness
 from hf_ibnorm.report.tables import Table, decimals, score_cell
 
@@ -197,6 +197,6 @@ def test_columns_of_words_are_aligned_to_the_left():
     table = Table(["norm", "verdict", "loss"], [["a", "worse", "1"]], text=2)
     assert table.markdown().splitlines()[1] == "| --- | --- | ---: |"
     assert r"\begin{tabular}{llr}" in table.latex("")
-    page = Page("", "", {"worse": "bad"})
-    page.table(table)
-    assert '<tr><td class="text">a</td><td class="text bad">worse</td><td>1</td></tr>' in page.html("")
+    document = Document("", {"worse": "bad"})
+    document.table(table)
+    assert '<tr><td class="text">a</td><td class="text bad">worse</td><td>1</td></tr>' in document.html()

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from hf_ibnorm import convert_checkpoint
 from hf_ibnorm.base.errors import UserError
-from hf_ibnorm.report.card import model_card
 from hf_ibnorm.report.runs import Run
 from train_lm import zero
+from train_lm.card import model_card
 from train_lm.config import read_command_line
 from train_lm.data import IGNORE
 from train_lm.distribution import make_accelerator

@@ -1,36 +1,20 @@
-"""The report on a study: verdicts first, then what they rest on; Markdown, CSV, LaTeX and one self-contained page."""
+"""The findings of a study as tables, rows and sentences: verdicts first, then the numbers they rest on."""
 
 import math
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from hf_ibnorm.base.errors import UserError, bad_input
-from hf_ibnorm.base.files import sha256, write_text
-from hf_ibnorm.report.tables import Table, csv_text, decimals
+from hf_ibnorm.base.files import sha256
+from hf_ibnorm.report.runs import Run
+from hf_ibnorm.report.tables import Table, decimals, number_cell
 
 from ..compare import BETTER, SAME, WORSE
 from ..statistics import BOOTSTRAP_FROM, TEST_FROM
-from ..tables import SMOKE
-from .figures import (
-    CURVE,
-    Curve,
-    curve_rows,
-    curves_of,
-    draw_cost,
-    draw_forest,
-    draw_lam,
-    draw_losses,
-    draw_stability,
-    sweeps_of,
-)
 from .folder import SOURCE, Folder
-from .page import Parts, write_pages
-from .plan import VALIDATION, Cell, slug
+from .plan import VALIDATION, Cell
 from .results import (
-    BASELINE,
     HASHES,
     NO_BASELINE,
     NO_SCATTER,
@@ -41,7 +25,6 @@ from .results import (
     Group,
     environments,
     failures,
-    gather,
     lower_is_better,
 )
 from .training import DIVERGED, FAILED, Training
@@ -50,20 +33,10 @@ VERDICTS = (
     *(BETTER, WORSE, SAME),
     *(DIVERGED, REFUSED, FAILED, UNFINISHED, ONE_SEED, NO_SCATTER, NO_SCORE, NO_BASELINE),
 )
-"""In the order in which they are told."""
-READING = (
-    "Each seed fixes the data order and the initial values of every parameter that the norms share, so a norm and the "
-    "baseline are compared seed by seed. Difference: the mean over seeds of norm minus baseline, with its 95 % "
-    "t-interval. p: of no difference, by the paired t-test, corrected after Holm for all norms of the study; a verdict "
-    "needs it below 0.05, so an interval without 0 in it can still be 'not distinguishable'. Could be seen: the least "
-    "true difference that gets a verdict with a probability of 80 %, if seeds scatter as they did here and it is the "
-    "only one (Holm's first step); a smaller one may well be there. A norm with a seed that diverged has the verdict "
-    "'diverged' and no mean is tested: the seeds that are left would be a selection. The verdict holds for this model, "
-    "this text and this budget. Seconds depend on what else ran beside a training, and so on --jobs."
-)
+"""In the order in which sentences name them."""
 
 
-def what(groups: Sequence[Group], metric: str) -> str:
+def metric_title(groups: Sequence[Group], metric: str) -> str:
     """The metric with its unit, and which way is up."""
     if metric == VALIDATION:
         return "validation loss, nats per token (lower is better)"
@@ -79,22 +52,30 @@ def verdict_table(groups: Sequence[Group], metric: str) -> Table:
     columns += ["sign test"] * (most >= TEST_FROM) + ["bootstrap"] * (most >= BOOTSTRAP_FROM)
     table = Table(["norm", "verdict", *columns, "learning rate"], text=2)
     for group in groups:
-        values, found = list(group.values(metric).values()), group.paired
-        row = [group.label, told(group), mean_spread(values)]
-        if found is None:
-            row += [""] * (len(columns) - 1)
-        else:
-            digits = decimals(stdev(group.differences) / math.sqrt(found.n) if found.n > 1 else None)
-            row += [f"{found.mean:+.{digits}f}", _interval(found.interval, digits), _p(group.adjusted)]
-            row.append("-" if found.detectable is None else f"{found.detectable:.{digits}f}")
-            row += [_p(found.sign_p)] * (most >= TEST_FROM)
-            row += [_interval(found.bootstrap, digits)] * (most >= BOOTSTRAP_FROM)
-        table.rows.append([*row, "-" if group.learning_rate is None else f"{group.learning_rate:g}"])
+        cells = [mean_spread(list(group.values(metric).values())), *_statistics(group)][: len(columns)]
+        cells += [""] * (len(columns) - len(cells))
+        table.rows.append([group.label, verdict_text(group), *cells, number_cell(group.learning_rate, "g")])
     return table
 
 
-def told(group: Group) -> str:
-    """A verdict, and of how many seeds where that matters."""
+def _statistics(group: Group) -> list[str]:
+    """The cells of `verdict_table` on the differences from the baseline; none for a norm without differences."""
+    paired = group.paired
+    if paired is None:
+        return []
+    digits = decimals(stdev(group.differences) / math.sqrt(paired.n) if paired.n > 1 else None)
+    return [
+        f"{paired.mean:+.{digits}f}",
+        _interval(paired.interval, digits),
+        number_cell(group.adjusted, ".2g"),
+        number_cell(paired.detectable, f".{digits}f"),
+        number_cell(paired.sign_p, ".2g"),
+        _interval(paired.bootstrap, digits),
+    ]
+
+
+def verdict_text(group: Group) -> str:
+    """A verdict, with the number of seeds that diverged, or the pairs that were refused."""
     if group.verdict == DIVERGED and group.finals:
         count = sum(each.state == DIVERGED for each in group.finals.values())
         return f"{DIVERGED} ({count} of {len(group.finals)} seeds)"
@@ -191,20 +172,20 @@ def _cell_row(cell: Cell, training: Training, metric: str, compared: bool) -> di
     }
 
 
-def findings(groups: Sequence[Group], baseline: str) -> list[str]:
-    """The verdicts as sentences, a line for each condition."""
+def verdict_sentences(groups: Sequence[Group], baseline: str) -> list[str]:
+    """The verdicts, a sentence for each condition."""
     lines = []
     for condition in dict.fromkeys(group.condition for group in groups):
         here = [group for group in groups if group.condition == condition and group.arm.name != baseline]
         names = {kind: [group.arm.name for group in here if group.verdict == kind] for kind in VERDICTS}
-        said = "; ".join(f"{kind}: {', '.join(each)}" for kind, each in names.items() if each)
-        where = f"{condition}: " if condition else ""
-        lines.append(f"{where}Against {baseline} - {said}." if said else f"{where}Nothing is compared with {baseline}.")
+        listed = "; ".join(f"{kind}: {', '.join(each)}" for kind, each in names.items() if each)
+        verdicts = f"Against {baseline} - {listed}." if listed else f"Nothing is compared with {baseline}."
+        lines.append(f"{condition}: {verdicts}" if condition else verdicts)
     return lines
 
 
-def fairness(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:
-    """What was the same for all norms, as far as the files show it, and what was not."""
+def what_was_equal(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:
+    """Sentences on what all norms had in common, as far as the files show it, and on what they had not."""
     study, lines = folder.study, []
     pairs = sum(len(group.differences) for group in groups)
     runs = [run for group in groups if group.differences for run in group.runs()]
@@ -225,8 +206,7 @@ def fairness(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:
                 f"NOTE: on purpose, {arm.name} has {', '.join(f'{k} = {v}' for k, v in arm.settings.items())}."
             )
     lines += _tuning_lines(folder, groups, metric)
-    noisy = [group for group in groups if group.arm.norm == "layernormalnorm" and group.runs()]
-    if noisy:
+    if any(_draws_noise(run) for group in groups for run in group.runs()):
         lines.append("Noise is off in validation: models are in eval mode, which train_lm checks.")
         if study.suites and "noise" not in study.scoring.get("ignore", ()):
             lines.append("Noise is off in scoring: the doctor of `eval run` checks that logits repeat.")
@@ -234,6 +214,14 @@ def fairness(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:
     for change in folder.record()["history"][1:]:
         lines.append(f"NOTE: the plan was changed at {change['date']}, after it began with {change['was']}.")
     return lines
+
+
+def _draws_noise(run: Run) -> bool:
+    """Whether a norm of a run's model draws noise in training; a norm that is not registered here is passed over."""
+    from hf_ibnorm.norms import NORMS, build_norm
+
+    known = [(name, options) for _, name, options in run.norms() if name in NORMS]
+    return any(getattr(build_norm(name, 2, **options), "draws_noise", False) for name, options in known)
 
 
 def _tuning_lines(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:
@@ -268,112 +256,8 @@ def _tuning_lines(folder: Folder, groups: Sequence[Group], metric: str) -> list[
     return lines
 
 
-def write_report(folder: Folder, output: Path) -> list[Group]:
-    """Print the verdicts and write the report into `output`: report.md, report.html, verdicts.csv, verdicts.tex,
-    cells.csv, curves.csv and pictures.
-
-    Returns:
-        The norms with their verdicts.
-
-    Raises:
-        UserError: the study's files are damaged, or the report cannot be written.
-    """
-    study = folder.study
-    groups = gather(folder)
-    if not any(
-        each.ended for group in groups for row in (*group.tuning.values(), group.finals.values()) for each in row
-    ):
-        raise UserError(f"study: {folder.path} has no training yet that has ended; see `study status`")
-    metric = study.metric
-    table, lines, fair = (
-        verdict_table(groups, metric),
-        findings(groups, study.baseline),
-        fairness(folder, groups, metric),
-    )
-    sections = [
-        ("What quality cost", cost_table(groups, metric)),
-        ("Tuning", tuning_table(groups)),
-        ("Benchmarks", benchmark_table(groups)),
-        ("What went wrong", failure_table(folder, groups)),
-    ]
-    sections = [(title, each) for title, each in sections if each.rows]
-    rows = cell_rows(folder, groups, metric)
-    made = provenance(folder, groups)
-    stamp = ""
-    if any(each.smoke for group in groups for each in group.finals.values()):
-        lines.insert(0, f"{SMOKE}: scored on part of the items.")
-        stamp = f"{SMOKE}. "
-    caption = f"{what(groups, metric)}, mean ± standard deviation over seeds."
-    curves = curves_of(groups)
-    with bad_input(OSError, about="output: "):
-        output.mkdir(parents=True, exist_ok=True)
-        parts = Parts(
-            f"Study: {study.name}",
-            study.about,
-            lines,
-            table,
-            caption,
-            draw(groups, curves, output, metric),
-            READING,
-            fair,
-            sections,
-            as_table(rows),
-            made,
-            marked(groups),
-        )
-        write_pages(parts, output)
-        verdicts = [{"stamp": stamp.strip(), **verdict_row(group)} for group in groups]
-        write_text(output / "verdicts.csv", csv_text(list(verdicts[0]), verdicts))
-        write_text(output / "verdicts.tex", table.latex(f"{stamp}Study {study.name}: {caption}"))
-        write_text(output / "cells.csv", csv_text(list(rows[0]), rows))
-        if curves:
-            write_text(output / "curves.csv", csv_text(CURVE, curve_rows(curves)))
-        write_text(output / SOURCE, study.source)
-        for condition in study.conditions:
-            path = folder.recipe(condition)
-            write_text(output / f"recipe-{path.name}", path.read_text(encoding="utf-8"))
-    table.print()
-    for line in (*lines, *fair):
-        print(line)
-    print(f"Report: {output / 'report.html'}")
-    return groups
-
-
-def marked(groups: Sequence[Group]) -> dict[str, str]:
-    """Verdicts that the page emphasizes."""
-    bad = {told(group): "bad" for group in groups if group.verdict in (WORSE, DIVERGED, REFUSED, FAILED)}
-    return {**bad, BETTER: "good"}
-
-
-def draw(groups: Sequence[Group], curves: Sequence[Curve], output: Path, metric: str) -> list[tuple[str, Path]]:
-    """Every picture there is something for: title and file."""
-    found, about = [], what(groups, metric)
-
-    def add(title: str, name: str) -> Path:
-        found.append((title, output / f"{name}.png"))
-        return output / f"{name}.png"
-
-    if any(group.paired for group in groups):
-        draw_forest(groups, add("differences from the baseline", "forest"), f"difference from the baseline: {about}")
-    for condition in dict.fromkeys(group.condition for group in groups):
-        here = [group for group in groups if group.condition == condition]
-        where, end = (f" ({condition})", f"-{slug(condition)}") if condition else ("", "")
-        swept = [group for sweep in sweeps_of(here).values() for group in sweep]
-        if drawn := [curve for curve in curves if curve.condition == condition]:
-            base = next((group.arm.name for group in here if group.verdict == BASELINE), None)
-            draw_losses(drawn, base, add(f"losses{where}", f"losses{end}"))
-        if any(group.values(metric) for group in here):
-            draw_cost(here, add(f"quality against time{where}", f"cost{end}"), metric, about)
-            if swept:
-                draw_lam(here, add(f"quality against λ{where}", f"lambda{end}"), metric, about)
-        if any(len(group.tuning) > 1 and any(group.tuned().values()) for group in swept):
-            title = f"where it breaks: validation loss over λ and learning rate{where}"
-            draw_stability(here, add(title, f"stability{end}"))
-    return found
-
-
 def provenance(folder: Folder, groups: Sequence[Group]) -> list[str]:
-    """When, with what, on what, and the command that makes it again."""
+    """Date, machine, versions, and the command that makes the report again."""
     record, threads = folder.record(), folder.study.threads
     lines = [f"Begun {record['history'][0]['date'][:10]}, trainings with {threads} thread{'s' * (threads > 1)} each."]
     if run := next((run for group in groups for run in group.runs()), None):
@@ -404,42 +288,8 @@ def _interval(ends: tuple[float, float] | None, digits: int) -> str:
     return "-" if ends is None else f"{ends[0]:+.{digits}f} to {ends[1]:+.{digits}f}"
 
 
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
-
-
 def _tuned(group: Group, rate: float, loss: float | None) -> str:
     if loss is not None:
         return f"{loss:.3f}{' *' if rate == group.learning_rate else ''}"
     states = {each.state for each in group.tuning.get(rate, [])}
     return next((state for state in (DIVERGED, FAILED) if state in states), "-")
-
-
-def verdict_row(group: Group) -> dict[str, Any]:
-    found = group.paired
-    low, high = found.interval if found and found.interval else (None, None)
-    return {
-        "condition": group.condition,
-        "norm": group.arm.name,
-        "learning_rate": group.learning_rate,
-        "seeds": len(group.finals),
-        "difference": found and found.mean,
-        "low": low,
-        "high": high,
-        "p": found and found.p,
-        "adjusted": group.adjusted,
-        "detectable": found and found.detectable,
-        "sign_p": found and found.sign_p,
-        "bootstrap_low": found.bootstrap[0] if found and found.bootstrap else None,
-        "bootstrap_high": found.bootstrap[1] if found and found.bootstrap else None,
-        "verdict": group.verdict,
-    }
-
-
-def as_table(rows: Sequence[dict[str, Any]]) -> Table:
-    cells = [[_cell_text(value) for value in row.values()] for row in rows]
-    return Table(list(rows[0]), cells)
-
-
-def _cell_text(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

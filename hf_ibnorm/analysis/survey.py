@@ -19,22 +19,16 @@ from ..report.environment import environment_record
 from ..report.runs import Run
 from ..report.tables import csv_text
 from ..swap.loading import checkpoints_of, find_model, load_tokenizer, load_whole
-from .model import PARTS, PLACES, Measuring, analyze_model, plane_options, spaced
-from .normality import OF_CHANNELS, OF_PAIRS
-from .page import UNKNOWN, draw, page
+from .model import PARTS, Measuring, analyze_model, plane_options, spaced
 from .places import known_norms, matching, unknown_norms
 from .plane import information_plane
+from .show.describe import describe, draw_pictures
+from .show.rows import csv_rows
 
 DATA, TOKENS = "sotu", 16384
 """What is measured on where nothing is said: a text, and how much of it."""
 CHECKPOINTS = 5
 """Checkpoints of a run at which the information plane is estimated, at most."""
-FILES = (
-    *("models", "sites", "normality", "channels", "pairs", "qq", "lam_hat"),
-    *("likelihood", "likelihood_rows", "noise", "plane"),
-)
-"""CSV files of a report; one without a row is not written."""
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ def analyze(
     measuring: Measuring | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Look at every norm of some models, one after the other, and write what was found into a new directory.
+    """Look at every norm of some models, one after the other, and write what was measured into a new directory.
 
     It gets `report.html` (one page that needs nothing else), `analysis.json`, a CSV file of every kind of number, and
     the pictures. Models are in float32, on the GPU where there is one, and only one of them is in memory.
@@ -105,35 +99,41 @@ def analyze(
         check_number("tokens", tokens, 2, MOST_TOKENS)
         check_number("checkpoints", checkpoints, 1, LARGEST)
         check_new_directory("output", folder)
-        named = dict(models) if isinstance(models, Mapping) else dict(zip(_names(models), models, strict=True))
-        for name in named:
-            if name.startswith("_"):  # matplotlib would leave it out of the legends
-                raise ValueError(f"model: got the name {name!r}, must not begin with _; NAME=DIR chooses another")
-        subjects = {
-            name: _subject(str(path), data, int(tokens), "noise" not in measuring.skip) for name, path in named.items()
-        }
+        subjects = _subjects(models, data, int(tokens), "noise" not in measuring.skip)
     chosen = _chosen_sites(subjects, measuring)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for name, subject in subjects.items():
-        found[name] = _looked_at(name, subject, replace(measuring, sites=chosen[name]), int(checkpoints), device, say)
+        here = replace(measuring, sites=chosen[name])
+        measured[name] = _looked_at(name, subject, here, int(checkpoints), device, say)
         gc.collect()  # before the next model is loaded
-    made = environment_record()
+    first, made = next(iter(subjects.values())), environment_record()
     record = {
-        "text": next(iter(subjects.values())).text.name,
-        "noise_scale": training.name if (training := next(iter(subjects.values())).training_text) else None,
+        "text": first.text.name,
+        "noise_scale": first.training_text.name if first.training_text else None,
         "options": {"data": data, "tokens": tokens, "checkpoints": checkpoints, **asdict(measuring)},
-        "models": found,
+        "models": measured,
         "environment": {name: made[name] for name in ("date", "device", "cpu_count", "versions", "git_revision")},
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(folder) as inside:
         write_json(inside / "analysis.json", record)
-        for file, rows in tables(record).items():
+        for file, rows in csv_rows(record).items():
             if rows:
                 write_text(inside / file, csv_text(list(dict.fromkeys(key for row in rows for key in row)), rows))
-        write_text(inside / "report.html", page(record, draw(record, inside), inside))
+        describe(record, draw_pictures(record, inside), inside).write(inside / "report.html")
     return record
+
+
+def _subjects(
+    models: Sequence[str | Path] | Mapping[str, str | Path], data: str, tokens: int, noise: bool
+) -> dict[str, Subject]:
+    """Name → model and text; arguments as for `analyze`, and whether noise will be measured."""
+    named = dict(models) if isinstance(models, Mapping) else dict(zip(_names(models), models, strict=True))
+    for name in named:
+        if name.startswith("_"):  # matplotlib would leave it out of the legends
+            raise ValueError(f"model: got the name {name!r}, must not begin with _; NAME=DIR chooses another")
+    return {name: _subject(str(path), data, tokens, noise) for name, path in named.items()}
 
 
 def _names(models: Sequence[str | Path]) -> list[str]:
@@ -211,30 +211,30 @@ def _looked_at(
     ids, training = subject.text.ids, None if subject.training_text is None else subject.training_text.ids
     model = load_whole(subject.folder, subject.config, torch.float32).to(device)
     say(f"{name}: {ids.numel():,} tokens of {subject.text.name}")
-    found: dict[str, Any] = {"folder": str(subject.folder), "norm": _norm_of(model), "step": subject.step}
-    found |= {"tokens": ids.numel(), "tokens_sha": sha256([str(ids.shape), ids.numpy().tobytes()])[:16]}
-    found |= {"unknown": unknown_norms(model.base_model)}
+    measured: dict[str, Any] = {"folder": str(subject.folder), "norm": _norm_of(model), "step": subject.step}
+    measured |= {"tokens": ids.numel(), "tokens_sha": sha256([str(ids.shape), ids.numpy().tobytes()])[:16]}
+    measured |= {"unknown": unknown_norms(model.base_model)}
     with bad_input(FloatingPointError, about=f"{name}: "):
-        found |= analyze_model(model, ids, measuring, training)
+        measured |= analyze_model(model, ids, measuring, training)
     del model
     earlier = [step for step in subject.checkpoints if step != subject.step]
-    if found["plane"] is not None:
-        for point in found["plane"]:
+    if measured["plane"] is not None:
+        for point in measured["plane"]:
             point["step"] = subject.step
         points: list[Any] = []
         for step in (earlier[i] for i in spaced(len(earlier), checkpoints - 1)):
             say(f"{name}: the information plane at step {step}")
             then = load_whole(subject.checkpoints[step], None, torch.float32).to(device)
             points += information_plane(then, ids, step=step, **plane_options(measuring))
-        found["plane"] = [*map(asdict, points), *found["plane"]]
-    found["start"] = None
-    if found["normality"] is not None and earlier[:1] == [0]:
+        measured["plane"] = [*map(asdict, points), *measured["plane"]]
+    measured["start"] = None
+    if measured["normality"] is not None and earlier[:1] == [0]:
         say(f"{name}: normality at step 0")
         then = load_whole(subject.checkpoints[0], None, torch.float32).to(device)
         with bad_input(FloatingPointError, about=f"{name}, step 0: "):
             start = analyze_model(then, ids, replace(measuring, skip=tuple(set(PARTS) - {"normality"})))
-        found["start"] = {name: start[name] for name in ("loss", "sites", "normality", "likelihood")}
-    return found
+        measured["start"] = {name: start[name] for name in ("loss", "sites", "normality", "likelihood")}
+    return measured
 
 
 def _norm_of(model: Any) -> str:
@@ -243,97 +243,3 @@ def _norm_of(model: Any) -> str:
     if name is None:
         return Counter(type(norm).__name__ for norm in known_norms(model).values()).most_common(1)[0][0]
     return f"{name}{' (with overrides)' if model.config.norm_overrides else ''}"
-
-
-def tables(record: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """CSV file → its rows: every number of a report that belongs to a norm."""
-    files: dict[str, list[Row]] = {name: [] for name in FILES}
-    for name, model in record["models"].items():
-        stages = [(model["step"], model)]
-        if model["start"] is not None:
-            stages.insert(0, (0, model["start"]))
-        for step, stage in stages:
-            at = {"model": name, "step": step}
-            why = {**model["reasons"], **dict.fromkeys(model["unknown"], UNKNOWN)} if stage is model else {}
-            facts = {key: model[key] for key in ("norm", "folder", "tokens", "tokens_sha")}
-            files["models"].append({**at, **facts, "loss": stage["loss"], "reasons": _joined(why)})
-            for site, cells in stage["sites"].items():
-                files["sites"].append({**at, "site": site, **_flat(cells)})
-                if cells["lam_hat"] is not None:
-                    histogram = cells["lam_hat"]
-                    edges = [None, *histogram["edges"], None]
-                    counts = [histogram["below"], *histogram["counts"], histogram["above"]]
-                    files["lam_hat"] += [
-                        {**at, "site": site, "low": edges[i], "high": edges[i + 1], "rows": count}
-                        for i, count in enumerate(counts)
-                    ]
-            for site, places in (stage["normality"] or {}).items():
-                for place in PLACES:
-                    _add_normality(files, {**at, "site": site, "place": place}, places[place])
-            for site, each in (stage["likelihood"] or {}).items():
-                scalars = {key: cell for key, cell in each.items() if not isinstance(cell, dict | list)}
-                files["likelihood"].append({**at, "site": site, **scalars, "reasons": _joined(each["reasons"])})
-                files["likelihood_rows"] += [
-                    {**at, "site": site, "newton": newton, "likelihood": most_likely}
-                    for newton, most_likely in zip(each["newton"] or (), each["likelihood"] or (), strict=True)
-                ]
-        if model["noise"] is not None:
-            noise = model["noise"]
-            for i, noisy in enumerate(noise["sites"]):
-                for j in range(i + 1, len(noise["sites"])):
-                    cell = {"zeta": noise["zeta"][i][j], "spread": noise["spread"][i][j]}
-                    measured = noise["sites"][j]
-                    files["noise"].append({"model": name, "noise_at": noisy, "measured_at": measured, **cell})
-        for point in model["plane"] or ():
-            files["plane"].append({"model": name, **_point(point)})
-    return {f"{name}.csv": rows for name, rows in files.items()}
-
-
-def _flat(cells: Mapping[str, Any]) -> Row:
-    """A site's statistics in one row: `before_mean`, `after_quantile_0.5`, ...; why a cell is empty at its end."""
-    row: Row = {}
-    for name, cell in cells.items():
-        if name == "reasons":
-            continue
-        if name in PLACES:
-            for each, value in (cell or {}).items():
-                if each == "quantiles":
-                    row |= {f"{name}_quantile_{q}": at for q, at in value.items()}
-                else:
-                    row[f"{name}_{each}"] = value
-        elif name in ("lam_hat", "p_std"):
-            scalars = {each: value for each, value in (cell or {}).items() if not isinstance(value, list)}
-            row |= {f"{name}_{each}": value for each, value in scalars.items()}
-        else:
-            row[name] = cell
-    return {**row, "reasons": _joined(cells["reasons"])}
-
-
-def _joined(reasons: Mapping[str, str]) -> str:
-    return "; ".join(f"{name}: {why}" for name, why in reasons.items())
-
-
-def _add_normality(files: dict[str, list[Row]], at: Row, found: Mapping[str, Any]) -> None:
-    """Rows of one sample: as a whole, of its channels, of pairs of them, and its Q-Q data."""
-    row = {**at, "rows": found["rows"], "constant": found["constant"]}
-    for name in (*OF_CHANNELS, *OF_PAIRS):
-        row |= {f"{name}_{key}": cell for key, cell in (found[name] or {}).items() if key != "each"}
-    files["normality"].append({**row, "reasons": _joined(found["reasons"])})
-    for file, keys, names in (
-        ("channels", [{"channel": channel} for channel in found["channels"]], OF_CHANNELS),
-        ("pairs", [dict(zip(("first", "second"), pair, strict=True)) for pair in found["pairs"]], OF_PAIRS),
-    ):
-        columns = {name: found[name]["each"] for name in names if found[name] is not None}
-        for i, key in enumerate(keys if columns else ()):
-            files[file].append({**at, **key, **{name: each[i] for name, each in columns.items()}})
-    for each in found["qq"]:
-        for theoretical, ordered in zip(each["theoretical"], each["ordered"], strict=True):
-            files["qq"].append({**at, "channel": each["channel"], "theoretical": theoretical, "ordered": ordered})
-
-
-def _point(point: Mapping[str, Any]) -> Row:
-    row: Row = {name: point[name] for name in ("step", "site", "estimator", "beta")}
-    for name, cell in (("i_xt", point["input"]), ("i_ty", point["output"]), ("ib", point["ib"])):
-        low, high = cell["interval"] or (None, None)
-        row |= {name: cell["value"], f"{name}_low": low, f"{name}_high": high, f"{name}_chance": cell["chance"]}
-    return {**row, "n": point["ib"]["n"], "reason": point["ib"]["reason"]}

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..base.files import atomic_directory, check_new_directory, write_json, write_text
 from ..checks import MOST_TOKENS, check_number
 from ..data.text import LEAST, Text, draw_text
+from ..report.document import Document, machine, readings
 from ..report.environment import environment_record
 from ..report.runs import read_scores
-from ..report.tables import Table, csv_text, score_cell
+from ..report.tables import Table, csv_text, number_cell, score_cell
 from ..swap.loading import load
 from .checkpoint import Source, card_text, convert_source, read_source
 from .measure import measure
@@ -30,7 +31,7 @@ STAGES = {"keep": "swapped", "identity": "identity", "calibrate": "calibrated"}
 """What a model is called in its report, by how it was made."""
 NOVEL = "austen_test"
 """Benchmark of the embedded suite that is left out: a whole novel."""
-TOLD = ("lam", "unit", "standardize", "noise", "alpha")
+NAMED = ("lam", "unit", "standardize", "noise", "alpha")
 """Options of a norm that its row names."""
 
 
@@ -69,12 +70,12 @@ def report_conversion(
     """
     check_new_directory("output", Path(output))
     with ExitStack() as stack:
-        found = read_source(source, stack)
-        text, scored = prepare(found, data, tokens, scores)
-        return write_report(found, {name: Path(path) for name, path in stages.items()}, Path(output), text, scored)
+        original = read_source(source, stack)
+        text, scored = text_and_items(original, data, tokens, scores)
+        return _write(original, {name: Path(path) for name, path in stages.items()}, Path(output), text, scored)
 
 
-def prepare(source: Source, data: str, tokens: int, scores: int | None, prefix: str = "") -> tuple[Text, int]:
+def text_and_items(source: Source, data: str, tokens: int, scores: int | None, prefix: str = "") -> tuple[Text, int]:
     """Text to measure on, and how many items are scored; `prefix` is what errors put before an argument's name.
 
     Raises:
@@ -101,7 +102,7 @@ def _check_language_model(field: str, model: Source) -> None:
         raise ValueError(f"{field}: got a {kind}; only a language model can be measured (--no_report)")
 
 
-def write_report(source: Source, stages: Mapping[str, Path], output: Path, text: Text, scored: int) -> dict[str, Any]:
+def _write(source: Source, stages: Mapping[str, Path], output: Path, text: Text, scored: int) -> dict[str, Any]:
     """`report_conversion` of a source that was read, with what was prepared."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with ExitStack() as stack:
@@ -113,16 +114,16 @@ def write_report(source: Source, stages: Mapping[str, Path], output: Path, text:
             _check_stage(name, stage, source, text.ids.shape[1])
     folders = {SOURCE: source.folder, **stages}
     old = _loaded(source.folder, device)
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for name, folder in folders.items():
         model = old if name == SOURCE else _loaded(folder, device)
         try:
-            found[name] = {"norm": _norm_of(model), **asdict(measure(old, model, text))}
+            measured[name] = {"norm": _norm_of(model), **asdict(measure(old, model, text))}
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     del old, model
     for name, folder in folders.items():
-        found[name]["scores"] = embedded_scores(folder, scored) if scored else None
+        measured[name]["scores"] = embedded_scores(folder, scored) if scored else None
     made = environment_record()
     record = {
         "source": source.title,
@@ -130,17 +131,17 @@ def write_report(source: Source, stages: Mapping[str, Path], output: Path, text:
         "tokens": text.ids.numel(),
         "bytes": text.bytes,
         "scored": scored,
-        "stages": found,
+        "stages": measured,
         "environment": {name: made[name] for name in ("date", "device", "cpu_count", "versions", "git_revision")},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(output) as folder:
         write_json(folder / "report.json", record)
         write_text(folder / "sites.csv", _sites_csv(record))
-        drawn = find_spec("matplotlib") is not None
-        if drawn:
-            plot(record, folder / "report.png")
-        write_text(folder / "report.md", _page(record, drawn))
+        picture = folder / "report.png" if find_spec("matplotlib") else None
+        if picture:
+            draw_sites(record, picture)
+        describe(record, picture).write(folder / "report.md")
     return record
 
 
@@ -166,17 +167,17 @@ def convert_and_report(
     """
     wanted.check(target)
     with ExitStack() as stack:
-        found = read_source(source, stack)
-        text, scored = prepare(found, data, tokens, scores, prefix="report_")
-        record = convert_source(found, target, wanted)
+        original = read_source(source, stack)
+        text, scored = text_and_items(original, data, tokens, scores, prefix="report_")
+        record = convert_source(original, target, wanted)
         stages = {STAGES[wanted.init]: target}
         try:
             if wanted.init == "calibrate":
                 kept = Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))) / "kept"
-                convert_source(found, kept, replace(wanted, init="keep"))
+                convert_source(original, kept, replace(wanted, init="keep"))
                 stages = {STAGES["keep"]: kept, **stages}
-            report = write_report(found, stages, target / NAME, text, scored)
-            cost = f"## What it cost\n\n{summary(report).markdown()}\n`{NAME}/` has more.\n"
+            report = _write(original, stages, target / NAME, text, scored)
+            cost = f"## What it cost\n\n{stage_table(report).markdown()}\n`{NAME}/` has more.\n"
             write_text(target / "README.md", f"{card_text(record)}\n{cost}")
         except (OSError, ValueError, RuntimeError) as error:
             raise RuntimeError(f"{target} is whole, its report is not: {error}") from error
@@ -207,66 +208,52 @@ def _norm_of(model: PreTrainedModel) -> str:
     """The norm of a model in words."""
     if (name := getattr(model.config, "norm_type", None)) is None:
         return "the architecture's own"
-    told = "".join(f", {key} {value}" for key, value in model.config.norm_kwargs.items() if key in TOLD)
-    return f"{name}{told}{' (with overrides)' if model.config.norm_overrides else ''}"
+    options = "".join(f", {key} {value}" for key, value in model.config.norm_kwargs.items() if key in NAMED)
+    return f"{name}{options}{' (with overrides)' if model.config.norm_overrides else ''}"
 
 
 def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
-    """Rows of `scores.json` that `python -m eval run --suite embedded` writes for a model, without the novel.
-
-    Args:
-        model: its directory.
-        limit: items a task.
-
-    Raises:
-        RuntimeError: it fails.
-    """
+    """Scores in the embedded suite, without the novel, on `limit` items a task; RuntimeError where eval fails."""
     with TemporaryDirectory(prefix="hf_ibnorm_") as folder:
         flags = ["--suite", "embedded", "--skip", NOVEL, "--limit", str(limit), "--batch_size", "32"]
         flags += ["--overlong", "skip"]  # a short context is no reason for no report
-        words = ["run", "--model", str(model), *flags, "--output", f"{folder}/scores"]
+        flags += ["--model", str(model), "--output", f"{folder}/scores"]
         # -P: an eval.py in the user's folder is not ours.
-        words = [sys.executable, "-P", "-m", "eval", *words]
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-P", "-m", "eval", "run", *flags], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"scores: {(done.stderr.strip().splitlines() or ['eval failed'])[-1]}")
         benchmarks: dict[str, Any] = read_scores(Path(folder) / "scores")["benchmarks"]
     return benchmarks
 
 
-def summary(record: Mapping[str, Any]) -> Table:
+def stage_table(record: Mapping[str, Any]) -> Table:
     """A row for each stage of a report."""
-    scored = bool(record["scored"])
-    table = Table(
-        [
-            *("stage", "norm", "bits per byte", "KL to source, nats", "same top token", "output error, median"),
-            *("worst", "narrowest row, median", "least", *(["embedded, mean"] if scored else [])),
-        ]
-    )
+    columns = ["stage", "norm", "bits per byte", "KL to source, nats", "same top token", "output error, median"]
+    columns += ["worst", "narrowest row, median", "least"]
+    table = Table(columns + ["embedded, mean"] * bool(record["scored"]))
     for name, stage in record["stages"].items():
         errors = [site["error"] for site in stage["sites"].values() if site["error"] is not None] or [math.nan]
         widths = [site["least_row_std"] for site in stage["sites"].values()]
-        whole = [f"{stage['bits_per_byte']:.4f}", f"{stage['kl']:.4g}", f"{stage['top1']:.1%}"]
-        by_site = [f"{value:.3g}" for value in (median(errors), max(errors), median(widths), min(widths))]
-        mean = mean_score(stage["scores"]) if scored else None
-        scores = ["-" if mean is None else f"{mean:.2f}"] if scored else []
-        table.rows.append([name, stage["norm"], *whole, *by_site, *scores])
+        cells = [f"{stage['bits_per_byte']:.4f}", f"{stage['kl']:.4g}", f"{stage['top1']:.1%}"]
+        cells += [f"{value:.3g}" for value in (median(errors), max(errors), median(widths), min(widths))]
+        if record["scored"]:
+            cells.append(number_cell(mean_score(stage["scores"]), ".2f"))
+        table.rows.append([name, stage["norm"], *cells])
     return table
 
 
 def mean_score(scores: Mapping[str, Any]) -> float | None:
     """Mean of the normalized scores, 0 to 100, over the tasks that have one; None where none has."""
-    found = [row["normalized"] for row in scores.values() if row["normalized"] is not None]
-    return fmean(found) if found else None
+    normalized = [row["normalized"] for row in scores.values() if row["normalized"] is not None]
+    return fmean(normalized) if normalized else None
 
 
 def _score_table(record: Mapping[str, Any]) -> Table:
     """A row for each stage, a column for each embedded task."""
     scores = {name: stage["scores"] for name, stage in record["stages"].items()}
     tasks = [name for name in scores[SOURCE] if name != NOVEL]
-    return Table(
-        ["stage", *tasks], [[name, *(score_cell(row[each]) for each in tasks)] for name, row in scores.items()]
-    )
+    rows = [[name, *(score_cell(row[each]) for each in tasks)] for name, row in scores.items()]
+    return Table(["stage", *tasks], rows)
 
 
 def _sites_csv(record: Mapping[str, Any]) -> str:
@@ -278,49 +265,36 @@ def _sites_csv(record: Mapping[str, Any]) -> str:
     return csv_text(list(rows[0]), rows)
 
 
-def _page(record: Mapping[str, Any], drawn: bool) -> str:
-    """`report.md`."""
-    environment = record["environment"]
-    lines = [
-        f"# What became of {record['source']}",
-        summary(record).markdown(),
-        f"Measured in float32 on {record['tokens']:,} tokens ({record['bytes']:,} bytes) of {record['text']}.",
-        "*KL* is that of the next-token distributions, from the source's to the stage's, mean over tokens; *same top "
-        "token* the share of tokens at which both hold the same one most likely. *Output error* is that of a norm's "
-        "output against the source's at the same site, each in its own model, as a fraction of the variance of the "
-        "source's; median and worst over the sites. A *row* is what a norm makes of one token before gain and bias, "
-        "its width the standard deviation over the features: 1 for IBNorm that standardizes with `layer`, a little "
-        "less for RMSNorm; of each site the narrowest row counts, and of these the median and the least. All sites are "
-        "in `sites.csv`.",
-    ]
-    if drawn:
-        lines.append("![output error and narrowest row of every site](report.png)")
-    if record["scored"]:
-        lines += [
-            _score_table(record).markdown(),
-            f"The first {record['scored']} items of each task of the embedded suite, by `python -m eval run`; the "
-            "novel is left out. Means are over normalized scores, 0 for guessing and 100 for no mistake.",
-        ]
-    lines.append(
-        f"Made on {environment['device']}, {environment['cpu_count']} cores, torch {environment['versions']['torch']}, "
-        f"{environment['date'][:10]}."
+def describe(record: Mapping[str, Any], picture: Path | None) -> Document:
+    """The report on a record, with the picture that `draw_sites` drew of it, if any."""
+    document = Document(f"What became of {record['source']}", made=[f"Made on {machine(record['environment'])}."])
+    document.table(stage_table(record))
+    document.paragraph(
+        f"Measured in float32 on {record['tokens']:,} tokens ({record['bytes']:,} bytes) of {record['text']}."
     )
-    return "\n\n".join(line.rstrip("\n") for line in lines) + "\n"
+    document.paragraph(readings(Path(__file__).with_name("reading.md"))["How to read it"])
+    if picture:
+        document.picture(picture, "output error and narrowest row of every site")
+    if record["scored"]:
+        document.table(_score_table(record))
+        document.paragraph(
+            f"The first {record['scored']} items of each task of the embedded suite, by `python -m eval run`; the "
+            "novel is left out. Means are over normalized scores, 0 for guessing and 100 for no mistake."
+        )
+    return document
 
 
-def plot(record: Mapping[str, Any], path: Path) -> None:
+def draw_sites(record: Mapping[str, Any], path: Path) -> None:
     """Output error, and the narrowest row, of every site of every stage but the source."""
-    from ..report.plots import above, figure, handles, look
+    from ..report.plots import above, draw_curve, panels
 
-    with figure(path, 1, 2, 3.2) as (errors, widths):
+    with panels(path, 2, 2, 3.2) as (errors, widths):
         for i, (name, stage) in enumerate(record["stages"].items()):
-            colour, style = look(i)
-            sites = range(len(stage["sites"]))
+            sites = list(enumerate(stage["sites"].values()))
             if name != SOURCE:
-                values = [cost["error"] or math.nan for cost in stage["sites"].values()]  # 0 is not on the scale
-                errors.plot(sites, values, style, color=colour, linewidth=1.2, label=name)
-            values = [cost["least_row_std"] for cost in stage["sites"].values()]
-            widths.plot(sites, values, style, color=colour, linewidth=1.2, label=name)
+                # An error of 0 has no place on a logarithmic axis.
+                draw_curve(errors, i, [(site, cost["error"] or math.nan) for site, cost in sites], name)
+            draw_curve(widths, i, [(site, cost["least_row_std"]) for site, cost in sites], name)
         if any(math.isfinite(value) for line in errors.lines for value in line.get_ydata()):
             errors.set_yscale("log")
         errors.set_title("output error, fraction of the source's variance")
@@ -329,4 +303,4 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
         widths.set_ylim(min(0.1, widths.get_ylim()[0]), max(2.0, widths.get_ylim()[1]))
         widths.set_title("standard deviation of the narrowest row")
         errors.figure.supxlabel("norm, from the embedding to the output")
-        above(errors.figure, handles([widths]))
+        above([widths])

@@ -1,0 +1,187 @@
+"""The report on a study, written: Markdown, one self-contained page, CSV, LaTeX and pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import write_text
+from hf_ibnorm.report.document import Document, readings
+from hf_ibnorm.report.plots import plot_forest
+from hf_ibnorm.report.tables import Table, csv_text
+
+from ..compare import BETTER, WORSE
+from ..tables import SMOKE
+from . import figures, findings
+from .folder import SOURCE, Folder
+from .plan import Study, slug
+from .results import BASELINE, REFUSED, Group, gather
+from .training import DIVERGED, FAILED
+
+COST = "What quality cost"
+
+
+def write_report(folder: Folder, output: Path) -> list[Group]:
+    """Print the verdicts and write the report into `output`: report.md, report.html, verdicts.csv, verdicts.tex,
+    cells.csv, curves.csv and pictures.
+
+    Returns:
+        The norms with their verdicts.
+
+    Raises:
+        UserError: the study's files are damaged, or the report cannot be written.
+    """
+    study = folder.study
+    groups = gather(folder)
+    if not any(
+        each.ended for group in groups for row in (*group.tuning.values(), group.finals.values()) for each in row
+    ):
+        raise UserError(f"study: {folder.path} has no training yet that has ended; see `study status`")
+    equal, made = findings.what_was_equal(folder, groups, study.metric), findings.provenance(folder, groups)
+    cost, wrong = findings.cost_table(groups, study.metric), findings.failure_table(folder, groups)
+    rows, curves = findings.cell_rows(folder, groups, study.metric), figures.curves_of(groups)
+    with bad_input(OSError, about="output: "):
+        output.mkdir(parents=True, exist_ok=True)
+        pictures = draw_pictures(groups, curves, output, study.metric)
+        document = describe(study, groups, pictures, equal, cost, as_table(rows), made, wrong)
+        write_verdicts(document, groups, output)
+        write_text(output / "cells.csv", csv_text(list(rows[0]), rows))
+        if curves:
+            write_text(output / "curves.csv", csv_text(figures.CURVE, figures.curve_rows(curves)))
+        write_text(output / SOURCE, study.source)
+        for condition in study.conditions:
+            path = folder.recipe(condition)
+            write_text(output / f"recipe-{path.name}", path.read_text(encoding="utf-8"))
+    findings.verdict_table(groups, study.metric).print()
+    print(*_stamped_sentences(study, groups), *equal, sep="\n")
+    print(f"Report: {output / 'report.html'}")
+    return groups
+
+
+def describe(
+    study: Study,
+    groups: Sequence[Group],
+    pictures: Sequence[tuple[str, Path]],
+    equal: Sequence[str],
+    cost: Table,
+    trainings: Table,
+    made: list[str],
+    wrong: Table | None = None,
+) -> Document:
+    """The report on a study.
+
+    Args:
+        study: what was asked.
+        groups: the norms with their verdicts.
+        pictures: title and PNG file.
+        equal: what was equal, a sentence each.
+        cost: what quality cost.
+        trainings: every training, as in `cells.csv`.
+        made: when, with what, and how, a sentence each.
+        wrong: trainings and pairs that do not count.
+    """
+    caption = f"{findings.metric_title(groups, study.metric)}, mean ± standard deviation over seeds."
+    stamp = f"{SMOKE}. " if _is_smoke(groups) else ""
+    bad = [group for group in groups if group.verdict in (WORSE, DIVERGED, REFUSED, FAILED)]
+    marked = {findings.verdict_text(group): "bad" for group in bad} | {BETTER: "good"}
+    document = Document(f"Study: {study.name}", marked, made)
+    document.lead(study.about)
+    for line in _stamped_sentences(study, groups):
+        document.strong(line)
+    document.table(findings.verdict_table(groups, study.metric), caption, f"{stamp}Study {study.name}: {caption}")
+    for title, path in pictures:
+        document.picture(path, title)
+    for title, text in readings(Path(__file__).with_name("reading.md")).items():
+        document.heading(title)
+        document.paragraph(text)
+    document.heading("What was equal")
+    document.bullets(equal)
+    for title, table in (
+        (COST, cost),
+        ("Tuning", findings.tuning_table(groups)),
+        ("Benchmarks", findings.benchmark_table(groups)),
+        ("What went wrong", wrong),
+    ):
+        if table and table.rows:
+            document.heading(title)
+            document.table(table)
+    document.heading("Every training")
+    document.folded(trainings, f"{len(trainings.rows)} trainings", "cells.csv")
+    return document
+
+
+def _is_smoke(groups: Sequence[Group]) -> bool:
+    return any(each.smoke for group in groups for each in group.finals.values())
+
+
+def _stamped_sentences(study: Study, groups: Sequence[Group]) -> list[str]:
+    stamp = [f"{SMOKE}: scored on part of the items."] if _is_smoke(groups) else []
+    return [*stamp, *findings.verdict_sentences(groups, study.baseline)]
+
+
+def write_verdicts(document: Document, groups: Sequence[Group], output: Path) -> None:
+    """Write report.md, report.html, verdicts.tex and verdicts.csv into `output`, where the pictures are."""
+    document.write(output / "report.md", output / "report.html", output / "verdicts.tex")
+    stamp = SMOKE + "." if _is_smoke(groups) else ""
+    rows = [{"stamp": stamp, **_verdict_row(group)} for group in groups]
+    write_text(output / "verdicts.csv", csv_text(list(rows[0]), rows))
+
+
+def _verdict_row(group: Group) -> dict[str, Any]:
+    paired = group.paired
+    low, high = (paired and paired.interval) or (None, None)
+    bootstrap_low, bootstrap_high = (paired and paired.bootstrap) or (None, None)
+    return {
+        "condition": group.condition,
+        "norm": group.arm.name,
+        "learning_rate": group.learning_rate,
+        "seeds": len(group.finals),
+        "difference": paired and paired.mean,
+        "low": low,
+        "high": high,
+        "p": paired and paired.p,
+        "adjusted": group.adjusted,
+        "detectable": paired and paired.detectable,
+        "sign_p": paired and paired.sign_p,
+        "bootstrap_low": bootstrap_low,
+        "bootstrap_high": bootstrap_high,
+        "verdict": group.verdict,
+    }
+
+
+def draw_pictures(
+    groups: Sequence[Group], curves: Sequence[figures.Curve], output: Path, metric: str
+) -> list[tuple[str, Path]]:
+    """Draw every picture there is something for: title and file."""
+    about, drawn = findings.metric_title(groups, metric), list[tuple[str, Path]]()
+
+    def add(title: str, name: str) -> Path:
+        drawn.append((title, output / f"{name}.png"))
+        return output / f"{name}.png"
+
+    if lines := figures.forest_lines(groups):
+        plot_forest(lines, add("differences from the baseline", "forest"), f"difference from the baseline: {about}")
+    for condition in dict.fromkeys(group.condition for group in groups):
+        here = [group for group in groups if group.condition == condition]
+        where, end = (f" ({condition})", f"-{slug(condition)}") if condition else ("", "")
+        swept = [group for sweep in figures.sweeps_of(here).values() for group in sweep]
+        if shown := [curve for curve in curves if curve.condition == condition]:
+            base = next((group.arm.name for group in here if group.verdict == BASELINE), None)
+            figures.draw_losses(shown, base, add(f"losses{where}", f"losses{end}"))
+        if any(group.values(metric) for group in here):
+            figures.draw_cost(here, add(f"quality against time{where}", f"cost{end}"), metric, about)
+            if swept:
+                figures.draw_lam(here, add(f"quality against λ{where}", f"lambda{end}"), metric, about)
+        if any(len(group.tuning) > 1 and any(group.tuned().values()) for group in swept):
+            title = f"where it breaks: validation loss over λ and learning rate{where}"
+            figures.draw_stability(here, add(title, f"stability{end}"))
+    return drawn
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Rows of a CSV file as a table, with six digits of fractions."""
+    return Table(list(rows[0]), [[_cell_text(value) for value in row.values()] for row in rows])
+
+
+def _cell_text(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,113 @@
+"""The pictures of the information plane; as those of `pictures`, they return whether there was anything to draw."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...report.plots import above, look, panels
+from ..plane import PlanePoint
+from . import axes
+from .pictures import MARGIN
+
+ESTIMATOR_NAMES = {"renyi": "Rényi", "ksg": "KSG"}
+Models = Mapping[str, Sequence[PlanePoint]]
+
+
+def draw_plane(models: Models, path: Path) -> bool:
+    """The information plane: a panel for each model and estimator, a curve through the steps for each site.
+
+    Sites are coloured by depth, dark first. A large point is the last step; its bars are 95 % intervals.
+
+    Args:
+        models: name → what `information_plane` or `run_information_plane` returns.
+        path: PNG file.
+    """
+    known = _known(models)
+    if not known:
+        return False
+    depth = axes.Depth.of({name: list(dict.fromkeys(each.site for each in models[name])) for name in known})
+    columns = min(3, len(known)) if len(known) > 1 else len(_estimators(known))
+    cells: list[tuple[str, str] | None] = []
+    for estimator in _estimators(known):
+        cells += [(estimator, name) for name in known if any(each.estimator == estimator for each in known[name])]
+        if len(known) > 1:  # each estimator starts a row
+            cells += [None] * (-len(cells) % columns)
+    with panels(path, len(cells), columns, 2.2, MARGIN) as flat:
+        for panel, cell in zip(flat, cells, strict=True):
+            if cell is None:
+                panel.remove()
+        shown = {i: (panel, cell) for i, (panel, cell) in enumerate(zip(flat, cells, strict=True)) if cell}
+        for estimator in _estimators(known):
+            axes.share([panel for panel, cell in shown.values() if cell[0] == estimator], "xy")
+        for i, (panel, (estimator, name)) in shown.items():
+            alike = {j: other[0] == estimator for j, (_, other) in shown.items()}
+            panel.tick_params(labelleft=not (i % columns and alike.get(i - 1)), labelbottom=not alike.get(i + columns))
+            points = [each for each in known[name] if each.estimator == estimator]
+            for site, place in zip(depth.sites[name], axes.relative(len(depth.sites[name])), strict=True):
+                _draw_path(panel, [each for each in points if each.site == site], axes.depth_colours()(place))
+            axes.set_title(panel, f"{ESTIMATOR_NAMES.get(estimator, estimator)}, {name}", columns)
+        axes.depth_bar([panel for panel, _ in shown.values()], depth.names)
+        flat[0].figure.supxlabel("I(X;T), nats; large points: last step, bars: 95 % intervals")
+        flat[0].figure.supylabel("I(T;Y), nats")
+    return True
+
+
+def _draw_path(panel: Any, points: Sequence[PlanePoint], colour: Any) -> None:
+    """The way of a site through the plane, step by step, its last point marked."""
+    if not points:
+        return
+    x, y = ([getattr(each, field).value for each in points] for field in ("input", "output"))
+    panel.plot(x, y, "o-", color=colour, linewidth=1.0, markersize=2)
+    panel.plot(x[-1:], y[-1:], "o", color=colour, markersize=5, markeredgecolor="black", markeredgewidth=0.5, zorder=4)
+    for estimate, across in ((points[-1].input, True), (points[-1].output, False)):
+        if estimate.interval is not None:
+            ends = (estimate.interval, y[-1:] * 2) if across else (x[-1:] * 2, estimate.interval)
+            panel.plot(*ends, color=colour, linewidth=0.8, alpha=0.6, zorder=1)
+
+
+def draw_ib(models: Models, path: Path) -> bool:
+    """The IB value over depth at each model's last step, with its 95 % interval: a panel for each estimator.
+
+    Args: as for `draw_plane`.
+    """
+    last = {name: _last_step(points) for name, points in models.items()}
+    known = _known(last)
+    if not known:
+        return False
+    depth = axes.Depth.of({name: list(dict.fromkeys(each.site for each in last[name])) for name in known})
+    estimators = _estimators(known)
+    betas = ", ".join(sorted({f"{each.beta:g}" for points in known.values() for each in points}))
+    with panels(path, len(estimators), min(2, len(estimators)), 3.0, MARGIN) as flat:
+        for panel, estimator in zip(flat, estimators, strict=True):
+            for name, points in known.items():
+                estimates = {each.site: each.ib for each in points if each.estimator == estimator}
+                i, places = list(models).index(name), depth.places(name, list(models))
+                values = {site: estimate.value for site, estimate in estimates.items() if estimate.value is not None}
+                curve = [values.get(site, math.nan) for site in depth.sites[name]]
+                if axes.any_finite(curve):
+                    axes.draw_marked_curve(panel, i, places, curve, name)
+                for site, place in zip(depth.sites[name], places, strict=True):
+                    if site in estimates and estimates[site].interval is not None:
+                        panel.plot([place] * 2, estimates[site].interval, color=look(i)[0], linewidth=1.0)
+            panel.set_title(f"{ESTIMATOR_NAMES.get(estimator, estimator)}, β = {betas}")
+        depth.label(flat)
+        flat[0].set_ylabel("I(T;Y) - β·I(X;T), nats")
+        above(flat, list(known))
+    return True
+
+
+def _known(models: Models) -> dict[str, list[PlanePoint]]:
+    """The points with an estimate, of the models that have such points."""
+    known = {name: [each for each in points if each.ib.value is not None] for name, points in models.items()}
+    return {name: points for name, points in known.items() if points}
+
+
+def _estimators(models: Models) -> list[str]:
+    return sorted({each.estimator for points in models.values() for each in points}, reverse=True)
+
+
+def _last_step(points: Sequence[PlanePoint]) -> list[PlanePoint]:
+    """The points of the last step; the points of a model that is no checkpoint have no step."""
+    steps = [-1 if each.step is None else each.step for each in points]
+    return [each for each, step in zip(points, steps, strict=True) if step == max(steps)]
