@@ -73,16 +73,29 @@ class Measure:
         title: what tables and pictures call it.
         reference: where it is defined.
         missing: why results have none where no row has one.
+        symbol: its heading in tables; `name` by default.
         spread: whether results keep its least and greatest row beside the mean.
         bins: (low, high, count) of a histogram of the rows that results keep; None for none.
+        percent: whether pictures show it in percent.
+        log: whether pictures show it on a logarithmic axis, where it goes over a decade.
+        neutral: what it is where the norm transforms nothing, which pictures mark; None for no mark.
     """
 
     name: str
     title: str
     reference: str
     missing: str = "no row has a finite one"
+    symbol: str = ""
     spread: bool = False
     bins: tuple[float, float, int] | None = None
+    percent: bool = False
+    log: bool = False
+    neutral: float | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Where results have its mean."""
+        return (self.name, "mean") if self.spread else tuple(self.name.split("."))
 
 
 class NormBase(nn.Module):

@@ -34,6 +34,11 @@ NORMS["rmsnorm"] = NormEntry(nn.RMSNorm, {}, {"eps": 1e-6, "elementwise_affine":
 register_norm("dyt", DynamicTanh)
 
 
+def all_measures() -> dict[str, Measure]:
+    """Name → diagnostic, of every norm that is known."""
+    return {each.name: each for entry in NORMS.values() for each in entry.measures}
+
+
 def norm_name(name: str, field: str = "norm_type") -> str:
     """The registry's spelling of `name`; case, "-" and "_" do not matter. `field` is what errors call it.
 

@@ -20,6 +20,7 @@ DEFAULT_LAM = {"L": 4.0, "S": 4.0, "T": 2.0, "shrink": 0.5}
 
 # With this lam nothing is compressed: the norm only standardizes, and a ramp begins here.
 IDENTITY_LAM = {"L": 0.0, "S": 1.0, "T": 0.0, "shrink": 0.0}
+_PAPER = "arXiv 2510.25262"
 _CONSTANT = "all rows are constant"
 SATURATED = 0.1
 """An element is saturated when the slope of the compression there is below this."""
@@ -62,9 +63,9 @@ class IBNorm(NormBase):
     theta: nn.Parameter | None
     ramp = "lam"
     measures = (
-        Measure("contraction", "variance left by compression", "arXiv 2510.25262", _CONSTANT),
-        Measure("saturation", "saturated elements", "arXiv 2510.25262", _CONSTANT),
-        Measure("slope", "mean slope of compression", "arXiv 2510.25262", _CONSTANT),
+        Measure("contraction", "variance left by compression", _PAPER, _CONSTANT, percent=True, log=True),
+        Measure("saturation", "saturated elements", _PAPER, _CONSTANT, percent=True),
+        Measure("slope", "mean slope of compression", _PAPER, _CONSTANT),
     )
 
     def __init__(

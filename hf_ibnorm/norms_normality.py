@@ -10,6 +10,9 @@ from .checks import check_number
 from .functional import centre, check_noise, newton_lambda, normal_norm, power_transform
 from .norm_base import Measure, NormBase, kernel_of
 
+_PAPER = "arXiv 2505.00685"
+_BINS = (-4.0, 6.0, 100)
+
 
 class LayerNormalNorm(NormBase):
     """Normality normalization over the last dimension: LayerNorm, power transform, noise (arXiv 2505.00685).
@@ -36,9 +39,9 @@ class LayerNormalNorm(NormBase):
 
     takes_model_eps = False  # for eps sits in the Newton step, too
     measures = (
-        Measure("lam_hat", "λ̂", "arXiv 2505.00685", spread=True, bins=(-4.0, 6.0, 100)),
-        Measure("lam_hat.outside", "rows with λ̂ outside [0, 2]", "arXiv 2505.00685"),
-        Measure("p_std", "standard deviation after the transform", "arXiv 2505.00685", spread=True),
+        Measure("lam_hat", "λ̂, mean of the rows", _PAPER, symbol="λ̂", spread=True, bins=_BINS, neutral=1.0),
+        Measure("lam_hat.outside", "rows with λ̂ outside [0, 2]", _PAPER, symbol="λ̂ outside [0, 2]", percent=True),
+        Measure("p_std", "std after power transform", _PAPER, symbol="std p", spread=True, neutral=1.0),
     )
     _described = ("noise", "noise_mode", "keep_prob", "alpha", "eps", "backend")
 

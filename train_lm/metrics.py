@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_ibnorm.analysis import ModelStatistics, watch
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import write_bytes, write_text
+from hf_ibnorm.norms import all_measures
 from hf_ibnorm.report.runs import flat_settings
 
 from .settings import TrainConfig
@@ -26,7 +27,6 @@ MEASURED = ("tokens_per_second", "mfu", "memory_gb")
 """Fields that differ between two runs of the same settings: time and memory."""
 _LEFT_OUT = ("reasons", "edges", "counts", "below", "above")
 _CURVES = ("skewness", "excess_kurtosis", "near_zero", "massive")  # of what comes out, for the trackers
-_OF_A_KIND = ("contraction", "saturation", "slope")
 
 
 class MetricsFile:
@@ -156,7 +156,8 @@ def curves(sites: dict[str, Any]) -> dict[str, float]:
     numbers: dict[str, float | None] = {}
     for site, cells in sites.items():
         after = cells.get("after", {})
-        own = {name: cells.get(name) for name in _OF_A_KIND} | {"lam_hat": cells.get("lam_hat", {}).get("mean")}
+        own = {name: cells.get(name) for name, each in all_measures().items() if "." not in name}
+        own = {name: cell.get("mean") if isinstance(cell, dict) else cell for name, cell in own.items()}
         for name, value in {**{name: after.get(name) for name in _CURVES}, **own}.items():
             numbers[f"norms/{site}/{name}"] = value
     return {name: value for name, value in numbers.items() if value is not None}

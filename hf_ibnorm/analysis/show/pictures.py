@@ -9,10 +9,12 @@ models of another family or depth fit beside each other.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, quantiles
 from typing import TYPE_CHECKING, Any
 
+from ...norms import all_measures
 from ...report.plots import SMALL, WIDTH, above, clip, crowd, draw_heat, look, panels
 from . import axes
 
@@ -40,7 +42,7 @@ class _Quantity:
 
     title: str
     keys: tuple[str, ...]
-    factor: Callable[[int], float] = lambda width: 1.0
+    factor: Callable[[int], float] = lambda _: 1.0
     scale: str = "linear"
     reference: Callable[[int], float] | None = None
 
@@ -69,6 +71,14 @@ def _percent(_: int) -> float:
     return 100.0
 
 
+def _one(_: int) -> float:
+    return 1.0
+
+
+def _always(value: float, _: int) -> float:
+    return value
+
+
 def _gaussian_hoyer(width: int) -> float:
     """Of a Gaussian row, whose |v|₁/|v|₂ is about √(2N/π)."""
     root = math.sqrt(width)
@@ -84,14 +94,6 @@ COMMON = (
     _Quantity("elements near zero, after, %", ("after", "near_zero"), _percent, "share", lambda _: 6.36),
     _Quantity("Hoyer sparsity, after", ("after", "hoyer"), reference=_gaussian_hoyer),
     _Quantity("effective rank, after, % of width", ("after", "effective_rank"), lambda width: 100 / width),
-)
-OF_A_NORM = (
-    _Quantity("variance left by compression, %", ("contraction",), _percent, "log"),
-    _Quantity("mean slope of compression", ("slope",)),
-    _Quantity("saturated elements, %", ("saturation",), _percent, "share"),
-    _Quantity("λ̂, mean of the rows", ("lam_hat", "mean"), reference=lambda _: 1.0),
-    _Quantity("rows with λ̂ outside [0, 2], %", ("lam_hat", "outside"), _percent, "share"),
-    _Quantity("std after power transform", ("p_std", "mean"), reference=lambda _: 1.0),
 )
 
 
@@ -137,7 +139,13 @@ def draw_profiles(
 
 def draw_norm_profiles(models: Mapping[str, Sites], path: Path) -> bool:
     """What belongs to one kind of norm, over depth; arguments as for `draw_profiles`."""
-    return draw_profiles(models, path, OF_A_NORM, NO_TRANSFORMATION)
+    wanted = []
+    for each in all_measures().values():
+        title, factor = (f"{each.title}, %", _percent) if each.percent else (each.title, _one)
+        scale = "log" if each.log else "share" if each.percent else "linear"
+        reference = None if each.neutral is None else partial(_always, each.neutral)
+        wanted.append(_Quantity(title, each.keys, factor, scale, reference))
+    return draw_profiles(models, path, wanted, NO_TRANSFORMATION)
 
 
 def draw_qq(grid: Mapping[str, Mapping[str, Any]], path: Path) -> bool:

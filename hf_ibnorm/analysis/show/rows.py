@@ -3,18 +3,17 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ...norms import all_measures
 from ..model import PLACES
 from ..normality import OF_CHANNELS, OF_PAIRS
 
 FILES = (
-    *("models", "sites", "normality", "channels", "pairs", "qq", "lam_hat"),
+    *("models", "sites", "normality", "channels", "pairs", "qq"),
     *("likelihood", "likelihood_rows", "noise", "plane"),
 )
-"""One without a row is not written."""
+"""One without a row is not written. A diagnostic of a norm that keeps a histogram has one more, of its own name."""
 UNKNOWN = "a norm of an unknown kind"
 """Why a module that has the name of a norm is not measured."""
-_GROUPS = (*PLACES, "lam_hat", "p_std")
-"""Cells of a site that are several numbers, or None."""
 Row = dict[str, Any]
 
 
@@ -24,7 +23,7 @@ def csv_rows(record: Mapping[str, Any]) -> dict[str, list[Row]]:
     for name, model in record["models"].items():
         for step, stage in (*([(0, model["start"])] if model["start"] else []), (model["step"], model)):
             for file, row in _stage_rows({"model": name, "step": step}, model, stage):
-                files[file].append(row)
+                files.setdefault(file, []).append(row)
         files["noise"] += ({"model": name, **row} for row in _noise_rows(model["noise"]))
         files["plane"] += ({"model": name, **_plane_row(point)} for point in model["plane"] or ())
     return {f"{name}.csv": rows for name, rows in files.items()}
@@ -37,11 +36,11 @@ def _stage_rows(at: Row, model: Mapping[str, Any], stage: Mapping[str, Any]) -> 
     yield "models", {**at, **facts, "loss": stage["loss"], "reasons": _joined(reasons)}
     for site, cells in stage["sites"].items():
         yield "sites", {**at, "site": site, **_flat(cells)}
-        if histogram := cells["lam_hat"]:
-            edges = [None, *histogram["edges"], None]
-            counts = [histogram["below"], *histogram["counts"], histogram["above"]]
+        for name in (m.name for m in all_measures().values() if m.bins and cells.get(m.name)):
+            edges = [None, *cells[name]["edges"], None]
+            counts = [cells[name]["below"], *cells[name]["counts"], cells[name]["above"]]
             for low, high, count in zip(edges, edges[1:], counts, strict=False):
-                yield "lam_hat", {**at, "site": site, "low": low, "high": high, "rows": count}
+                yield name, {**at, "site": site, "low": low, "high": high, "rows": count}
     for site, places in (stage["normality"] or {}).items():
         for place in PLACES:
             yield from _normality_rows({**at, "site": site, "place": place}, places[place])
@@ -57,10 +56,11 @@ def _flat(cells: Mapping[str, Any], prefix: str = "") -> Row:
     Lists are left out: they have files of their own.
     """
     row: Row = {}
+    groups = (*PLACES, *(each.name for each in all_measures().values() if each.spread))
     for name, cell in cells.items():
         if isinstance(cell, Mapping) and name != "reasons":
             row |= _flat(cell, f"{prefix}{name.replace('quantiles', 'quantile')}_")
-        elif not isinstance(cell, Mapping | list) and not (cell is None and name in _GROUPS):
+        elif not isinstance(cell, Mapping | list) and not (cell is None and name in groups):
             row[prefix + name] = cell
     return {**row, "reasons": _joined(cells["reasons"])} if "reasons" in cells else row
 

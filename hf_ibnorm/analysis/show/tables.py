@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean, median
 from typing import Any
 
+from ...norms import all_measures
 from ...report.tables import Table, number_cell
 from ..model import PLACES
 from ..plane import PlanePoint
@@ -53,7 +54,7 @@ def _mean_zeta(model: Mapping[str, Any]) -> str:
 def _cell(cells: Any, *keys: str) -> Any:
     """What is found under nested keys; None where there is nothing on the way."""
     for key in keys:
-        cells = None if cells is None else cells[key]
+        cells = None if cells is None else cells.get(key)
     return cells
 
 
@@ -62,9 +63,10 @@ def sites_table(sites: Mapping[str, Any]) -> Table:
     values = ("mean", "variance", "skewness", "excess_kurtosis", "near_zero", "hoyer", "massive", "effective_rank")
     columns: dict[str, tuple[str, ...]]
     columns = {f"{value.replace('_', ' ')}, {place}": (place, value) for value in values for place in PLACES}
-    columns |= {name: (name,) for name in ("contraction", "saturation", "slope")}
-    columns |= {"λ̂, mean": ("lam_hat", "mean"), "λ̂ outside [0, 2]": ("lam_hat", "outside")}
-    columns |= {"std p, mean": ("p_std", "mean"), "std p, least": ("p_std", "least")}
+    for each in all_measures().values():
+        title = each.symbol or each.name
+        of_rows = {f"{title}, {key}": (each.name, key) for key in ("mean", "least")}
+        columns |= of_rows if each.spread else {title: each.keys}
     table = Table(["site", "norm", "rows", *columns], text=2)
     for name, site in sites.items():
         cells = (number_cell(_cell(site, *keys), ".4g") for keys in columns.values())
