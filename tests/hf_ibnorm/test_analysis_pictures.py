@@ -18,6 +18,7 @@ from hf_ibnorm.analysis.noise import NoiseRobustness
 from hf_ibnorm.analysis.plane import PlanePoint
 from hf_ibnorm.analysis.show import pictures, plane_pictures
 from hf_ibnorm.analysis.show.axes import NAMED, short_site
+from hf_ibnorm.norms import all_measures
 from hf_ibnorm.report import plots
 
 SITES = ["model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"]
@@ -78,7 +79,8 @@ def test_profiles_have_a_panel_for_each_quantity_and_a_curve_for_each_model(meas
 def test_what_belongs_to_a_norm_is_drawn_for_models_that_have_it(measured, figures, tmp_path):
     models = {"stock": measured(), "ib": measured("ibnorm_l"), "normal": measured("layernormalnorm")}
     assert pictures.draw_norm_profiles(models, tmp_path / "norm.png")
-    assert titles(figures[0]) == [each.title for each in pictures.OF_A_NORM]
+    measures = all_measures().values()
+    assert titles(figures[0]) == [f"{each.title}, %" if each.percent else each.title for each in measures]
     drawn = [set(curves(axes)) - {"no transformation"} for axes in figures[0].axes]
     assert drawn == [{"ib"}] * 3 + [{"normal"}] * 3
     # A model looks the same in every picture.

@@ -1,7 +1,6 @@
 """A norm of a user's own in a training: its own option is ramped, and a stopped run goes on."""
 
 import pytest
-from own_norm import Tempered
 from training import metrics, run, run_stopped, small_corpus
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -12,7 +11,9 @@ pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
 @pytest.fixture(autouse=True)
 def tempered():
-    register_norm("tempered", Tempered)
+    import own_norm  # not above: it registers its norm, for every test of this process
+
+    register_norm("tempered", own_norm.Tempered)
     yield
     del NORMS["tempered"]
 
