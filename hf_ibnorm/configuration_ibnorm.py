@@ -7,7 +7,7 @@ per site; `sites.PINS` says which sites an architecture has.
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -29,7 +29,7 @@ def _option_names() -> set[str]:
 
 
 def _strays(fields: Iterable[str]) -> list[str]:
-    """Those of `fields` that look like a norm's but are no field of a config."""
+    """Those of `fields` that look like options of a norm and are no field of a config."""
     like_a_norms = [key for key in fields if key in (*_option_names(), *_ARGUMENTS) or key.startswith("norm_")]
     return [key for key in like_a_norms if key not in NORM_FIELDS]
 
@@ -45,14 +45,25 @@ def _refuse_strays(kwargs: Mapping[str, Any]) -> None:
 def _names_ramped(given: Mapping[str, Any]) -> bool:
     """Whether norm fields name an option that training can ramp, at the top or for a site."""
     options = {entry.ramp for entry in NORMS.values()}
-    overrides = given.get("norm_overrides") or ()
-    entries = overrides.values() if isinstance(overrides, Mapping) else (entry for _, entry in overrides)
+    entries = (norm for _, _, norm in _overrides(given.get("norm_overrides")))
     kwargs = [given.get("norm_kwargs"), *(entry.get("kwargs") for entry in entries if isinstance(entry, Mapping))]
     return any(options & each.keys() for each in kwargs if isinstance(each, Mapping))
 
 
+def _overrides(given: Any) -> Iterator[tuple[str, str, Any]]:
+    """What errors call an override, its glob and its norm, for each item of `norm_overrides`.
+
+    Raises:
+        ValueError: an item is no pair of a glob and a norm.
+    """
+    for item in given.items() if isinstance(given, Mapping) else given or ():
+        if not isinstance(item, (list, tuple)) or len(item) != 2 or not isinstance(item[0], str):
+            raise ValueError(f"norm_overrides: got {item!r}, must be [glob, norm name or {{'type', 'kwargs'}}]")
+        yield f"norm_overrides[{item[0]!r}]", item[0], item[1]
+
+
 class NormConfigMixin:
-    """Resolves and checks the norm fields; a family's config adds where its eps and its norms are."""
+    """Resolves and checks the norm fields. A family's config adds its `model_type` and the three fields."""
 
     model_type: ClassVar[str]
     stock_model_type: ClassVar[str]
@@ -71,7 +82,7 @@ class NormConfigMixin:
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_strays(kwargs)
         kwargs.pop("model_type", None)  # as an attribute it would hide the class's
-        kwargs.setdefault("auto_map", {})  # trl asks it of every model that is not Transformers' own
+        kwargs.setdefault("auto_map", {})  # trl reads it of every model that is not Transformers' own
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.resolve_norms()
 
@@ -97,14 +108,9 @@ class NormConfigMixin:
     def _resolved(self) -> tuple[str, dict[str, Any], list]:
         eps = getattr(self, self.norm_eps_field, None)
         name, kwargs = norm_name(self.norm_type), resolve_norm_kwargs(self.norm_type, self.norm_kwargs, eps)
-        overrides = self.norm_overrides or []
         resolved = []
-        for item in overrides.items() if isinstance(overrides, Mapping) else overrides:
-            if not isinstance(item, (list, tuple)) or len(item) != 2 or not isinstance(item[0], str):
-                raise ValueError(f"norm_overrides: got {item!r}, must be [glob, norm name or {{'type', 'kwargs'}}]")
-            glob, norm = item
-            field = f"norm_overrides[{glob!r}]"
-            if self.norm_pin is not None:  # else when the norms are put in
+        for field, glob, norm in _overrides(self.norm_overrides):
+            if self.norm_pin is not None:  # without a pin, globs are checked when the norms are put in
                 self.norm_pin.check_glob(f"{field}:", glob, self)  # type: ignore[arg-type]
             norm = {"type": norm} if isinstance(norm, str) else norm
             if not isinstance(norm, Mapping) or not {"type"} <= set(norm) <= {"type", "kwargs"}:
@@ -180,7 +186,7 @@ class NormConfigMixin:
         return bool(getattr(self, _OTHER_NORMS, None))
 
     def norms_on_file(self) -> Any:
-        """This config with the norms that its checkpoint's own has; None where that is a stock one."""
+        """A copy with the norms of the checkpoint's config.json; None for a stock checkpoint."""
         fields = getattr(self, _OTHER_NORMS, None) or {}
         if fields and fields["norm_type"] is None:
             return None
@@ -195,7 +201,7 @@ class NormConfigMixin:
         return bool((getattr(self, _OTHER_NORMS, None) or {}).get("ramped"))
 
     def forget_given(self) -> None:
-        """Take it that the norms are the checkpoint's: they are once it is loaded."""
+        """Forget the arguments of loading, once the model has been loaded."""
         vars(self).pop(_OTHER_NORMS, None)
 
     def _name_to_peft(self) -> None:

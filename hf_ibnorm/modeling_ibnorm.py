@@ -1,4 +1,4 @@
-"""What every model family shares: putting its norms in place, initializing, loading and saving them, and the guards."""
+"""What every model family shares: its norms put in place, initialized, loaded and saved, and unsafe checkpointing refused."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ from .sites import STREAM, Pin, discover, is_norm, width_of_norm
 
 _LANGUAGE_MODELS = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 OURS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
-"""Stock class → the class with our norms that stands in for it, as far as they have been imported."""
+"""Stock class → the class with our norms that stands in for it (of imported families only)."""
 
 
 def install_norms(base: PreTrainedModel, config: Any) -> None:
@@ -84,7 +84,7 @@ def set_site(base: nn.Module, site: str, norm: nn.Module) -> None:
 
 
 def ramped_norms(model: PreTrainedModel) -> Iterator[tuple[str, NormBase, float]]:
-    """Of each site whose norm has an option that training can ramp: its name, the norm, the value in the config."""
+    """Yields (site, norm, value in the config) for every norm with an option that training can ramp."""
     for site in _sites(model):
         norm: Any = model.base_model.get_submodule(site)
         norm = getattr(norm, "original_module", norm)  # PEFT wraps norms that are trained
@@ -93,7 +93,7 @@ def ramped_norms(model: PreTrainedModel) -> Iterator[tuple[str, NormBase, float]
 
 
 def _keys_of_ramped(model: PreTrainedModel) -> dict[str, bool]:
-    """The keys that ramped options have or would have in the state dict → whether the model has one there."""
+    """State-dict key of every ramped option that is possible at a site → whether the model has that buffer."""
     prefix = _prefix(model)
     options = {entry.ramp for entry in NORMS.values() if entry.ramp}
     keys = {f"{prefix}{site}.{o}": False for site in _sites(model) for o in options}
@@ -106,7 +106,7 @@ def _prefix(model: PreTrainedModel) -> str:
 
 
 def record_ramped(model: PreTrainedModel, state_dict: Mapping[str, Any] | None = None) -> None:
-    """Let the config say each site's ramped option as it is: in `state_dict` where that has it, else in the model.
+    """Write each site's ramped option into the config: from `state_dict` where that has it, else from the norm.
 
     The norms own it: a norm's `set_ramped`, or `set_lam` on a part of the model, does not change the config.
     """
@@ -135,7 +135,7 @@ def record_ramped(model: PreTrainedModel, state_dict: Mapping[str, Any] | None =
 
 
 def agree(wanted: float, held: Tensor) -> bool:
-    """Whether a config's ramped option and the one that weights hold are the same, as far as the weights tell.
+    """Whether config and weights have the same ramped option, within the precision of the weights' dtype.
 
     Tools that cast the weights of a checkpoint cast the option with them, and leave the config.
     """
@@ -143,13 +143,12 @@ def agree(wanted: float, held: Tensor) -> bool:
 
 
 def settle_ramped(model: PreTrainedModel) -> None:
-    """See to it that a model just loaded has the ramped option that its config says.
+    """After loading, make norms and config agree on the ramped options.
 
-    Where an argument of loading chose another norm or another value for a site, that holds. Elsewhere the checkpoint's
-    weights and its config must say the same.
+    An option given to `from_pretrained` wins. Otherwise config.json and weights must agree.
 
     Raises:
-        ValueError: they do not.
+        ValueError: config.json and weights disagree.
     """
     config, on_file = model.config, model.config.norms_on_file()
     for site, norm, wanted in ramped_norms(model):
@@ -176,8 +175,8 @@ def forget_origin(model: PreTrainedModel) -> None:
 def _name_beside_stock(cls: Any) -> None:
     """Enter a class of ours in Transformers' tables of names that hold the stock class it stands in for.
 
-    Transformers and others choose by them: a language model that is not in them is trained on labels that are not
-    shifted, where they are smoothed. `families` has entered the names; for a checkpoint's own code nobody has.
+    Trainer shifts smoothed labels only for class names in these tables. `families` enters the package's names; a
+    checkpoint's own code must do so here.
     """
     stock, config = cls.__bases__[1].__name__, cls.config_class
     for name, table in vars(modeling_auto).items():
@@ -201,8 +200,8 @@ class NormModelMixin:
         if NormModelMixin in cls.__bases__:
             stock: Any = cls.__bases__[1]
             OURS[stock] = cls  # type: ignore[assignment]
-            # Transformers records hidden states by class name, noted in the constructor: a nested model is none of ours
-            # by then.
+            # Transformers notes in the constructor, by class name, what hidden states to record; a nested model still
+            # has its stock class then.
             registry: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})
             dict.__setitem__(registry, str(cls), getattr(stock, "_can_record_outputs", None))
             _name_beside_stock(cls)
@@ -229,7 +228,7 @@ class NormModelMixin:
 
     def _init_weights(self, module: nn.Module) -> None:
         if is_norm(module) and hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # type: ignore[operator]  # Transformers takes it that some norms have a gain and a bias
+            module.reset_parameters()  # type: ignore[operator]  # Transformers assumes that norms have a gain and a bias
         else:
             super()._init_weights(module)  # type: ignore[misc]
 

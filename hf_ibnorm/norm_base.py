@@ -1,7 +1,7 @@
 """What a norm is: the contract that every norm answers, and the one registry that names norms.
 
-Whatever the rest of the package wants to know about a norm it asks the norm: `NormBase` has the questions with the
-answers of an ordinary norm, a subclass gives its own. `register_norm` makes a class known by a name.
+The rest of the package asks a norm itself: `NormBase` defines the questions and the answers of an ordinary norm, which
+subclasses override. `register_norm` makes a class known by a name.
 """
 
 import copy
@@ -43,7 +43,7 @@ def rounded(value: float, dtype: torch.dtype = torch.float32) -> float:
 
 
 def shortest(value: float) -> float:
-    """Of the numbers that float32 rounds as it does `value` the one with the fewest digits."""
+    """The shortest decimal that float32 rounds to the same number as `value`."""
     digits = (float(f"{value:.{count}g}") for count in range(6, 10))
     return next((short for short in digits if rounded(short) == rounded(value)), value)
 
@@ -68,17 +68,17 @@ class Measure:
     """A diagnostic that a norm brings: one number for each row that the norm is given.
 
     Args:
-        name: its key in what `norm.measured` returns, and in the results of `hf-ibnorm analyze`; "a.b" is "b" of "a"
-            there, for an "a" with `spread`.
+        name: its key in what `norm.measured` returns, and in the results of `hf-ibnorm analyze`, where "a.b" is stored
+            as "b" in the entry of the measure "a", which needs `spread`.
         title: what tables and pictures call it.
         reference: where it is defined.
-        missing: why results have none where no row has one.
+        missing: the reason that results give where no row has a value.
         symbol: its heading in tables; `name` by default.
         spread: whether results keep its least and greatest row beside the mean.
         bins: (low, high, count) of a histogram of the rows that results keep; None for none.
         percent: whether pictures show it in percent.
         log: whether pictures show it on a logarithmic axis, where it goes over a decade.
-        neutral: what it is where the norm transforms nothing, which pictures mark; None for no mark.
+        neutral: its value for a norm that transforms nothing, marked in pictures; None for no mark.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Measure:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Where results have its mean."""
+        """Path to its mean in the results."""
         return (self.name, "mean") if self.spread else tuple(self.name.split("."))
 
 
@@ -104,14 +104,15 @@ class NormBase(nn.Module):
     A subclass calls `super().__init__`, makes its own parameters and buffers, calls `reset_parameters`, and has a
     `forward`. Everything else it inherits, or answers in its own way:
 
-    * `reset_parameters`: initial values; called with what a checkpoint has just filled, which `transformers.
-      initialization` leaves alone
-    * `core`: the output before gain, bias and training noise
-    * `ramp`, `ramp_start`: the option that training can ramp, and where a ramp of it begins
+    * `reset_parameters`: initial values; also called after a checkpoint has filled some tensors, which
+      `transformers.initialization` skips
+    * `core`: the output before gain, bias and training noise; `initial_values`: of its parameters
+    * `ramp`, `ramp_start`, `checked_ramped`: the option that training can ramp, where a ramp of it begins, and which
+      values it may have; such a norm calls `hold` in its `__init__`
     * `identity_for`: options with which it computes what a stock norm does
-    * `draws_noise`, `updates_state`: random numbers and running statistics, which checkpointing and evaluation mind
-    * `measures`, `measured`: its diagnostics
-    * `option_defaults`, `takes_model_eps`: what the registry takes its options to be where none are given
+    * `draws_noise`, `updates_state`: whether it draws random numbers, or changes buffers, in training
+    * `measures`, `measured`: its diagnostics; `newton`: of a norm with a power transform
+    * `option_defaults`, `takes_model_eps`: defaults of its options; `variant_shown`: what errors call its kind
 
     Args:
         normalized_shape: N, the width of the last dimension (an int or a 1-tuple).
@@ -160,7 +161,7 @@ class NormBase(nn.Module):
             init.constant_(self.held, self.initial_ramped)
 
     def initial_values(self) -> dict[str, Tensor]:
-        """What each parameter of this norm is before training, by name: on the CPU, of its shape and dtype."""
+        """Initial value of each parameter, by name: on the CPU, of its shape and dtype."""
         return initial_values(self)
 
     def core(self, x: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ class NormBase(nn.Module):
         cls: type[NormBase] = type(self).__bases__[0] if is_parametrized(self) else type(self)
         bare = cls.__new__(cls)
         bare.__dict__.update(self.__dict__)
-        # In the instance itself: pruned ones have them there, parametrized ones in their class.
+        # Set on the instance: pruned norms keep weight there; parametrized ones have it as a property of their class.
         bare.__dict__.update(training=False, weight=None, bias=None)
         return bare.forward(x if x.dtype == torch.float64 else x.float())
 
@@ -191,7 +192,7 @@ class NormBase(nn.Module):
 
     @property
     def newton(self) -> dict[str, float] | None:
-        """Options of `functional.newton_lambda` of a norm that raises to a power estimated row by row; None else."""
+        """Options of `functional.newton_lambda`, of a norm with a power transform for each row; None for others."""
         return None
 
     def measured(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -215,8 +216,8 @@ class NormBase(nn.Module):
             **fixed: what the norm's own name in the registry fixes.
 
         Returns:
-            Options that decide it, and options that are the better choice for it but may be others; None where no
-            options do it. `eps` is the stock norm's, and need not be named.
+            Two dicts: options that it takes to equal the stock norm, and options that are advised beside them; None
+            where no options do it. `eps` is the stock norm's, and need not be named.
         """
         return None
 
@@ -228,8 +229,11 @@ class NormBase(nn.Module):
         named = {n: each for n, each in parameters.items() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
         return {name: parameter.default for name, parameter in named.items() if name not in left_out}
 
-    # The ramped option: a float32 buffer of shape () that no cast touches and that state dicts hold, so that weights
-    # and option travel together. A state dict without it, a stock model's or an older one's, loads too.
+    # The life of the ramped option. It is held in a float32 buffer of shape (), which no cast touches and state dicts
+    # hold, so that weights and option travel together; a state dict without it, of a stock model or an older one, loads
+    # too. The norm owns it: `set_ramped`, `hf_ibnorm.set_lam`, a ramp in training and a loaded state dict change the
+    # buffer; saving the model writes it into the config (`modeling_ibnorm.record_ramped`), and loading a checkpoint
+    # refuses weights and config that differ (`settle_ramped`). A learned option is a parameter of the norm's own.
 
     initial_ramped: float
     """The ramped option as `reset_parameters` sets it: as the norm was made with, or was last set to."""
@@ -264,7 +268,7 @@ class NormBase(nn.Module):
     def ramped(self) -> float:
         """The ramped option as a number, read from the buffer; of a learned one where learning started.
 
-        Of the numbers that float32 rounds alike it is the one that was given, or else the shortest.
+        Of all decimals with the same float32 it is the one that was given, or else the shortest.
         """
         if self.held is None or self.held.is_meta:
             return self.initial_ramped
@@ -285,7 +289,7 @@ class NormBase(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if self.ramp is None:
             return super()._apply(fn, recurse)
-        # A cast rounds the option, `to_empty` and the meta device forget it. Written anew it survives them.
+        # `fn` may round the option (a cast) or lose it (`to_empty`, meta): it is read before and written after.
         self.initial_ramped = self.ramped
         super()._apply(fn, recurse)
         if self.held is not None:
@@ -294,8 +298,8 @@ class NormBase(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Accelerate fills a model that FSDP2 has sharded on the meta device from its state dict, and takes each tensor
-        # there for sharded. The option is not; it comes back by itself, as below.
+        # Accelerate fills a model that FSDP2 has sharded on the meta device from its state dict, and assumes that every
+        # tensor there is sharded. The option is not; `_load_from_state_dict` restores it.
         if self.held is not None and self.held.is_meta and type(self.weight).__name__ == "DTensor":
             del destination[f"{prefix}{self.ramp}"]
 
@@ -329,7 +333,7 @@ class NormBase(nn.Module):
         if self.held is None or self.ramp is None or value is None:
             return
         if (key := f"{prefix}{self.ramp}") in missing_keys:
-            missing_keys.remove(key)  # of a stock model, or older than the buffer
+            missing_keys.remove(key)  # a stock or an older state dict lacks it
         if self.held.is_meta and self.weight is not None and not self.weight.is_meta:
             self._buffers[self.ramp] = torch.empty((), dtype=torch.float32, device=self.weight.device)
         if self.held.dtype != torch.float32:  # assigned, not copied
@@ -409,7 +413,7 @@ def register_norm(name: str, cls: type[nn.Module], **fixed: Any) -> None:
     Registering the same class again under its name replaces the row, so that a notebook's cell can be run twice.
 
     Args:
-        name: lower-case letters, digits and "_"; unlike any other name but for "_".
+        name: lower-case letters, digits and "_"; it must differ from all names even without its "_".
         cls: a subclass of `NormBase`. Every argument of its `__init__` but `normalized_shape`, `device` and `dtype`
             is an option, and needs a default that JSON can hold.
         **fixed: arguments that the name fixes, which are then no options.

@@ -28,7 +28,7 @@ from .norms_normality import LayerNormalNorm as LayerNormalNorm
 for _variant in ("S", "L", "T", "shrink"):
     register_norm(f"ibnorm_{_variant.lower()}", IBNorm, variant=_variant)
 register_norm("layernormalnorm", LayerNormalNorm)
-# torch's own modules: `sites.contract` answers for them.
+# torch's own modules: `sites.StockNorm` answers for them.
 NORMS["layernorm"] = NormEntry(nn.LayerNorm, {}, {"eps": 1e-5, "elementwise_affine": True, "bias": True})
 NORMS["rmsnorm"] = NormEntry(nn.RMSNorm, {}, {"eps": 1e-6, "elementwise_affine": True})
 register_norm("dyt", DynamicTanh)
@@ -63,7 +63,7 @@ def resolve_norm_kwargs(
 ) -> dict[str, Any]:
     """Every option of norm `name` with its value: `kwargs` over the model's eps over the registry's defaults.
 
-    An option that is None is one left out. `field` is what errors call the options.
+    None counts as left out. `field` is what errors call the options.
 
     Raises:
         ValueError, TypeError: an unknown option (with the nearest name), or a value that is not allowed.
@@ -96,7 +96,7 @@ def resolve_norm_kwargs(
 
 
 _checked: dict[tuple[int, str], NormEntry] = {}
-"""Options that a norm takes: a config is checked whenever it is made, validated or saved."""
+"""Options found valid: a config is checked whenever it is made, validated or saved. The values keep the ids alive."""
 
 
 def build_resolved(name: str, normalized_shape: Any, kwargs: Mapping[str, Any], **factory: Any) -> nn.Module:

@@ -140,7 +140,7 @@ class IBNorm(NormBase):
 
     @property
     def lam_value(self) -> float:
-        """lam as a number, as `ramped` has it."""
+        """lam as a number: `ramped`."""
         return self.ramped
 
     def set_lam(self, value: float) -> None:
@@ -153,7 +153,7 @@ class IBNorm(NormBase):
             init.constant_(self.theta, self.initial_theta())
 
     def initial_theta(self) -> float:
-        """The theta that learning starts from: the one that gives the lam that the norm was made with."""
+        """Initial theta, which gives the initial lam."""
         lam = self.initial_ramped
         if self.variant == "shrink":
             return math.log(lam / (1 - lam))

@@ -26,7 +26,7 @@ class LayerNormalNorm(NormBase):
         noise_mode: "scaled", "unscaled" or "dropout".
         keep_prob: in (0, 1], with `noise_mode="dropout"` only.
         alpha: Newton step length in [0, 1].
-        eps: in the standardization and, as sqrt(eps), in the Newton step: keep 1e-5 unless you know why.
+        eps: in the standardization and, as sqrt(eps), in the Newton step: change it only with a reason.
         elementwise_affine, bias: as in torch.nn.LayerNorm.
         backend: "auto", "reference" or "fused".
         device, dtype: of the parameters.
@@ -78,7 +78,7 @@ class LayerNormalNorm(NormBase):
 
     @classmethod
     def identity_for(cls, stock: str, **fixed: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        # Without its noise, or in training it would not be the stock norm.
+        # Noise 0 is advised, or in training it would differ from the stock norm.
         return ({"alpha": 0.0}, {"noise": 0.0}) if stock == "layernorm" else None
 
     def measured(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,8 +1,8 @@
-"""The norms of a model, read off the model: where they are, what each computes, and what answers for it.
+"""The norms of a model, read off the model: where they are, what each computes, and the object to ask about it.
 
 A norm is identified by what it computes, not by its class: it is run on a few random rows, on a copy in float64, and
-compared with the formulas of torch. That works for a model on the meta device, too. What must be found in the
-architectures that have classes of ours is pinned, so that a change in Transformers is noticed.
+compared with the formulas of torch. That works for a model on the meta device, too. An architecture that has classes of
+ours has a `Pin` of expected sites, so that a change in Transformers is noticed.
 """
 
 import copy
@@ -21,7 +21,7 @@ from .norm_base import NormBase, initial_values
 EPS_ATTRIBUTES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 """Names under which norms of torch and Transformers keep their ε."""
 EPS_FIELDS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps", "layernorm_epsilon")
-"""Names under which configs of Transformers keep that of their norms."""
+"""Names under which configs of Transformers keep their norms' ε."""
 STREAM, QK, LATENT, EMBEDDING = "stream", "qk", "latent", "embedding"
 """Kinds of site: in the residual stream; on queries and keys; on another width in a block; after the embedding."""
 
@@ -90,12 +90,12 @@ class StockNorm:
         return initial_values(self.norm)
 
     def measured(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `core` makes of `rows`; it brings no diagnostics."""
+        """`core` of `rows`, and no diagnostics."""
         return self.core(rows), {}
 
 
 def contract(norm: nn.Module) -> Any:
-    """What answers for a norm as `NormBase` does: one of ours itself, `StockNorm` for others.
+    """The object to ask about a norm: one of ours itself, a `StockNorm` for others.
 
     Raises:
         TypeError: a norm of an unknown formula.
@@ -104,7 +104,7 @@ def contract(norm: nn.Module) -> Any:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` is a norm: one of ours, or one that has no modules in it and is called a norm."""
+    """Whether `module` is a norm: one of ours, or a module without submodules whose class name has "Norm" in it."""
     inside = (name for name, _ in module.named_children() if name != "parametrizations")
     return isinstance(module, NormBase) or ("Norm" in type(module).__name__ and not any(inside))
 
@@ -139,7 +139,7 @@ def _identified(norm: nn.Module) -> Formula | str:
     if not isinstance(y, Tensor) or y.shape != x.shape:
         return "it gives something else than rows of the same width"
     given = [getattr(norm, name, None) for name in EPS_ATTRIBUTES]
-    # torch's RMSNorm without one takes the machine's, of the dtype of its input.
+    # torch's RMSNorm with eps None takes finfo.eps of its input's dtype.
     candidates = {float(eps): float(eps) for eps in given if isinstance(eps, float | int)}
     for eps, reported in (candidates or {torch.finfo(x.dtype).eps: torch.finfo(torch.float32).eps}).items():
         for computes, normalize in (("layernorm", F.layer_norm), ("rmsnorm", F.rms_norm)):

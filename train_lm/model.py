@@ -150,14 +150,15 @@ def scheduled_lams(config: TrainConfig, model: PreTrainedModel, model_config: An
             raise ValueError(f"lam_schedule: got 'linear', but {site} learns its {norm.ramp} (learn_{norm.ramp})")
         lams[site] = (norm.ramp_start, float(end))
     if not lams:
-        raise ValueError("lam_schedule: got 'linear', but the model has no IBNorm; must be constant")
+        raise ValueError("lam_schedule: got 'linear', but the model has no IBNorm, nor another norm with a ramp")
     if all(start == end for start, end in lams.values()):
         at = ", ".join(sorted({f"{end:g}" for _, end in lams.values()}))
-        where = "--model.norm_kwargs.lam"
+        options = " and ".join(sorted({str(norm.ramp) for _, norm, _ in ramped_norms(model)}))
+        where = f"--model.norm_kwargs.{options}"
         if model_config.norm_overrides:  # which may have it, and take no single option
             where += f", or --model.norm_type {model_config.norm_type} with --model.norm_overrides"
         raise ValueError(
-            f"lam_schedule: got 'linear', but lam is to end at {at}, where it starts; name another with {where}"
+            f"lam_schedule: got 'linear', but {options} is to end at {at}, where it starts; name another with {where}"
         )
     return lams
 

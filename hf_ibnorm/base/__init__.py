@@ -1,1 +1,1 @@
-"""What everything else stands on; imports nothing else of this project."""
+"""What everything else stands on; imports nothing else of this project but `checks`."""

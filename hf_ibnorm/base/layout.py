@@ -25,7 +25,7 @@ RUN_ENVIRONMENT_FORM = {
 }
 RUN_STEP_FORM = {
     **{"step": int, "tokens": int, "tokens_per_second": float, "loss": _NUMBER, "batch_sha": str},
-    **dict.fromkeys(("eval_loss?", "grad_norm?", "gain_movement?", "learning_rate?", "lam_fraction?"), _NUMBER),
+    **dict.fromkeys(("eval_loss?", "grad_norm?", "gain_movement?", "lr?", "lam_fraction?"), _NUMBER),
 }
 """A line of `metrics.jsonl`."""
 

@@ -54,7 +54,7 @@ class _State:
         return cls(norms, ramped, attributes)
 
     def put_back(self, target: "_Target") -> None:
-        """Undo the changes; what else was changed in the config (attention, vocabulary) stays changed."""
+        """Undo patching; other changes of the config (attention, vocabulary) stay."""
         for site, norm in self.norms.items():
             current = target.base.get_submodule(site)
             if current is not norm:
@@ -62,7 +62,7 @@ class _State:
                 norm.to(**_factory(target.base, current if [*current.parameters()] else norm))
                 set_site(target.base, site, norm)
             if site in self.ramped and norm.ramped != self.ramped[site]:
-                if norm.held is None:  # learned: where learning began; the parameter itself was trained
+                if norm.held is None:  # learned: only its start is restored
                     norm.initial_ramped = self.ramped[site]
                 else:
                     norm.set_ramped(self.ramped[site])
@@ -180,7 +180,7 @@ def apply_norm(
     for site, new in norms.items():
         _move(before.norms[site], new)
 
-    # From here on nothing can fail: up to here the model is as it was.
+    # All that can fail is done, and the model is still unchanged.
     target.model.__dict__.setdefault(_RECORD, before)
     for site, new in norms.items():
         set_site(target.base, site, new)
@@ -274,7 +274,9 @@ def swapped_norms(
                 vars(each)[name] = content
         for parameter, value, requires_grad in values:
             parameter.requires_grad_(requires_grad)
-            if not (value.is_meta or torch.equal(parameter, value)):  # an unneeded copy would spoil a graph
+            if not (
+                value.is_meta or torch.equal(parameter, value)
+            ):  # an unneeded copy would invalidate what autograd has saved
                 with torch.no_grad():
                     parameter.copy_(value)
 
@@ -356,7 +358,7 @@ def _build_norms(target: _Target, config: Any, globs: list[str]) -> dict[str, nn
 def _registered_model(target: _Target, config: Any) -> PreTrainedModel:
     """The model of `config` on the meta device.
 
-    Building it makes its class known to Transformers' recorder of hidden states, which would give None otherwise.
+    Its keys are those that a saved model must have.
     """
     with _INITIALIZING, torch.device("meta"):
         return OURS.get(type(target.model), type(target.model))(copy.deepcopy(config))
@@ -365,8 +367,8 @@ def _registered_model(target: _Target, config: Any) -> PreTrainedModel:
 def _check_keys(target: _Target, registered: PreTrainedModel, norms: dict[str, nn.Module]) -> None:
     """Raise RuntimeError unless the patched model will have the state of the registered one, key for key.
 
-    What would be saved could not be loaded. Adapters have keys of their own and are saved apart. Layers that were
-    quantized in loading have others than those they stand for, and loading quantizes them anew, by the config.
+    Otherwise the saved model could not be loaded. Adapters have keys of their own and are saved apart. Quantized layers
+    have other keys; loading quantizes them again.
     """
     if any(type(module).__module__.startswith("peft.") for module in target.model.modules()):
         return

@@ -1,1 +1,1 @@
-"""Tasks that a model is trained on, one a module; the loop asks for all that `language.LanguageTask` has."""
+"""Tasks that a model is trained on, one a module; what a task must have is what `language.LanguageTask` has."""
