@@ -1,4 +1,4 @@
-"""What every model family shares: its norms put in place, initialized, loaded and saved, and unsafe checkpointing refused."""
+"""What every model family shares: norms put in place, initialized, loaded, saved; unsafe checkpointing refused."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping

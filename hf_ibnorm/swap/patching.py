@@ -274,9 +274,8 @@ def swapped_norms(
                 vars(each)[name] = content
         for parameter, value, requires_grad in values:
             parameter.requires_grad_(requires_grad)
-            if not (
-                value.is_meta or torch.equal(parameter, value)
-            ):  # an unneeded copy would invalidate what autograd has saved
+            # An unneeded copy would invalidate what autograd has saved.
+            if not (value.is_meta or torch.equal(parameter, value)):
                 with torch.no_grad():
                     parameter.copy_(value)
 
