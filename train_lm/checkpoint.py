@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import bad_input
 from hf_ibnorm.base.files import atomic_directory, remove, set_aside, write_json, write_text
 from hf_ibnorm.base.manifest import damage, write_manifest
@@ -272,8 +273,8 @@ class Checkpointer:
 
 def clear_leftovers(run_dir: Path) -> None:
     """Remove the temporary files, and the checkpoints half removed, of a run that was killed."""
-    names = ("config.yaml", "environment.json", "metrics.jsonl", "norms.jsonl", "final")
+    names = (layout.CONFIG, layout.ENVIRONMENT, layout.METRICS, layout.NORMS, layout.FINAL)
     leftovers = [path for name in names for path in run_dir.glob(f".{name}.*")]
-    leftovers += [path for name in ("step-*", "latest") for path in (run_dir / "checkpoints").glob(f".{name}.*")]
+    leftovers += [path for name in ("step-*", "latest") for path in (run_dir / layout.CHECKPOINTS).glob(f".{name}.*")]
     for path in leftovers:
         remove(path)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import atomic_directory, write_json, write_text
 from hf_ibnorm.base.manifest import write_manifest
@@ -33,20 +34,20 @@ def begin_writing(state: State, start: Start, stack: ExitStack) -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not start.locked:
                 stack.enter_context(alone_in_run(run_dir))
-                if (run_dir / "config.yaml").exists():
+                if (run_dir / layout.CONFIG).exists():
                     raise UserError(f"run_dir: {run_dir} has become that of another run; name a new directory")
             write_run_files(run_dir, state.setup, state.accelerator)
         else:
             note_resume(run_dir, state.step, state.accelerator)
-        (run_dir / "checkpoints").mkdir(exist_ok=True)
-        state.metrics = MetricsFile(run_dir / "metrics.jsonl", checkpoint.metrics if checkpoint else b"")
+        (run_dir / layout.CHECKPOINTS).mkdir(exist_ok=True)
+        state.metrics = MetricsFile(run_dir / layout.METRICS, checkpoint.metrics if checkpoint else b"")
         stack.callback(state.metrics.close)
         watched_so_far = checkpoint.norms if checkpoint else b""
         if config.watch_norms or watched_so_far:
-            state.norms = MetricsFile(run_dir / "norms.jsonl", watched_so_far)
+            state.norms = MetricsFile(run_dir / layout.NORMS, watched_so_far)
             stack.callback(state.norms.close)
         else:
-            (run_dir / "norms.jsonl").unlink(missing_ok=True)  # of steps after the checkpoint
+            (run_dir / layout.NORMS).unlink(missing_ok=True)  # of steps after the checkpoint
 
 
 def check_space(run_dir: Path, model: nn.Module, config: TrainConfig, resumed: bool) -> None:
@@ -60,7 +61,7 @@ def check_space(run_dir: Path, model: nn.Module, config: TrainConfig, resumed: b
 
 def write_run_files(run_dir: Path, setup: Setup, accelerator: Accelerator) -> None:
     """Everything about a new run that is known before its first step."""
-    write_text(run_dir / "config.yaml", yaml.safe_dump(setup.config.as_recipe(), sort_keys=False))
+    write_text(run_dir / layout.CONFIG, yaml.safe_dump(setup.config.as_recipe(), sort_keys=False))
     record = environment_record() | {
         **setup.hashes,
         "parameters": sum(parameter.numel() for parameter in setup.skeleton.parameters()),
@@ -70,7 +71,7 @@ def write_run_files(run_dir: Path, setup: Setup, accelerator: Accelerator) -> No
         "on_hub": names_on_hub(setup.config),
         "harmless_settings": harmless_settings(),
     }
-    write_json(run_dir / "environment.json", record | setup.task.record)
+    write_json(run_dir / layout.ENVIRONMENT, record | setup.task.record)
 
 
 def names_on_hub(config: TrainConfig) -> list[str]:
@@ -81,7 +82,7 @@ def names_on_hub(config: TrainConfig) -> list[str]:
 
 def note_resume(run_dir: Path, step: int, accelerator: Accelerator) -> None:
     """Add a line about this resume to `environment.json`."""
-    path = run_dir / "environment.json"
+    path = run_dir / layout.ENVIRONMENT
     now = environment_record() | {"num_processes": accelerator.num_processes}
     record = record_of(run_dir) or now
     noted = {"step": step, **{name: now[name] for name in ("date", "device", "versions", "num_processes", "command")}}

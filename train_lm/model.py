@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import sha256_tensors
 from hf_ibnorm.base.room import check_model
@@ -110,7 +111,7 @@ def family_of(model_type: str, field: str) -> Family:
 
 def read_config(field: str, where: str | Path) -> Any:
     """The Transformers config of a checkpoint, stock or ours."""
-    final = os.path.join(where, "final")
+    final = os.path.join(where, layout.FINAL)
     if os.path.isdir(final) and not os.path.exists(os.path.join(where, "config.json")):
         raise ValueError(f"{field}: got {str(where)!r}, which holds no model; did you mean {final}?")
     model_config = load(field, AutoConfig, where)

@@ -14,6 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.command import OneLineParser, quiet_libraries, require_extra, run_command
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import write_text
@@ -75,7 +76,7 @@ def push(
         UserError: the run is not finished, or its model is not whole or not as it was saved, before anything is
             written; or the Hub cannot be reached or refuses, with the card written.
     """
-    final = run_dir / "final"
+    final = run_dir / layout.FINAL
     with bad_input():
         if repo is not None:
             check_repo("repo", repo)

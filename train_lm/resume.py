@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.manifest import is_absent
 from hf_ibnorm.base.reading import read_json
@@ -34,7 +35,7 @@ def check_finished(config: TrainConfig, run_dir: Path, start: Start, processes: 
             if config.model.init_from is None:
                 built = build_model_config(config, start.saved["model"]["vocab_size"])
             else:
-                built = starting_config(config, run_dir / "final", start.saved)[1]
+                built = starting_config(config, run_dir / layout.FINAL, start.saved)[1]
         check_settings(resolved(config, built), start, None, processes, {})
 
 
@@ -106,7 +107,7 @@ def record_of(run_dir: Path) -> dict[str, Any] | None:
     """Content of a run's `environment.json`; None where it is missing or damaged: no result depends on it."""
     try:
         form = {"num_processes": int, "resumed?": list}
-        record: dict[str, Any] = read_json("run_dir", run_dir / "environment.json", form)
+        record: dict[str, Any] = read_json("run_dir", run_dir / layout.ENVIRONMENT, form)
     except UserError as error:
         if isinstance(error.__cause__, OSError) and not is_absent(error.__cause__):
             raise

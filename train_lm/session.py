@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import nn
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.command import require_extra
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.signals import StopSignals
@@ -132,7 +133,7 @@ class Session:
         """Write the finished model, and push it where that is asked for."""
         self.check_trained()
         run_dir = Path(self.config.run_dir)
-        final = run_dir / "final"
+        final = run_dir / layout.FINAL
         finished = self.state.model_on_host()
         if finished is not None:
             with bad_input(OSError, SafetensorError, about=f"run_dir: {final} cannot be written: "):
@@ -178,7 +179,9 @@ def begin(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Sessio
     progress.say(*state.restore(checkpoint) if checkpoint else ())
     setup.set_lam(lam_fraction(state.step, config))
     together(accelerator, lambda: begin_writing(state, start, stack) if accelerator.is_main_process else None)
-    checkpointer = Checkpointer(run_dir / "checkpoints", config.keep_last, config.keep_every, state.step, start.damaged)
+    checkpointer = Checkpointer(
+        run_dir / layout.CHECKPOINTS, config.keep_last, config.keep_every, state.step, start.damaged
+    )
     stack.callback(checkpointer.wait)
     if checkpoint is None:
         checkpointer.write(state.snapshot(checkpointer))

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import TryAgain, UserError, bad_input
 from hf_ibnorm.base.files import alone_in, atomic_directory, check_new_directory, sha256_tensors
 from hf_ibnorm.base.manifest import MANIFEST, damage
@@ -64,21 +65,21 @@ def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
     """
     begun = run_dir.is_dir() and any(each.name[0] != "." for each in run_dir.iterdir())
     if config.resume == "no" or not begun:
-        hint = "; or go on with it: --resume auto" if (run_dir / "config.yaml").exists() else ""
+        hint = "; or go on with it: --resume auto" if (run_dir / layout.CONFIG).exists() else ""
         with bad_input(OSError):
             if config.resume == "no" or not run_dir.is_dir():
                 check_new_directory("run_dir", run_dir, hint)
         return Start(messages=[f"resume: no run in {run_dir}, starting at step 0"] * (config.resume != "no"))
-    if not (run_dir / "config.yaml").exists():
+    if not (run_dir / layout.CONFIG).exists():
         raise UserError(f"run_dir: {run_dir} is not empty and holds no run to resume; name a new directory")
     try:
-        saved = read_yaml("run_dir", run_dir / "config.yaml", _SAVED)
+        saved = read_yaml("run_dir", run_dir / layout.CONFIG, _SAVED)
     except UserError as error:
         if isinstance(error.__cause__, OSError):
             raise
         saved = None  # damaged; a checkpoint has the settings, too
-    if os.path.lexists(run_dir / "final"):
-        if problem := flaw(run_dir / "final"):
+    if os.path.lexists(run_dir / layout.FINAL):
+        if problem := flaw(run_dir / layout.FINAL):
             raise UserError(
                 f"run_dir: {run_dir / 'final'} {problem}; to have it made anew from the last checkpoint, remove all of "
                 "it, and then --resume auto"
@@ -93,8 +94,8 @@ def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
 def _newest_whole(run_dir: Path, saved: dict[str, Any] | None) -> Start:
     """After the newest checkpoint that is whole; at step 0 where there is none at all."""
     problems: dict[int, str] = {}
-    for step in reversed(steps_in(run_dir / "checkpoints")):
-        path = run_dir / "checkpoints" / checkpoint_name(step)
+    for step in reversed(steps_in(run_dir / layout.CHECKPOINTS)):
+        path = run_dir / layout.CHECKPOINTS / checkpoint_name(step)
         try:
             checkpoint = read_checkpoint(path)
         except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import Stopped
 from hf_ibnorm.base.files import sha256
 from hf_ibnorm.base.signals import StopSignals
@@ -49,7 +50,7 @@ def train(config: TrainConfig) -> Path:
             signals.deferred = True  # from here on there is something to save
             run_steps(session)
             session.save()
-    return Path(config.run_dir) / "final"
+    return Path(config.run_dir) / layout.FINAL
 
 
 def run_steps(session: Session) -> None:

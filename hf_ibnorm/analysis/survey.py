@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..base import layout
 from ..base.command import require_extra
 from ..base.errors import UserError, bad_input
 from ..base.files import atomic_directory, check_new_directory, sha256, write_json, write_text
@@ -153,12 +154,12 @@ def _subject(model: str, data: str, tokens: int, noise: bool) -> Subject:
     """Find a model, and read the text with its tokenizer, for the noise the training split as well."""
     run, step = Path(model), None
     checkpoints = {} if (run / "config.json").exists() else checkpoints_of(run)
-    if checkpoints and not (run / "final").exists():  # it trains still, or was stopped
+    if checkpoints and not (run / layout.FINAL).exists():  # it trains still, or was stopped
         step = max(checkpoints)
         folder = checkpoints[step]
     else:
         folder = find_model(model)
-        if folder == run / "final":
+        if folder == run / layout.FINAL:
             step = int(Run.read(run).metrics[-1]["step"])
     config, tokenizer = load_tokenizer(folder)
     context = getattr(config, "max_position_embeddings", None) or SEQUENCE

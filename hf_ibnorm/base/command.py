@@ -17,7 +17,9 @@ not have spoken yet."""
 
 
 def run_command(main: Callable[[], None], lower: str) -> NoReturn:
-    """Run `main` and exit with the code its ending asks for; only rank 0 of a launch speaks.
+    """Run `main` and exit with the code its ending asks for.
+
+    Of a launch only rank 0 speaks, but where another rank is out of memory.
 
     Args:
         main: the command.

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..base import layout
 from ..base.command import quiet_libraries
 from ..base.errors import UserError, bad_input
 from ..base.files import write_json
@@ -26,7 +27,7 @@ def find_model(model: str) -> Path:
     """
     path = Path(model)
     with reading("model", model[:100]):  # a name may be too long, or hold a zero byte
-        for candidate in (path, path / "model", path / "final"):
+        for candidate in (path, path / "model", path / layout.FINAL):
             if (candidate / "config.json").is_file():
                 return candidate
         there = path.exists()
