@@ -21,6 +21,12 @@ def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{field}: got {value!r}, allowed are {', '.join(allowed)}")
 
 
+def check_bool(field: str, value: object) -> None:
+    """Raise TypeError naming `field` unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{field}: got {value!r}, must be true or false")
+
+
 def check_number(field: str, value: object, low: float, high: float = math.inf, *, high_allowed: bool = True) -> None:
     """Raise unless `value` is a finite real number in [low, high] (or [low, high) if not `high_allowed`).
 

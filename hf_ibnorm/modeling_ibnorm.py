@@ -94,13 +94,13 @@ def ramped_norms(model: PreTrainedModel) -> Iterator[tuple[str, NormBase, float]
 
 def _keys_of_ramped(model: PreTrainedModel) -> dict[str, bool]:
     """State-dict key of every ramped option that is possible at a site → whether the model has that buffer."""
-    prefix = _prefix(model)
+    prefix = prefix_of(model)
     options = {entry.ramp for entry in NORMS.values() if entry.ramp}
     keys = {f"{prefix}{site}.{o}": False for site in _sites(model) for o in options}
     return keys | {f"{prefix}{site}.{norm.ramp}": norm.held is not None for site, norm, _ in ramped_norms(model)}
 
 
-def _prefix(model: PreTrainedModel) -> str:
+def prefix_of(model: PreTrainedModel) -> str:
     """What names of the base model's tensors begin with in the state dict of `model`."""
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
@@ -111,7 +111,7 @@ def record_ramped(model: PreTrainedModel, state_dict: Mapping[str, Any] | None =
     The norms own it: a norm's `set_ramped`, or `set_lam` on a part of the model, does not change the config.
     """
     config, overrides = model.config, list(model.config.norm_overrides or [])
-    prefix = _prefix(model)
+    prefix = prefix_of(model)
     values: dict[int, dict[str, float]] = {}
     """Place of an override, -1 for the norm of all other sites → the sites that it decides → value."""
     options: dict[int, str] = {}
@@ -150,7 +150,8 @@ def settle_ramped(model: PreTrainedModel) -> None:
     Raises:
         ValueError: config.json and weights disagree.
     """
-    config, on_file = model.config, model.config.norms_on_file()
+    config = model.config
+    on_file = config.norms_on_file() if config.norms_were_given else config
     for site, norm, wanted in ramped_norms(model):
         if norm.ramped == wanted or norm.held is None:
             continue

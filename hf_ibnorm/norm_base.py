@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import initialization as init
 
-from .checks import check_choice, check_number
+from .checks import check_bool, check_choice, check_number
 
 BACKENDS = ("auto", "reference", "fused")
 
@@ -29,12 +29,6 @@ def width_of(normalized_shape: Any) -> tuple[int]:
     if len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
         raise ValueError(f"normalized_shape: got {normalized_shape!r}, must be one width >= 1 (the last dimension)")
     return shape
-
-
-def check_bool(field: str, value: Any) -> None:
-    """Raise TypeError naming `field` unless `value` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{field}: got {value!r}, must be true or false")
 
 
 def rounded(value: float, dtype: torch.dtype = torch.float32) -> float:

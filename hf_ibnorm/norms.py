@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checks import check_number, nearest
+from .checks import check_bool, check_number, nearest
 from .norm_base import NORMS as NORMS
 from .norm_base import Measure as Measure
 from .norm_base import NormBase as NormBase
 from .norm_base import NormEntry as NormEntry
-from .norm_base import check_bool, width_of
 from .norm_base import register_norm as register_norm
+from .norm_base import width_of
 from .norms_classic import DynamicTanh as DynamicTanh
 from .norms_ibnorm import IBNorm as IBNorm
 from .norms_normality import LayerNormalNorm as LayerNormalNorm

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .checks import check_choice, check_number
+from .checks import check_bool, check_choice, check_number
 from .functional import ORDERS, STANDARDIZE, UNITS, VARIANTS, centre, check_lam, compress, ib_norm, slope
-from .norm_base import Measure, NormBase, check_bool, kernel_of
+from .norm_base import Measure, NormBase, kernel_of
 
 # From the study in docs/results/lambda, with a margin from where they break: T learns as well at 4, is worse than
 # RMSNorm at 8, and at twice the learning rate 4 has lost half a nat and 2 a sixth; L loses from 16 on; S is LayerNorm

@@ -60,7 +60,7 @@ class Session:
         lr = learning_rate(step, self.config)
         for group in self.state.optimizer.param_groups:
             group["lr"] = lr
-        self.setup.set_lam(lam_fraction(step, self.config))
+        self.setup.set_lam_fraction(lam_fraction(step, self.config))
         return lr
 
     def conclude(self, stop: bool = False) -> bool:
@@ -177,7 +177,7 @@ def begin(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Sessio
     settle_buckets(model, setup.task, accelerator)
     set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each process
     progress.say(*state.restore(checkpoint) if checkpoint else ())
-    setup.set_lam(lam_fraction(state.step, config))
+    setup.set_lam_fraction(lam_fraction(state.step, config))
     together(accelerator, lambda: begin_writing(state, start, stack) if accelerator.is_main_process else None)
     checkpointer = Checkpointer(
         run_dir / layout.CHECKPOINTS, config.keep_last, config.keep_every, state.step, start.damaged

@@ -50,7 +50,7 @@ class Setup:
         own, teacher = flops_per_token(self.skeleton, self.config.block_size), self.task.teacher
         return own if teacher is None else own + forward_flops_per_token(teacher.model, self.config.block_size)
 
-    def set_lam(self, fraction: float) -> None:
+    def set_lam_fraction(self, fraction: float) -> None:
         """Set every λ to where it is after this fraction of its way."""
         for site, (start, end) in self.lams.items():
             for model in (self.model, self.skeleton):

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_ibnorm import NORM_FIELDS
-from ..modeling_ibnorm import OURS, build_site, check_checkpointing, check_sites, forget_origin, set_site
+from ..modeling_ibnorm import OURS, build_site, check_checkpointing, check_sites, forget_origin, prefix_of, set_site
 from ..norms import norm_name, resolve_norm_kwargs
 from ..sites import Pin, contract
 from .families import FAMILIES, Family
@@ -371,7 +371,7 @@ def _check_keys(target: _Target, registered: PreTrainedModel, norms: dict[str, n
     """
     if any(type(module).__module__.startswith("peft.") for module in target.model.modules()):
         return
-    inner = "" if target.base is target.model else f"{target.model.base_model_prefix}."
+    inner = prefix_of(target.model)
     ours = {key for key in target.model.state_dict() if not key.startswith(tuple(f"{inner}{site}." for site in norms))}
     ours |= {f"{inner}{site}.{key}" for site, norm in norms.items() for key in norm.state_dict()}
     theirs = set(registered.state_dict())
