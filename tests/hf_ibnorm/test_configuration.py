@@ -167,6 +167,13 @@ def test_a_stock_checkpoint_takes_its_eps_and_other_fields_from_the_arguments_to
     assert model.score.out_features == 3
 
 
+@pytest.mark.parametrize("item", [["norm"], "norm", 3, [1, "dyt"]])
+def test_an_override_that_is_no_pair_is_named_in_loading_too(tiny_config, tmp_path, item):
+    tiny_config("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"norm_overrides: got .*, must be \[glob, norm name or"):
+        AutoConfig.from_pretrained(tmp_path, norm_overrides=[item])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stock_config_object_is_refused(stock_model, tiny_config, family):
     with pytest.raises(TypeError, match=r"config: got \w+Config, IBNorm\w+ takes one with norms"):
