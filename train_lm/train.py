@@ -44,13 +44,22 @@ def train(config: TrainConfig) -> Path:
         Stopped: SIGTERM, SIGINT, SIGHUP or SIGUSR1 came; a checkpoint of the last step is on disk.
     """
     with ExitStack() as stack:
-        signals = stack.enter_context(StopSignals(lambda number: Stopped(f"{number.name} before the first step")))
-        session = begin(config, signals, stack)
-        if session is not None:
-            signals.deferred = True  # from here on there is something to save
-            run_steps(session)
-            session.save()
+        _train(config, stack)
     return Path(config.run_dir) / layout.FINAL
+
+
+def _train(config: TrainConfig, stack: ExitStack) -> None:
+    """`train`, with `stack` closing afterwards what was opened.
+
+    The session ends here, before the stack ends the group of processes: DDP's reducer, as the last to hold the group,
+    would wait in its destructor for a thread of the group that waits for Python's lock.
+    """
+    signals = stack.enter_context(StopSignals(lambda number: Stopped(f"{number.name} before the first step")))
+    session = begin(config, signals, stack)
+    if session is not None:
+        signals.deferred = True  # from here on there is something to save
+        run_steps(session)
+        session.save()
 
 
 def run_steps(session: Session) -> None:

@@ -155,7 +155,6 @@ def test_a_study_of_it_ends_in_a_page(tmp_path):
         "learning_rates": [1.0e-3],
         "tuning_seeds": [0],
         "seeds": [0, 1],
-        "suites": [],
         "metric": "validation",
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(study))
