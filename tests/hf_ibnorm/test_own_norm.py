@@ -155,7 +155,7 @@ def test_a_study_of_it_ends_in_a_page(tmp_path):
         "learning_rates": [1.0e-3],
         "tuning_seeds": [0],
         "seeds": [0, 1],
-        "metric": "validation",
+        "metric": "eval_loss",
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(study))
     environment = {**os.environ, "HF_IBNORM_NORMS": str(FILE), "PYTHONPATH": str(ROOT)}
