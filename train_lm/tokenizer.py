@@ -14,6 +14,8 @@ from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.swap.loading import TOKENIZER_FILES, has_tokenizer, load
 
 END_OF_TEXT = "<|endoftext|>"
+LARGEST_ID = 2**24
+"""The largest id that a token may have: no model has as many rows."""
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
@@ -96,7 +98,13 @@ def for_language_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
 
     Returns:
         A tokenizer that gives the same ids for the text itself, and no others.
+
+    Raises:
+        UserError: that cannot be done, or an id is so large that writing the vocabulary down, ids left out too, has no
+            end.
     """
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) > LARGEST_ID:
+        raise UserError(f"tokenizer: it has a token with the id {largest}, must be at most {LARGEST_ID}")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     sentinels = {token["content"] for token in content["added_tokens"] if _SENTINEL.fullmatch(token["content"])}
     ends_texts = tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]

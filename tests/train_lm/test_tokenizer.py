@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.data.tokens import Encoder
-from train_lm.tokenizer import load_tokenizer, train_tokenizer, wrap_tokenizer
+from train_lm.tokenizer import for_language_model, load_tokenizer, train_tokenizer, wrap_tokenizer
 
 TEXTS = ["It is a truth universally acknowledged", "that a single man in possession of a good fortune " * 5]
 
@@ -89,3 +89,12 @@ def test_a_beginning_of_text_stays_where_the_end_is_dropped(tmp_path):
     assert loaded(TEXTS[0]).input_ids == like_llama(TEXTS[0]).input_ids[:-1]
     assert loaded(TEXTS[0]).input_ids[0] == loaded.bos_token_id == 0
     assert (loaded.bos_token, loaded.eos_token, loaded.unk_token) == ("<s>", "</s>", "<unk>")
+
+
+def test_an_id_beyond_all_rows_is_refused_before_the_vocabulary_is_written_down():
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "b": 10**9}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    with pytest.raises(
+        UserError, match=r"^tokenizer: it has a token with the id 1000000000, must be at most 16777216$"
+    ):
+        for_language_model(tokenizer)
