@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -345,6 +346,15 @@ class NormBase(nn.Module):
         return f"{self.normalized_shape}, {options}, {affine}"
 
 
+def copy_with(norm: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a norm whose own parameters are what `make` makes of them; all else is the norm's."""
+    fresh = copy.copy(norm)
+    fresh._parameters = {
+        name: None if value is None else nn.Parameter(make(value)) for name, value in norm._parameters.items()
+    }
+    return fresh
+
+
 def initial_values(norm: nn.Module) -> dict[str, Tensor]:
     """What the parameters of a norm's own are before training, by name.
 
@@ -354,11 +364,7 @@ def initial_values(norm: nn.Module) -> dict[str, Tensor]:
     Returns:
         Tensors on the CPU, of each parameter's shape and dtype.
     """
-    fresh = copy.copy(norm)
-    fresh._parameters = {
-        name: None if value is None else nn.Parameter(torch.ones_like(value, device="cpu"))
-        for name, value in norm._parameters.items()
-    }
+    fresh = copy_with(norm, partial(torch.ones_like, device="cpu"))
     fresh._buffers = {
         name: None if value is None else torch.zeros_like(value, device="cpu") for name, value in norm._buffers.items()
     }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checks import check_bool, check_number, nearest
+from .checks import check_bool, check_number, nearest, own_norm_files
 from .norm_base import NORMS as NORMS
 from .norm_base import Measure as Measure
 from .norm_base import NormBase as NormBase
@@ -140,11 +140,8 @@ def build_norm(
 
 
 def import_own() -> None:
-    """Import the files that the environment variable HF_IBNORM_NORMS names: norms of the user's own for every command.
-
-    Several are separated as those of PATH are.
-    """
-    for file in filter(None, os.environ.get("HF_IBNORM_NORMS", "").split(os.pathsep)):
+    """Import the files with norms of the user's own, so that every command and every process of it knows them."""
+    for file in own_norm_files():
         name = os.path.splitext(os.path.basename(file))[0]
         if name not in sys.modules and (spec := importlib.util.spec_from_file_location(name, file)) and spec.loader:
             sys.modules[name] = module = importlib.util.module_from_spec(spec)

@@ -5,7 +5,6 @@ compared with the formulas of torch. That works for a model on the meta device, 
 ours has a `Pin` of expected sites, so that a change in Transformers is noticed.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .norm_base import NormBase, initial_values
+from .norm_base import NormBase, copy_with, initial_values
 
 EPS_ATTRIBUTES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 """Names under which norms of torch and Transformers keep their ε."""
@@ -160,11 +159,7 @@ def _rows(width: int) -> Tensor:
 
 def _probe(norm: nn.Module) -> nn.Module:
     """A copy of a norm on the CPU, in float64, with random parameters and without hooks."""
-    probe = copy.copy(norm)
-    probe._parameters = {
-        name: None if value is None else nn.Parameter(torch.randn(value.shape, dtype=torch.float64, device="cpu"))
-        for name, value in norm._parameters.items()
-    }
+    probe = copy_with(norm, lambda value: torch.randn(value.shape, dtype=torch.float64, device="cpu"))
     probe.training = False
     return probe
 

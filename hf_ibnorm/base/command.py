@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from ..checks import nearest
+from ..checks import nearest, own_norm_files
 from .errors import BAD_INPUT, STOPPED, Stopped, UserError
 
 PATIENCE = 5.0
@@ -28,7 +28,7 @@ def run_command(main: Callable[[], None], lower: str) -> NoReturn:
     try:
         for word in sys.argv:
             check_text(word)
-        for file in filter(None, os.environ.get("HF_IBNORM_NORMS", "").split(os.pathsep)):  # see norms.import_own
+        for file in own_norm_files():
             if not os.path.isfile(file):
                 raise UserError(f"HF_IBNORM_NORMS: got {file!r}, no such file")
         main()
