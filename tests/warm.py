@@ -6,8 +6,8 @@ and ends as any Python does; only what importing does to a process is not seen. 
 `sys.executable`. Commands whose environment holds other values of what is read while importing are not warm, either.
 
 The program asks the server, hands on signals, and ends as the command did; if it is killed, so is the command, before
-the server starts another. In a command `sys.executable` is that program, so that launchers and studies start theirs
-warm too.
+the server starts another: `kill` waits for that. In a command `sys.executable` is that program, so that launchers and
+studies start theirs warm too.
 """
 
 import gc
@@ -244,6 +244,18 @@ def python(packages=""):
     return str(folder(str(packages)) / "python")
 
 
+def kill(process):
+    """SIGKILL to a command that was started with `python()`; returns when that has ended.
+
+    A signal to the program itself would end the program at once, and the command some time after.
+    """
+    if process.poll() is None:
+        command = int((Path(process.args[0]).parent / f"{process.pid}.command").read_text())
+        with suppress(ProcessLookupError):
+            os.kill(command, signal.SIGKILL)
+        process.wait()  # the program ends as its command did
+
+
 def path():
     """A PATH on which `python` and the scripts that this project installs are warm, for shells."""
     return os.pathsep.join([str(folder()), str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -262,6 +274,7 @@ def client():
     _send(connection, {"words": words, "cwd": os.getcwd(), "environment": environment}, (0, 1, 2))
     answers = connection.makefile()
     pid = int(answers.readline())
+    (home / f"{os.getpid()}.command").write_text(str(pid))
     for number in forwarded:
         signal.signal(number, lambda number, _: os.kill(pid, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM
-from warm import python
+from warm import kill, python
 
 from eval import runner
 from eval.__main__ import main
@@ -287,8 +287,7 @@ def test_killed_at_any_moment_the_scores_are_those_of_a_run_that_was_not(long_ch
             try:
                 code = going.wait(timeout=generator.uniform(0.4, 1.1) * seconds if kills < 3 else None)
             except subprocess.TimeoutExpired:
-                going.kill()
-                going.wait()
+                kill(going)
                 kills += 1
                 continue
             assert code == 0

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from studying import TINY, rewrite
 from training import pages
+from warm import kill, python
 from warm import path as warm_path
-from warm import python
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def begin(tmp_path):
 
     yield start
     for process in started:
-        process.kill()
+        kill(process)
 
 
 def ended(process):
@@ -88,8 +88,7 @@ def test_killed_and_stopped_and_started_again_it_repeats_nothing(begin, tmp_path
 
     process = begin("run", "tiny.yaml", "--output", str(part))
     wait_for(lambda: finals(part) and len(list(part.rglob("metrics.jsonl"))) > 1, process)
-    process.send_signal(signal.SIGKILL)  # its training lives on
-    process.wait()
+    kill(process)  # its training lives on
     first = finals(part)
 
     process = begin("run", "tiny.yaml", "--output", str(part))

@@ -1,10 +1,8 @@
 """Checkpoints on disk with other norms: the same function where it can be, all other tensors to the bit, or nothing."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 from contextlib import nullcontext
 
@@ -13,7 +11,7 @@ import torch
 from helpers import FAMILIES, STOCK_NORM, build, shake, stock_of, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from warm import python
+from warm import kill, python
 
 from hf_ibnorm import NORMS, apply_norm, convert_checkpoint, norm_sites
 from hf_ibnorm.cli import main
@@ -486,8 +484,7 @@ module.convert_checkpoint(sys.argv[1], sys.argv[2], "ibnorm_l")
     words = [python(), "-c", code, str(folder), str(tmp_path / "new")]
     begun = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert begun.stdout.readline() == "part\n"
-    os.kill(begun.pid, signal.SIGKILL)
-    begun.wait()
+    kill(begun)
     assert not (tmp_path / "new").exists()
     assert [*tmp_path.glob(".new.*")], "what a killed process could not remove"
     convert_checkpoint(folder, tmp_path / "new", "ibnorm_l")
