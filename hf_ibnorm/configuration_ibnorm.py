@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config, LlamaConfig
 
-from .norms import NORMS, norm_name, resolve_norm_kwargs
+from .norms import NORMS, norm_name, ramped_options, resolve_norm_kwargs
 from .sites import EPS_FIELDS, PINS, Pin
 
 DEFAULT_NORM = "ibnorm_l"
@@ -44,10 +44,9 @@ def _refuse_strays(kwargs: Mapping[str, Any]) -> None:
 
 def _names_ramped(given: Mapping[str, Any]) -> bool:
     """Whether norm fields name an option that training can ramp, at the top or for a site."""
-    options = {entry.ramp for entry in NORMS.values()}
     entries = (norm for _, _, norm in _overrides(given.get("norm_overrides")))
     kwargs = [given.get("norm_kwargs"), *(entry.get("kwargs") for entry in entries if isinstance(entry, Mapping))]
-    return any(options & each.keys() for each in kwargs if isinstance(each, Mapping))
+    return any(ramped_options() & options.keys() for options in kwargs if isinstance(options, Mapping))
 
 
 def _overrides(given: Any) -> Iterator[tuple[str, str, Any]]:

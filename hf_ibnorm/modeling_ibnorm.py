@@ -11,7 +11,7 @@ from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel, modeling_uti
 from transformers.models.auto import modeling_auto
 
 from .norm_base import NormBase, rounded, shortest
-from .norms import NORMS, build_resolved
+from .norms import build_resolved, ramped_options
 from .sites import STREAM, Pin, discover, is_norm, width_of_norm
 
 _LANGUAGE_MODELS = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -95,8 +95,7 @@ def ramped_norms(model: PreTrainedModel) -> Iterator[tuple[str, NormBase, float]
 def _keys_of_ramped(model: PreTrainedModel) -> dict[str, bool]:
     """State-dict key of every ramped option that is possible at a site → whether the model has that buffer."""
     prefix = prefix_of(model)
-    options = {entry.ramp for entry in NORMS.values() if entry.ramp}
-    keys = {f"{prefix}{site}.{o}": False for site in _sites(model) for o in options}
+    keys = {f"{prefix}{site}.{o}": False for site in _sites(model) for o in ramped_options()}
     return keys | {f"{prefix}{site}.{norm.ramp}": norm.held is not None for site, norm, _ in ramped_norms(model)}
 
 

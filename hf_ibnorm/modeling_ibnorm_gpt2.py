@@ -17,7 +17,6 @@ class IBNormGPT2Model(NormModelMixin, GPT2Model):
     """GPT2Model whose 2·L+1 norms (3·L+1 with cross-attention) are those of its config."""
 
     config: IBNormGPT2Config
-    config_class = IBNormGPT2Config
 
 
 class IBNormGPT2LMHeadModel(NormModelMixin, GPT2LMHeadModel):
@@ -27,35 +26,30 @@ class IBNormGPT2LMHeadModel(NormModelMixin, GPT2LMHeadModel):
     """
 
     config: IBNormGPT2Config
-    config_class = IBNormGPT2Config
 
 
 class IBNormGPT2DoubleHeadsModel(NormModelMixin, GPT2DoubleHeadsModel):
     """GPT2DoubleHeadsModel over `IBNormGPT2Model`; loads like `IBNormGPT2LMHeadModel`."""
 
     config: IBNormGPT2Config
-    config_class = IBNormGPT2Config
 
 
 class IBNormGPT2ForSequenceClassification(NormModelMixin, GPT2ForSequenceClassification):
     """GPT2ForSequenceClassification over `IBNormGPT2Model`; loads like `IBNormGPT2LMHeadModel`."""
 
     config: IBNormGPT2Config
-    config_class = IBNormGPT2Config
 
 
 class IBNormGPT2ForTokenClassification(NormModelMixin, GPT2ForTokenClassification):
     """GPT2ForTokenClassification over `IBNormGPT2Model`; loads like `IBNormGPT2LMHeadModel`."""
 
     config: IBNormGPT2Config
-    config_class = IBNormGPT2Config
 
 
 class IBNormGPT2ForQuestionAnswering(NormModelMixin, GPT2ForQuestionAnswering):
     """GPT2ForQuestionAnswering over `IBNormGPT2Model`; loads like `IBNormGPT2LMHeadModel`."""
 
     config: IBNormGPT2Config
-    config_class = IBNormGPT2Config
 
 
 __all__ = [

@@ -16,7 +16,6 @@ class IBNormLlamaModel(NormModelMixin, LlamaModel):
     """LlamaModel whose 2·L+1 norms are those of its config (`norm_type`, `norm_kwargs`, `norm_overrides`)."""
 
     config: IBNormLlamaConfig
-    config_class = IBNormLlamaConfig
 
 
 class IBNormLlamaForCausalLM(NormModelMixin, LlamaForCausalLM):
@@ -26,28 +25,24 @@ class IBNormLlamaForCausalLM(NormModelMixin, LlamaForCausalLM):
     """
 
     config: IBNormLlamaConfig
-    config_class = IBNormLlamaConfig
 
 
 class IBNormLlamaForSequenceClassification(NormModelMixin, LlamaForSequenceClassification):
     """LlamaForSequenceClassification over `IBNormLlamaModel`; loads like `IBNormLlamaForCausalLM`."""
 
     config: IBNormLlamaConfig
-    config_class = IBNormLlamaConfig
 
 
 class IBNormLlamaForTokenClassification(NormModelMixin, LlamaForTokenClassification):
     """LlamaForTokenClassification over `IBNormLlamaModel`; loads like `IBNormLlamaForCausalLM`."""
 
     config: IBNormLlamaConfig
-    config_class = IBNormLlamaConfig
 
 
 class IBNormLlamaForQuestionAnswering(NormModelMixin, LlamaForQuestionAnswering):
     """LlamaForQuestionAnswering over `IBNormLlamaModel`, which it calls `transformer`, as the stock one does."""
 
     config: IBNormLlamaConfig
-    config_class = IBNormLlamaConfig
 
 
 __all__ = [

@@ -7,21 +7,17 @@ subclasses override. `register_norm` makes a class known by a name.
 import copy
 import inspect
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import initialization as init
 
-from .checks import check_bool, check_choice, check_number
-
-BACKENDS = ("auto", "reference", "fused")
+from .checks import check_bool, check_number
 
 
 def width_of(normalized_shape: Any) -> tuple[int]:
@@ -41,21 +37,6 @@ def shortest(value: float) -> float:
     """The shortest decimal that float32 rounds to the same number as `value`."""
     digits = (float(f"{value:.{count}g}") for count in range(6, 10))
     return next((short for short in digits if rounded(short) == rounded(value)), value)
-
-
-def kernel_of(formula: str, backend: Any) -> Callable[..., Tensor] | None:
-    """The form of `functional.<formula>` that runs kernels where it can; None where `backend` is "reference".
-
-    By name, for this file travels with checkpoints: where nobody has imported the package the formulas run.
-
-    Raises:
-        ValueError: no such backend, or "fused" without the package.
-    """
-    check_choice("backend", backend, BACKENDS)
-    package = sys.modules.get("hf_ibnorm")
-    if package is None and backend == "fused":
-        raise ValueError("backend: got 'fused', which needs the package: import hf_ibnorm first, or use 'auto'")
-    return None if package is None or backend == "reference" else getattr(import_module("hf_ibnorm.kernels"), formula)
 
 
 @dataclass(frozen=True)
@@ -91,6 +72,15 @@ class Measure:
     def keys(self) -> tuple[str, ...]:
         """Path to its mean in the results."""
         return (self.name, "mean") if self.spread else tuple(self.name.split("."))
+
+
+class Affine(TypedDict, total=False):
+    """Arguments of `NormBase` that a norm hands on to it."""
+
+    elementwise_affine: bool
+    bias: bool
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class NormBase(nn.Module):
@@ -218,11 +208,22 @@ class NormBase(nn.Module):
 
     @classmethod
     def option_defaults(cls, **fixed: Any) -> dict[str, Any]:
-        """Options with their defaults, as the signature has them; `fixed` is what a name in the registry fixes."""
-        parameters = inspect.signature(cls).parameters
-        left_out = {"normalized_shape", "device", "dtype", *fixed}
-        named = {n: each for n, each in parameters.items() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
-        return {name: parameter.default for name, parameter in named.items() if name not in left_out}
+        """Options with their defaults, as the signatures have them; `fixed` is what a name in the registry fixes.
+
+        A constructor with `**kwargs` hands these on, so that its base class has options of the norm, too.
+        """
+        options: dict[str, Any] = {}
+        for base in cls.__mro__:
+            if "__init__" not in vars(base):
+                continue
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            for parameter in parameters:
+                if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                    options.setdefault(parameter.name, parameter.default)
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                break
+        left_out = {"self", "normalized_shape", "device", "dtype", *fixed}
+        return {name: default for name, default in options.items() if name not in left_out}
 
     # The life of the ramped option. It is held in a float32 buffer of shape (), which no cast touches and state dicts
     # hold, so that weights and option travel together; a state dict without it, of a stock model or an older one, loads
@@ -376,31 +377,20 @@ def initial_values(norm: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class NormEntry:
-    """One row of the registry: the class, what the name itself fixes, and every option with its default."""
+    """One row of the registry: the class, the arguments that the name fixes, and every option with its default."""
 
     cls: type[nn.Module]
     fixed: Mapping[str, Any]
     defaults: Mapping[str, Any]
 
     @property
-    def model_eps(self) -> bool:
-        """Whether `eps` defaults to the model's own inside a model."""
-        return bool(getattr(self.cls, "takes_model_eps", True))
-
-    @property
-    def ramp(self) -> str | None:
-        """The option that training can ramp."""
-        return getattr(self.cls, "ramp", None)
+    def contract(self) -> type[NormBase]:
+        """The class to ask: the norm's own; for torch's modules `NormBase`, with the answers of an ordinary norm."""
+        return self.cls if issubclass(self.cls, NormBase) else NormBase
 
     def identity_for(self, stock: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """`NormBase.identity_for` of the norm with what its name fixes."""
-        answer = getattr(self.cls, "identity_for", None)
-        return None if answer is None else answer(stock, **self.fixed)
-
-    @property
-    def measures(self) -> tuple[Measure, ...]:
-        """The diagnostics that the norm brings."""
-        return getattr(self.cls, "measures", ())
+        """`NormBase.identity_for`, with the arguments that the name fixes."""
+        return self.contract.identity_for(stock, **self.fixed)
 
 
 NORMS: dict[str, NormEntry] = {}
@@ -414,8 +404,8 @@ def register_norm(name: str, cls: type[nn.Module], **fixed: Any) -> None:
 
     Args:
         name: lower-case letters, digits and "_"; it must differ from all names even without its "_".
-        cls: a subclass of `NormBase`. Every argument of its `__init__` but `normalized_shape`, `device` and `dtype`
-            is an option, and needs a default that JSON can hold.
+        cls: a subclass of `NormBase`. Every argument of its `__init__` but `normalized_shape`, `device` and `dtype` is
+            an option, and needs a default that JSON can hold; with `**kwargs` those of its base class are options, too.
         **fixed: arguments that the name fixes, which are then no options.
 
     Raises:

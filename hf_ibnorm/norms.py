@@ -36,7 +36,12 @@ register_norm("dyt", DynamicTanh)
 
 def all_measures() -> dict[str, Measure]:
     """Name → diagnostic, of every norm that is known."""
-    return {each.name: each for entry in NORMS.values() for each in entry.measures}
+    return {measure.name: measure for entry in NORMS.values() for measure in entry.contract.measures}
+
+
+def ramped_options() -> set[str]:
+    """Name of every option that training can ramp, of every norm that is known."""
+    return {entry.contract.ramp for entry in NORMS.values() if entry.contract.ramp}
 
 
 def norm_name(name: str, field: str = "norm_type") -> str:
@@ -79,7 +84,7 @@ def resolve_norm_kwargs(
             raise ValueError(f"{field}.{key}: {name} has no such option{hint}; it has {', '.join(options)}")
     given = {key: value for key, value in (kwargs or {}).items() if value is not None}
     resolved = {**entry.defaults, **given}
-    if model_eps is not None and entry.model_eps and "eps" in resolved and "eps" not in given:
+    if model_eps is not None and entry.contract.takes_model_eps and "eps" in resolved and "eps" not in given:
         resolved["eps"] = model_eps
     # Numbers as floats, so that a config reads the same whether 4, 4.0 or numpy's 4 was given.
     for key, value in resolved.items():

@@ -1,12 +1,14 @@
 """Dynamic Tanh, a control without statistics; the other controls, LayerNorm and RMSNorm, are torch's own modules."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from .checks import check_number
 from .functional import affine
-from .norm_base import NormBase
+from .norm_base import Affine, NormBase
 
 
 class DynamicTanh(NormBase):
@@ -15,8 +17,7 @@ class DynamicTanh(NormBase):
     Args:
         normalized_shape: N, the width of the last dimension.
         init_alpha: initial value of the learned scalar `alpha`, of shape (1,).
-        elementwise_affine, bias: as in torch.nn.LayerNorm.
-        device, dtype: of the parameters.
+        **affine: `elementwise_affine`, `bias`, `device`, `dtype`, as in torch.nn.LayerNorm.
 
     Shape: (..., N) → (..., N), in the dtype of the input; computed in float32 (float64 for float64).
     """
@@ -27,15 +28,12 @@ class DynamicTanh(NormBase):
         self,
         normalized_shape: int | tuple[int],
         init_alpha: float = 0.5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **affine: Unpack[Affine],
     ) -> None:
-        super().__init__(normalized_shape, elementwise_affine=elementwise_affine, bias=bias, device=device, dtype=dtype)
+        super().__init__(normalized_shape, **affine)
         check_number("init_alpha", init_alpha, 0.0)
         self.init_alpha = float(init_alpha)
-        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.alpha = nn.Parameter(torch.empty(1, device=affine.get("device"), dtype=affine.get("dtype")))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .checks import check_bool, check_choice, check_number
+from .checks import check_bool, check_choice
 from .functional import ORDERS, STANDARDIZE, UNITS, VARIANTS, centre, check_lam, compress, ib_norm, slope
-from .norm_base import Measure, NormBase, kernel_of
+from .norm_base import Affine, Measure
+from .norm_fused import FusedNorm
 
 # From the study in docs/results/lambda, with a margin from where they break: T learns as well at 4, is worse than
 # RMSNorm at 8, and at twice the learning rate 4 has lost half a nat and 2 a sixth; L loses from 16 on; S is LayerNorm
@@ -26,7 +27,7 @@ SATURATED = 0.1
 """An element is saturated when the slope of the compression there is below this."""
 
 
-class IBNorm(NormBase):
+class IBNorm(FusedNorm):
     """IBNorm over the last dimension: compress towards the mean, then standardize (arXiv 2510.25262).
 
     The formulas are in `hf_ibnorm.functional.ib_norm`, which takes the same options. Variant S with
@@ -48,9 +49,8 @@ class IBNorm(NormBase):
         standardize: "layer" or "rms".
         order: "compress_first" or "standardize_first".
         eps: added to the variance or mean square.
-        elementwise_affine, bias: as in torch.nn.LayerNorm.
         backend: "auto" (fused kernels where there are any), "reference" (the formulas in plain PyTorch) or "fused".
-        device, dtype: of the parameters.
+        **affine: `elementwise_affine`, `bias`, `device`, `dtype`, as in torch.nn.LayerNorm.
 
     Shape: (..., N) → (..., N), in the dtype of the input; statistics are computed in float32 (float64 for float64).
 
@@ -61,6 +61,7 @@ class IBNorm(NormBase):
     _described = ("variant", "lam_shown", "learn_lam", "unit", "standardize", "order", "eps", "backend")
     lam: Tensor | None
     theta: nn.Parameter | None
+    formula = staticmethod(ib_norm)
     ramp = "lam"
     measures = (
         Measure("contraction", "variance left by compression", _PAPER, _CONSTANT, percent=True, log=True),
@@ -78,32 +79,27 @@ class IBNorm(NormBase):
         standardize: str = "layer",
         order: str = "compress_first",
         eps: float = 1e-6,
-        elementwise_affine: bool = True,
-        bias: bool = True,
         backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **affine: Unpack[Affine],
     ) -> None:
-        super().__init__(normalized_shape, elementwise_affine=elementwise_affine, bias=bias, device=device, dtype=dtype)
+        super().__init__(normalized_shape, eps=eps, backend=backend, **affine)
         check_choice("variant", variant, VARIANTS)
         check_choice("unit", unit, UNITS)
         check_choice("standardize", standardize, STANDARDIZE)
         check_choice("order", order, ORDERS)
-        self._kernel = kernel_of("ib_norm", backend)
-        check_number("eps", eps, 0.0)
         check_bool("learn_lam", learn_lam)
         if learn_lam and variant == "S":
             raise ValueError("learn_lam: got True with variant 'S'; only L, T and shrink can learn lam")
         self.variant, self.unit, self.standardize, self.order = variant, unit, standardize, order
-        self.learn_lam, self.eps, self.backend = learn_lam, float(eps), backend
+        self.learn_lam = learn_lam
         lam = DEFAULT_LAM[variant] if lam is None else lam
         if learn_lam:
             self.initial_ramped = self.checked_ramped(lam)
             self.register_buffer("lam", None)
         else:
-            self.hold(lam, device)
-        theta = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learn_lam else None
-        self.register_parameter("theta", theta)
+            self.hold(lam, affine.get("device"))
+        theta = torch.empty(1, device=affine.get("device"), dtype=affine.get("dtype")) if learn_lam else None
+        self.register_parameter("theta", None if theta is None else nn.Parameter(theta))
         self.reset_parameters()
 
     @classmethod
@@ -197,9 +193,8 @@ class IBNorm(NormBase):
             "slope": slopes.mean(-1),
         }
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x` of shape (..., N) over its last dimension."""
-        options: dict[str, Any] = {
+    def formula_options(self) -> dict[str, Any]:
+        return {
             "variant": self.variant,
             "lam": self.current_lam(),
             "unit": self.unit,
@@ -207,6 +202,3 @@ class IBNorm(NormBase):
             "order": self.order,
             "eps": self.eps,
         }
-        if self._kernel is None:
-            return ib_norm(x, self.weight, self.bias, **options)
-        return self._kernel(x, self.weight, self.bias, **options, backend=self.backend)

@@ -1,6 +1,6 @@
 """Normality normalization (arXiv 2505.00685): standardize, gaussianize with a power transform, add training noise."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,14 @@ from torch import Tensor
 
 from .checks import check_number
 from .functional import centre, check_noise, newton_lambda, normal_norm, power_transform
-from .norm_base import Measure, NormBase, kernel_of
+from .norm_base import Affine, Measure
+from .norm_fused import FusedNorm
 
 _PAPER = "arXiv 2505.00685"
 _BINS = (-4.0, 6.0, 100)
 
 
-class LayerNormalNorm(NormBase):
+class LayerNormalNorm(FusedNorm):
     """Normality normalization over the last dimension: LayerNorm, power transform, noise (arXiv 2505.00685).
 
     The formulas are in `hf_ibnorm.functional.normal_norm`. Noise is drawn from the device's default generator, in
@@ -27,9 +28,8 @@ class LayerNormalNorm(NormBase):
         keep_prob: in (0, 1], with `noise_mode="dropout"` only.
         alpha: Newton step length in [0, 1].
         eps: in the standardization and, as sqrt(eps), in the Newton step: change it only with a reason.
-        elementwise_affine, bias: as in torch.nn.LayerNorm.
         backend: "auto", "reference" or "fused".
-        device, dtype: of the parameters.
+        **affine: `elementwise_affine`, `bias`, `device`, `dtype`, as in torch.nn.LayerNorm.
 
     Shape: (..., N) → (..., N), in the dtype of the input; computed in float32 (float64 for float64).
 
@@ -37,6 +37,7 @@ class LayerNormalNorm(NormBase):
         ValueError, TypeError: naming the field, the value and what is allowed.
     """
 
+    formula = staticmethod(normal_norm)
     takes_model_eps = False  # for eps sits in the Newton step, too
     measures = (
         Measure("lam_hat", "λ̂, mean of the rows", _PAPER, symbol="λ̂", spread=True, bins=_BINS, neutral=1.0),
@@ -53,19 +54,14 @@ class LayerNormalNorm(NormBase):
         keep_prob: float | None = None,
         alpha: float = 1.0,
         eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
         backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **affine: Unpack[Affine],
     ) -> None:
-        super().__init__(normalized_shape, elementwise_affine=elementwise_affine, bias=bias, device=device, dtype=dtype)
+        super().__init__(normalized_shape, eps=eps, backend=backend, **affine)
         check_noise(noise, noise_mode, keep_prob)
         check_number("alpha", alpha, 0.0, 1.0)
-        check_number("eps", eps, 0.0)
-        self._kernel = kernel_of("normal_norm", backend)
         self.noise, self.noise_mode, self.keep_prob = float(noise), noise_mode, keep_prob
-        self.alpha, self.eps, self.backend = float(alpha), float(eps), backend
+        self.alpha = float(alpha)
         self.reset_parameters()
 
     @property
@@ -88,9 +84,8 @@ class LayerNormalNorm(NormBase):
         p = power_transform(h, lam)
         return p, {"lam_hat": lam[:, 0], "lam_hat.outside": outside[:, 0], "p_std": p.std(-1, correction=0)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x` of shape (..., N) over its last dimension; noisy in training mode."""
-        options: dict[str, Any] = {
+    def formula_options(self) -> dict[str, Any]:
+        return {
             "noise": self.noise,
             "noise_mode": self.noise_mode,
             "keep_prob": self.keep_prob,
@@ -98,6 +93,3 @@ class LayerNormalNorm(NormBase):
             "eps": self.eps,
             "training": self.training,
         }
-        if self._kernel is None:
-            return normal_norm(x, self.weight, self.bias, **options)
-        return self._kernel(x, self.weight, self.bias, **options, backend=self.backend)

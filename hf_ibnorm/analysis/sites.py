@@ -285,7 +285,7 @@ def _measured_by() -> dict[str, list[str]]:
     """Cell → the classes of norms that bring it, of every norm that is known."""
     norms: dict[str, list[str]] = {}
     for entry in NORMS.values():
-        for name in _cells(entry.measures):
+        for name in _cells(entry.contract.measures):
             if entry.cls.__name__ not in norms.setdefault(name, []):
                 norms[name].append(entry.cls.__name__)
     return norms

@@ -172,7 +172,7 @@ def identity_options(norm: str, given: Mapping[str, Any], source: Source) -> dic
     decided["eps"] = getattr(source.config, source.family.config.norm_eps_field)
     decided["elementwise_affine"] = True
     for option, value in given.items():
-        if (option in decided and value != decided[option]) or option == entry.ramp:
+        if (option in decided and value != decided[option]) or option == entry.contract.ramp:
             raise ValueError(
                 f"norm_kwargs.{option}: got {value!r} with init 'identity', which sets it to {decided.get(option)!r}; "
                 "leave it out, or use init 'keep'"

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..base.room import check_model
 from ..modeling_ibnorm import agree, ramped_norms
-from ..norms import NORMS
+from ..norms import ramped_options
 from ..swap.families import FAMILIES, Family
 from ..swap.loading import check_tokenizer, has_tokenizer, load
 from ..swap.patching import norm_sites
@@ -90,8 +90,7 @@ class Source:
         """In which a norm's parameters are stored; where there are none, those of the rest."""
         here = [f"{self.prefix}{site}.{name}" for name in self.of_norm(site)]
         # A ramped option is in float32 whatever the rest is in.
-        ramped = {entry.ramp for entry in NORMS.values()}
-        others = (name for name in [*here, *self.places] if name.rpartition(".")[2] not in ramped)
+        others = (name for name in [*here, *self.places] if name.rpartition(".")[2] not in ramped_options())
         kinds = (self.places[name].tensors[name]["dtype"] for name in others)
         return next(STORED[kind] for kind in kinds if kind in STORED)
 
@@ -189,9 +188,8 @@ def check_tensors(source: Source, model: PreTrainedModel) -> None:
 
 def check_ramped(source: Source, model: PreTrainedModel) -> None:
     """Raise ValueError where the weights have another λ than the config, as `from_pretrained` does."""
-    options = {entry.ramp for entry in NORMS.values() if entry.ramp}
     for site, norm in norm_sites(model.base_model).items():
-        for option in sorted(options - norm.state_dict().keys()):
+        for option in sorted(ramped_options() - norm.state_dict().keys()):
             if (name := f"{source.prefix}{site}.{option}") in source.places:
                 raise ValueError(f"source: {source.folder} has {name}, its config no norm with a {option} there")
     for site, norm, value in ramped_norms(model) if isinstance(source.config, source.family.config) else ():

@@ -161,8 +161,6 @@ def _is_mask(path: Path, name: str) -> bool:
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
 """Every tokenizer that Transformers saves has one of these files."""
 
 
