@@ -29,9 +29,9 @@ def _option_names() -> set[str]:
 
 
 def _strays(fields: Iterable[str]) -> list[str]:
-    """Those of `fields` that look like options of a norm and are no field of a config."""
-    like_a_norms = [key for key in fields if key in (*_option_names(), *_ARGUMENTS) or key.startswith("norm_")]
-    return [key for key in like_a_norms if key not in NORM_FIELDS]
+    """The names among `fields` that look like options of a norm and are no field of a config."""
+    options = {*_option_names(), *_ARGUMENTS}
+    return [key for key in fields if (key in options or key.startswith("norm_")) and key not in NORM_FIELDS]
 
 
 def _refuse_strays(kwargs: Mapping[str, Any]) -> None:
@@ -189,10 +189,10 @@ class NormConfigMixin:
         fields = getattr(self, _OTHER_NORMS, None) or {}
         if fields and fields["norm_type"] is None:
             return None
-        found: Any = copy.deepcopy(self)
-        vars(found).update({name: value for name, value in fields.items() if name in NORM_FIELDS})
-        found.resolve_norms()
-        return found
+        config: Any = copy.deepcopy(self)
+        vars(config).update({name: value for name, value in fields.items() if name in NORM_FIELDS})
+        config.resolve_norms()
+        return config
 
     @property
     def ramped_was_given(self) -> bool:

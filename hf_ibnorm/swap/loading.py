@@ -1,4 +1,4 @@
-"""Language models found on disk or on the Hub, and loaded whole or refused."""
+"""Language models on disk or on the Hub: found, and loaded whole or refused."""
 
 import json
 import os
@@ -30,8 +30,8 @@ def find_model(model: str) -> Path:
         for candidate in (path, path / "model", path / layout.FINAL):
             if (candidate / "config.json").is_file():
                 return candidate
-        there = path.exists()
-    if there or not HUB_NAME.fullmatch(model):
+        exists = path.exists()
+    if exists or not HUB_NAME.fullmatch(model):
         raise UserError(f"model: {path} is not a model directory (it has no config.json)")
     from huggingface_hub import snapshot_download
 
@@ -41,15 +41,15 @@ def find_model(model: str) -> Path:
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
     """Step → the model that a training run left there, in order; none where `run` is no run directory of train_lm."""
-    found = {}
+    models = {}
     for config in run.glob("checkpoints/step-*/model/config.json"):
-        with suppress(ValueError):  # another name
-            found[int(config.parts[-3].removeprefix("step-"))] = config.parent
-    return dict(sorted(found.items()))
+        with suppress(ValueError):  # a folder with another name
+            models[int(config.parts[-3].removeprefix("step-"))] = config.parent
+    return dict(sorted(models.items()))
 
 
 def load(field: str, cls: Any, where: str | Path, **options: Any) -> Any:
-    """What `cls.from_pretrained(where)` gives. Code that lies there is never run, whatever anybody answers.
+    """`cls.from_pretrained(where)`. Code in a checkpoint is never run, whatever anybody answers.
 
     Args:
         field: what errors call it.
@@ -62,29 +62,29 @@ def load(field: str, cls: Any, where: str | Path, **options: Any) -> Any:
     """
     try:
         with reading(field, where):
-            found = cls.from_pretrained(where, trust_remote_code=False, **options)
-            if hasattr(found, "is_fast"):
-                found("a")  # a tokenizer with a setting of the wrong type fails when it is first used
-            return found
+            loaded = cls.from_pretrained(where, trust_remote_code=False, **options)
+            if hasattr(loaded, "is_fast"):
+                loaded("a")  # a tokenizer with a setting of the wrong type fails when it is first used
+            return loaded
     except UserError as error:
-        said = told(error.__cause__ or error)
-        if "trust_remote_code" in said or "custom code" in said:
-            said = "it needs code of its own, which lies there and is never run"
+        reason = told(error.__cause__ or error)
+        if "trust_remote_code" in reason or "custom code" in reason:
+            reason = "it needs code of its own, which lies there and is never run"
         elif os.path.isdir(where):
             raise
         else:
-            said = f"no such directory, and the Hub gives no model: {said}"
-        raise UserError(f"{field}: got {str(where)[:200]!r}, {said}") from error
+            reason = f"no such directory, and the Hub gives no model: {reason}"
+        raise UserError(f"{field}: got {str(where)[:200]!r}, {reason}") from error
 
 
 def load_tokenizer(path: Path) -> tuple[Any, Any]:
     """The config and the tokenizer of the checkpoint at `path`.
 
-    A special token that was added beyond the model's vocabulary (a `<pad>`, often) is let pass: no text becomes that,
-    unless it spells it, and whoever pads must look.
+    A special token beyond the model's vocabulary (often a `<pad>`) is allowed: only a text that spells it becomes it.
+    Code that pads must check.
 
     Raises:
-        UserError: one cannot be read, or they do not fit.
+        UserError: config or tokenizer cannot be read, or the tokenizer does not fit the config.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -108,15 +108,16 @@ def check_tokenizer(field: str, tokenizer: Any, config: Any, where: Path) -> Non
         where: for the message.
     """
     beyond = sorted(token for token in tokenizer.get_vocab().values() if token >= config.vocab_size)
-    if beyond and (read := [token for token in beyond if _may_be_read(tokenizer, token)]):
+    if beyond and (reachable := [token for token in beyond if _may_be_read(tokenizer, token)]):
+        last = reachable[-1]
         raise UserError(
-            f"{field}: it has the token {tokenizer.convert_ids_to_tokens(read[-1])!r} with id {read[-1]}, the model's "
+            f"{field}: it has the token {tokenizer.convert_ids_to_tokens(last)!r} with id {last}, the model's "
             f"vocab_size is {config.vocab_size}; the tokenizer in {where} is not this model's"
         )
 
 
 def _may_be_read(tokenizer: Any, token: int) -> bool:
-    """Whether a text may become a token: any but special ones that were added, and neither begin nor end a text."""
+    """Whether a text may become `token`: only special tokens that were added, and begin or end no text, may not."""
     added = tokenizer.added_tokens_decoder.get(token)
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     return added is None or not added.special or token in (*ends, *tokenizer("a").input_ids)
@@ -144,11 +145,11 @@ def load_whole(path: Path, config: Any, dtype: Any) -> Any:
 
 
 _OLD_MASK = re.compile(r"(^|\.)attn\.(masked_)?bias$")
-"""Buffers in files of GPT-2 that old releases of Transformers wrote: its causal mask, which is computed today."""
+"""Buffers that old releases of Transformers saved with GPT-2: its causal mask, which is computed today."""
 
 
 def _is_mask(path: Path, name: str) -> bool:
-    """Whether a tensor of a checkpoint has the shape of a mask, (1, 1, n, n), or of what fills it, a single number."""
+    """Whether a tensor of a checkpoint has the shape of a causal mask, (1, 1, n, n), or is the number that fills it."""
     from safetensors import safe_open
 
     for file in path.glob("*.safetensors"):
@@ -170,9 +171,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def name_tokenizer(folder: Path, name: str | None) -> None:
-    """Let the tokenizer in a model directory name its class, where neither it nor the model's config does.
+    """Write the tokenizer's class into a model directory, where neither tokenizer nor config names one.
 
-    Transformers would choose by the model type: the stock one's files may rest on that, as the Hub's gpt2 does.
+    Transformers would choose the class by the model type; the files of the stock model may rely on that, as the Hub's
+    gpt2 does.
 
     Args:
         folder: with a `config.json`; one without a tokenizer is left alone.
