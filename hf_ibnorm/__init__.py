@@ -68,7 +68,7 @@ _HOMES = {
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 if not TYPE_CHECKING:  # a type checker would take every name for one of the package's
-    __getattr__, __dir__ = on_demand(__name__, _HOMES)
+    __getattr__, __dir__ = on_demand(__name__, _HOMES, {families.PREFIX: families.stand_in})
 
 families.register()
 neighbours.register()

@@ -38,6 +38,7 @@ def _build_kernels(arguments: argparse.Namespace) -> None:
 def _main() -> None:
     from .analysis.cli import add_verb
     from .convert.cli import add_verbs
+    from .swap.cli import add_verb as add_sites
 
     parser = OneLineParser(prog="hf-ibnorm", description="IBNorm and normality normalization for Transformers.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -55,6 +56,7 @@ def _main() -> None:
     build.set_defaults(run=_build_kernels)
     add_verbs(verbs, sys.argv)
     add_verb(verbs)
+    add_sites(verbs)
     arguments = parser.parse_args()
     with StopSignals(lambda number: SystemExit(128 + number)):  # so that what is half written is removed
         arguments.run(arguments)

@@ -12,12 +12,15 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from .norms import NORMS, norm_name, ramped_options, resolve_norm_kwargs
-from .sites import EPS_FIELDS, PINS, Pin
+from .sites import EPS_FIELDS, PINS, STREAM, Pin
 
+MODEL_TYPE_PREFIX = "ibnorm_"
 DEFAULT_NORM = "ibnorm_l"
+STOCK = "stock"
+"""In place of a norm's name: the norm that the architecture has."""
 NORM_FIELDS = ("norm_type", "norm_kwargs", "norm_overrides")
 _OTHER_NORMS = "_norms_were_given"
 _ARGUMENTS = ("norm", "sites", "variant")  # of apply_norm and IBNorm
@@ -61,6 +64,15 @@ def _overrides(given: Any) -> Iterator[tuple[str, str, Any]]:
         yield f"norm_overrides[{item[0]!r}]", item[0], item[1]
 
 
+def _resolved(field: str, name: Any, kwargs_field: str, kwargs: Any, eps: float | None) -> tuple[str, dict[str, Any]]:
+    """A norm's name and all its options; `STOCK` has none."""
+    if name == STOCK:
+        if kwargs:
+            raise ValueError(f"{kwargs_field}: got {kwargs!r} for the norm {STOCK!r}, which has no options")
+        return STOCK, {}
+    return norm_name(name, field), resolve_norm_kwargs(name, kwargs, eps, kwargs_field)
+
+
 class NormConfigMixin:
     """Resolves and checks the norm fields. A family's config adds its `model_type` and the three fields."""
 
@@ -97,16 +109,21 @@ class NormConfigMixin:
         """
         self.norm_type, self.norm_kwargs, self.norm_overrides = self._resolved()
 
-    def norm_at(self, site: str) -> tuple[str, dict[str, Any]]:
-        """Name and options of the norm at `site`, a name relative to the base model: the last override that matches."""
+    def norm_at(self, site: str, kind: str = STREAM) -> tuple[str, dict[str, Any]]:
+        """Name and options of the norm at a site: of the last override that matches, else of `norm_type`.
+
+        Args:
+            site: its name, relative to the base model.
+            kind: sites of other kinds than "stream" keep the stock norm, unless an override matches.
+        """
         for glob, norm in reversed(self.norm_overrides or []):
             if fnmatchcase(site, glob):
                 return norm["type"], norm["kwargs"]
-        return self.norm_type, self.norm_kwargs or {}
+        return (self.norm_type, self.norm_kwargs or {}) if kind == STREAM else (STOCK, {})
 
     def _resolved(self) -> tuple[str, dict[str, Any], list]:
-        eps = getattr(self, self.norm_eps_field, None)
-        name, kwargs = norm_name(self.norm_type), resolve_norm_kwargs(self.norm_type, self.norm_kwargs, eps)
+        eps = self.model_eps
+        name, kwargs = _resolved("norm_type", self.norm_type, "norm_kwargs", self.norm_kwargs, eps)
         resolved = []
         for field, glob, norm in _overrides(self.norm_overrides):
             if self.norm_pin is not None:  # without a pin, globs are checked when the norms are put in
@@ -114,10 +131,18 @@ class NormConfigMixin:
             norm = {"type": norm} if isinstance(norm, str) else norm
             if not isinstance(norm, Mapping) or not {"type"} <= set(norm) <= {"type", "kwargs"}:
                 raise ValueError(f"{field}: got {norm!r}, must be a norm name or {{'type': ..., 'kwargs': {{...}}}}")
-            own_name = norm_name(norm["type"], f"{field}.type")
-            own = resolve_norm_kwargs(own_name, norm.get("kwargs"), eps, f"{field}.kwargs")
+            own_name, own = _resolved(f"{field}.type", norm["type"], f"{field}.kwargs", norm.get("kwargs"), eps)
             resolved.append([glob, {"type": own_name, "kwargs": own}])
         return name, kwargs, resolved
+
+    @property
+    def model_eps(self) -> float | None:
+        """ε of the architecture's norms; None where it is no field of the config."""
+        for config in (self, self.get_text_config()):  # type: ignore[attr-defined]
+            for field in EPS_FIELDS:
+                if isinstance(eps := getattr(config, field, None), float | int):
+                    return eps
+        return None
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -257,6 +282,27 @@ class IBNormGPT2Config(NormConfigMixin, GPT2Config):
     norm_type: str = DEFAULT_NORM
     norm_kwargs: dict | None = None
     norm_overrides: list | dict | None = None
+
+
+def config_for(name: str, stock: type[PreTrainedConfig], module: str) -> type[PreTrainedConfig]:
+    """A config's class with norms, for any architecture of Transformers; as `IBNormLlamaConfig` is for Llama.
+
+    Args:
+        name: of the class.
+        stock: the stock config's class.
+        module: where the class is found by its name, when it is unpickled.
+    """
+    fields = {"norm_type": str, "norm_kwargs": dict | None, "norm_overrides": list | dict | None}
+    body = {
+        "__doc__": f"{stock.__name__} plus the norm of every site; as `IBNormLlamaConfig` is to LlamaConfig.",
+        "__module__": module,
+        "__annotations__": fields,
+        "model_type": f"{MODEL_TYPE_PREFIX}{stock.model_type}",
+        "norm_type": DEFAULT_NORM,
+        "norm_kwargs": None,
+        "norm_overrides": None,
+    }
+    return strict(type(name, (NormConfigMixin, stock), body))
 
 
 __all__ = ["IBNormGPT2Config", "IBNormLlamaConfig"]

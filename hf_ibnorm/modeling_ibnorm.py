@@ -1,107 +1,131 @@
 """What every model family shares: norms put in place, initialized, loaded, saved; unsafe checkpointing refused."""
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from importlib import import_module
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel, modeling_utils
 from transformers.models.auto import modeling_auto
 
+from .configuration_ibnorm import STOCK
 from .norm_base import NormBase, rounded, shortest
 from .norms import build_resolved, ramped_options
-from .sites import STREAM, Pin, discover, is_norm, width_of_norm
+from .sites import HEAD, KINDS, STREAM, Pin, base_prefix, discover, norm_modules, place_of, width_of_norm
 
 _LANGUAGE_MODELS = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 OURS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
-"""Stock class → the class with our norms that stands in for it (of imported families only)."""
+"""Stock class → the class with our norms that stands in for it (of those that have been made)."""
 
 
-def install_norms(base: PreTrainedModel, config: Any) -> None:
-    """Put the norm that `config` chooses for it at every site of the base model `base`.
+def ours(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class with our norms that stands in for a stock class; itself where there is none.
 
-    Raises:
-        RuntimeError: the norms found are not the ones expected, which means that Transformers changed the architecture.
+    In the package one is made where there is none yet. The code that travels with a checkpoint has those of its family.
     """
-    config.resolve_norms()  # fields may have been set since the config was made
-    for site in check_sites(base, config, config.norm_pin):
-        set_site(base, site, build_site(config, site, width_of_norm(base.get_submodule(site))))
+    if stock not in OURS and "hf_ibnorm" in sys.modules and not issubclass(stock, NormModelMixin):
+        OURS[stock] = import_module("hf_ibnorm.swap.families").stand_in(stock)
+    return OURS.get(stock, stock)
 
 
-def site_names(base: nn.Module, config: Any, pin: Pin | None) -> list[str]:
-    """The sites of a base model whose norms its config chooses, relative to it, in order of execution.
+def site_kinds(model: PreTrainedModel, pin: Pin | None) -> dict[str, str]:
+    """Kind of every site whose norm a config can choose, by name, in the order in which the modules were made.
 
     Args:
-        base: stock or ours.
-        config: of `base`.
+        model: stock or ours, base model or with a head.
         pin: of its architecture, if that is pinned.
-    """
-    if pin is not None:
-        return pin.names(config)
-    return [site.name for site in discover(base) if site.kind == STREAM]
-
-
-def _sites(model: PreTrainedModel) -> list[str]:
-    """The sites of one of our models."""
-    return site_names(model.base_model, model.config, model.config.norm_pin)
-
-
-def check_sites(base: nn.Module, config: Any, pin: Pin | None) -> list[str]:
-    """`site_names`, which must be there.
 
     Raises:
         RuntimeError: the norms of the model are not what is pinned for its architecture.
-        ValueError: a glob of the config matches no site.
     """
-    pinned = site_names(base, config, pin)
     if pin is None:
-        for glob, _ in getattr(config, "norm_overrides", None) or []:
-            if not any(fnmatchcase(site, glob) for site in pinned):
-                raise ValueError(f"norm_overrides[{glob!r}]: matches no site; sites are {', '.join(pinned)}")
-        return pinned
-    sites = [name for name, module in base.named_modules(remove_duplicate=False) if is_norm(module)]
+        return {site.name: site.kind for site in discover(model) if site.problem is None}
+    pinned, sites = pin.names(model.config), list(norm_modules(model.base_model))
     if sorted(sites) != sorted(pinned):
         raise RuntimeError(
-            f"{type(base).__name__}: expected {len(pinned)} norms, found {len(sites)} "
+            f"{type(model.base_model).__name__}: expected {len(pinned)} norms, found {len(sites)} "
             f"(unexpected or missing: {', '.join(sorted(set(sites) ^ set(pinned)))}); either the model was changed "
             "(PEFT wraps norms that are trained), or this release of Transformers is not one hf_ibnorm knows"
         )
-    return pinned
+    return dict.fromkeys(pinned, STREAM)
 
 
-def build_site(config: Any, site: str, width: int | None = None, **factory: Any) -> nn.Module:
-    """The norm that `config` chooses for `site`; of the model's width by default, `factory` is device and dtype."""
-    name, options = config.norm_at(site)
-    return build_resolved(name, width or config.hidden_size, options, **factory)
+def install_norms(model: PreTrainedModel, config: Any, kinds: Iterable[str] = KINDS) -> None:
+    """Put the norm that `config` chooses for it at every site of a model.
+
+    Args:
+        model: base model or with a head.
+        config: one of ours.
+        kinds: of the sites that are filled.
+
+    Raises:
+        RuntimeError: the norms found are not the ones expected, which means that Transformers changed the architecture.
+        ValueError: a glob of the config matches no site.
+    """
+    config.resolve_norms()  # fields may have been set since the config was made
+    sites = site_kinds(model, config.norm_pin)
+    if type(model).__name__ in (config.architectures or [type(model).__name__]):  # else globs may be of another's head
+        for glob, _ in config.norm_overrides:
+            check_glob(f"norm_overrides[{glob!r}]:", glob, sites)
+    for site, kind in sites.items():
+        if kind in kinds and config.norm_at(site, kind)[0] != STOCK:
+            set_site(model, site, build_site(config, site, model.get_submodule(qualified(model, site)), kind))
 
 
-def set_site(base: nn.Module, site: str, norm: nn.Module) -> None:
-    """Put `norm` at a site of the base model."""
-    parent, _, attribute = site.rpartition(".")
-    setattr(base.get_submodule(parent), attribute, norm)
+def check_glob(what: str, glob: str, sites: Collection[str]) -> None:
+    """Raise ValueError, beginning with `what`, unless `glob` matches one of `sites`."""
+    if not any(fnmatchcase(site, glob) for site in sites):
+        raise ValueError(f"{what} matches no site; sites are {', '.join(sites)}")
+
+
+def build_site(config: Any, site: str, old: nn.Module | None = None, kind: str = STREAM, **factory: Any) -> nn.Module:
+    """The norm that `config` chooses for a site.
+
+    Args:
+        config: one of ours.
+        site: its name.
+        old: the norm there, which says width, gain and area; None for a norm as wide as the model.
+        kind: of the site.
+        **factory: device and dtype.
+    """
+    name, options = config.norm_at(site, kind)
+    width = None if old is None else width_of_norm(old)
+    place = {} if old is None else place_of(old)
+    return build_resolved(name, width or config.hidden_size, options, **place, **factory)
+
+
+def qualified(model: PreTrainedModel, site: str) -> str:
+    """Name in `model` of the module at a site; sites outside the base model have that as their name."""
+    try:
+        model.base_model.get_submodule(site)
+    except AttributeError:
+        return site
+    return f"{base_prefix(model)}{site}"
+
+
+def set_site(model: PreTrainedModel, site: str, norm: nn.Module) -> None:
+    """Put `norm` at a site of a model."""
+    parent, _, attribute = qualified(model, site).rpartition(".")
+    setattr(model.get_submodule(parent), attribute, norm)
 
 
 def ramped_norms(model: PreTrainedModel) -> Iterator[tuple[str, NormBase, float]]:
     """Yields (site, norm, value in the config) for every norm with an option that training can ramp."""
-    for site in _sites(model):
-        norm: Any = model.base_model.get_submodule(site)
-        norm = getattr(norm, "original_module", norm)  # PEFT wraps norms that are trained
-        if isinstance(norm, NormBase) and norm.ramp is not None:
+    for name, norm in norm_modules(model).items():
+        # PEFT wraps norms that are trained: the original, and a copy of it for each adapter.
+        site = name.removesuffix(".original_module")
+        if isinstance(norm, NormBase) and norm.ramp is not None and ".modules_to_save." not in name:
             yield site, norm, model.config.norm_at(site)[1][norm.ramp]
 
 
 def _keys_of_ramped(model: PreTrainedModel) -> dict[str, bool]:
     """State-dict key of every ramped option that is possible at a site → whether the model has that buffer."""
-    prefix = prefix_of(model)
-    keys = {f"{prefix}{site}.{o}": False for site in _sites(model) for o in ramped_options()}
-    return keys | {f"{prefix}{site}.{norm.ramp}": norm.held is not None for site, norm, _ in ramped_norms(model)}
-
-
-def prefix_of(model: PreTrainedModel) -> str:
-    """What names of the base model's tensors begin with in the state dict of `model`."""
-    return "" if model.base_model is model else f"{model.base_model_prefix}."
+    norms = {qualified(model, site): norm for site, norm in norm_modules(model).items()}
+    return {f"{name}.{o}": o in dict(norm.named_buffers()) for name, norm in norms.items() for o in ramped_options()}
 
 
 def record_ramped(model: PreTrainedModel, state_dict: Mapping[str, Any] | None = None) -> None:
@@ -110,12 +134,11 @@ def record_ramped(model: PreTrainedModel, state_dict: Mapping[str, Any] | None =
     The norms own it: a norm's `set_ramped`, or `set_lam` on a part of the model, does not change the config.
     """
     config, overrides = model.config, list(model.config.norm_overrides or [])
-    prefix = prefix_of(model)
     values: dict[int, dict[str, float]] = {}
     """Place of an override, -1 for the norm of all other sites → the sites that it decides → value."""
     options: dict[int, str] = {}
     for site, norm, _ in ramped_norms(model):
-        value, saved = norm.ramped, (state_dict or {}).get(f"{prefix}{site}.{norm.ramp}")
+        value, saved = norm.ramped, (state_dict or {}).get(f"{qualified(model, site)}.{norm.ramp}")
         if isinstance(saved, Tensor) and not saved.is_meta and saved.item() != rounded(value, saved.dtype):
             value = shortest(saved.item())
         place = max((i for i, (glob, _) in enumerate(overrides) if fnmatchcase(site, glob)), default=-1)
@@ -195,10 +218,14 @@ class NormModelMixin:
     lacks, non-persistent buffers included.
     """
 
+    stock: ClassVar[Any]
+    """The stock class that a class of ours stands in for."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if NormModelMixin in cls.__bases__:
             stock: Any = cls.__bases__[1]
+            cls.stock = stock
             OURS[stock] = cls  # type: ignore[assignment]
             # Transformers notes in the constructor, by class name, what hidden states to record; a nested model still
             # has its stock class then.
@@ -210,24 +237,33 @@ class NormModelMixin:
         if not hasattr(config, "norm_at"):
             raise TypeError(f"config: got {type(config).__name__}, {type(self).__name__} takes one with norms")
         if type(config) not in MODEL_MAPPING:  # of a checkpoint's own code; some heads ask AutoModel for their model
-            name = modeling_auto.MODEL_MAPPING_NAMES[config.stock_model_type]
-            AutoModel.register(type(config), next(o for s, o in OURS.items() if s.__name__ == name), exist_ok=True)
+            name = modeling_auto.MODEL_MAPPING_NAMES.get(config.stock_model_type)
+            if base_class := next((own for stock, own in OURS.items() if stock.__name__ == name), None):
+                AutoModel.register(type(config), base_class, exist_ok=True)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
-        base = model.base_model
-        is_new = base is self or type(base) in OURS  # AutoModel makes one of ours
+        # Where AutoModel made the base model, that is one of ours, with its norms.
+        is_filled = model.base_model is not self and isinstance(model.base_model, NormModelMixin)
         for module in model.modules():
-            module.__class__ = OURS.get(type(module), type(module))
-        stock = type(self).__mro__[type(self).__mro__.index(NormModelMixin) + 1].__name__
-        if model.loss_type is None and stock == _LANGUAGE_MODELS.get(config.stock_model_type):
+            if isinstance(module, PreTrainedModel):
+                module.__class__ = ours(type(module))
+        if model.loss_type is None and self.stock.__name__ == _LANGUAGE_MODELS.get(config.stock_model_type):
             # Transformers picks a loss by class name and would warn, breaking torch.compile(fullgraph=True).
             model.loss_type = "ForCausalLM"
-        if is_new:
-            install_norms(base, config)
+        install_norms(model, config, (HEAD,) if is_filled else KINDS)
         model.post_init()  # touches the new norms only
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # Transformers looks for attention in the source of the class's module.
+        return cls.stock._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.stock._can_set_experts_implementation()
+
     def _init_weights(self, module: nn.Module) -> None:
-        if is_norm(module) and hasattr(module, "reset_parameters"):
+        if isinstance(module, NormBase) or type(module) in (nn.LayerNorm, nn.RMSNorm):
             module.reset_parameters()  # type: ignore[operator]  # Transformers assumes that norms have a gain and a bias
         else:
             super()._init_weights(module)  # type: ignore[misc]
@@ -249,6 +285,11 @@ class NormModelMixin:
         return loaded
 
     def save_pretrained(self, *args, **kwargs) -> Any:
+        if not hasattr(self.config, "norm_at"):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"model: this {type(self).__name__} is a part of a model, and its config does not name its norms; save "
+                "the whole model"
+            )
         state_dict = kwargs.get("state_dict", args[2] if len(args) > 2 else None)
         record_ramped(self, state_dict)  # type: ignore[arg-type]
         try:
@@ -276,6 +317,19 @@ class NormModelMixin:
         except ValueError:
             super()._set_gradient_checkpointing(False)  # type: ignore[misc]
             raise
+
+
+def model_for(name: str, stock: type[PreTrainedModel], config: Any, module: str) -> type[PreTrainedModel]:
+    """A model's class with the norms of its config, for any architecture of Transformers.
+
+    Args:
+        name: of the class.
+        stock: the stock model's class.
+        config: the class of its configs.
+        module: where the class is found by its name, when it is unpickled.
+    """
+    body = {"__doc__": f"{stock.__name__} with the norms of its config.", "__module__": module, "config_class": config}
+    return type(name, (NormModelMixin, stock), body)
 
 
 def check_checkpointing(model: nn.Module, norms: Iterable[nn.Module]) -> None:

@@ -1,12 +1,11 @@
-"""What a norm is: the contract that every norm answers, and the one registry that names norms.
+"""What a norm is: the contract that every norm answers.
 
 The rest of the package asks a norm itself: `NormBase` defines the questions and the answers of an ordinary norm, which
-subclasses override. `register_norm` makes a class known by a name.
+subclasses override.
 """
 
 import copy
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import initialization as init
 
-from .checks import check_bool, check_number
+from .checks import check_bool, check_choice, check_number
+from .grouping import AREAS, LAYER
+
+GAINS = ("w", "1+w")
 
 
 def width_of(normalized_shape: Any) -> tuple[int]:
@@ -79,6 +81,8 @@ class Affine(TypedDict, total=False):
 
     elementwise_affine: bool
     bias: bool
+    gain: str
+    area: str
     device: torch.device | str | None
     dtype: torch.dtype | None
 
@@ -103,6 +107,10 @@ class NormBase(nn.Module):
         normalized_shape: N, the width of the last dimension (an int or a 1-tuple).
         elementwise_affine: learn `weight` (and `bias`).
         bias: learn `bias`; without effect if `elementwise_affine` is False.
+        gain: what multiplies: "w", the weight, which starts at 1; or "1+w", one more than it, which starts at 0, as in
+            Gemma. A fact of the place that the norm is for, no option.
+        area: what is normalized: "layer", the last dimension; or "channels", dimension 1 of a channels-first image at
+            each position, as in ConvNeXt. A fact of the place, too.
         device, dtype: of the parameters.
     """
 
@@ -124,14 +132,18 @@ class NormBase(nn.Module):
         *,
         elementwise_affine: bool = True,
         bias: bool = True,
+        gain: str = "w",
+        area: str = LAYER,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_bool("elementwise_affine", elementwise_affine)
         check_bool("bias", bias)
+        check_choice("gain", gain, GAINS)
+        check_choice("area", area, AREAS)
         self.normalized_shape = width_of(normalized_shape)
-        self.elementwise_affine = elementwise_affine
+        self.elementwise_affine, self.gain, self.area = elementwise_affine, gain, area
         for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
             tensor = torch.empty(self.normalized_shape, device=device, dtype=dtype) if wanted else None
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
@@ -139,11 +151,16 @@ class NormBase(nn.Module):
     def reset_parameters(self) -> None:
         """Set every parameter and buffer to its initial value, except those a checkpoint has just filled."""
         if self.weight is not None:
-            init.ones_(self.weight)
+            init.constant_(self.weight, 1.0 if self.gain == "w" else 0.0)
         if self.bias is not None:
             init.zeros_(self.bias)
         if self.held is not None:
             init.constant_(self.held, self.initial_ramped)
+
+    @property
+    def multiplier(self) -> Tensor | None:
+        """What z is multiplied by, shape (N,); None for nothing."""
+        return self.weight if self.weight is None or self.gain == "w" else 1 + self.weight
 
     def initial_values(self) -> dict[str, Tensor]:
         """Initial value of each parameter, by name: on the CPU, of its shape and dtype."""
@@ -222,7 +239,7 @@ class NormBase(nn.Module):
                     options.setdefault(parameter.name, parameter.default)
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
                 break
-        left_out = {"self", "normalized_shape", "device", "dtype", *fixed}
+        left_out = {"self", "normalized_shape", "gain", "area", "device", "dtype", *fixed}
         return {name: default for name, default in options.items() if name not in left_out}
 
     # The life of the ramped option. It is held in a float32 buffer of shape (), which no cast touches and state dicts
@@ -344,7 +361,8 @@ class NormBase(nn.Module):
     def extra_repr(self) -> str:
         options = ", ".join(f"{name.removesuffix('_shown')}={getattr(self, name)}" for name in self._described)
         affine = f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}"
-        return f"{self.normalized_shape}, {options}, {affine}"
+        place = f"{'' if self.gain == 'w' else ', gain=1+w'}{'' if self.area == LAYER else f', area={self.area}'}"
+        return f"{self.normalized_shape}, {options}, {affine}{place}"
 
 
 def copy_with(norm: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -373,54 +391,3 @@ def initial_values(norm: nn.Module) -> dict[str, Tensor]:
     if reset is not None:
         reset()
     return {name: value.detach() for name, value in fresh.named_parameters(recurse=False)}
-
-
-@dataclass(frozen=True)
-class NormEntry:
-    """One row of the registry: the class, the arguments that the name fixes, and every option with its default."""
-
-    cls: type[nn.Module]
-    fixed: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-
-    @property
-    def contract(self) -> type[NormBase]:
-        """The class to ask: the norm's own; for torch's modules `NormBase`, with the answers of an ordinary norm."""
-        return self.cls if issubclass(self.cls, NormBase) else NormBase
-
-    def identity_for(self, stock: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """`NormBase.identity_for`, with the arguments that the name fixes."""
-        return self.contract.identity_for(stock, **self.fixed)
-
-
-NORMS: dict[str, NormEntry] = {}
-"""Name → norm, for every norm that configs, commands and `apply_norm` can name."""
-
-
-def register_norm(name: str, cls: type[nn.Module], **fixed: Any) -> None:
-    """Let configs, `apply_norm`, training, conversion and diagnostics know a norm by a name.
-
-    Registering the same class again under its name replaces the row, so that a notebook's cell can be run twice.
-
-    Args:
-        name: lower-case letters, digits and "_"; it must differ from all names even without its "_".
-        cls: a subclass of `NormBase`. Every argument of its `__init__` but `normalized_shape`, `device` and `dtype` is
-            an option, and needs a default that JSON can hold; with `**kwargs` those of its base class are options, too.
-        **fixed: arguments that the name fixes, which are then no options.
-
-    Raises:
-        ValueError, TypeError: the name or the class cannot be taken; the message says why.
-    """
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"name: got {name!r}, must be lower-case letters, digits and _")
-    for known, entry in NORMS.items():
-        if known.replace("_", "") == name.replace("_", "") and (
-            known != name or (entry.cls.__module__, entry.cls.__qualname__) != (cls.__module__, cls.__qualname__)
-        ):
-            raise ValueError(f"name: got {name!r}, which is taken by {entry.cls.__name__}")
-    if not (isinstance(cls, type) and issubclass(cls, NormBase)):
-        raise TypeError(f"cls: got {cls!r}, must be a subclass of hf_ibnorm.NormBase")
-    defaults = cls.option_defaults(**fixed)
-    if without := [option for option, default in defaults.items() if default is inspect.Parameter.empty]:
-        raise TypeError(f"cls: {cls.__name__} has no default for {', '.join(without)}; every option needs one")
-    NORMS[name] = NormEntry(cls, fixed, defaults)

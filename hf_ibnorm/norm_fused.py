@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from .checks import check_choice, check_number
+from .grouping import from_rows, to_rows
 from .norm_base import Affine, NormBase
 
 BACKENDS = ("auto", "reference", "fused")
@@ -55,8 +56,10 @@ class FusedNorm(NormBase):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x` of shape (..., N) over its last dimension; in the dtype of `x`."""
-        options = self.formula_options()
+        """Normalize `x` of shape (..., N), or (B, N, *spatial) with area "channels"; in the dtype of `x`."""
+        rows, options = to_rows(x, self.area), self.formula_options()
         if self._kernel is None:
-            return self.formula(x, self.weight, self.bias, **options)
-        return self._kernel(x, self.weight, self.bias, **options, backend=self.backend)
+            y = self.formula(rows, self.multiplier, self.bias, **options)
+        else:
+            y = self._kernel(rows, self.multiplier, self.bias, **options, backend=self.backend)
+        return from_rows(y, self.area)

@@ -5,25 +5,79 @@ A norm is a class of `NormBase` (`norm_base`) that `register_norm` gives a name;
 """
 
 import importlib.util
+import inspect
 import numbers
 import os
+import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from .checks import check_bool, check_number, nearest, own_norm_files
-from .norm_base import NORMS as NORMS
 from .norm_base import Measure as Measure
 from .norm_base import NormBase as NormBase
-from .norm_base import NormEntry as NormEntry
-from .norm_base import register_norm as register_norm
 from .norm_base import width_of
 from .norms_classic import DynamicTanh as DynamicTanh
+from .norms_classic import PlacedNorm
 from .norms_ibnorm import IBNorm as IBNorm
 from .norms_normality import LayerNormalNorm as LayerNormalNorm
+
+
+@dataclass(frozen=True)
+class NormEntry:
+    """One row of the registry: the class, the arguments that the name fixes, and every option with its default."""
+
+    cls: type[nn.Module]
+    fixed: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+
+    @property
+    def contract(self) -> type[NormBase]:
+        """The class to ask: the norm's own; for torch's modules `NormBase`, with the answers of an ordinary norm."""
+        return self.cls if issubclass(self.cls, NormBase) else NormBase
+
+    def identity_for(self, stock: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """`NormBase.identity_for`, with the arguments that the name fixes."""
+        return self.contract.identity_for(stock, **self.fixed)
+
+
+NORMS: dict[str, NormEntry] = {}
+"""Name → norm, for every norm that configs, commands and `apply_norm` can name."""
+
+
+def register_norm(name: str, cls: type[nn.Module], **fixed: Any) -> None:
+    """Let configs, `apply_norm`, training, conversion and diagnostics know a norm by a name.
+
+    Registering the same class again under its name replaces the row, so that a notebook's cell can be run twice.
+
+    Args:
+        name: lower-case letters, digits and "_"; it must differ from all names even without its "_".
+        cls: a subclass of `NormBase`. Every argument of its `__init__` but `normalized_shape`, `gain`, `area`, `device`
+            and `dtype` is an option, and needs a default that JSON can hold; with `**kwargs` those of its base class
+            are options, too.
+        **fixed: arguments that the name fixes, which are then no options.
+
+    Raises:
+        ValueError, TypeError: the name or the class cannot be taken; the message says why.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"name: got {name!r}, must be lower-case letters, digits and _")
+    for known, entry in NORMS.items():
+        if known.replace("_", "") == name.replace("_", "") and (
+            known != name or (entry.cls.__module__, entry.cls.__qualname__) != (cls.__module__, cls.__qualname__)
+        ):
+            raise ValueError(f"name: got {name!r}, which is taken by {entry.cls.__name__}")
+    if not (isinstance(cls, type) and issubclass(cls, NormBase)):
+        raise TypeError(f"cls: got {cls!r}, must be a subclass of hf_ibnorm.NormBase")
+    defaults = cls.option_defaults(**fixed)
+    if without := [option for option, default in defaults.items() if default is inspect.Parameter.empty]:
+        raise TypeError(f"cls: {cls.__name__} has no default for {', '.join(without)}; every option needs one")
+    NORMS[name] = NormEntry(cls, fixed, defaults)
+
 
 for _variant in ("S", "L", "T", "shrink"):
     register_norm(f"ibnorm_{_variant.lower()}", IBNorm, variant=_variant)
@@ -115,7 +169,10 @@ def _build(entry: NormEntry, normalized_shape: Any, kwargs: Mapping[str, Any], *
             check_bool(key, kwargs[key])
         elif key == "eps":
             check_number("eps", kwargs[key], 0.0)
-    return entry.cls(width_of(normalized_shape), **entry.fixed, **kwargs, **factory)
+    if issubclass(entry.cls, NormBase) or not {"gain", "area"} & factory.keys():
+        return entry.cls(width_of(normalized_shape), **entry.fixed, **kwargs, **factory)
+    computes = "layernorm" if entry.cls is nn.LayerNorm else "rmsnorm"
+    return PlacedNorm(width_of(normalized_shape), computes, **{"bias": False, **kwargs}, **factory)
 
 
 def build_norm(

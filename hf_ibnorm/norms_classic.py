@@ -1,13 +1,15 @@
-"""Dynamic Tanh, a control without statistics; the other controls, LayerNorm and RMSNorm, are torch's own modules."""
+"""The controls: Dynamic Tanh, and LayerNorm and RMSNorm where torch's own modules do not fit."""
 
 from typing import Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from .checks import check_number
 from .functional import affine
+from .grouping import from_rows, to_rows
 from .norm_base import Affine, NormBase
 
 
@@ -42,6 +44,35 @@ class DynamicTanh(NormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Squash `x` of shape (..., N) element by element."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        y = affine(torch.tanh(self.alpha.to(wide.dtype) * wide), self.weight, self.bias)
-        return y.to(x.dtype)
+        rows = to_rows(x if x.dtype == torch.float64 else x.float(), self.area)
+        y = affine(torch.tanh(self.alpha.to(rows.dtype) * rows), self.multiplier, self.bias)
+        return from_rows(y, self.area).to(x.dtype)
+
+
+class PlacedNorm(NormBase):
+    """LayerNorm or RMSNorm in places that torch's own modules cannot take: with the gain 1+w, or over channels.
+
+    Args:
+        normalized_shape: N, the width of the normalized dimension.
+        computes: "layernorm" or "rmsnorm".
+        eps: added to the variance or mean square.
+        **affine: as in `NormBase`.
+
+    Shape: (..., N) or (B, N, *spatial), in the dtype of the input; computed in float32 (float64 for float64).
+    """
+
+    _described = ("computes", "eps")
+
+    def __init__(
+        self, normalized_shape: int | tuple[int], computes: str, eps: float = 1e-6, **affine: Unpack[Affine]
+    ) -> None:
+        super().__init__(normalized_shape, **affine)
+        self.computes, self.eps = computes, float(eps)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `x`."""
+        rows = to_rows(x if x.dtype == torch.float64 else x.float(), self.area)
+        normalize = F.layer_norm if self.computes == "layernorm" else F.rms_norm
+        y = affine(normalize(rows, self.normalized_shape, eps=self.eps), self.multiplier, self.bias)
+        return from_rows(y, self.area).to(x.dtype)

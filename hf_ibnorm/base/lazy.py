@@ -10,7 +10,9 @@ from types import ModuleType
 from typing import Any
 
 
-def on_demand(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def on_demand(
+    package: str, homes: Mapping[str, Sequence[str]], made: Mapping[str, Callable[[str], Any]] | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` (PEP 562) of a package that imports its modules when one of their names is used.
 
     The modules themselves are attributes of the package too, as if it had imported them.
@@ -18,6 +20,7 @@ def on_demand(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callabl
     Args:
         package: its full name.
         homes: module of the package → the public names that it has.
+        made: prefix → function that makes what a name with that prefix stands for, from the rest of the name.
     """
     home = {name: module for module, names in homes.items() for name in names}
 
@@ -26,6 +29,8 @@ def on_demand(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callabl
             value = getattr(import_module(f"{package}.{home[name]}"), name)
         elif not name.startswith("_") and find_spec(f"{package}.{name}"):
             value = import_module(f"{package}.{name}")
+        elif prefix := next((prefix for prefix in made or {} if name.startswith(prefix)), None):
+            value = (made or {})[prefix](name.removeprefix(prefix))
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         setattr(sys.modules[package], name, value)  # so that Python does not ask again

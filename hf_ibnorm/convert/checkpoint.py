@@ -24,8 +24,9 @@ from ..norms import NORMS, norm_name
 from ..report.environment import environment_record
 from ..sites import contract
 from ..swap.loading import TOKENIZER_FILES, load, name_tokenizer
-from ..swap.patching import apply_norm, norm_sites, relative_globs
+from ..swap.patching import apply_norm, norm_sites
 from ..swap.remote_code import add_remote_code
+from ..swap.target import relative_globs
 from .calibrate import Errors, fit_norms, stock_norm
 from .settings import Conversion
 from .source import Source, check_ramped, check_tensors, read_source

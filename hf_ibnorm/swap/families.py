@@ -1,11 +1,12 @@
-"""The model families: which classes stand in for which stock ones. The one list that registration and patching read.
+"""The classes with our norms, for every config and model of Transformers, and the tables by which it finds them.
 
-A family names its classes and imports them when they are asked for, so that all families can be known to Transformers'
-Auto classes from the start.
+`IBNormX` stands in for `X`. Those of Llama and GPT-2 have files of their own, which can travel with a checkpoint; all
+others are made when they are first asked for.
 """
 
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -13,74 +14,110 @@ from typing import TYPE_CHECKING, Any
 from ..base.lazy import after_import
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..configuration_ibnorm import NormConfigMixin
-    from ..sites import Pin
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PACKAGE = "hf_ibnorm"
+PREFIX = "IBNorm"
 MODEL_TYPE_PREFIX = "ibnorm_"
+WITH_FILES = ("llama", "gpt2")
+"""Stock model types whose classes have files of their own."""
+
+
+def stand_in(stock: Any) -> Any:
+    """The class with our norms for a config or a model of Transformers, made on first use.
+
+    Args:
+        stock: the class, or its name; a model that Transformers does not export must have been imported.
+
+    Raises:
+        AttributeError: Transformers has no such config or model.
+    """
+    if isinstance(stock, str):
+        stock = _stock_class(stock)
+    name, package = f"{PREFIX}{stock.__name__}", sys.modules[PACKAGE]
+    if name not in vars(package):
+        setattr(package, name, _explicit(name) or _made(name, stock))
+    return vars(package)[name]
+
+
+def _stock_class(name: str) -> Any:
+    import transformers
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    modules = [module for key, module in list(sys.modules.items()) if key.startswith("transformers.models.")]
+    stock = getattr(transformers, name, None) or next((vars(m)[name] for m in modules if name in vars(m)), None)
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedConfig | PreTrainedModel)):
+        raise AttributeError(f"module {PACKAGE!r} has no attribute {PREFIX + name!r}")
+    return stock
+
+
+def _explicit(name: str) -> Any:
+    """A class that has its place in a file; None for others."""
+    files = ["configuration_ibnorm", *(f"modeling_ibnorm_{model_type}" for model_type in WITH_FILES)]
+    return next((vars(module)[name] for module in map(_import, files) if name in vars(module)), None)
+
+
+def _import(module: str) -> ModuleType:
+    return import_module(f"{PACKAGE}.{module}")
+
+
+def _made(name: str, stock: Any) -> Any:
+    from transformers import PreTrainedConfig
+
+    if issubclass(stock, PreTrainedConfig):
+        return _import("configuration_ibnorm").config_for(name, stock, PACKAGE)
+    return _import("modeling_ibnorm").model_for(name, stock, stand_in(stock.config_class), PACKAGE)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its config is in `configuration_ibnorm`, its models are in `modeling_ibnorm_STOCK_MODEL_TYPE`.
-
-    Args:
-        stock_model_type: the stock model type.
-        config_name: its config's class.
-        stock_names: the stock classes that one of ours stands in for: base model, language model, other heads.
-    """
+    """One architecture of Transformers, by its stock model type."""
 
     stock_model_type: str
-    config_name: str
-    stock_names: tuple[str, ...]
 
     @property
     def model_type(self) -> str:
-        """The `model_type` in its configs."""
+        """The `model_type` in configs of ours."""
         return f"{MODEL_TYPE_PREFIX}{self.stock_model_type}"
 
-    @property
-    def names(self) -> dict[str, str]:
-        """Name of a stock class → name of ours."""
-        return {name: f"IBNorm{name}" for name in self.stock_names}
+    @cached_property
+    def config(self) -> Any:
+        """The class of its configs with our norms."""
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        return stand_in(CONFIG_MAPPING_NAMES[self.stock_model_type])
 
     @property
-    def config(self) -> type["NormConfigMixin"]:
-        """Its config's class."""
-        return getattr(import_module(f"{PACKAGE}.configuration_ibnorm"), self.config_name)
-
-    @property
-    def pin(self) -> "Pin":
-        """Where the norms of the stock model are, and which they are."""
-        pins: dict[str, Pin] = import_module(f"{PACKAGE}.sites").PINS
-        return pins[self.stock_model_type]
-
-    @property
-    def classes(self) -> tuple[type["PreTrainedModel"], ...]:
-        """Its models' classes, the base model's first, the language model's second."""
-        modeling = import_module(f"{PACKAGE}.modeling_ibnorm_{self.stock_model_type}")
-        return tuple(getattr(modeling, name) for name in self.names.values())
-
-    @property
-    def causal_lm(self) -> type["PreTrainedModel"]:
-        """Its language model's class."""
-        return self.classes[1]
+    def pin(self) -> Any:
+        """Where the norms of the stock model must be, and which they must be; None where that is read off the model."""
+        return _import("sites").PINS.get(self.stock_model_type)
 
     @property
     def auto_classes(self) -> dict[str, type["PreTrainedModel"]]:
         """Name of each of Transformers' Auto classes that knows the stock model → our class."""
         from transformers.models.auto import modeling_auto
 
-        ours = dict(zip(self.stock_names, self.classes, strict=True))
-        found = {}
+        classes = {}
         for name, auto in vars(modeling_auto).items():
             table = getattr(auto, "_model_mapping", None) if name.startswith("Auto") else None
             stock = None if table is None else table._model_mapping.get(self.stock_model_type)
-            if stock in ours:
-                found[name] = ours[stock]
-        return found
+            if isinstance(stock, str):
+                classes[name] = stand_in(stock)
+        return classes
+
+    @property
+    def stock_classes(self) -> dict[type["PreTrainedModel"], type["PreTrainedModel"]]:
+        """Stock class → ours, of the models that Auto classes know."""
+        return {cls.stock: cls for cls in self.auto_classes.values()}  # type: ignore[attr-defined]
+
+    @property
+    def causal_lm(self) -> type["PreTrainedModel"]:
+        """Its language model with our norms.
+
+        Raises:
+            KeyError: it has none.
+        """
+        return self.auto_classes["AutoModelForCausalLM"]
 
     @property
     def tokenizer_name(self) -> str | None:
@@ -89,84 +126,64 @@ class Family:
 
         return TOKENIZER_MAPPING_NAMES.get(self.stock_model_type)
 
-    @property
-    def stock_classes(self) -> dict[type["PreTrainedModel"], type["PreTrainedModel"]]:
-        """Stock class → ours; each of ours derives from (NormModelMixin, stock class)."""
-        return {cls.__bases__[1]: cls for cls in self.classes}
+
+FAMILIES = tuple(map(Family, WITH_FILES))
 
 
-FAMILIES = (
-    Family(
-        "llama",
-        "IBNormLlamaConfig",
-        (
-            "LlamaModel",
-            "LlamaForCausalLM",
-            "LlamaForSequenceClassification",
-            "LlamaForTokenClassification",
-            "LlamaForQuestionAnswering",
-        ),
-    ),
-    Family(
-        "gpt2",
-        "IBNormGPT2Config",
-        (
-            "GPT2Model",
-            "GPT2LMHeadModel",
-            "GPT2DoubleHeadsModel",
-            "GPT2ForSequenceClassification",
-            "GPT2ForTokenClassification",
-            "GPT2ForQuestionAnswering",
-        ),
-    ),
-)
+def family_of(config: "PreTrainedConfig") -> Family:
+    """The architecture of a config, stock or ours."""
+    return Family(getattr(type(config), "stock_model_type", type(config).model_type))
 
 
 def register() -> None:
-    """Make the families known wherever Transformers goes by model type or class name, as soon as it is imported.
+    """Make our model types known wherever Transformers goes by model type or class name, as soon as it is imported.
 
     Its tables hold names of classes, and for each model type a module that is asked for a class when it is needed. For
     our types that module is this package, whose names are on demand. `AutoModel.register` wants the classes themselves,
     and reaches only some of what reads those names.
     """
+    modules = ("modeling", "tokenization", "image_processing", "feature_extraction", "video_processing", "processing")
     after_import(
         "transformers.models.auto",
-        {
-            "configuration_auto": _register_configs,
-            "modeling_auto": _register_models,
-            "tokenization_auto": _register_tokenizers,
-        },
+        {"configuration_auto": _register_configs, **{f"{module}_auto": _register_classes for module in modules}},
     )
 
 
 def _register_configs(auto: ModuleType) -> None:
     table = auto.CONFIG_MAPPING
     titles = getattr(auto, "MODEL_NAMES_MAPPING", {})  # in older releases, for docstrings
-    for family in FAMILIES:
-        titles[family.model_type] = family.config_name
-        table._mapping[family.model_type] = family.config_name
-        table._modules[auto.model_type_to_module_name(family.model_type)] = sys.modules[PACKAGE]
-        # The class of a checkpoint that carries its code, loaded before this package was: it would come first.
-        table._extra_content.pop(family.model_type, None)
+    for stock, name in list(auto.CONFIG_MAPPING_NAMES.items()):
+        if not stock.startswith(MODEL_TYPE_PREFIX):
+            ours = f"{MODEL_TYPE_PREFIX}{stock}"
+            titles[ours] = table._mapping[ours] = f"{PREFIX}{name}"
+            table._modules[auto.model_type_to_module_name(ours)] = sys.modules[PACKAGE]
+            # The class of a checkpoint that carries its code, loaded before this package was: it would come first.
+            table._extra_content.pop(ours, None)
 
 
-def _register_models(auto: ModuleType) -> None:
+def _register_classes(auto: ModuleType) -> None:
+    """Let a module's tables, from model types to classes, hold our models, or the processors of the stock ones."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+    prefix = PREFIX if auto.__name__.endswith(".modeling_auto") else ""
     for table in vars(auto).values():
-        if isinstance(table, auto._LazyAutoMapping):
-            for family in FAMILIES:
-                _enter(table, family, family.names.get(table._model_mapping.get(family.stock_model_type)))
+        if not hasattr(table, "_model_mapping") or not hasattr(table, "_reverse_config_mapping"):
+            continue
+        for stock, names in list(table._model_mapping.items()):
+            if stock.startswith(MODEL_TYPE_PREFIX) or stock not in CONFIG_MAPPING_NAMES:
+                continue
+            ours = f"{MODEL_TYPE_PREFIX}{stock}"
+            table._model_mapping[ours] = _ours(names, prefix)
+            table._reverse_config_mapping.setdefault(f"{PREFIX}{CONFIG_MAPPING_NAMES[stock]}", ours)
+            table._modules[model_type_to_module_name(ours)] = sys.modules[PACKAGE]
 
 
-def _register_tokenizers(auto: ModuleType) -> None:
-    for family in FAMILIES:
-        _enter(auto.TOKENIZER_MAPPING, family, family.tokenizer_name)
-
-
-def _enter(table: Any, family: Family, name: str | None) -> None:
-    """Let one of Transformers' tables hold the class `name` for a family; with None, the stock model has none there."""
-    from transformers.models.auto.configuration_auto import model_type_to_module_name
-
-    if name is not None:
-        table._model_mapping[family.model_type] = name
-        table._reverse_config_mapping[family.config_name] = family.model_type
-        table._modules[model_type_to_module_name(family.model_type)] = sys.modules[PACKAGE]
+def _ours(names: Any, prefix: str) -> Any:
+    """Names of our classes in the shape that a table has for the stock ones: a name, several, or None among them."""
+    if isinstance(names, str):
+        return prefix + names
+    if isinstance(names, tuple | list):
+        return type(names)(_ours(name, prefix) for name in names)
+    if isinstance(names, dict):
+        return {key: _ours(name, prefix) for key, name in names.items()}
+    return names

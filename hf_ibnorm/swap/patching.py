@@ -9,132 +9,66 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..configuration_ibnorm import NORM_FIELDS
-from ..modeling_ibnorm import OURS, build_site, check_checkpointing, check_sites, forget_origin, prefix_of, set_site
+from ..configuration_ibnorm import STOCK
+from ..modeling_ibnorm import build_site, check_checkpointing, forget_origin, ours, qualified, set_site
 from ..norms import norm_name, resolve_norm_kwargs
-from ..sites import Pin, contract
-from .families import FAMILIES, Family
+from ..sites import STREAM, Site, contract, discover
+from .target import ADAPTER_BASE, State, Target, check_class, chosen_sites, eps_of, factory_of, patterns, relative
 
 _RECORD = "_norms_before"
-_ADAPTER_BASE = "base_model_name_or_path"
-_OF_THE_NORMS = (*NORM_FIELDS, "architectures", "auto_map", "_name_or_path")
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name or name == "_is_full_backward_hook"]
 _MOVED = ("weight", "bias")
 # Transformers replaces functions of torch.nn.init while it initializes a model: two threads must not do so at once.
 _INITIALIZING = threading.Lock()
 
 
-@dataclass
-class _State:
-    """All that patching changes in a model."""
-
-    norms: dict[str, Any]
-    ramped: dict[str, float]
-    attributes: list[tuple[Any, str, Any]]
-    """(object, name, value): classes, configs, and where the weights came from."""
-
-    @classmethod
-    def of(cls, target: "_Target") -> "_State":
-        norms = {site: target.base.get_submodule(site) for site in target.sites}
-        models = [module for module in target.model.modules() if isinstance(module, PreTrainedModel)]
-        attributes = [
-            (m, name, getattr(m, name)) for m in models for name in ("__class__", "name_or_path", "loss_type")
-        ]
-        attributes += [(m, "config", m.config) for m in target.root.modules() if "config" in vars(m)]
-        attributes += [(adapter, _ADAPTER_BASE, getattr(adapter, _ADAPTER_BASE)) for adapter in target.adapters]
-        ramped = {site: norm.ramped for site, norm in norms.items() if getattr(norm, "ramp", None)}
-        return cls(norms, ramped, attributes)
-
-    def put_back(self, target: "_Target") -> None:
-        """Undo patching; other changes of the config (attention, vocabulary) stay."""
-        for site, norm in self.norms.items():
-            current = target.base.get_submodule(site)
-            if current is not norm:
-                norm.train(current.training)
-                norm.to(**_factory(target.base, current if [*current.parameters()] else norm))
-                set_site(target.base, site, norm)
-            if site in self.ramped and norm.ramped != self.ramped[site]:
-                if norm.held is None:  # learned: only its start is restored
-                    norm.initial_ramped = self.ramped[site]
-                else:
-                    norm.set_ramped(self.ramped[site])
-        for item, name, value in self.attributes:
-            setattr(item, name, value)
-        config = target.model.config
-        vars(config).update({key: value for key, value in vars(target.config).items() if key not in _OF_THE_NORMS})
-        target.point_at(config)
-
-
-class _Target:
-    """The parts of a model that patching works on."""
-
-    def __init__(self, model: nn.Module, exact: bool = True) -> None:
-        root: Any = model
-        # PEFT's wrapper holds the model; anything else that wraps one (DDP, compile) would go on with the old norms.
-        self.root, self.model = root, root.get_base_model() if hasattr(root, "get_base_model") else root
-        self.family = _family(self.model, exact)
-        self.base: Any = self.model.base_model
-        self.config: Any = self.model.config
-        self.pin: Pin = self.family.pin
-        self.sites = check_sites(self.base, self.config, self.pin)
-        self.prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is self.base)
-
-    @property
-    def is_stock(self) -> bool:
-        return not isinstance(self.config, self.family.config)
-
-    @property
-    def adapters(self) -> list[Any]:
-        """PEFT's configs of the adapters on the model."""
-        adapters = getattr(self.root, "peft_config", None) or getattr(self.model, "peft_config", None)
-        return list(adapters.values()) if isinstance(adapters, dict) else []
-
-    def point_at(self, config: PreTrainedConfig) -> None:
-        """Let every module that reads the model's config read `config`: attention has a reference of its own."""
-        for module in self.root.modules():
-            if isinstance(vars(module).get("config"), type(self.config)):
-                module.config = config
-
-
-def _family(model: nn.Module, exact: bool) -> Family:
-    for family in FAMILIES:
-        known = (*family.stock_classes, *family.stock_classes.values())
-        # A subclass may do anything in its methods, which patching would lose with the class.
-        if type(model) in known or (isinstance(model, known) and not exact):
-            return family
-    name, names = type(model).__name__, [cls.__name__ for family in FAMILIES for cls in family.stock_classes]
-    if type(model).__module__.startswith("transformers_modules."):
-        raise TypeError(f"model: got {name} of a checkpoint's own code; import hf_ibnorm before loading it")
-    raise TypeError(f"model: got {name}, known are {', '.join(names)}, stock or registered, bare or wrapped by PEFT")
-
-
 def norm_sites(model: nn.Module) -> dict[str, nn.Module]:
-    """The norms of a model by qualified name, as in `model.get_submodule`, in order of execution.
+    """The norms of a model that can be swapped, by qualified name, as in `model.get_submodule`.
 
     Args:
-        model: a stock or registered Llama or GPT-2, base model or with a head, bare or wrapped by PEFT.
+        model: a model of Transformers, stock or with norms of this package, bare or wrapped by PEFT.
 
     Returns:
-        2·L+1 norms for L blocks (GPT-2 with cross-attention: 3·L+1).
+        Of a Llama or GPT-2 with L blocks 2·L+1 norms in order of execution (GPT-2 with cross-attention: 3·L+1), of
+        other models all whose `Site` has no problem, in the order in which the modules were made.
 
     Raises:
-        TypeError: a model of another family; the message names those that are known.
-        RuntimeError: the model has norms where the architecture has none, or lacks some.
+        TypeError: a model that is not of Transformers.
+        RuntimeError: a Llama or GPT-2 has norms where the architecture has none, or lacks some.
     """
-    target = _Target(model, exact=False)
-    return {target.prefix + site: target.base.get_submodule(site) for site in target.sites}
+    target = Target(model, exact=False)
+    return {name: target.root.get_submodule(name) for name in target.names.values()}
+
+
+def describe_sites(model: nn.Module) -> list[Site]:
+    """Every norm of a model: its place, what it computes, and whether it can be swapped.
+
+    Args:
+        model: as in `norm_sites`; on the meta device, too.
+
+    Returns:
+        The sites, in the order in which the modules were made; names are relative to the base model.
+
+    Raises:
+        TypeError: a model that is not of Transformers.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    check_class(model, exact=False)
+    return discover(model)
 
 
 def apply_norm(
-    model: nn.Module, norm: str, sites: str | Collection[str] | None = None, **norm_kwargs: Any
+    model: nn.Module,
+    norm: str,
+    sites: str | Collection[str] | None = None,
+    kinds: str | Collection[str] | None = None,
+    **norm_kwargs: Any,
 ) -> nn.Module:
     """Replace the norms of a live model, in place.
 
@@ -148,33 +82,35 @@ def apply_norm(
     model: after patching only the inner `model.model`, the outer one would save a stock config.
 
     Args:
-        model: a stock or registered Llama or GPT-2 (base model, language model or with another head), bare or wrapped
+        model: a model of Transformers, stock or with norms of this package, base model or with a head, bare or wrapped
             by PEFT.
         norm: a name of `hf_ibnorm.NORMS`.
-        sites: globs (fnmatch) over names relative to the base model, such as `"layers.0.*"` or `["norm"]`; None for
-            all. The other norms stay; in a stock Llama they become torch's RMSNorm, the same up to rounding, because
-            that is what the saved model will have.
+        sites: globs (fnmatch) over names relative to the base model, such as `"layers.0.*"` or `["norm"]`. The other
+            norms stay; in a stock Llama or GPT-2 they become torch's RMSNorm or LayerNorm, the same up to rounding.
+        kinds: kinds of site, of "stream", "qk", "latent", "embedding" and "head" (`describe_sites`). Without `sites`
+            and `kinds` the norms in the residual stream are replaced; with `sites` alone, whatever the globs match.
         **norm_kwargs: options of that norm; those left out take their defaults, `eps` the model's own.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: a model of another family (the message names those that are known), or a misplaced argument.
-        ValueError: an unknown norm or option, a value that is not allowed, a glob that matches no site, offloaded or
-            parametrized norms, or gradient checkpointing without `preserve_rng_state` for a norm that draws noise.
+        TypeError: a model that is not of Transformers or a subclass of one, or a misplaced argument.
+        ValueError: an unknown norm or option, a value that is not allowed, a glob that matches no site that can be
+            swapped, offloaded or parametrized norms, or gradient checkpointing without `preserve_rng_state` for a norm
+            that draws noise.
         RuntimeError: the model is not the architecture it says.
 
     Warns:
         UserWarning: trained parameters that the new norm has no place for.
     """
-    target = _Target(model)
-    config, globs = _patched_config(target, norm, sites, norm_kwargs)
-    norms = _build_norms(target, config, globs)
+    target = Target(model)
+    config, chosen = _patched_config(target, norm, sites, kinds, norm_kwargs)
+    norms = _build_norms(target, config, chosen)
     check_checkpointing(target.model, norms.values())
     registered = _registered_model(target, config)
     _check_keys(target, registered, norms)
-    before = _State.of(target)
+    before = State.of(target)
     _check_parameters([(site, before.norms[site]) for site in norms])
     _warn_of_lost([(site, before.norms[site], new) for site, new in norms.items()])
     for site, new in norms.items():
@@ -183,15 +119,15 @@ def apply_norm(
     # All that can fail is done, and the model is still unchanged.
     target.model.__dict__.setdefault(_RECORD, before)
     for site, new in norms.items():
-        set_site(target.base, site, new)
+        set_site(target.model, site, new)
     for item, name, value in before.attributes:
         if name == "__class__":
-            item.__class__ = OURS.get(value, value)
+            item.__class__ = ours(value)
     target.point_at(config)
     target.model.loss_type = registered.loss_type
     forget_origin(target.model)
     for adapter in target.adapters:
-        setattr(adapter, _ADAPTER_BASE, None)
+        setattr(adapter, ADAPTER_BASE, None)
     return model
 
 
@@ -215,16 +151,16 @@ def restore_norm(model: nn.Module) -> nn.Module:
     Warns:
         UserWarning: trained parameters that the old norm has no place for; RMSNorm has no β.
     """
-    target = _Target(model)
-    before: _State | None = target.model.__dict__.get(_RECORD)
+    target = Target(model)
+    before: State | None = target.model.__dict__.get(_RECORD)
     if before is None:
         raise ValueError(
             f"model: this {type(target.model).__name__} has the stock norms, there is nothing to restore"
-            if target.is_stock
+            if not target.is_patched
             else f"model: this {type(target.model).__name__} was loaded or built with its norms, not patched by "
             "apply_norm; `hf-ibnorm convert` makes a stock checkpoint of it"
         )
-    swapped = [(site, target.base.get_submodule(site), norm) for site, norm in before.norms.items()]
+    swapped = [(site, target.norm_at(site), norm) for site, norm in before.norms.items()]
     swapped = [(site, current, norm) for site, current, norm in swapped if current is not norm]
     _check_parameters([(site, norm) for site, *pair in swapped for norm in pair])
     _warn_of_lost(swapped)
@@ -237,7 +173,11 @@ def restore_norm(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def swapped_norms(
-    model: nn.Module, norm: str, sites: str | Collection[str] | None = None, **norm_kwargs: Any
+    model: nn.Module,
+    norm: str,
+    sites: str | Collection[str] | None = None,
+    kinds: str | Collection[str] | None = None,
+    **norm_kwargs: Any,
 ) -> Iterator[nn.Module]:
     """`with swapped_norms(model, norm): ...` applies a norm and afterwards puts back exactly what was there.
 
@@ -245,7 +185,7 @@ def swapped_norms(
     also after an exception. What else is done inside (training other weights, another attention) stays done.
 
     Args:
-        model, norm, sites, **norm_kwargs: as in `apply_norm`.
+        model, norm, sites, kinds, **norm_kwargs: as in `apply_norm`.
 
     Yields:
         The model.
@@ -253,15 +193,15 @@ def swapped_norms(
     Raises, warns:
         As `apply_norm`.
     """
-    target = _Target(model)
-    before, record = _State.of(target), target.model.__dict__.get(_RECORD)
+    target = Target(model)
+    before, record = State.of(target), target.model.__dict__.get(_RECORD)
     old = before.norms.values()
     hooks = [(norm, name, copy.copy(vars(norm)[name])) for norm in old for name in _HOOKS]
     values = [(p, p.detach().clone(), p.requires_grad) for norm in old for p in norm.parameters()]
     try:
-        yield apply_norm(model, norm, sites, **norm_kwargs)
+        yield apply_norm(model, norm, sites, kinds, **norm_kwargs)
     finally:
-        now = _Target(model)
+        now = Target(model)
         before.put_back(now)
         target.model.__dict__.pop(_RECORD, None)
         if record is not None:
@@ -281,89 +221,70 @@ def swapped_norms(
 
 
 def _patched_config(
-    target: _Target, norm: str, sites: str | Collection[str] | None, norm_kwargs: dict[str, Any]
+    target: Target,
+    norm: str,
+    sites: str | Collection[str] | None,
+    kinds: str | Collection[str] | None,
+    norm_kwargs: dict[str, Any],
 ) -> tuple[Any, list[str]]:
-    """The config the patched model will have, a copy because models may share one; and the globs of its new norm."""
+    """The config the patched model will have, a copy because models may share one; and the sites of its new norm."""
     for misplaced, right in (("norm_kwargs", "the options themselves, such as lam=2.0"), ("site", "sites=")):
         if misplaced in norm_kwargs:
             raise TypeError(f"{misplaced}: no such argument of apply_norm; write {right}")
-    globs = _relative(target, sites)
+    globs = relative(target, sites)
     config: Any = copy.deepcopy(target.config)
-    if target.is_stock:
-        config.__class__ = target.family.config
+    if not target.is_patched:
+        config.__class__ = target.config_class
         vars(config).pop("model_type", None)  # a loaded config has it as an attribute, which would hide the class's
-        config.norm_type, config.norm_kwargs, config.norm_overrides = target.pin.stock, None, []
+        stock = STOCK if target.pin is None else target.pin.stock
+        config.norm_type, config.norm_kwargs, config.norm_overrides = stock, None, []
+    chosen = chosen_sites(target, globs, kinds)
     name = norm_name(norm, "norm")
-    kwargs = resolve_norm_kwargs(name, norm_kwargs, getattr(config, config.norm_eps_field))
-    if globs is None:
-        globs = ["*"]
-        config.norm_type, config.norm_kwargs, config.norm_overrides = name, kwargs, []
+    kwargs = resolve_norm_kwargs(name, norm_kwargs, eps_of(target, config, chosen))
+    entry = {"type": name, "kwargs": kwargs}
+    if globs is None and kinds is None:
+        others = [(site, kind, config.norm_at(site, kind)) for site, kind in target.kinds.items() if kind != STREAM]
+        kept = [[site, {"type": of[0], "kwargs": of[1]}] for site, kind, of in others if of[0] != STOCK]
+        config.norm_type, config.norm_kwargs, config.norm_overrides = name, kwargs, kept
     else:
-        if not globs:
-            raise ValueError(f"sites: got no glob; sites are {target.pin.describe(config)}")
-        for glob in globs:
-            target.pin.check_glob(f"sites: {glob!r}", glob, config)
+        globs = globs if globs is not None and kinds is None else patterns(chosen, list(target.kinds))
         kept = [override for override in config.norm_overrides if override[0] not in globs]
-        config.norm_overrides = kept + [[glob, {"type": name, "kwargs": kwargs}] for glob in globs]
+        config.norm_overrides = kept + [[glob, entry] for glob in globs]
     config.resolve_norms()
-    return config, globs
+    return config, chosen
 
 
-def relative_globs(model: nn.Module, sites: str | Collection[str] | None) -> list[str] | None:
-    """`sites` of `apply_norm` as globs over names relative to the base model; None for all.
-
-    Raises:
-        TypeError: a model of another family, or no globs.
-    """
-    return _relative(_Target(model, exact=False), sites)
-
-
-def _relative(target: _Target, sites: str | Collection[str] | None) -> list[str] | None:
-    if sites is None:
-        return None
-    globs: list[Any] = [sites] if isinstance(sites, str) or not isinstance(sites, Collection) else list(sites)
-    if not all(isinstance(glob, str) for glob in globs):
-        raise TypeError(f"sites: got {sites!r}, must be a glob or a list of globs")
-    return [glob.removeprefix(target.prefix) for glob in globs]
-
-
-def _factory(base: nn.Module, norm: nn.Module) -> dict[str, Any]:
-    """Device and dtype for a norm that takes the place of `norm`."""
-    like = next(norm.parameters(), None)
-    like = next(base.parameters()) if like is None else like
-    return {"device": like.device, "dtype": like.dtype}
-
-
-def _build_norms(target: _Target, config: Any, globs: list[str]) -> dict[str, nn.Module]:
+def _build_norms(target: Target, config: Any, chosen: list[str]) -> dict[str, nn.Module]:
     """The new norm of every site that changes; sites that shared a module share the new one.
 
-    In a stock model that is every site: those not chosen get the registry's form of the stock norm.
+    In a stock Llama or GPT-2 every site changes: those not chosen get torch's form of the stock norm.
     """
     norms: dict[str, nn.Module] = {}
     shared: dict[tuple[int, str], nn.Module] = {}
-    for site in target.sites:
-        if not (target.is_stock or any(fnmatchcase(site, glob) for glob in globs)):
+    everywhere = not target.is_patched and target.pin is not None
+    for site, kind in target.kinds.items():
+        if not everywhere and site not in chosen:
             continue
-        old = target.base.get_submodule(site)
+        old = target.norm_at(site)
         if getattr(getattr(old, "_hf_hook", None), "offload", False):
-            raise ValueError(f"model: the norm {target.prefix}{site} is offloaded; patch before dispatching the model")
-        key = (id(old), repr(config.norm_at(site)))
+            raise ValueError(f"model: the norm {target.names[site]} is offloaded; patch before dispatching the model")
+        key = (id(old), repr(config.norm_at(site, kind)))
         if key not in shared:
-            shared[key] = build_site(config, site, **_factory(target.base, old))
+            shared[key] = build_site(config, site, old, kind, **factory_of(target.base, old))
         norms[site] = shared[key]
     return norms
 
 
-def _registered_model(target: _Target, config: Any) -> PreTrainedModel:
+def _registered_model(target: Target, config: Any) -> PreTrainedModel:
     """The model of `config` on the meta device.
 
     Its keys are those that a saved model must have.
     """
     with _INITIALIZING, torch.device("meta"):
-        return OURS.get(type(target.model), type(target.model))(copy.deepcopy(config))
+        return ours(type(target.model))(copy.deepcopy(config))
 
 
-def _check_keys(target: _Target, registered: PreTrainedModel, norms: dict[str, nn.Module]) -> None:
+def _check_keys(target: Target, registered: PreTrainedModel, norms: dict[str, nn.Module]) -> None:
     """Raise RuntimeError unless the patched model will have the state of the registered one, key for key.
 
     Otherwise the saved model could not be loaded. Adapters have keys of their own and are saved apart. Quantized layers
@@ -371,20 +292,20 @@ def _check_keys(target: _Target, registered: PreTrainedModel, norms: dict[str, n
     """
     if any(type(module).__module__.startswith("peft.") for module in target.model.modules()):
         return
-    inner = prefix_of(target.model)
-    ours = {key for key in target.model.state_dict() if not key.startswith(tuple(f"{inner}{site}." for site in norms))}
-    ours |= {f"{inner}{site}.{key}" for site, norm in norms.items() for key in norm.state_dict()}
+    swapped = {qualified(target.model, site): norm for site, norm in norms.items()}
+    patched = {key for key in target.model.state_dict() if not key.startswith(tuple(f"{name}." for name in swapped))}
+    patched |= {f"{name}.{key}" for name, norm in swapped.items() for key in norm.state_dict()}
     theirs = set(registered.state_dict())
     if getattr(target.config, "quantization_config", None) is not None:
         modules = dict(target.model.named_modules())
         layers = {name: layer for name, layer in registered.named_modules() if not [*layer.children()]}
         quantized = tuple(f"{name}." for name, layer in layers.items() if type(modules.get(name)) is not type(layer))
-        norm_keys = tuple(f"{inner}{site}." for site in target.sites)
-        ours, theirs = (
+        norm_keys = tuple(f"{name}." for name in swapped)
+        patched, theirs = (
             {key for key in keys if key.startswith(norm_keys) or not key.startswith(quantized)}
-            for keys in (ours, theirs)
+            for keys in (patched, theirs)
         )
-    if differing := sorted(ours ^ theirs):
+    if differing := sorted(patched ^ theirs):
         raise RuntimeError(
             f"model: patched it would differ from a {type(registered).__name__} in {len(differing)} tensors "
             f"({', '.join(differing[:5])}), so that it could not be loaded; was it changed?"
