@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .swap.optim import no_decay_parameter_names as no_decay_parameter_names
     from .swap.optim import set_lam as set_lam
     from .swap.patching import apply_norm as apply_norm
+    from .swap.patching import describe_sites as describe_sites
     from .swap.patching import norm_sites as norm_sites
     from .swap.patching import restore_norm as restore_norm
     from .swap.patching import swapped_norms as swapped_norms
@@ -64,7 +65,7 @@ _HOMES = {
         *("NORMS", "DynamicTanh", "IBNorm", "LayerNormalNorm", "Measure", "NormBase", "build_norm", "register_norm"),
     ),
     "swap.optim": ("no_decay_parameter_names", "set_lam"),
-    "swap.patching": ("apply_norm", "norm_sites", "restore_norm", "swapped_norms"),
+    "swap.patching": ("apply_norm", "describe_sites", "norm_sites", "restore_norm", "swapped_norms"),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 if not TYPE_CHECKING:  # a type checker would take every name for one of the package's

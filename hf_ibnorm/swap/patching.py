@@ -280,8 +280,11 @@ def _registered_model(target: Target, config: Any) -> PreTrainedModel:
 
     Its keys are those that a saved model must have.
     """
+    config = copy.deepcopy(config)
+    if isinstance(config.dtype, str):  # as saving a model leaves it; some models make tensors of it
+        config.dtype = getattr(torch, config.dtype)
     with _INITIALIZING, torch.device("meta"):
-        return ours(type(target.model))(copy.deepcopy(config))
+        return ours(type(target.model))(config)
 
 
 def _check_keys(target: Target, registered: PreTrainedModel, norms: dict[str, nn.Module]) -> None:

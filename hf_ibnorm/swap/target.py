@@ -56,9 +56,12 @@ class Target:
         return list(adapters.values()) if isinstance(adapters, dict) else []
 
     def point_at(self, config: PreTrainedConfig) -> None:
-        """Let every module that reads the model's config read `config`: attention has a reference of its own."""
+        """Let every module that reads the model's config read `config`: attention has a reference of its own.
+
+        A part with a copy that differs, such as the decoder of a T5, keeps the copy.
+        """
         for module in self.root.modules():
-            if isinstance(vars(module).get("config"), type(self.config)):
+            if vars(module).get("config") is self.config:
                 module.config = config
 
 

@@ -1,0 +1,296 @@
+"""Models of any architecture: sites as they are, the same function under an identity, saved and loaded to the bit."""
+
+import copy
+import pickle
+from collections import Counter
+
+import peft
+import pytest
+import torch
+import transformers
+from architectures import architectures, check, inputs_of, output_of, small_config
+from helpers import shake
+from torch import nn
+
+import hf_ibnorm
+from hf_ibnorm import IBNorm, apply_norm, describe_sites, norm_sites, restore_norm, set_lam, swapped_norms
+from hf_ibnorm.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*what loaded weights compute", "ignore:.*no place for trained")
+
+QUICK = {
+    "Qwen3ForCausalLM": {("stream", "rmsnorm", "w"): 5, ("qk", "rmsnorm", "w"): 4},
+    "Gemma2ForCausalLM": {("stream", "rmsnorm", "1+w"): 9},
+    "Olmo2ForCausalLM": {("stream", "rmsnorm", "w"): 5, ("qk", "rmsnorm", "w"): 4},
+    "OPTForCausalLM": {("stream", "layernorm", "w"): 5},
+    "BertForMaskedLM": {
+        ("stream", "layernorm", "w"): 4,
+        ("embedding", "layernorm", "w"): 1,
+        ("head", "layernorm", "w"): 1,
+    },
+    "T5ForConditionalGeneration": {("stream", "rmsnorm", "w"): 12},
+    "ViTForImageClassification": {("stream", "layernorm", "w"): 5},
+    "ConvNextForImageClassification": {
+        ("stream", "layernorm", "w"): 9,
+        ("embedding", "layernorm", "w"): 1,
+    },
+}
+"""Architecture → how many sites of each kind, stock norm and gain a small one has."""
+SLOW = {
+    "LlamaForCausalLM": {("stream", "rmsnorm", "w"): 5},
+    "GPT2LMHeadModel": {("stream", "layernorm", "w"): 5},
+    "Qwen2ForCausalLM": {("stream", "rmsnorm", "w"): 5},
+    "Qwen3MoeForCausalLM": {("stream", "rmsnorm", "w"): 5, ("qk", "rmsnorm", "w"): 4},
+    "MistralForCausalLM": {("stream", "rmsnorm", "w"): 5},
+    "MixtralForCausalLM": {("stream", "rmsnorm", "w"): 5},
+    "GemmaForCausalLM": {("stream", "rmsnorm", "1+w"): 5},
+    "Gemma3ForCausalLM": {("stream", "rmsnorm", "1+w"): 9, ("qk", "rmsnorm", "1+w"): 4},
+    "Olmo3ForCausalLM": {("stream", "rmsnorm", "w"): 5, ("qk", "rmsnorm", "w"): 4},
+    "PhiForCausalLM": {("stream", "layernorm", "w"): 3},
+    "Phi3ForCausalLM": {("stream", "rmsnorm", "w"): 5},
+    "SmolLM3ForCausalLM": {("stream", "rmsnorm", "w"): 5},
+    "GraniteForCausalLM": {("stream", "rmsnorm", "w"): 5},
+    "Cohere2ForCausalLM": {("stream", "layernorm", "w"): 3},
+    "StableLmForCausalLM": {("stream", "layernorm", "w"): 5},
+    "Starcoder2ForCausalLM": {("stream", "layernorm", "w"): 5},
+    "GPTNeoXForCausalLM": {("stream", "layernorm", "w"): 5},
+    "GPTNeoForCausalLM": {("stream", "layernorm", "w"): 5},
+    "GPTJForCausalLM": {("stream", "layernorm", "w"): 3},
+    "BloomForCausalLM": {("stream", "layernorm", "w"): 5, ("embedding", "layernorm", "w"): 1},
+    "FalconForCausalLM": {("stream", "layernorm", "w"): 3},
+    "DeepseekV3ForCausalLM": {("stream", "rmsnorm", "w"): 5, ("latent", "rmsnorm", "w"): 4},
+    "GptOssForCausalLM": {("stream", "rmsnorm", "w"): 5},
+    "Mamba2ForCausalLM": {("stream", "rmsnorm", "w"): 3, ("latent", None, ""): 2},
+    "RobertaForMaskedLM": {
+        ("stream", "layernorm", "w"): 4,
+        ("embedding", "layernorm", "w"): 1,
+        ("head", "layernorm", "w"): 1,
+    },
+    "ModernBertForMaskedLM": {
+        ("stream", "layernorm", "w"): 4,
+        ("embedding", "layernorm", "w"): 1,
+        ("head", "layernorm", "w"): 1,
+    },
+    "DistilBertForMaskedLM": {
+        ("stream", "layernorm", "w"): 4,
+        ("embedding", "layernorm", "w"): 1,
+        ("head", "layernorm", "w"): 1,
+    },
+    "Dinov2ForImageClassification": {("stream", "layernorm", "w"): 5},
+    "DeiTForImageClassification": {("stream", "layernorm", "w"): 5},
+    "SiglipForImageClassification": {("stream", "layernorm", "w"): 6},
+    "SwinForImageClassification": {("stream", "layernorm", "w"): 5},
+}
+FIELDS = {
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "Qwen3MoeForCausalLM": {"mlp_only_layers": []},
+    "ConvNextForImageClassification": {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 32, 64]},
+    "SwinForImageClassification": {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 16},
+}
+"""Fields of the configs that small sizes alone do not make."""
+TYPES = architectures() | {"SiglipForImageClassification": "siglip"}
+ARCHITECTURES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def make(name, seed=0):
+    """A small model, moved off its initial weights, and what it is given."""
+    torch.manual_seed(seed)
+    model = getattr(transformers, name)(small_config(TYPES[name], **FIELDS.get(name, {})))
+    return shake(model), inputs_of(model)
+
+
+def identity_of(model):
+    """Options with which an IBNorm computes what the model's stream norms do."""
+    stock = {site.computes for site in describe_sites(model) if site.kind == "stream" and site.problem is None}
+    (computes,) = stock
+    return {"lam": 1.0, "standardize": "rms" if computes == "rmsnorm" else "layer"}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sites_are_what_the_architecture_has(name):
+    with torch.device("meta"):
+        model = getattr(transformers, name)(small_config(TYPES[name], **FIELDS.get(name, {})))
+    counts = Counter((site.kind, site.computes, site.gain) for site in describe_sites(model))
+    assert counts == (QUICK | SLOW)[name]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_identity_changes_nothing_and_another_norm_survives_saving_and_loading(name, tmp_path):
+    model, inputs = make(name)
+    expected, before = output_of(model, inputs), {key: value.clone() for key, value in model.state_dict().items()}
+    with swapped_norms(model, "ibnorm_s", **identity_of(model)):
+        torch.testing.assert_close(
+            output_of(model, inputs), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+        )
+    assert torch.equal(output_of(model, inputs), expected)
+
+    apply_norm(model, "ibnorm_l", lam=3.0)
+    assert type(model) is getattr(hf_ibnorm, f"IBNorm{name}")
+    assert all(type(norm) is IBNorm for key, norm in norm_sites(model).items() if key in chosen(model))
+    patched = output_of(model, inputs)
+    assert not torch.allclose(patched, expected)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(output_of(loaded, inputs), patched)
+    assert type(pickle.loads(pickle.dumps(loaded))) is type(loaded)
+    registered = type(model)(copy.deepcopy(model.config))
+    registered.load_state_dict(model.state_dict())
+    assert torch.equal(output_of(registered.eval(), inputs), patched)
+
+    restore_norm(model)
+    assert type(model).__name__ == name
+    assert torch.equal(output_of(model, inputs), expected)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def chosen(model):
+    """Names of the sites of the kind that is swapped by default."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return {prefix + site.name for site in describe_sites(model) if site.kind == "stream" and site.problem is None}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_flow_through_every_new_norm(name):
+    model, inputs = make(name)
+    apply_norm(model, "ibnorm_t")
+    model.train()
+    model(**inputs)[0].float().square().mean().backward()
+    assert all(norm.weight.grad.abs().sum() > 0 for key, norm in norm_sites(model).items() if key in chosen(model))
+
+
+GENERATE = [name for name in QUICK if name.endswith("CausalLM") or name.startswith("T5")]
+GENERATE += [pytest.param(name, marks=pytest.mark.slow) for name in SLOW if name.endswith(("CausalLM", "LMHeadModel"))]
+
+
+@pytest.mark.parametrize("name", GENERATE)
+def test_generation_is_the_same_with_and_without_a_cache(name):
+    model, inputs = make(name)
+    apply_norm(model, "ibnorm_l", lam=3.0)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+    if model.config.is_encoder_decoder:
+        options["decoder_start_token_id"] = 0
+    texts = [model.generate(inputs["input_ids"], use_cache=cache, **options) for cache in (True, False)]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_lora_trains_beside_the_new_norms(name):
+    model, inputs = make(name)
+    apply_norm(model, "ibnorm_l")
+    linear = next(key.rpartition(".")[2] for key, module in model.named_modules() if isinstance(module, nn.Linear))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=[linear], r=2, init_lora_weights=False))
+    assert torch.isfinite(output_of(wrapped, inputs)).all()
+    assert not any(norm.weight.requires_grad for norm in norm_sites(wrapped).values())
+
+
+def test_gains_of_one_more_than_the_weight_go_both_ways_to_the_bit():
+    model, _ = make("Gemma2ForCausalLM")
+    model = model.to(torch.bfloat16)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    apply_norm(model, "rmsnorm")
+    apply_norm(model, "ibnorm_l")
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    torch.manual_seed(0)
+    fresh = type(model)(copy.deepcopy(model.config))
+    assert all((norm.weight == 0).all() for norm in norm_sites(fresh).values())
+    assert "gain=1+w" in repr(fresh)
+
+
+def test_other_kinds_and_globs_name_other_sites(tmp_path):
+    model, inputs = make("Qwen3ForCausalLM")
+    apply_norm(model, "ibnorm_t", kinds="qk")
+    assert model.config.norm_type == "stock"
+    assert [glob for glob, _ in model.config.norm_overrides] == [
+        "layers.*.self_attn.q_norm",
+        "layers.*.self_attn.k_norm",
+    ]
+    apply_norm(model, "ibnorm_l", "layers.1.*", kinds=["stream"])
+    apply_norm(model, "dyt", "norm")
+    norms = {key: type(norm).__name__ for key, norm in norm_sites(model).items()}
+    assert norms["model.layers.0.input_layernorm"] == "Qwen3RMSNorm"
+    assert norms["model.layers.1.input_layernorm"] == norms["model.layers.1.self_attn.q_norm"] == "IBNorm"
+    assert norms["model.norm"] == "DynamicTanh"
+    assert model.model.layers[1].input_layernorm.variant == "L"
+    assert model.model.layers[1].self_attn.q_norm.variant == "T"
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(output_of(loaded, inputs), output_of(model, inputs))
+    apply_norm(model, "ibnorm_s")  # the norms of the stream: those of queries and keys stay as they are
+    assert model.model.layers[1].self_attn.q_norm.variant == "T"
+    set_lam(model, 2.0)
+    assert {norm.lam_value for norm in norm_sites(model).values()} == {2.0}
+
+
+def test_a_head_s_norm_is_a_site_of_its_own(tmp_path):
+    model, inputs = make("BertForMaskedLM")
+    apply_norm(model, "ibnorm_l", kinds="head")
+    assert type(model.cls.predictions.transform.LayerNorm) is IBNorm
+    assert model.config.norm_overrides[0][0] == "cls.predictions.transform.LayerNorm"
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(output_of(loaded, inputs), output_of(model, inputs))
+    assert hf_ibnorm.IBNormBertModel.from_pretrained(tmp_path).config.norm_type == "stock"
+
+
+def test_a_process_without_the_package_refuses_the_checkpoint(tmp_path):
+    import subprocess
+    import sys
+
+    model, _ = make("Qwen3ForCausalLM")
+    apply_norm(model, "ibnorm_l").save_pretrained(tmp_path)
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ibnorm_qwen3" in done.stderr
+    done = subprocess.run([sys.executable, "-c", f"import hf_ibnorm; {code}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "problem"),
+    [
+        (
+            "Mamba2ForCausalLM",
+            ("*.mixer.norm",),
+            r"layers\.0\.mixer\.norm stays as it is: Mamba2Mixer computes with its",
+        ),
+        (
+            "ResNetForImageClassification",
+            (),
+            r"has no norm of kind stream that can be swapped; it has none; of the others",
+        ),
+        (
+            "Qwen3ForCausalLM",
+            ("h.*",),
+            r"sites: 'h\.\*' matches no site that can be swapped; sites are layers\.\*\.self_attn",
+        ),
+    ],
+)
+def test_what_cannot_be_swapped_is_named(name, arguments, problem):
+    with torch.device("meta"):
+        model = getattr(transformers, name)(small_config(TYPES[name]))
+    with pytest.raises(ValueError, match=problem):
+        apply_norm(model, "ibnorm_l", *arguments)
+    with pytest.raises(ValueError, match=r"^kinds: got 'query', allowed are stream, qk, latent, embedding, head"):
+        apply_norm(model, "ibnorm_l", kinds="query")
+
+
+def test_the_command_lists_the_sites_of_a_model_type(command):
+    code, out, err = command(main, "sites", "qwen3")
+    assert (code, err) == (0, "")
+    assert "layers.*.self_attn.q_norm" in out
+    assert command(main, "sites", "no-such-model")[0] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(8))
+def test_every_architecture_works_or_says_why_not(part):
+    failures = []
+    for name, model_type in [*architectures().items()][part::8]:
+        result = check(model_type, name)
+        if result.outcome == "fails" or (result.outcome != "works" and not result.reason):
+            failures.append(f"{name}: {result.outcome} {result.reason}")
+    assert not failures, "\n".join(failures)
