@@ -4,7 +4,7 @@ table, forest plot, data, and one page that holds them."""
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ CHANCE, NOT_TESTED = "both at chance", "not tested"
 """Verdicts beside those of `statistics`; the second: there are too few independent items for any other."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Difference:
     """One benchmark of one model against the same of another; scores are fractions, or bits per byte."""
 
@@ -69,11 +69,10 @@ def compare(
     `first` and `second` are the result files of the runs, by benchmark.
     """
     rows = [_difference(benchmark, first[benchmark.name], second[benchmark.name]) for benchmark in benchmarks]
-    compared = []
     for benchmark, row, p in zip(benchmarks, rows, holm([row.p for row in rows]), strict=True):
         tested = NOT_TESTED if p is None else verdict_of(row.difference, p, benchmark.rolling)
-        compared.append(replace(row, adjusted=p, verdict=row.verdict or tested))
-    return compared
+        row.adjusted, row.verdict = p, row.verdict or tested
+    return rows
 
 
 def _difference(benchmark: Benchmark, first: dict[str, Any], second: dict[str, Any]) -> Difference:
@@ -189,18 +188,12 @@ def made_from(runs: Sequence[Scored]) -> Table:
     """Hashes, settings and versions of each run."""
     columns = []
     for run in runs:
-        identity = run.manifest["identity"]
+        identity, column = run.manifest["identity"], {"model": run.manifest["model"]}
         model = identity["model"]
-        columns.append(
-            {
-                "model": run.manifest["model"],
-                **{f"sha256 of {field}": model[field][:16] for field in ("weights", "config", "tokenizer")},
-                **{field: model[field] for field in ("dtype", "max_length")},
-                "overlong prompts": identity["overlong"],
-                **asdict(Prompting(**identity["prompting"])),  # an earlier version lacks newer settings
-                **identity["versions"],
-            }
-        )
+        column |= {f"sha256 of {field}": model[field][:16] for field in ("weights", "config", "tokenizer")}
+        column |= {"dtype": model["dtype"], "max_length": model["max_length"], "overlong prompts": identity["overlong"]}
+        column |= asdict(Prompting(**identity["prompting"]))  # an earlier version lacks newer settings
+        columns.append(column | identity["versions"])
     rows = [[name, *(str(column.get(name)) for column in columns)] for name in columns[0]]
     return Table(["", *(run.name for run in runs)], rows)
 

@@ -4,7 +4,7 @@ import io
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import wraps
 from importlib.util import find_spec
@@ -68,10 +68,8 @@ def quiet(always: bool = False) -> Iterator[None]:
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(io.StringIO()))
-        if always or not sys.stderr.isatty():
-            stack.enter_context(redirect_stderr(io.StringIO()))
+    watched = sys.stderr.isatty() and not always
+    with redirect_stdout(io.StringIO()), nullcontext() if watched else redirect_stderr(io.StringIO()):
         yield
 
 

@@ -25,7 +25,6 @@ READING = Path(__file__).with_name("reading.md")
 
 
 def is_begun(directory: Path) -> bool:
-    """Whether a run was begun in `directory`."""
     return (directory / layout.MANIFEST).is_file()
 
 
