@@ -11,7 +11,7 @@ from hf_ibnorm.base.signals import StopSignals
 
 from .options import add_settings
 from .study.cli import add_study_verbs
-from .suites import SUITES
+from .suites import SUITES, choose, suites_table
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -41,25 +41,22 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _score(arguments: argparse.Namespace) -> None:
     from .store import merge, write_scores
 
-    runs, output = [Path(run) for run in arguments.runs], arguments.output and Path(arguments.output)
-    if len(runs) == 1:
-        write_scores(runs[0], output)
-    elif output:
-        merge(runs, output)
-        write_scores(output)
+    if len(arguments.runs) == 1:
+        write_scores(arguments.runs[0], arguments.output)
+    elif arguments.output:
+        merge(arguments.runs, arguments.output)
+        write_scores(arguments.output)
     else:
         raise UserError("output: name a new directory for the shards of a run together")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .comparison import write_comparison
+    from .compare import write_comparison
 
-    write_comparison([Path(run) for run in arguments.runs], Path(arguments.output))
+    write_comparison(arguments.runs, arguments.output)
 
 
 def _suites(_: argparse.Namespace) -> None:
-    from .tables import suites_table
-
     for name in SUITES:
         print(f"{name}\n")
         suites_table(name).print()
@@ -67,11 +64,10 @@ def _suites(_: argparse.Namespace) -> None:
 
 
 def _mirror(arguments: argparse.Namespace) -> None:
-    from .choice import choose
     from .mirror import carry_out
 
-    benchmarks = [each for name in arguments.suite.split(",") for each in choose(name)[1]]
-    carry_out(arguments.what, arguments.mirror and Path(arguments.mirror), benchmarks)
+    benchmarks = [benchmark for name in arguments.suite.split(",") for benchmark in choose(name)]
+    carry_out(arguments.step, arguments.mirror, benchmarks)
 
 
 def _main() -> None:
@@ -86,16 +82,16 @@ def _main() -> None:
     add_settings(verb("doctor", _doctor, "look for what would spoil a run, without running it"))
 
     score = verb("score", _score, "scores from the answers on disk; of several shards of a run together")
-    score.add_argument("runs", nargs="+", metavar="RUN", help="output directory of `run`")
-    score.add_argument("--output", help="directory for the scores (default: the run's own); a new one for shards")
+    score.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output directory of `run`")
+    score.add_argument("--output", type=Path, help="directory for the scores (default: the run's own); new for shards")
 
     compare = verb("compare", _compare, "whether models differ from the first, item by item")
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="output directories of `run`, two or more")
-    compare.add_argument("--output", required=True, help="directory for the comparison; one in it is replaced")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output directories of `run`, two or more")
+    compare.add_argument("--output", type=Path, required=True, help="folder for the comparison; one in it is replaced")
 
     mirror = verb("mirror", _mirror, "a local copy of the benchmarks' data sets")
-    mirror.add_argument("what", choices=("plan", "fetch", "check"), help="list sets and sizes, download, verify")
-    mirror.add_argument("--mirror", help="folder of the mirror (plan needs none)")
+    mirror.add_argument("step", choices=("plan", "fetch", "check"), help="list sets and sizes, download, verify")
+    mirror.add_argument("--mirror", type=Path, help="folder of the mirror (plan needs none)")
     mirror.add_argument("--suite", default="v1,v2", help="suites or tasks, divided by commas (default: v1,v2)")
 
     verb("suites", _suites, "what each suite consists of")

@@ -1,16 +1,18 @@
-"""What a model answers: its prompts in tokens before any is answered, and its answers item by item."""
+"""A model's prompts, counted in tokens before any is answered, and its answers, item by item."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, groupby
 from typing import Any
+from unittest.mock import patch
 
 from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.base.files import sha256
 
-from .harness import afresh, of_its_files, quiet
+from .harness import quiet, seeded, task_errors
 from .options import Prompting
 from .scoring import ScoringError, check_answers
 from .suites import Benchmark, embedded_rows
@@ -18,84 +20,49 @@ from .suites import Benchmark, embedded_rows
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of one task, measured in tokens.
+    """The prompts of one task, counted in tokens."""
 
-    Args:
-        tokens: of every answer that will be scored, by item and choice (none where text is generated).
-        longest: prompt and answer, or prompt and room for the answer.
-        overlong: how many prompts do not fit into the model's context.
-        impossible: why no prompt could be short enough; None where it is not so.
-    """
-
-    tokens: dict[tuple[int, int], int]
-    longest: int
-    overlong: int
-    impossible: str | None
+    tokens: dict[tuple[int, int], int]  # (item, choice) → tokens of the answer to score; empty where text is generated
+    longest: int  # prompt and answer, or prompt and room for the answer
+    overlong: int  # how many prompts do not fit into the model's context
+    impossible: str | None  # why no prompt could be short enough; None where one could
 
 
-class _TaskByTask:
-    """A model that writes the answers to each task from the same state: sampled ones do not depend on other tasks."""
+def _task_by_task(write: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """`generate_until` of a model, started for each task from the same state: sampled answers do not depend on other
+    tasks."""
 
-    def __init__(self, lm: Any) -> None:
-        self._lm = lm
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lm, name)
-
-    def generate_until(self, requests: list[Any]) -> list[Any]:
-        write = afresh(self._lm.generate_until)
+    def generate_until(requests: list[Any], **options: Any) -> list[Any]:
         parts = groupby(requests, key=lambda request: request.task_name)  # requests come task after task
-        return [answer for _, part in parts for answer in write(list(part))]
+        return [answer for _, part in parts for answer in seeded(write)(list(part), **options)]
+
+    return generate_until
 
 
-@contextmanager
-def bos_for(lm: Any, benchmark: Benchmark) -> Iterator[None]:
+def _bos_for(lm: Any, benchmark: Benchmark) -> AbstractContextManager[Any]:
     """No BOS while a rolling text is encoded: the harness puts one before the text, and would score a second one."""
-    before = lm.add_bos_token
-    lm.add_bos_token = False if benchmark.rolling else before
-    try:
-        yield
-    finally:
-        lm.add_bos_token = before
+    return patch.object(lm, "add_bos_token", False if benchmark.rolling else lm.add_bos_token)
 
 
 def prompts_of(lm: Any, benchmark: Benchmark, tasks: dict[str, Any], prompting: Prompting) -> dict[str, Prompts]:
     """The prompts of each task in tokens, exactly as the harness will hand them to the model."""
     prompts = {}
-    with bos_for(lm, benchmark), quiet(), of_its_files(benchmark, "its prompts cannot be made"):
+    with _bos_for(lm, benchmark), quiet(), task_errors(benchmark, "its prompts cannot be made"):
         for name, task in tasks.items():
-            task.build_all_requests(rank=0, world_size=1, **_manner(lm, prompting))
-            prompts[name] = measured(lm, task.instances, prompting)
+            template = lm.apply_chat_template if prompting.chat_template else None
+            task.build_all_requests(chat_template=template, **prompting.for_harness())
+            prompts[name] = count_tokens(lm, task.instances, prompting)
             task._instances = None  # a few thousand prompts with many examples fill the memory
     return prompts
 
 
-def _manner(lm: Any, prompting: Prompting) -> dict[str, Any]:
-    """How to prompt, for lm-eval's `build_all_requests`."""
-    template = {"chat_template": lm.apply_chat_template, "tokenizer_name": lm.tokenizer_name}
-    return {
-        "limit": prompting.limit,
-        "apply_chat_template": prompting.chat_template,
-        "fewshot_as_multiturn": prompting.multiturn,
-        **(template if prompting.chat_template else {}),
-    }
-
-
-def measured(lm: Any, instances: list[Any], prompting: Prompting) -> Prompts:
-    """The prompts of one task in tokens.
-
-    Args:
-        lm: the model in lm-eval's HFLM.
-        instances: lm-eval's requests.
-        prompting: how they were made.
-
-    Raises:
-        UserError: a prompt has a token that the model has not.
-    """
+def count_tokens(lm: Any, instances: list[Any], prompting: Prompting) -> Prompts:
+    """The prompts of one task in tokens, from lm-eval's requests; UserError for a token that the model has not."""
     vocabulary = lm.model.config.vocab_size
 
-    def length(text: str, **how: Any) -> int:
-        ids: list[int] = lm.tok_encode(text, **how)
+    @lru_cache(maxsize=2)  # a context is encoded once for all of its choices
+    def length(text: str, **options: Any) -> int:
+        ids: list[int] = lm.tok_encode(text, **options)
         if ids and max(ids) >= vocabulary:
             token = f"{lm.tokenizer.convert_ids_to_tokens(max(ids))!r} with id {max(ids)}"
             name = instances[0].task_name
@@ -104,25 +71,21 @@ def measured(lm: Any, instances: list[Any], prompting: Prompting) -> Prompts:
 
     tokens: dict[tuple[int, int], int] = {}
     totals, room = [], 0
-    last: tuple[str | None, int] = (None, 0)
     for instance in instances:
         if instance.request_type == "generate_until":
             context, options = instance.args
             room = max(room, (options | (prompting.generation or {})).get("max_gen_toks", lm.max_gen_toks))
             totals.append(length(context))
-            continue
-        if instance.request_type == "loglikelihood_rolling":
+        elif instance.request_type == "loglikelihood_rolling":
             tokens[instance.doc_id, 0] = length(*instance.args)
-            continue
-        context, continuation = instance.args
-        if not context:  # the harness puts one token before it
-            whole, before = length(continuation, add_special_tokens=False) + 1, 1
         else:
-            if context.rstrip() != last[0]:
-                last = context.rstrip(), length(context.rstrip())
-            whole, before = length(context + continuation), last[1]
-        tokens[instance.doc_id, instance.idx] = whole - before
-        totals.append(whole - 1)  # the last token is only predicted, never read
+            context, continuation = instance.args
+            if context:
+                whole, before = length(context + continuation), length(context.rstrip())
+            else:  # the harness puts one token before the answer
+                whole, before = length(continuation, add_special_tokens=False) + 1, 1
+            tokens[instance.doc_id, instance.idx] = whole - before
+            totals.append(whole - 1)  # the last token is only predicted, never read
     impossible = None
     if room and room >= lm.max_length:
         impossible = f"it generates up to {room} tokens, the model's context is {lm.max_length}"
@@ -144,10 +107,8 @@ def answer(
 
     Args:
         lm: the model.
-        benchmark: what is run.
-        loaded: from `load_tasks`.
-        prompts: from `prompts_of`.
-        prompting: as it was measured.
+        benchmark: to answer; its tasks are `loaded` by `load_tasks`, their prompts counted by `prompts_of`.
+        prompting: with which the prompts were counted.
         kept: puts a cache around the model.
 
     Raises:
@@ -158,19 +119,15 @@ def answer(
     for task in loaded["tasks"].values():
         if prompting.generation and task.get_config("output_type") == "generate_until":
             task.set_config(key="generation_kwargs", value=prompting.generation, update=True)
-    # The harness draws a bar for every batch of a novel.
-    with kept(lm) as model, bos_for(lm, benchmark), quiet(always=benchmark.rolling):
-        results = evaluate(
-            _TaskByTask(model),
-            loaded,
-            limit=prompting.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=prompting.chat_template,
-            fewshot_as_multiturn=prompting.multiturn,
-        )
+    with (
+        patch.object(lm, "generate_until", _task_by_task(lm.generate_until)),
+        _bos_for(lm, benchmark),
+        kept(lm) as model,
+        quiet(always=benchmark.rolling),  # the harness draws a bar for every batch of a novel
+    ):
+        results = evaluate(model, loaded, bootstrap_iters=0, **prompting.for_harness())
     tasks = {
-        name: _answered(benchmark, name, task, results["samples"][name], prompts[name])
+        name: _task_result(benchmark, name, task, results["samples"][name], prompts[name])
         for name, task in loaded["tasks"].items()
     }
     # All tasks together: in a task of two items, equal log-likelihoods may be chance.
@@ -189,33 +146,10 @@ def answer(
     return {"benchmark": benchmark.name, "metric": benchmark.key, "tasks": tasks, "harness": harness}
 
 
-def _answered(
+def _task_result(
     benchmark: Benchmark, name: str, task: Any, samples: list[dict[str, Any]], prompts: Prompts
 ) -> dict[str, Any]:
-    """One task of a result file."""
-    generation = {"generation": task.config.generation_kwargs} if task.OUTPUT_TYPE == "generate_until" else {}
-    return {
-        "version": task.VERSION,
-        "shots": task.get_config("num_fewshot"),
-        "hash": task_hash(samples),
-        "size": len(task.eval_docs),
-        "overlong": prompts.overlong,
-        "items": _items(benchmark, name, task, samples, prompts.tokens),
-        **generation,
-    }
-
-
-def task_hash(samples: list[dict[str, Any]]) -> str:
-    """Hash of documents, prompts and targets, as lm-eval's own result files have it under `task_hashes`."""
-    from lm_eval.utils import hash_string
-
-    return hash_string("".join(each["doc_hash"] + each["prompt_hash"] + each["target_hash"] for each in samples))
-
-
-def _items(
-    benchmark: Benchmark, name: str, task: Any, samples: list[dict[str, Any]], tokens: dict[tuple[int, int], int]
-) -> list[dict[str, Any]]:
-    """The samples of one task, one entry an item: the metrics of all filters, and the answers they are made from."""
+    """One task of a result file, the answers and the metrics of all filters item by item."""
     items: dict[int, dict[str, Any]] = {}
     clusters = [row.get("cluster") for row in embedded_rows(name)] if benchmark.config else []
     for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
@@ -229,35 +163,49 @@ def _items(
             item["cluster"] = clusters[number]
         elif name.startswith("leaderboard_gpqa"):  # each set holds the next smaller one
             item["cluster"] = sha256([document["Question"]])[:16]
-        item |= _reply(name, task, sample, tokens)
+        item |= _reply(task, sample, prompts.tokens)
         if name == "truthfulqa_mc2":  # several right answers, scored by their share of probability
             labels = document["mc2_targets"]["labels"]
             item["chance"] = math.fsum(labels) / len(item["choices"])
             item["metrics"]["acc,none"] = _share(item["choices"], labels)
-    return list(items.values())
-
-
-def _reply(name: str, task: Any, sample: dict[str, Any], tokens: dict[tuple[int, int], int]) -> dict[str, Any]:
-    """What a model has answered to one item."""
-    number, kind = int(sample["doc_id"]), task.OUTPUT_TYPE
-    if kind == "generate_until":
-        return {"answer": sample["resps"][0][0]}
-    if kind == "loglikelihood_rolling":
-        # The bytes of the published text: a task may score a cleaned one.
-        size = int(sample["bits_per_byte"][1])
-        return {"choices": [float(sample["filtered_resps"][0])], "tokens": [tokens[number, 0]], "bytes": size}
-    if kind != "multiple_choice":
-        return {}
-    choices = task.doc_to_choice(sample["doc"])
-    reply = {
-        "choices": [float(value) for value, _ in sample["filtered_resps"]][: len(choices)],
-        "tokens": [tokens[number, i] for i in range(len(choices))],
-        "lengths": [len(choice) for choice in choices],
-        "chance": 1 / len(choices),
+    generation = {"generation": task.config.generation_kwargs} if task.OUTPUT_TYPE == "generate_until" else {}
+    return {
+        "version": task.VERSION,
+        "shots": task.get_config("num_fewshot"),
+        "hash": task_hash(samples),
+        "size": len(task.eval_docs),
+        "overlong": prompts.overlong,
+        "items": list(items.values()),
+        **generation,
     }
-    if not callable(task.config.process_results):  # the best choice decides, and two may be tied
-        reply["gold"] = sample["target"]
-    return reply
+
+
+def task_hash(samples: list[dict[str, Any]]) -> str:
+    """Hash of documents, prompts and targets, as lm-eval's own result files have it under `task_hashes`."""
+    from lm_eval.utils import hash_string
+
+    return hash_string("".join(each["doc_hash"] + each["prompt_hash"] + each["target_hash"] for each in samples))
+
+
+def _reply(task: Any, sample: dict[str, Any], tokens: dict[tuple[int, int], int]) -> dict[str, Any]:
+    """The model's answer to one item: its text, or the log-likelihoods of the choices."""
+    number = int(sample["doc_id"])
+    match task.OUTPUT_TYPE:
+        case "generate_until":
+            return {"answer": sample["resps"][0][0]}
+        case "loglikelihood_rolling":
+            # The bytes of the published text: a task may score a cleaned one.
+            size = int(sample["bits_per_byte"][1])
+            return {"choices": [float(sample["filtered_resps"][0])], "tokens": [tokens[number, 0]], "bytes": size}
+        case "multiple_choice":
+            choices = task.doc_to_choice(sample["doc"])
+            values = [float(value) for value, _ in sample["filtered_resps"]][: len(choices)]
+            lengths = [len(choice) for choice in choices]
+            reply = {"choices": values, "tokens": [tokens[number, i] for i in range(len(choices))], "lengths": lengths}
+            # A task with a scoring of its own does not go by the best choice, so that ties do not matter.
+            gold = {} if callable(task.config.process_results) else {"gold": sample["target"]}
+            return {**reply, "chance": 1 / len(choices), **gold}
+    return {}
 
 
 def _share(loglikelihoods: list[float], labels: list[int]) -> float:
@@ -268,7 +216,7 @@ def _share(loglikelihoods: list[float], labels: list[int]) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """A metric of one item as JSON holds it: a number, or a list of numbers."""
+    """A metric of one item as JSON holds it: a number, true or false, or a list of these."""
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    return bool(value) if isinstance(value, bool) else float(value)
+    return value if isinstance(value, bool) else float(value)

@@ -1,6 +1,6 @@
-"""What can spoil a score without a word, looked for before a token is generated; a check passes or says what to do."""
+"""Checks for what can spoil a score without a word, before a token is generated; each passes or says what to do."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .answers import Prompts
-from .choice import VERSION
 from .mirror import GATED, how_to_access, problems, sets_of
-from .suites import Benchmark
+from .suites import VERSION, Benchmark
 
 NEEDED = {
     "leaderboard/ifeval": ("langdetect", "immutabledict", "nltk"),
@@ -19,18 +18,13 @@ NEEDED = {
     "truthfulqa": ("sacrebleu", "rouge_score"),
 }
 """Modules that task files import, beside lm-eval's own."""
-PUNKT = "tokenizers/punkt_tab/english/"
 
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one of `options.CHECKS`.
+    """The outcome of one check: `problem` says what is wrong and what to do, and is None where the check passed.
 
-    Args:
-        name: which.
-        problem: None where it passed, else what is wrong and what to do.
-        detail: what was seen where it passed.
-        notable: whether a run says so even where it passed.
+    A run tells the `detail` of a check that passed only if it is `notable`.
     """
 
     name: str
@@ -43,44 +37,40 @@ class Check:
         return self.problem is None
 
 
-def check_surroundings(benchmarks: Sequence[Benchmark], mirror: Path | None) -> list[Check]:
+def check_surroundings(benchmarks: Sequence[Benchmark], mirror: Path | None) -> Iterator[Check]:
     """Packages, NLTK's sentence splitter, and the data sets: before any task is loaded."""
     folders = {folder for benchmark in benchmarks for folder in benchmark.folders}
-    return [_packages(folders), *_punkt(folders), *_data(benchmarks, mirror)]
-
-
-def _packages(folders: set[str]) -> Check:
-    installed = metadata.version("lm_eval")
-    pip = "pip install 'hf_ibnorm[eval]'"
-    missing = sorted(m for folder in folders for m in NEEDED.get(folder, ()) if find_spec(m) is None)
+    installed, pip = metadata.version("lm_eval"), "pip install 'hf_ibnorm[eval]'"
+    missing = sorted(module for folder in folders for module in NEEDED.get(folder, ()) if find_spec(module) is None)
+    problem = f"{', '.join(missing)} not installed: {pip}" if missing else None
     if installed != VERSION:
-        return Check("packages", f"lm-eval {installed} is installed, scores are defined by {VERSION}: {pip}")
-    return Check("packages", f"{', '.join(missing)} not installed: {pip}" if missing else None, f"lm-eval {installed}")
+        problem = f"lm-eval {installed} is installed, scores are defined by {VERSION}: {pip}"
+    yield Check("packages", problem, f"lm-eval {installed}")
+    if folders & {"leaderboard/ifeval", "ifeval"} and find_spec("nltk"):
+        yield _punkt()
+    sets = sets_of(benchmarks)
+    if mirror is None:
+        yield from map(_access, sorted({each.repository for each in sets} & GATED))
+        return
+    problem, todo = None, f"python -m eval mirror fetch --mirror {mirror}"
+    if not mirror.is_dir():
+        problem = f"{mirror} is no directory ({todo})"
+    elif wrong := problems(mirror, sets):
+        problem = f"{wrong[0]} ({len(wrong)} in all): {todo}"
+    yield Check("mirror", problem, str(mirror))
 
 
-def _punkt(folders: set[str]) -> list[Check]:
-    if not folders & {"leaderboard/ifeval", "ifeval"} or find_spec("nltk") is None:
-        return []
+def _punkt() -> Check:
     import nltk
 
     try:
         nltk.tokenize.PunktTokenizer("english")  # a folder of that name may lack the files
-        return [Check("punkt", None, str(nltk.data.find(PUNKT)))]
+        return Check("punkt", None, str(nltk.data.find("tokenizers/punkt_tab/english/")))
     except Exception as error:  # the folder may be missing, or hold anything
         todo = "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder that has tokenizers/punkt_tab"
-        missing = "IFEval needs NLTK's punkt_tab"
         damage = "" if isinstance(error, LookupError) else f", which cannot be read ({type(error).__name__}: {error})"
-        return [Check("punkt", f"{missing}{damage}, and would fail after generating everything: {todo}")]
-
-
-def _data(benchmarks: Sequence[Benchmark], mirror: Path | None) -> list[Check]:
-    if mirror is None:
-        return [_access(repository) for repository in sorted({each.repository for each in sets_of(benchmarks)} & GATED)]
-    if not mirror.is_dir():
-        return [Check("mirror", f"{mirror} is no directory (python -m eval mirror fetch --mirror {mirror})")]
-    wrong = problems(mirror, sets_of(benchmarks))
-    todo = f"python -m eval mirror fetch --mirror {mirror}"
-    return [Check("mirror", f"{wrong[0]} ({len(wrong)} in all): {todo}" if wrong else None, str(mirror))]
+        missing = f"IFEval needs NLTK's punkt_tab{damage}"
+        return Check("punkt", f"{missing}, and would fail after generating everything: {todo}")
 
 
 def _access(repository: str) -> Check:
@@ -96,60 +86,46 @@ def _access(repository: str) -> Check:
     return Check("access", None, repository)
 
 
-def check_model(lm: Any) -> list[Check]:
+def check_model(lm: Any) -> Iterator[Check]:
     """The tokenizer, and whether the model's logits are numbers that depend on its input alone."""
     import torch
 
-    checks = [*_tokenizer(lm)]
-    ids = torch.tensor([_sample(lm)], device=lm.device)
+    yield _tokenizer(lm)
+    text = lm.tok_encode("The quick brown fox jumps over the lazy dog, and the five boxing wizards jump quickly.")
+    ids = torch.tensor([text[: max(2, lm.max_length // 2)]], device=lm.device)
     with torch.inference_mode():
         alone, again = lm.model(ids).logits.float(), lm.model(ids).logits.float()
-        checks += [_noise(lm, alone, again), _logits(alone)]
-        if checks[-2].passed and checks[-1].passed:  # random or infinite logits move anyway
-            checks += _padding(lm, ids, alone)
-    return checks
+    noise = logits = None
+    if lm.model.training:
+        noise = "the model is in training mode"
+    elif not bool(((alone == again) | alone.isnan()).all()):  # NaNs, which equal nothing, are told of below
+        noise = "the same input gives different logits: something in the model is random"
+    if not bool(alone.isfinite().all()):
+        logits = "the model's logits are NaN or infinite"
+    elif float((alone.amax(-1) - alone.amin(-1)).max()) <= 1e-5 * float(alone.abs().max()):
+        logits = "the model gives every token the same score, it tells nothing apart"
+    yield Check("noise", noise)
+    yield Check("logits", logits, "finite")
+    if not (noise or logits):  # random or infinite logits move whatever stands beside the text
+        yield from _padding(lm, ids, alone)
 
 
-def _tokenizer(lm: Any) -> Iterable[Check]:
+def _tokenizer(lm: Any) -> Check:
     text = "a b"
     bare, whole = lm.tokenizer.encode(text, add_special_tokens=False), lm.tok_encode(text)
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
     if start is None:
-        yield Check("tokenizer", "its special tokens change how a text is encoded")
-        return
-    before, after = whole[:start], whole[start + len(bare) :]
+        return Check("tokenizer", "its special tokens change how a text is encoded")
     token = lm.tokenizer.convert_ids_to_tokens
+    before, after = token(whole[:start]), token(whole[start + len(bare) :])
     if after:
-        yield Check("tokenizer", f"it ends every text with {token(after[-1])!r}, only that would score")
-    elif len(before) > 1:
-        yield Check("tokenizer", f"it puts {', '.join(map(repr, token(before)))} before every text, one too many")
-    else:
-        yield Check("tokenizer", None, f"{token(before)[0]!r} before every text" if before else "adds nothing")
+        return Check("tokenizer", f"it ends every text with {after[-1]!r}, only that would score")
+    if len(before) > 1:
+        return Check("tokenizer", f"it puts {', '.join(map(repr, before))} before every text, one too many")
+    return Check("tokenizer", None, f"{before[0]!r} before every text" if before else "adds nothing")
 
 
-def _sample(lm: Any) -> list[int]:
-    ids = lm.tok_encode("The quick brown fox jumps over the lazy dog, and the five boxing wizards jump quickly.")
-    return ids[: max(2, lm.max_length // 2)]
-
-
-def _noise(lm: Any, alone: Any, again: Any) -> Check:
-    if lm.model.training:
-        return Check("noise", "the model is in training mode")
-    # A NaN equals nothing; the next check names it.
-    same = bool(((alone == again) | (alone != alone)).all())
-    return Check("noise", None if same else "the same input gives different logits: something in the model is random")
-
-
-def _logits(alone: Any) -> Check:
-    if not bool(alone.isfinite().all()):
-        return Check("logits", "the model's logits are NaN or infinite")
-    spread = float((alone.amax(-1) - alone.amin(-1)).max())
-    if spread <= 1e-5 * float(alone.abs().max()):
-        return Check("logits", "the model gives every token the same score, it tells nothing apart")
-    return Check("logits", None, "finite")
-
-
-def _padding(lm: Any, ids: Any, alone: Any) -> Iterable[Check]:
+def _padding(lm: Any, ids: Any, alone: Any) -> Iterator[Check]:
     """Logits of one text alone, followed by padding, and beside others: the harness masks nothing."""
     import torch
 
@@ -158,7 +134,9 @@ def _padding(lm: Any, ids: Any, alone: Any) -> Iterable[Check]:
     scale = alone.abs().max().clamp_min(1e-6)
     padded = torch.cat([ids, torch.zeros_like(ids[:, : lm.max_length - n])], dim=1)
     several = torch.cat([ids.flip(1), ids, torch.zeros_like(ids)])
-    for name, logits in (("padding", lm.model(padded).logits[0, :n]), ("batch_size", lm.model(several).logits[1])):
+    with torch.inference_mode():
+        others = {"padding": lm.model(padded).logits[0, :n], "batch_size": lm.model(several).logits[1]}
+    for name, logits in others.items():
         moved = float((logits.float() - alone[0]).abs().max() / scale)
         problem = f"a text's logits depend on what is beside it (by {moved:.1g} of the largest): scores would too"
         yield Check(name, None if moved <= tolerance else problem, f"logits move by {moved:.1g} of the largest")
@@ -167,30 +145,22 @@ def _padding(lm: Any, ids: Any, alone: Any) -> Iterable[Check]:
 def check_context(
     lm: Any, benchmark: Benchmark, prompts: dict[str, Prompts], overlong: str
 ) -> tuple[Check, str | None]:
-    """Whether a benchmark's prompts fit into the model's context.
+    """Whether a benchmark's prompts fit into the model's context; and why the benchmark is left out, or None.
 
-    Args:
-        lm: the model.
-        benchmark: named in the check.
-        prompts: of its tasks.
-        overlong: "refuse" fails, "truncate" lets the harness cut prompts from the left, "skip" leaves the benchmark
-            out. Cutting cannot help where the answer alone does not fit: such a benchmark is left out, too.
-
-    Returns:
-        The check, and why the benchmark is left out, or None.
+    Of `overlong`, "refuse" fails, "truncate" lets the harness cut prompts from the left, and "skip" leaves the
+    benchmark out. Cutting cannot help where the answer alone does not fit: such a benchmark is left out, too.
     """
     count, longest = sum(each.overlong for each in prompts.values()), max(each.longest for each in prompts.values())
-    hopeless = next((each.impossible for each in prompts.values() if each.impossible), None)
+    impossible = next((each.impossible for each in prompts.values() if each.impossible), None)
     title, context = benchmark.title, lm.max_length
-    if not count and not hopeless:
+    if not count and not impossible:
         return Check("context", None, f"{title}: {longest} of {context} tokens"), None
-    problem = (
-        hopeless or f"{count} prompts are longer than the model's context of {context} tokens, the longest {longest}"
-    )
+    too_long = f"{count} prompts are longer than the model's context of {context} tokens, the longest {longest}"
+    problem = impossible or too_long
     if overlong == "refuse":
-        ways = "--overlong skip leaves it out" + ("" if hopeless else ", --overlong truncate cuts them from the left")
+        ways = "--overlong skip leaves it out" + ("" if impossible else ", --overlong truncate cuts them from the left")
         return Check("context", f"{title}: {problem}; {ways}"), None
-    if overlong == "truncate" and not hopeless:
+    if overlong == "truncate" and not impossible:
         return Check("context", None, f"{title}: {count} prompts will be cut to {context} tokens", notable=True), None
     return Check("context", None, f"{title} is left out: {problem}", notable=True), problem
 
@@ -200,7 +170,7 @@ def failures(checks: Iterable[Check], ignored: Sequence[str]) -> list[Check]:
     return [check for check in checks if not check.passed and check.name not in ignored]
 
 
-def outcome(check: Check, ignored: Sequence[str] = ()) -> str:
+def outcome(check: Check, ignored: Sequence[str]) -> str:
     """One line on a check."""
     mark = "pass" if check.passed else ("ignored" if check.name in ignored else "FAIL")
     return f"{mark:7} {check.name}: {check.problem or check.detail}".rstrip(": ")

@@ -1,15 +1,16 @@
-"""lm-evaluation-harness as this program uses it: data from one place, and tasks loaded the same way every time."""
+"""lm-evaluation-harness as this program uses it: data from one place, and tasks loaded in the same way every time."""
 
 import io
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hf_ibnorm.base.errors import UserError
 
@@ -25,62 +26,50 @@ SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 def data_from(mirror: Path | None, cache: Path) -> Iterator[None]:
     """Have lm-eval read its data sets from folders of `mirror` alone, or from the Hub where no mirror is given.
 
-    Args:
-        mirror: folder with the data sets.
-        cache: a new folder for what `datasets` prepares, so that nothing of an earlier run is found there.
-
-    Raises:
-        UserError: (where a set is loaded) the mirror lacks it.
+    Loading a set that the mirror lacks is a UserError. `cache` is a new folder for the files of `datasets`, so that it
+    finds none of an earlier run.
     """
     import datasets
     from huggingface_hub import constants
     from lm_eval.api.task import ConfigurableTask
 
-    load, enabled = datasets.load_dataset, datasets.is_caching_enabled()
-    offline = (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE)
+    load, fetch = datasets.load_dataset, ConfigurableTask.download
 
-    def prepared(path: str, name: str | None = None, **options: Any) -> Any:
-        if is_local(path):
-            return load(path, name, cache_dir=str(cache), **options)
-        if mirror is None and Path(path).exists():
-            raise UserError(f"{Path(path).absolute()} would be read for the Hub's data set {path}; run this elsewhere")
-        folder = path if mirror is None else str(mirror / path)
-        if mirror is not None and not Path(folder).is_dir():
-            raise UserError(f"mirror: {folder} is missing (python -m eval mirror fetch --mirror {mirror})")
-        return load(folder, name, cache_dir=str(cache), **options)
+    def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
+        if not is_local(path):
+            if mirror is not None:
+                path = str(mirror / path)
+                if not Path(path).is_dir():
+                    raise UserError(f"mirror: {path} is missing (python -m eval mirror fetch --mirror {mirror})")
+            elif Path(path).exists():
+                place = f"{Path(path).absolute()} would be read for the Hub's data set {path}"
+                raise UserError(f"{place}; run this elsewhere")
+        return load(path, name, cache_dir=str(cache), **options)
 
     def download(task: Any, *arguments: Any, **options: Any) -> None:
         _seed()
         fetch(task, *arguments, **options)
         if callable(task.config.process_docs):  # called for every access to the documents; GPQA's draws at random
-            task.config.process_docs = afresh(task.config.process_docs)
+            task.config.process_docs = seeded(task.config.process_docs)
 
-    fetch = ConfigurableTask.download
-    ConfigurableTask.download = download
-    datasets.load_dataset = prepared
-    datasets.enable_caching()
-    if mirror is not None:
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-    try:
+    with (
+        patch.object(datasets, "load_dataset", load_dataset),
+        patch.object(ConfigurableTask, "download", download),
+        patch.object(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE or mirror is not None),
+        patch.object(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE or mirror is not None),
+        patch.object(datasets.fingerprint, "_CACHING_ENABLED", True),
+    ):
         yield
-    finally:
-        ConfigurableTask.download = fetch
-        datasets.load_dataset = load
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = offline
-        if not enabled:
-            datasets.disable_caching()
 
 
 @contextmanager
 def quiet(always: bool = False) -> Iterator[None]:
-    """Keep the harness's own words off the terminal; its progress bars are let through to a person who watches."""
+    """Keep the harness's own words off the terminal, and its progress bars, too, where nobody watches or `always`."""
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(io.StringIO()))
-        if always or not sys.stderr.isatty():
-            stack.enter_context(redirect_stderr(io.StringIO()))
+    watched = sys.stderr.isatty() and not always
+    with redirect_stdout(io.StringIO()), nullcontext() if watched else redirect_stderr(io.StringIO()):
         yield
 
 
@@ -97,37 +86,30 @@ def _seed() -> None:
     torch.manual_seed(SEEDS["torch"])
 
 
-def afresh(do: Callable[..., Any], task: Any = None) -> Callable[..., Any]:
-    """`do`, started every time from the same state of all that draws, `task`'s choice of examples included."""
+def seeded(function: Callable[..., Any], task: Any = None) -> Callable[..., Any]:
+    """`function`, every call of which starts from the same seeds, that of `task`'s choice of examples included."""
 
-    @wraps(do)
-    def seeded(*arguments: Any, **options: Any) -> Any:
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
         _seed()
         if task is not None:
             task.set_fewshot_seed(seed=SEEDS["fewshot"])
-        return do(*arguments, **options)
+        return function(*arguments, **options)
 
-    return seeded
+    return call
 
 
 PREFERRED = ("acc_norm", "acc", "exact_match", "bits_per_byte")
 
 
 def load_tasks(benchmark: Benchmark) -> tuple[Benchmark, dict[str, Any]]:
-    """The benchmark's tasks as lm-eval has them, with their data.
-
-    Returns:
-        The benchmark, complete now if it was only a name, and lm-eval's tasks and groups.
-
-    Raises:
-        UserError: the data cannot be had, or the installed harness defines the benchmark differently.
-    """
-    spec: Any = benchmark.config or benchmark.name
+    """The benchmark, complete now if it was only a name, and its tasks and groups as lm-eval has them, with their data;
+    UserError where the data cannot be had, or the installed harness defines the benchmark differently."""
     manager = task_manager(benchmark.folders)
     _seed()
     with quiet():
         try:
-            loaded = manager.load([spec])
+            loaded = manager.load([benchmark.config or benchmark.name])
         except UserError:
             raise
         except Exception as error:  # whatever data sets, the network and task files may raise
@@ -141,10 +123,10 @@ def load_tasks(benchmark: Benchmark) -> tuple[Benchmark, dict[str, Any]]:
     for name, task in tasks.items():
         _set_shots(benchmark, name, task)
         for step in ("build_all_requests", "apply_filters"):  # filters run just before a task is scored
-            setattr(task, step, afresh(getattr(task, step), task))
-        metrics = set(task._metric_fn_list) | {"ifeval"} & {benchmark.metric}
-        if benchmark.metric not in metrics:
-            raise UserError(f"{name}: lm-eval has no {benchmark.metric} for it, only {', '.join(sorted(metrics))}")
+            setattr(task, step, seeded(getattr(task, step), task))
+        if benchmark.metric not in ("ifeval", *task._metric_fn_list):
+            known = ", ".join(sorted(task._metric_fn_list))
+            raise UserError(f"{name}: lm-eval has no {benchmark.metric} for it, only {known}")
         choices, bounds = task.config.doc_to_choice, benchmark.bounds
         if isinstance(bounds, Mapping) and isinstance(choices, list) and len(choices) != round(1 / bounds[name]):
             raise UserError(f"{name}: lm-eval has {len(choices)} choices, its chance level says otherwise")
@@ -178,13 +160,12 @@ def _complete(benchmark: Benchmark, tasks: dict[str, Any]) -> Benchmark:
 
 
 @contextmanager
-def of_its_files(benchmark: Benchmark, what: str) -> Iterator[None]:
-    """Turn errors of a task's files, which a user may have written, into a `UserError`; not a suite's."""
-    kinds = () if benchmark.name in DEFINED else (Exception,)
+def task_errors(benchmark: Benchmark, problem: str) -> Iterator[None]:
+    """Turn errors of a task's files, which a user may have written, into a `UserError`; not those of a suite."""
     try:
         yield
-    except (UserError, ScoringError):
-        raise
-    except kinds as error:
+    except Exception as error:
+        if benchmark.name in DEFINED or isinstance(error, UserError | ScoringError):
+            raise
         line = " ".join(str(error).split())[:300]
-        raise UserError(f"{benchmark.name}: {what}: {type(error).__name__}: {line}") from error
+        raise UserError(f"{benchmark.name}: {problem}: {type(error).__name__}: {line}") from error

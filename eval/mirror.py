@@ -1,11 +1,10 @@
-"""A local mirror of the benchmarks' data sets: what belongs into it, fetching it from the Hub, checking it.
+"""A local mirror of the benchmarks' data sets: planned, fetched from the Hub, checked.
 
 A mirror is a folder with one folder `<organization>/<repository>` for each data set, in the Hub's own form: a
 `README.md` whose front matter names the configurations and their files, and those files. `mirror.json` holds the
 revision and the hash of every file that was fetched; a mirror made by hand has none.
 """
 
-import fnmatch
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub import DatasetInfo
+from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import atomic_directory, sha256_file, write_json
@@ -35,14 +35,14 @@ DATA_FILES = ("*.parquet", "*.json", "*.jsonl", "*.csv", "*.txt", "*.zip", "*.gz
 
 @dataclass(frozen=True, order=True)
 class DataSet:
-    """A configuration of a data set on the Hub; None for the one that has no name."""
+    """A configuration of a data set on the Hub; None for the default one."""
 
     repository: str
     config: str | None
 
 
 def is_local(path: str) -> bool:
-    """Whether a `dataset_path` is not on the Hub: it is a format of local files, or a folder."""
+    """Whether a `dataset_path` is a format of local files, or a folder, and no data set on the Hub."""
     return path in LOCAL or path.startswith(".") or Path(path).is_absolute()
 
 
@@ -51,20 +51,21 @@ def sets_of(benchmarks: Iterable[Benchmark]) -> set[DataSet]:
     sets = set()
     for benchmark in benchmarks:
         index = task_manager(benchmark.folders).task_index if benchmark.folders else {}
-        for config in [index[task].cfg or {} for task in leaves(benchmark) if task in index]:
+        for task in leaves(benchmark) & index.keys():
+            config = index[task].cfg or {}
             if "dataset_path" in config and not is_local(config["dataset_path"]):
                 sets.add(DataSet(config["dataset_path"], config.get("dataset_name")))
     return sets
 
 
 def how_to_access(repository: str) -> str:
-    """What to do to get access to a gated data set."""
+    """How to get access to a gated data set."""
     page = f"https://huggingface.co/datasets/{repository}"
     return f"accept its terms at {page}, then `hf auth login`; or name a --mirror that has it; or --skip its benchmark"
 
 
 def cause_of(error: BaseException, *repositories: str) -> str:
-    """The first line of an error, with what to do if a gated data set was refused."""
+    """The first line of an error, with the way to get access if a gated data set was refused."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{line} - {how_to_access(repositories[0])}" if repositories and "gated" in str(error).lower() else line
 
@@ -90,21 +91,21 @@ def patterns(card: dict[str, Any], configs: Sequence[str | None]) -> list[str]:
     known = {entry["config_name"]: entry for entry in card.get("configs", []) if "data_files" in entry}
     if not known:
         return list(DATA_FILES)
-    default = next((name for name, entry in known.items() if entry.get("default")), None)
-    globs: list[str] = []
+    marked = [name for name, entry in known.items() if entry.get("default")]
+    default = [*marked, *({"default"} & known.keys()), *known][0]
+    globs: set[str] = set()
     for config in configs:
-        name = config or default or ("default" if "default" in known else next(iter(known)))
-        files = known[name]["data_files"]
+        files = known[config or default]["data_files"]
         for entry in files if isinstance(files, list) else [files]:
             path = entry["path"] if isinstance(entry, dict) else entry
-            globs += [path] if isinstance(path, str) else path
-    return sorted(set(globs))
+            globs.update([path] if isinstance(path, str) else path)
+    return sorted(globs)
 
 
 def problems(mirror: Path, sets: Iterable[DataSet]) -> list[str]:
-    """What keeps a mirror from being used for `sets`: missing or changed files, one sentence each."""
+    """Sentences on the files of `sets` that a mirror lacks, or that have changed since they were fetched."""
     wrong, recorded = [], _index(mirror)
-    for repository, configs in sorted(_by_repository(sets).items()):
+    for repository, configs in _by_repository(sets).items():
         folder = mirror / repository
         if not folder.is_dir():
             wrong.append(f"{folder} is missing")
@@ -129,11 +130,12 @@ def problems(mirror: Path, sets: Iterable[DataSet]) -> list[str]:
 
 def hashes(mirror: Path, sets: Iterable[DataSet]) -> dict[str, str]:
     """sha256 of every file of the data sets' folders, by path inside the mirror."""
-    files = (file for repository in sorted(_by_repository(sets)) for file in sorted((mirror / repository).rglob("*")))
+    files = (file for repository in _by_repository(sets) for file in sorted((mirror / repository).rglob("*")))
     return {str(file.relative_to(mirror)): sha256_file(file) for file in files if file.is_file()}
 
 
 def _by_repository(sets: Iterable[DataSet]) -> dict[str, list[str | None]]:
+    """Repository → the configurations that are needed of it, in order."""
     ordered = sorted(sets, key=lambda each: (each.repository, each.config or ""))
     groups = groupby(ordered, key=lambda each: each.repository)
     return {repository: [each.config for each in group] for repository, group in groups}
@@ -144,33 +146,21 @@ def _index(mirror: Path) -> dict[str, Any]:
     return dict(read_json("mirror", path, {"*": {"files": {"*": str}}})) if path.exists() else {}
 
 
-@dataclass(frozen=True)
-class Remote:
-    """What the Hub has of one repository that a mirror needs."""
-
-    repository: str
-    configs: list[str | None]
-    revision: str
-    files: dict[str, int]
-    gated: bool
-
-
-def plan(sets: Iterable[DataSet]) -> Iterator[Remote]:
-    """Ask the Hub for the files and sizes (in bytes) of each data set; UserError where the Hub does not answer, or
-    refuses a gated set."""
+def plan(sets: Iterable[DataSet]) -> Iterator[tuple[DatasetInfo, list[str | None]]]:
+    """Each repository as the Hub has it, with no other files (`siblings`) than a mirror needs, and the configurations
+    that are needed of it; UserError where the Hub does not answer, or refuses a gated set."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    for repository, configs in sorted(_by_repository(sets).items()):
+    for repository, configs in _by_repository(sets).items():
         with _from_hub(repository):
-            info = HfApi().dataset_info(repository, files_metadata=True)
-            names = {each.rfilename: each.size or 0 for each in info.siblings or []}
-            card: dict[str, Any] = {}
-            if "README.md" in names:
-                options: Any = {"repo_type": "dataset", "revision": info.sha}
-                card = _card(Path(hf_hub_download(repository, "README.md", **options)).parent)
+            info, card = HfApi().dataset_info(repository, files_metadata=True), {}
+            files = info.siblings or []
+            if any(file.rfilename == "README.md" for file in files):
+                path = hf_hub_download(repository, "README.md", repo_type="dataset", revision=info.sha)
+                card = _card(Path(path).parent)
             globs = [*patterns(card, configs), "README.md"]
-            files = {name: size for name, size in names.items() if any(fnmatch.fnmatch(name, glob) for glob in globs)}
-        yield Remote(repository, configs, str(info.sha), files, bool(info.gated))
+            info.siblings = list(filter_repo_objects(files, allow_patterns=globs, key=lambda file: file.rfilename))
+        yield info, configs
 
 
 @contextmanager
@@ -181,42 +171,35 @@ def _from_hub(repository: str) -> Iterator[None]:
         raise UserError(f"mirror: the Hub does not give {repository}: {cause_of(error, repository)}") from error
 
 
-def fetch(mirror: Path, sets: Iterable[DataSet]) -> Iterator[Remote]:
-    """Download data sets into a mirror, each whole or not at all; one that is there already, whole, is left alone;
-    UserError where the Hub does not answer or refuses, or the mirror cannot be written."""
+def fetch(mirror: Path, info: DatasetInfo, configs: Iterable[str | None]) -> None:
+    """Download the files of `plan` into a mirror, all or none, unless they are there already; UserError where the Hub
+    does not answer or refuses, or the mirror cannot be written."""
     from huggingface_hub import snapshot_download
 
-    wanted = set(sets)
-    for remote in plan(wanted):
-        index = _index(mirror)
-        mine = {each for each in wanted if each.repository == remote.repository}
-        before = index.get(remote.repository, {})
-        if before.get("revision") == remote.revision and not problems(mirror, mine):
-            yield remote
-            continue
-        with _from_hub(remote.repository):
-            options: Any = {"revision": remote.revision, "allow_patterns": list(remote.files)}
-            source = Path(snapshot_download(remote.repository, repo_type="dataset", **options))
-        with bad_input(OSError, about="mirror: "):
-            target = mirror / remote.repository
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_directory(target, replace=True) as folder:
-                for name in remote.files:
-                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(source / name, folder / name)
-            files = {name: sha256_file(target / name) for name in remote.files}
-            index[remote.repository] = {"revision": remote.revision, "files": files}
-            write_json(mirror / INDEX, index)
-        yield remote
+    index, names = _index(mirror), [file.rfilename for file in info.siblings or []]
+    same = index.get(info.id, {}).get("revision") == info.sha
+    if same and not problems(mirror, [DataSet(info.id, config) for config in configs]):
+        return
+    with _from_hub(info.id):
+        source = Path(snapshot_download(info.id, repo_type="dataset", revision=info.sha, allow_patterns=names))
+    with bad_input(OSError, about="mirror: "):
+        target = mirror / info.id
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(target, replace=True) as folder:
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, folder / name)
+        digests = {name: sha256_file(target / name) for name in names}
+        write_json(mirror / INDEX, {**index, info.id: {"revision": info.sha, "files": digests}})
 
 
-def carry_out(what: str, mirror: Path | None, benchmarks: Iterable[Benchmark]) -> None:
-    """The verbs of the command: `plan`, `fetch` and `check`; UserError where bad input, the Hub refuses, or the mirror
-    is not whole."""
-    if mirror is None and what != "plan":
-        raise UserError(f"mirror: `mirror {what}` needs --mirror DIR")
+def carry_out(step: str, mirror: Path | None, benchmarks: Iterable[Benchmark]) -> None:
+    """The steps of the command, `plan`, `fetch` and `check`; UserError where the mirror is not named, or not whole, or
+    the Hub refuses."""
+    if mirror is None and step != "plan":
+        raise UserError(f"mirror: `mirror {step}` needs --mirror DIR")
     sets = sets_of(benchmarks)
-    if what == "check" and mirror:
+    if step == "check" and mirror:
         wrong = problems(mirror, sets)
         for problem in wrong:
             print(problem)
@@ -228,8 +211,10 @@ def carry_out(what: str, mirror: Path | None, benchmarks: Iterable[Benchmark]) -
     if not sys.stderr.isatty():
         disable_progress_bars()
     table = Table(["data set", "configurations", "files", "MB", "revision", "gated"])
-    for remote in fetch(mirror, sets) if what == "fetch" and mirror else plan(sets):
-        size, gated = sum(remote.files.values()) / 1e6, "yes" if remote.gated else ""
-        counts = (str(len(remote.configs)), str(len(remote.files)), f"{size:.1f}", remote.revision[:8], gated)
-        table.rows.append([remote.repository, *counts])
+    for info, configs in plan(sets):
+        if step == "fetch" and mirror:
+            fetch(mirror, info, configs)
+        sizes = [file.size or 0 for file in info.siblings or []]
+        numbers = (str(len(configs)), str(len(sizes)), f"{sum(sizes) / 1e6:.1f}")
+        table.rows.append([info.id, *numbers, str(info.sha)[:8], "yes" if info.gated else ""])
     table.print()

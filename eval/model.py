@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,11 @@ def load_model(path: Path, batch_size: int | str, device: str | None, dtype: str
 
 
 def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, device: str) -> Any:
-    """lm-eval's stock HFLM around a causal language model of Transformers; where a launcher has started several
-    processes, each answers a part of the requests, on a GPU of its own if there are any.
+    """lm-eval's stock HFLM around a causal language model of Transformers; UserError for a batch size that is to be
+    found on a CPU, and a tokenizer without special tokens.
 
-    Raises:
-        UserError: a batch size that is to be found on a CPU, or a tokenizer without special tokens.
+    Where a launcher has started several processes, each answers a part of the requests, on a GPU of its own if there
+    are any.
     """
     if batch_size == "auto" and str(device).startswith("cpu"):
         raise UserError(
@@ -61,96 +61,82 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, device: str) -
         from accelerate import PartialState
 
         device = str(PartialState().device)
-    kind = divided(HFLM) if processes() > 1 else HFLM
-    return kind(
+    lm = HFLM(
         pretrained=model.to(device),
         tokenizer=tokenizer,
         backend="causal",
         batch_size=batch_size,
         softmax_dtype="float32",  # in half precision choices would tie, and a constant model would not be noticed
     )
+    if processes() > 1:
+        for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(lm, name, _divided(getattr(lm, name)))
+    return lm
 
 
-def divided(kind: type) -> type:
-    """A model class of lm-eval of which every process answers a part of the requests, and all get all answers.
+def _divided(answer: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """`answer`, a method of HFLM, divided over processes: each answers a part of the requests, and all get all answers.
 
     lm-eval itself divides documents: each process would draw other examples for its prompts, and one with fewer
     documents than processes would fail.
     """
 
-    class Divided(kind):  # type: ignore[misc, valid-type]
-        def _part(self, answer: Any, requests: list[Any]) -> list[Any]:
-            from torch import distributed
+    def answer_together(requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        from torch import distributed
 
-            count, rank = distributed.get_world_size(), distributed.get_rank()
-            mine = requests[rank::count]
-            parts: list[list[Any]] = [[]] * count
-            distributed.all_gather_object(parts, list(answer(mine, disable_tqdm=rank > 0)) if mine else [])
-            answers: list[Any] = [None] * len(requests)
-            for i, part in enumerate(parts):
-                answers[i::count] = part
-            return answers
+        count, rank = distributed.get_world_size(), distributed.get_rank()
+        mine = requests[rank::count]
+        parts: list[list[Any]] = [[]] * count
+        distributed.all_gather_object(parts, list(answer(mine, disable_tqdm=rank > 0)) if mine else [])
+        answers: list[Any] = [None] * len(requests)
+        for i, part in enumerate(parts):
+            answers[i::count] = part
+        return answers
 
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            return self._part(super().loglikelihood, requests)
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            return self._part(super().loglikelihood_rolling, requests)
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            return self._part(super().generate_until, requests)
-
-    return Divided
+    return answer_together
 
 
-ENDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """Fields of a generation_config that stay: the tokens with which the model's texts begin and end."""
 _OF_GENERATE = ("use_cache", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config")
 """Fields of a generation_config that change no text."""
 
 
 @contextmanager
-def as_tasks_ask(harness: Any) -> Iterator[dict[str, Any]]:
+def generation_config_aside(lm: Any) -> Iterator[dict[str, Any]]:
     """Have a model write as its tasks ask: while inside, its generation_config says with which tokens a text ends, and
     nothing else, such as a penalty for repetition.
 
     Yields:
-        What was put aside: the fields of the checkpoint's generation_config that would have changed what is written.
+        The fields put aside that would have changed the texts.
     """
     from transformers import GenerationConfig
 
-    model = harness.model
+    model = lm.model
     given = getattr(model, "generation_config", None) or GenerationConfig()
     # PEFT passes the wrapper's generation_config on to the model inside.
     before = [(each, vars(each)["generation_config"]) for each in model.modules() if "generation_config" in vars(each)]
-    model.generation_config = GenerationConfig(**{name: getattr(given, name, None) for name in ENDS})
+    model.generation_config = GenerationConfig(**{name: getattr(given, name, None) for name in _ENDS})
+    options, kept = given.to_diff_dict(), (*_ENDS, *_OF_GENERATE)
     try:
-        yield {
-            name: value
-            for name, value in given.to_diff_dict().items()
-            if name not in (*ENDS, *_OF_GENERATE) and value is not None
-        }
+        yield {name: value for name, value in options.items() if name not in kept and value is not None}
     finally:
         model.generation_config = given
-        for each, its in before:
-            each.generation_config = its
+        for module, config in before:
+            module.generation_config = config
 
 
-def fingerprint(harness: Any) -> dict[str, Any]:
-    """What the answers of a model depend on: hashes of weights, config and tokenizer, and of how it generates where no
-    task says so; its dtype and longest input."""
-    model, tokenizer = harness.model, harness.tokenizer
+def fingerprint(lm: Any) -> dict[str, Any]:
+    """All of a model that its answers depend on: hashes of weights, config and tokenizer, and of the generation_config,
+    which counts where a task does not say how to write; its dtype and longest input."""
+    model, tokenizer = lm.model, lm.tokenizer
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NO_MATTER}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # The last call leaves its padding and truncation in the tokenizer: they are no part of it.
     rules = {**json.loads(backend.to_str()), "padding": None, "truncation": None} if backend else tokenizer.get_vocab()
-    # How text becomes tokens, and tokens text.
-    ways = ("add_bos_token", "clean_up_tokenization_spaces", "split_special_tokens")
-    words = [
-        str(tokenizer.chat_template),
-        type(tokenizer).__name__,
-        *(str(getattr(tokenizer, way, None)) for way in ways),
-    ]
+    words = [str(tokenizer.chat_template), type(tokenizer).__name__]
+    for field in ("add_bos_token", "clean_up_tokenization_spaces", "split_special_tokens"):
+        words.append(str(getattr(tokenizer, field, None)))
     generation = getattr(model, "generation_config", None)
     options = generation.to_diff_dict() if generation else {}
     return {
@@ -159,7 +145,7 @@ def fingerprint(harness: Any) -> dict[str, Any]:
         "tokenizer": sha256([json.dumps(rules, sort_keys=True), _json(tokenizer.special_tokens_map), *words]),
         "generation": sha256([_json({name: value for name, value in options.items() if name not in _OF_GENERATE})]),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "max_length": harness.max_length,
+        "max_length": lm.max_length,
     }
 
 

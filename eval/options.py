@@ -1,40 +1,39 @@
-"""What a run can be asked for: the fields of `Settings` are the flags of `eval run` and `eval doctor`."""
+"""The options of a run: the fields of `Settings` are the flags of `eval run` and `eval doctor`."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from hf_ibnorm.base.errors import UserError, bad_input
 
-from .choice import choose
-from .suites import DEFINED, SUITES, Benchmark
+from .suites import DEFINED, SUITES, Benchmark, choose
 
-CHECKS = (
-    *("packages", "punkt", "mirror", "access", "data", "tokenizer", "noise", "logits", "padding"),
-    *("batch_size", "context"),
-)
-"""Names of the checks of `eval doctor`."""
+SMOKE = "SMOKE - not a leaderboard score"
+IGNORABLE = ("packages", "punkt", "mirror", "access", "data", "tokenizer", "noise", "logits", "padding", "batch_size")
+"""Checks of `eval doctor` that may fail if `--ignore` names them."""
 
 
 @dataclass(frozen=True)
 class Prompting:
-    """How prompts are made and answered; what differs from the defaults of the harness changes the scores.
-
-    Args:
-        limit: only the first so many items of each task.
-        chat_template: put each prompt through the tokenizer's chat template.
-        multiturn: give the examples as earlier turns of the conversation.
-        generation: options of generation that replace those of the task files.
-        shots: examples in each prompt, in place of the tasks' own number.
-    """
+    """How prompts are made and answered, as a manifest has it: `limit`, `apply_chat_template`, `fewshot_as_multiturn`,
+    `gen_kwargs` and `num_fewshot` of `Settings`, which change the scores."""
 
     limit: int | None = None
     chat_template: bool = False
     multiturn: bool = False
     generation: dict[str, Any] | None = None
     shots: int | None = None
+
+    def for_harness(self) -> dict[str, Any]:
+        """Arguments of the functions of lm-eval that make prompts."""
+        return {"limit": self.limit, "apply_chat_template": self.chat_template, "fewshot_as_multiturn": self.multiturn}
+
+    def stamp(self, suite: str) -> str:
+        """The mark of scores that no leaderboard has; "" where there is no reason for it."""
+        return SMOKE if self.smoke(suite) else ""
 
     def smoke(self, suite: str) -> list[str]:
         """The settings with which a run of `suite` gives no leaderboard score."""
@@ -53,22 +52,17 @@ class Prompting:
         return shots + ([f"with the tokenizer's chat template{turns}"] if self.chat_template else [])
 
 
-def _whole(low: int) -> Any:
-    """For argparse: a whole number of at least `low`."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number >= {low}")
-        return int(text)
-
-    return read
+def _whole(text: str, low: int = 0) -> int:
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number >= {low}")
+    return int(text)
 
 
-positive = _whole(1)
+positive = partial(_whole, low=1)
 
 
 def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else int(positive(text))
+    return text if text == "auto" else positive(text)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -92,33 +86,29 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def _flag(help: str, default: Any = None, *, study: bool = True, **argument: Any) -> Any:
-    """A field that is a flag, too: `argument` as argparse takes it; `study` where a study may set it."""
-    return field(default=default, metadata={"study": study, "argument": {"help": help, **argument}})
+def _flag(help: str, default: Any = None, **argument: Any) -> Any:
+    """A field that is a flag, too; `argument` as argparse takes it."""
+    return field(default=default, metadata={"help": help, **argument})
 
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SUITE = f"one of: {', '.join(SUITES)}; or tasks of lm-eval or of --include_path, divided by commas"
-_INCLUDE = "folder with task files of your own, in lm-eval's form (default: none)"
 _SHOTS = "examples in each prompt, a smoke test of a suite (default: each task's own number)"
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _OVERLONG = (
     "where prompts are longer than the model's context: stop, cut them from the left, or leave the benchmark out "
     "(default: refuse)"
 )
-_GENERATION = "options of generation instead of the tasks' own, a smoke test (default: the tasks' own)"
 _SHARD = "every N-th benchmark from the I-th (default: 1/1)"
-_TEMPLATE = "put prompts through the chat template (default: not)"
-_TURNS = "examples as turns of a conversation (default: one prompt)"
-_CACHE = "keep answers there by model and prompt, and use those kept (default: not)"
+_GENERATION = "options of generation instead of the tasks' own, a smoke test (default: the tasks' own)"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is asked for, beside the model and where its files go; the flags' help says what each field is."""
+    """The options of a run beside the model and the folder of its files; the flags' help explains each field."""
 
-    suite: str = _flag(_SUITE, MISSING, study=False)
-    include_path: str | None = _flag(_INCLUDE, metavar="DIR")
-    num_fewshot: int | None = _flag(_SHOTS, type=_whole(0), metavar="N")
+    suite: str = _flag(_SUITE, MISSING)
+    include_path: str | None = _flag("folder of your own task files, in lm-eval's form (default: none)", metavar="DIR")
+    num_fewshot: int | None = _flag(_SHOTS, type=_whole, metavar="N")
     mirror: str | None = _flag("folder with the data sets, no network is touched then (default: the Hub)")
     limit: int | None = _flag("only the first N items a task, a smoke test (default: all)", type=positive)
     batch_size: int | str = _flag("sequences at a time; auto on a GPU: all that fit (default: 8)", 8, type=_batch_size)
@@ -126,11 +116,11 @@ class Settings:
     dtype: str = _flag("dtype of the weights (default: auto, the checkpoint's)", "auto", choices=_DTYPES)
     overlong: str = _flag(_OVERLONG, "refuse", choices=("refuse", "truncate", "skip"))
     skip: Sequence[str] = _flag("benchmarks to leave out (default: none)", (), type=_names, metavar="NAMES")
-    shard: tuple[int, int] = _flag(_SHARD, (1, 1), study=False, type=_shard, metavar="I/N")
-    apply_chat_template: bool = _flag(_TEMPLATE, False, study=False, action="store_true")
-    fewshot_as_multiturn: bool = _flag(_TURNS, False, study=False, action="store_true")
-    gen_kwargs: dict[str, Any] | None = _flag(_GENERATION, study=False, type=_json_object, metavar="JSON")  # noqa: RUF009
-    cache: str | None = _flag(_CACHE, metavar="DIR")
+    shard: tuple[int, int] = _flag(_SHARD, (1, 1), type=_shard, metavar="I/N")
+    apply_chat_template: bool = _flag("put prompts into the chat template (default: not)", False, action="store_true")
+    fewshot_as_multiturn: bool = _flag("examples as turns of a conversation (default: not)", False, action="store_true")
+    gen_kwargs: dict[str, Any] | None = _flag(_GENERATION, type=_json_object, metavar="JSON")  # noqa: RUF009
+    cache: str | None = _flag("keep answers in DIR by model and prompt, and use them (default: not)", metavar="DIR")
     ignore: Sequence[str] = _flag("checks that may fail (default: none)", (), type=_names, metavar="CHECKS")
 
     @property
@@ -155,29 +145,29 @@ class Settings:
             raise UserError(f"gen_kwargs: got until {until!r}, must be a list of strings")
         from transformers import GenerationConfig
 
-        for name in generation:
-            if name not in GenerationConfig().to_dict():
-                raise UserError(f"gen_kwargs: got {name!r}, which is no option of generation")
+        if unknown := generation.keys() - GenerationConfig().to_dict().keys():
+            raise UserError(f"gen_kwargs: got {min(unknown)!r}, which is no option of generation")
         with bad_input(ValueError, TypeError, about="gen_kwargs: "):
             GenerationConfig(**generation).validate()
 
-    def benchmarks(self) -> tuple[str, list[Benchmark]]:
-        """The suite's name and what is to be run of it; UserError where a name is unknown, or nothing is left."""
-        name, benchmarks = choose(self.suite, self.include_path)
+    def benchmarks(self) -> list[Benchmark]:
+        """The benchmarks to run; UserError where a name is unknown, or nothing is left."""
+        benchmarks = choose(self.suite, self.include_path)
         if self.num_fewshot is not None:
             benchmarks = [replace(each, shots=self.num_fewshot, set_shots=True) for each in benchmarks]
         names = [each.name for each in benchmarks]
-        may_fail = [check for check in CHECKS if check != "context"]
-        for field_name, values, allowed in (("skip", self.skip, names), ("ignore", self.ignore, may_fail)):
+        for option, values, allowed in (("skip", self.skip, names), ("ignore", self.ignore, IGNORABLE)):
             if unknown := [value for value in values if value not in allowed]:
-                raise UserError(f"{field_name}: got {unknown[0]!r}, allowed are {', '.join(allowed)}")
-        left = [each for each in benchmarks if each.name not in self.skip][self.shard[0] - 1 :: self.shard[1]]
+                raise UserError(f"{option}: got {unknown[0]!r}, allowed are {', '.join(allowed)}")
+        i, n = self.shard
+        left = [each for each in benchmarks if each.name not in self.skip][i - 1 :: n]
         if not left:
-            raise UserError(f"shard: got {self.shard[0]}/{self.shard[1]}, there are {len(names)} benchmarks")
-        return name, left
+            raise UserError(f"shard: got {i}/{n}, there are {len(names)} benchmarks")
+        return left
 
 
-OF_STUDIES = tuple(each.name for each in fields(Settings) if each.metadata["study"])
+_OF_A_COMMAND = ("suite", "shard", "apply_chat_template", "fewshot_as_multiturn", "gen_kwargs")
+OF_STUDIES = tuple(each.name for each in fields(Settings) if each.name not in _OF_A_COMMAND)
 """Settings that a study's `scoring` may have."""
 
 
@@ -187,5 +177,5 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=model)
     for each in fields(Settings):
         flags = [f"--{each.name}", *(["--tasks"] if each.name == "suite" else [])]
-        given = {"required": True} if each.default is MISSING else {"default": each.default}
-        parser.add_argument(*flags, dest=each.name, **given, **each.metadata["argument"])
+        default = {"required": True} if each.default is MISSING else {"default": each.default}
+        parser.add_argument(*flags, dest=each.name, **default, **each.metadata)

@@ -20,21 +20,19 @@ from hf_ibnorm.report.tables import score_cell
 from hf_ibnorm.swap.loading import find_model
 
 from .answers import Prompts, answer, prompts_of
-from .choice import own_files
 from .doctor import Check, check_context, check_model, check_surroundings, failures, outcome
-from .harness import SEEDS, data_from, load_tasks, of_its_files
+from .harness import SEEDS, data_from, load_tasks, task_errors
 from .mirror import hashes, sets_of
-from .model import as_tasks_ask, fingerprint, is_first, load_model, wrap_model
+from .model import fingerprint, generation_config_aside, is_first, load_model, wrap_model
 from .options import Settings
 from .scoring import ScoringError, score_benchmark
 from .store import add_notes, create, is_begun, record_hashes, still_missing, write_result, write_scores
-from .suites import Benchmark
-from .tables import SMOKE
+from .suites import Benchmark, own_files
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A benchmark whose tasks are loaded and whose prompts are measured; `skipped` says why it is left out."""
+    """A benchmark whose tasks are loaded and whose prompts are counted; `skipped` says why it is left out."""
 
     benchmark: Benchmark
     loaded: dict[str, Any]
@@ -59,8 +57,8 @@ def run(
         suite: as in `Settings`.
         output: a new directory, or one where the same run was stopped: it goes on there.
         tokenizer: of a model that is given itself.
-        check_stop: called before each benchmark; may raise what ends the run, where a task file with a bare `except`
-            has caught it.
+        check_stop: called before each benchmark; may raise an error that ends the run, where a task file with a bare
+            `except` has caught it.
         **settings: the other fields of `Settings`.
 
     Returns:
@@ -72,45 +70,44 @@ def run(
     asked = Settings(suite, **settings)
     asked.check()
     target = Path(output)
-    if not is_begun(target):
+    begun, first = is_begun(target), is_first()
+    if not begun:
         with bad_input():
             check_new_directory("output", target)
-    name, benchmarks = asked.benchmarks()
+    benchmarks = asked.benchmarks()
     lm = _open(model, tokenizer, asked)
-    say = partial(Console().print, highlight=False, markup=False, soft_wrap=True) if is_first() else _silent
+    say = partial(Console(quiet=not first).print, highlight=False, markup=False, soft_wrap=True)
 
     busy = f"output: {target} is in use by another run"
-    with _data_sets(asked.mirror) as folder, as_tasks_ask(lm) as unused, ExitStack() as stack:
-        if is_first() and is_begun(target):
+    with _data_sets(asked.mirror) as folder, generation_config_aside(lm) as unused, ExitStack() as stack:
+        if first and begun:
             stack.enter_context(alone_in(target, busy))
-        identity = _identity(lm, name, benchmarks, asked, folder)
-        missing = still_missing(target, identity) if is_begun(target) else identity["benchmarks"]
+        identity = _identity(lm, benchmarks, asked, folder)
+        missing = still_missing(target, identity) if begun else identity["benchmarks"]
         checks, ready = examine(lm, [each for each in benchmarks if each.name in missing], asked, folder, unused)
         _stop_on_failure(checks, asked.ignore, say)
         notes = [f"ignored: {check.name}: {check.problem}" for check in checks if not check.passed]
         notes += [check.detail for check in checks if check.name == "generation"]
-        if is_first() and is_begun(target):
+        if first and begun:
             add_notes(target, notes)
-        elif is_first():
+        elif first:
             path = str(model) if isinstance(model, str | Path) else lm.model.name_or_path
-            create(target, identity, {"model": path, "settings": asdict(asked), "notes": notes})
+            create(target, {"model": path, "settings": asdict(asked), "notes": notes, "identity": identity})
             stack.enter_context(alone_in(target, busy))
         for i, each in enumerate(ready, len(benchmarks) - len(ready) + 1):
             check_stop()
-            line = _run(lm, each, asked, identity, target)
+            line = _run_benchmark(lm, each, asked, identity, target)
             say(f"{i}/{len(benchmarks)} {each.benchmark.name} {line}")
-    if not is_first():
+    if not first:
         return {}
     record_hashes(target)
     return write_scores(target)
 
 
-def _identity(
-    lm: Any, suite: str, benchmarks: Sequence[Benchmark], asked: Settings, mirror: Path | None
-) -> dict[str, Any]:
+def _identity(lm: Any, benchmarks: Sequence[Benchmark], asked: Settings, mirror: Path | None) -> dict[str, Any]:
     """All that the scores of a run depend on."""
     return {
-        "suite": suite,
+        "suite": asked.suite,
         "benchmarks": [each.name for each in benchmarks],
         "model": fingerprint(lm),
         "prompting": asdict(asked.prompting),
@@ -123,19 +120,11 @@ def _identity(
 
 
 def diagnose(model: str, **settings: Any) -> list[Check]:
-    """The checks that `run` makes before it lets a model answer.
-
-    Args:
-        model: as for `run`.
-        **settings: fields of `Settings`.
-
-    Raises:
-        UserError: bad input.
-    """
+    """The checks that `run` makes before it lets a model answer, of the same arguments; UserError for bad input."""
     asked = Settings(**settings)
     asked.check()
-    _, benchmarks = asked.benchmarks()
-    with _data_sets(asked.mirror) as folder, as_tasks_ask(lm := _open(model, None, asked)) as unused:
+    benchmarks, lm = asked.benchmarks(), _open(model, None, asked)
+    with _data_sets(asked.mirror) as folder, generation_config_aside(lm) as unused:
         return examine(lm, benchmarks, asked, folder, unused)[0]
 
 
@@ -144,26 +133,23 @@ def examine(
 ) -> tuple[list[Check], list[Ready]]:
     """Every check, and the benchmarks that are ready to run; tasks are loaded only if all else is well.
 
-    `unused` is what `as_tasks_ask` has put aside.
+    `unused` are the fields of the model's generation_config that were put aside.
     """
-    checks = check_surroundings(benchmarks, mirror) + check_model(lm)
-    ready = []
-    if not failures(checks, asked.ignore):
-        for benchmark in benchmarks:
-            try:
-                complete, loaded = load_tasks(benchmark)
-            except UserError as error:
-                checks.append(Check("data", str(error)))
-                continue
-            try:
-                prompts = prompts_of(lm, complete, loaded["tasks"], asked.prompting)
-            except UserError as error:
-                checks.append(Check("prompts", str(error)))
-                continue
-            check, reason = check_context(lm, complete, prompts, asked.overlong)
-            checks.append(check)
-            ready.append(Ready(complete, loaded, prompts, reason))
-    written = (task for each in ready for task in each.loaded["tasks"].values() if task.OUTPUT_TYPE == "generate_until")
+    checks, ready = [*check_surroundings(benchmarks, mirror), *check_model(lm)], []
+    sound = not failures(checks, asked.ignore)
+    for benchmark in benchmarks if sound else ():
+        part = "data"
+        try:
+            complete, loaded = load_tasks(benchmark)
+            part = "prompts"
+            prompts = prompts_of(lm, complete, loaded["tasks"], asked.prompting)
+        except UserError as error:
+            checks.append(Check(part, str(error)))
+            continue
+        check, reason = check_context(lm, complete, prompts, asked.overlong)
+        checks.append(check)
+        ready.append(Ready(complete, loaded, prompts, reason))
+    written = [task.OUTPUT_TYPE == "generate_until" for each in ready for task in each.loaded["tasks"].values()]
     if unused and any(written):
         fields = ", ".join(f"{name}={str(value)[:40]}" for name, value in unused.items())
         detail = f"not used, for no task asks for it: {fields} (of the model's generation_config)"
@@ -171,19 +157,15 @@ def examine(
     return checks, ready
 
 
-def _stop_on_failure(checks: Sequence[Check], ignored: Sequence[str], say: Any) -> None:
-    failed = failures(checks, ignored)
-    if failed:
+def _stop_on_failure(checks: Sequence[Check], ignored: Sequence[str], say: Callable[[str], None]) -> None:
+    """Raise UserError for the first check that failed; where all passed, say what is worth knowing."""
+    if failed := failures(checks, ignored):
         more = f" (and {len(failed) - 1} more: python -m eval doctor)" if len(failed) > 1 else ""
         raise UserError(f"{failed[0].name}: {failed[0].problem}{more}")
     for check in checks:
         if check.notable or not check.passed:
             say(outcome(check, ignored))
     say(f"{sum(check.passed for check in checks)} checks passed")
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 def _open(model: Any, tokenizer: Any, asked: Settings) -> Any:
@@ -206,17 +188,17 @@ def _data_sets(mirror: str | None) -> Iterator[Path | None]:
         yield folder
 
 
-def _run(lm: Any, ready: Ready, asked: Settings, identity: dict[str, Any], target: Path) -> str:
+def _run_benchmark(lm: Any, ready: Ready, asked: Settings, identity: dict[str, Any], target: Path) -> str:
     """Run one benchmark and write its result file; returns its score in a few words."""
     if ready.skipped:
         result = {"benchmark": ready.benchmark.name, "skipped": ready.skipped}
     else:
         kept = partial(_cached, folder=Path(asked.cache), identity=identity) if asked.cache else nullcontext
-        with bad_input(ScoringError), of_its_files(ready.benchmark, "it cannot be answered and scored"):
+        with bad_input(ScoringError), task_errors(ready.benchmark, "it cannot be answered and scored"):
             result = answer(lm, ready.benchmark, ready.loaded, ready.prompts, asked.prompting, kept)
     if not is_first():
         return ""
-    write_result(target, ready.benchmark, result, SMOKE if asked.prompting.smoke(asked.suite) else "")
+    write_result(target, ready.benchmark, result, asked.prompting.stamp(asked.suite))
     if ready.skipped:
         return f"left out: {ready.skipped}"
     with bad_input(ScoringError):

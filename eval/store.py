@@ -1,4 +1,4 @@
-"""The directory of a run: what it was asked (`manifest.json`), the answers to each benchmark (`results/`), its scores.
+"""The directory of a run: its options (`manifest.json`), the answers to each benchmark (`results/`), its scores.
 
 A result file is written whole as its benchmark ends, and the scores are a function of these files.
 """
@@ -13,39 +13,38 @@ from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import atomic_directory, check_new_directory, write_json, write_text
 from hf_ibnorm.base.reading import read_json
+from hf_ibnorm.report.document import Document, readings
 from hf_ibnorm.report.environment import environment_record
-from hf_ibnorm.report.tables import csv_text
+from hf_ibnorm.report.tables import Table, csv_text, number_cell, score_cell
 
-from .options import Prompting
+from .options import SMOKE, Prompting
 from .scoring import DAMAGE, check_items, score_suite
-from .suites import DEFINED, SUITES, Benchmark
-from .tables import SMOKE, describe, score_table
+from .suites import AVERAGED, DEFINED, SUITES, Benchmark
+
+READING = Path(__file__).with_name("reading.md")
 
 
 def is_begun(directory: Path) -> bool:
-    """Whether a run was begun in `directory`."""
     return (directory / layout.MANIFEST).is_file()
 
 
-def create(directory: Path, identity: dict[str, Any], about: dict[str, Any]) -> None:
-    """Begin a run: `identity` is all that its scores depend on, `about` what else is worth keeping; UserError where the
-    directory cannot be made."""
+def create(directory: Path, manifest: dict[str, Any]) -> None:
+    """Begin a run; UserError where the directory cannot be made."""
     with bad_input(OSError, about="output: "):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(directory) as folder:
             (folder / layout.RESULTS).mkdir()
             write_json(folder / layout.ENVIRONMENT, environment_record())
-            write_json(folder / layout.MANIFEST, {**about, "identity": identity})
+            write_json(folder / layout.MANIFEST, manifest)
 
 
 def still_missing(directory: Path, identity: dict[str, Any]) -> list[str]:
     """The benchmarks that a stopped run has not finished; UserError where the run in `directory` is another one."""
-    before = read_manifest(directory)["identity"]
-    if different := _difference(before, identity):
+    if different := _difference(read_manifest(directory)["identity"], identity):
         raise UserError(f"output: {directory} holds a run with another {different}; name a new directory")
     for left_behind in (directory / layout.RESULTS).glob(".*"):  # written in part when the run was killed
         left_behind.unlink(missing_ok=True)
-    return [name for name in identity["benchmarks"] if not _result(directory, name).is_file()]
+    return [name for name in identity["benchmarks"] if not _result_file(directory, name).is_file()]
 
 
 def _difference(before: Any, now: Any, field: str = "") -> str:
@@ -59,23 +58,23 @@ def _difference(before: Any, now: Any, field: str = "") -> str:
     return ""
 
 
-def _result(directory: Path, benchmark: str) -> Path:
+def _result_file(directory: Path, benchmark: str) -> Path:
     return directory / layout.RESULTS / f"{benchmark}.json"
 
 
-def _results(directory: Path) -> list[Path]:
+def _result_files(directory: Path) -> list[Path]:
     """All result files, without those that are being written."""
     return sorted((directory / layout.RESULTS).glob("[!.]*.json"))
 
 
 def write_result(directory: Path, benchmark: Benchmark, result: dict[str, Any], stamp: str) -> None:
-    """Write the result file of a benchmark, with what its score is made of."""
+    """Write the result file of a benchmark, with the benchmark's definition."""
     definition = {name: value for name, value in asdict(benchmark).items() if name not in ("config", "folders")}
     with bad_input(OSError, about="output: "):
-        write_json(_result(directory, benchmark.name), {"stamp": stamp, **result, "definition": definition})
+        write_json(_result_file(directory, benchmark.name), {"stamp": stamp, **result, "definition": definition})
 
 
-def add_to_manifest(directory: Path, **more: Any) -> None:
+def _add_to_manifest(directory: Path, **more: Any) -> None:
     """Set further fields of a run's manifest."""
     manifest = read_manifest(directory)
     if manifest != {**manifest, **more}:
@@ -85,13 +84,13 @@ def add_to_manifest(directory: Path, **more: Any) -> None:
 
 def add_notes(directory: Path, notes: Sequence[str]) -> None:
     """Add notes, which stand beside the scores, to the manifest."""
-    add_to_manifest(directory, notes=list(dict.fromkeys([*read_manifest(directory)["notes"], *notes])))
+    _add_to_manifest(directory, notes=list(dict.fromkeys([*read_manifest(directory)["notes"], *notes])))
 
 
 def record_hashes(directory: Path) -> None:
     """Write the hashes of the questions that were answered, task by task, into the manifest."""
-    tasks = [task for result in read_results(directory).values() for task in result.get("tasks", {}).items()]
-    add_to_manifest(directory, task_hashes={name: task["hash"] for name, task in tasks})
+    tasks = [task for result in _read_results(directory).values() for task in result.get("tasks", {}).items()]
+    _add_to_manifest(directory, task_hashes={name: task["hash"] for name, task in tasks})
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -100,19 +99,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_results(directory: Path) -> dict[str, dict[str, Any]]:
+def _read_results(directory: Path) -> dict[str, dict[str, Any]]:
     """The result files of a run by benchmark."""
-    results = {path.stem: read_json("run", path, layout.RESULT_FORM) for path in _results(directory)}
+    results = {path.stem: read_json("run", path, layout.RESULT_FORM) for path in _result_files(directory)}
     for name, result in results.items():
         if not {"tasks", "skipped"} & result.keys():
-            raise UserError(f"run: {_result(directory, name)} has no tasks or skipped")
+            raise UserError(f"run: {_result_file(directory, name)} has no tasks or skipped")
     return results
 
 
 def read_run(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The manifest and the result files of a run, each with as many items as it must have; UserError where a file is
-    missing or damaged, or items are."""
-    manifest, results = read_manifest(directory), read_results(directory)
+    """The manifest and the result files of a run, with as many items as it must have; UserError where a file or an item
+    is missing or damaged."""
+    manifest, results = read_manifest(directory), _read_results(directory)
     with bad_input(*DAMAGE, about=f"run: {directory} holds a damaged result: "):
         limit = Prompting(**manifest["identity"]["prompting"]).limit
         for result in results.values():
@@ -153,33 +152,64 @@ def merge(shards: Sequence[Path], output: Path) -> None:
     files = [file for identity in identities for file in (identity["mirror"] or {}).items()]
     identity = {**first, "benchmarks": sorted(names, key=order.index), "mirror": dict(sorted(files)) or None}
     notes = [note for manifest in manifests for note in manifest["notes"]]
-    create(output, identity, {**manifests[0], "identity": identity, "notes": list(dict.fromkeys(notes))})
+    create(output, {**manifests[0], "identity": identity, "notes": list(dict.fromkeys(notes))})
     with bad_input(OSError, about="output: "):
-        for path in [path for shard in shards for path in _results(shard)]:
-            write_text(_result(output, path.stem), path.read_text(encoding="utf-8"))
+        for path in [path for shard in shards for path in _result_files(shard)]:
+            write_text(_result_file(output, path.stem), path.read_text(encoding="utf-8"))
     record_hashes(output)
 
 
-def score(directory: Path) -> dict[str, Any]:
-    """The scores of a run, from its files alone; UserError where a file is missing or damaged."""
-    manifest, results = read_run(directory)
-    suite, names = manifest["identity"]["suite"], manifest["identity"]["benchmarks"]
-    prompting = Prompting(**manifest["identity"]["prompting"])
-    with bad_input(*DAMAGE, about=f"run: {directory} holds a damaged result: "):
-        benchmarks = benchmarks_of(suite, results, names)
-        scores = score_suite(suite, benchmarks, results, model=manifest["model"], smoke=prompting.smoke(suite))
-    stamp = [SMOKE] if scores["smoke"] else []
-    scores["notes"] = [*stamp, *prompting.notes(), *scores["notes"], *manifest["notes"]]
-    return scores
+def score_table(scores: dict[str, Any]) -> Table:
+    """Raw ± stderr and whether that is chance, normalized, chance, n, ties, truncated prompts; the average last."""
+    table = Table(["benchmark", "raw", "normalized", "chance", "n", "ties", "truncated"])
+    for name, row in scores["benchmarks"].items():
+        details = row["details"]
+        title = DEFINED[name].title if name in DEFINED else name
+        unit = " bits per byte" if details["metric"] == "bits_per_byte" else ""
+        numbers = [(row["normalized"], ".2f"), (row["chance"], ".3f"), (row["n"], "d")]
+        numbers += [(details.get(field), "d") for field in ("ties", "truncated")]
+        table.rows.append([title, score_cell(row) + unit, *(number_cell(*each, missing="") for each in numbers)])
+        seconds = {key.removesuffix(",none"): value for key, value in details.items() if "," in key}
+        if "size_weighted" in details:
+            seconds["size-weighted"] = details["size_weighted"]
+        table.rows += [[f"  {key}", f"{value:.3f}", *[""] * 5] for key, value in seconds.items()]
+    if scores["suite"] in AVERAGED:
+        raw = normalized = "-"
+        if scores["average"] is not None:
+            average = f"{scores['average']:.2f}"
+            raw, normalized = (average, "") if scores["suite"] == "v1" else ("", average)
+        table.rows.append(["Average", raw, normalized, *[""] * 4])
+    return table
+
+
+def scores_document(scores: dict[str, Any]) -> Document:
+    """The report on the scores of a run."""
+    document = Document(f"{scores['suite']}: {scores['model']}")
+    caption = f"{scores['model']} on suite {scores['suite']}."
+    if scores["smoke"]:
+        document.strong(SMOKE)
+        caption += f" {SMOKE}."
+    document.table(score_table(scores), latex_caption=caption)
+    document.bullets(scores["notes"])
+    for heading, text in readings(READING).items():
+        if heading in ("Scores", scores["suite"]):
+            document.paragraph(text)
+    return document
 
 
 def write_scores(directory: Path, output: Path | None = None) -> dict[str, Any]:
-    """Score a run, print the table and write `scores.json`, `.md`, `.csv` and `.tex` into `output`, or its directory;
-    UserError as in `score`, and where the files cannot be written."""
-    scores = score(directory)
-    target = output or directory
+    """Score a run from its files, print the table and write `scores.json`, `.md`, `.csv` and `.tex` into `output` (by
+    default its own directory); UserError where a file is missing or damaged, or cannot be written."""
+    manifest, results = read_run(directory)
+    identity, target = manifest["identity"], output or directory
+    suite, prompting = identity["suite"], Prompting(**identity["prompting"])
+    with bad_input(*DAMAGE, about=f"run: {directory} holds a damaged result: "):
+        benchmarks = benchmarks_of(suite, results, identity["benchmarks"])
+        scores = score_suite(suite, benchmarks, results, model=manifest["model"], smoke=prompting.smoke(suite))
+    stamp = SMOKE if scores["smoke"] else ""
+    scores["notes"] = [*([stamp] if stamp else []), *prompting.notes(), *scores["notes"], *manifest["notes"]]
     fields = ("raw", "stderr", "normalized", "chance", "n")
-    about = {"suite": scores["suite"], "model": scores["model"], "stamp": SMOKE if scores["smoke"] else ""}
+    about = {"suite": suite, "model": manifest["model"], "stamp": stamp}
     rows = [
         {**about, "benchmark": name, **{field: row[field] for field in fields}}
         for name, row in scores["benchmarks"].items()
@@ -188,7 +218,7 @@ def write_scores(directory: Path, output: Path | None = None) -> dict[str, Any]:
         target.mkdir(parents=True, exist_ok=True)
         write_json(target / layout.SCORES, scores)
         write_text(target / "scores.csv", csv_text([*about, "benchmark", *fields], rows))
-        describe(scores).write(target / "scores.md", target / "scores.tex")
+        scores_document(scores).write(target / "scores.md", target / "scores.tex")
     for note in scores["notes"]:
         print(note)
     score_table(scores).print()

@@ -20,9 +20,8 @@ from hf_ibnorm.base.layout import SOURCE
 from hf_ibnorm.base.reading import read_json, reading
 from hf_ibnorm.swap.families import FAMILIES
 
-from ..choice import choose
 from ..options import Settings, add_settings
-from ..suites import SUITES
+from ..suites import SUITES, choose
 from .plan import VALIDATION, Arm, Cell, Search, Study, flag_words, slug
 from .training import Training, mean_losses, read_training, scores_folder, with_scores
 
@@ -287,9 +286,7 @@ def searched_arm(search: Search, lam: float | None) -> Arm:
 
 def check_suites(study: Study) -> None:
     """Raise UserError for a suite or flag of scoring that does not exist, or a metric that nothing gives."""
-    names = [
-        each.name for suite in study.suites for each in choose(suite, _scoring(study, suite).get("include_path"))[1]
-    ]
+    names = [each.name for suite in study.suites for each in choose(suite, _scoring(study, suite).get("include_path"))]
     if study.metric not in (VALIDATION, *names):
         raise UserError(f"metric: got {study.metric!r}, must be {VALIDATION} or one of the suites': {', '.join(names)}")
     if study.metric in study.scoring.get("skip", ()):

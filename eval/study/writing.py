@@ -11,7 +11,7 @@ from hf_ibnorm.report.plots import plot_forest
 from hf_ibnorm.report.tables import Table, csv_text
 
 from ..compare import BETTER, WORSE
-from ..tables import SMOKE
+from ..options import SMOKE
 from . import figures, findings
 from .folder import SOURCE, Folder
 from .plan import Study, slug

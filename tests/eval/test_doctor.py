@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from eval.__main__ import main
-from eval.answers import measured
+from eval.answers import count_tokens
 from eval.doctor import check_model
 from eval.model import load_model
 from eval.options import Prompting
@@ -270,6 +270,6 @@ def test_prompts_are_counted_as_the_harness_encodes_them(checkpoint, tmp_path):
         lm._loglikelihood_tokens = lambda requests, seen=seen, **_: seen.extend(requests) or []
         requests = [Instance("loglikelihood", {}, pair, i, ("task", i, 1)) for i, pair in enumerate(texts)]
         lm.loglikelihood(requests, disable_tqdm=True)
-        prompts = measured(lm, requests, Prompting())
+        prompts = count_tokens(lm, requests, Prompting())
         assert [prompts.tokens[i, i] for i in range(4)] == [len(answer) for _, _, answer in seen]
         assert prompts.longest == max(len(context) + len(answer) - 1 for _, context, answer in seen)

@@ -31,7 +31,7 @@ class Interrupted(Exception):
 
 def stop_after(monkeypatch, count):
     """Let so many benchmarks end, and no more."""
-    original, ended = runner._run, []
+    original, ended = runner._run_benchmark, []
 
     def stopping(*arguments):
         if len(ended) == count:
@@ -39,7 +39,7 @@ def stop_after(monkeypatch, count):
         ended.append(arguments[1].benchmark.name)
         return original(*arguments)
 
-    monkeypatch.setattr(runner, "_run", stopping)
+    monkeypatch.setattr(runner, "_run_benchmark", stopping)
     return ended
 
 

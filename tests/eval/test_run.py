@@ -16,10 +16,10 @@ from warm import python
 
 from eval.__main__ import main
 from eval.model import load_model
+from eval.options import SMOKE
 from eval.runner import run
 from eval.scoring import ScoringError
 from eval.suites import MULTIPLE_CHOICE, SUITES, embedded_rows
-from eval.tables import SMOKE
 from hf_ibnorm import load_corpus
 from hf_ibnorm.base.errors import UserError
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer

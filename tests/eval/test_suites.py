@@ -9,11 +9,10 @@ from oracle import AntiOracle, Oracle
 
 from eval.__main__ import main
 from eval.answers import task_hash
-from eval.choice import choose
 from eval.harness import data_from, load_tasks
 from eval.model import load_model
 from eval.runner import run
-from eval.suites import SUITES, task_manager
+from eval.suites import SUITES, choose, task_manager
 from hf_ibnorm.base.errors import UserError
 
 SIZES = {"arc_challenge": 1, "mmlu": 57, "leaderboard_bbh": 24, "leaderboard_math_hard": 7, "leaderboard_gpqa": 3}
@@ -134,7 +133,7 @@ def golds_of(names, mirror, cache):
     cache.mkdir()
     found = {}
     with data_from(mirror, cache):
-        for benchmark in choose(names)[1]:
+        for benchmark in choose(names):
             for name, task in load_tasks(benchmark)[1]["tasks"].items():
                 found[name] = [task.doc_to_target(doc) for doc in task.eval_docs]
                 assert found[name] == [task.doc_to_target(doc) for doc in task.eval_docs]
