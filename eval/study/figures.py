@@ -11,8 +11,8 @@ from hf_ibnorm.report import plots
 from hf_ibnorm.report.plots import COLOURS, MARKS, SMALL, STYLES, ForestLine, Points
 
 from ..compare import BETTER, WORSE
+from .group import BASELINE, Group
 from .plan import VALIDATION
-from .results import BASELINE, Group
 from .training import DIVERGED
 
 SHOWN = 8
@@ -23,7 +23,7 @@ SMOOTH = 20
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses of one compared training, as they are drawn.
+    """The losses of one compared training, as they are drawn.
 
     Args:
         condition, norm, seed: of the training.
@@ -48,7 +48,7 @@ def curves_of(groups: Sequence[Group]) -> list[Curve]:
     for condition in dict.fromkeys(group.condition for group in groups):
         for group in _shown([group for group in groups if group.condition == condition]):
             runs = group.runs()
-            seeds = [seed for seed, each in group.finals.items() if each.run in runs]
+            seeds = [seed for seed, training in group.finals.items() if training.run in runs]
             training = [plots.smoothed(run.curve("loss"), SMOOTH) for run in runs]
             shortest = min(map(len, training))  # a run may have skipped steps
             for seed, run, losses in zip(seeds, runs, training, strict=True):
@@ -57,11 +57,11 @@ def curves_of(groups: Sequence[Group]) -> list[Curve]:
 
 
 def curve_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """The same as rows of `curves.csv`."""
+    """The curves as rows of `curves.csv`."""
     return [
-        dict(zip(CURVE, (each.condition, each.norm, each.seed, kind, *point), strict=True))
-        for each in curves
-        for kind, points in (("training", each.training), ("validation", each.validation))
+        dict(zip(CURVE, (curve.condition, curve.norm, curve.seed, kind, *point), strict=True))
+        for curve in curves
+        for kind, points in (("training", curve.training), ("validation", curve.validation))
         for point in points
     ]
 
@@ -69,78 +69,82 @@ def curve_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
 def draw_losses(curves: Sequence[Curve], baseline: str | None, path: Path) -> None:
     """Training loss, averaged over up to 20 steps, and by how much the validation loss differs from the baseline's:
     mean over seeds, band from best to worst. Without a baseline, the validation loss itself."""
-    names = list(dict.fromkeys(each.norm for each in curves))
-    training = {name: [each.training for each in curves if each.norm == name] for name in names}
-    validation = {name: {each.seed: each.validation for each in curves if each.norm == name} for name in names}
+    names = list(dict.fromkeys(curve.norm for curve in curves))
+    training = {name: [curve.training for curve in curves if curve.norm == name] for name in names}
+    validation = {name: {curve.seed: curve.validation for curve in curves if curve.norm == name} for name in names}
     base = validation.get(baseline or "", {})
-    if paired := bool(base) and all(_steps(each) == _steps(base) for each in validation.values()):
+    if paired := bool(base) and all(_steps(points) == _steps(base) for points in validation.values()):
         validation = {
             name: {
                 seed: [(step, loss - other) for (step, loss), (_, other) in zip(points, base[seed], strict=True)]
-                for seed, points in each.items()
+                for seed, points in of_norm.items()
             }
-            for name, each in validation.items()
+            for name, of_norm in validation.items()
         }
     with plots.panels(path, 2, 2) as (left, right):
         # The axis fits the second half of the training loss: the ends are compared, not the beginnings.
         _draw_seeds(left, training, 0.5)
-        _draw_seeds(right, {name: list(each.values()) for name, each in validation.items()}, 0.0)
+        _draw_seeds(right, {name: list(of_norm.values()) for name, of_norm in validation.items()}, 0.0)
         left.set_title(f"training loss, nats per token, mean of {SMOOTH} steps")
         difference = f"validation loss, difference from {baseline}, nats per token"
         right.set_title(difference if paired else "validation loss, nats per token")
         plots.beside(right)
 
 
+def _steps(curves: Mapping[int, Points]) -> dict[int, list[float]]:
+    return {seed: [step for step, _ in points] for seed, points in curves.items()}
+
+
 def _draw_seeds(panel: Any, curves: Mapping[str, Sequence[Points]], start: float) -> None:
     """The mean over the curves of each name, with a band from the least to the greatest.
 
     Args:
-        panel: to draw on; its vertical axis is made for what comes after `start`.
+        panel: to draw on.
         curves: name → points of each seed, at the same steps.
-        start: a share of the points.
+        start: share of the points, at the beginning, that the vertical axis need not show.
     """
     late = {}
     for i, (name, seeds) in enumerate(curves.items()):
-        style: Any = {"linestyle": STYLES[i // len(COLOURS) % len(STYLES)], "linewidth": 1.3}
         points = list(zip(*seeds, strict=False))  # a run may have skipped steps
-        steps, values = [each[0][0] for each in points], [[loss for _, loss in each] for each in points]
-        plots.draw_curve(
-            panel, i, [(step, fmean(each)) for step, each in zip(steps, values, strict=True)], name, **style
-        )
-        ends = [min(each) for each in values], [max(each) for each in values]
-        panel.fill_between(steps, *ends, color=plots.look(i)[0], alpha=0.15, linewidth=0)
-        late[name] = [end for each in ends for end in each[int(start * len(values)) :]]
-    shown = [value for values in late.values() for value in values]
-    room = 0.06 * (max(shown) - min(shown)) or 0.1
-    panel.set_ylim(min(shown) - room, max(shown) + room)
+        steps, values = [point[0][0] for point in points], [[loss for _, loss in point] for point in points]
+        means = list(zip(steps, map(fmean, values), strict=True))
+        style: Any = {"linestyle": STYLES[i // len(COLOURS) % len(STYLES)], "linewidth": 1.3}
+        plots.draw_curve(panel, i, means, name, **style)
+        least, most = list(map(min, values)), list(map(max, values))
+        panel.fill_between(steps, least, most, color=plots.look(i)[0], alpha=0.15, linewidth=0)
+        first = int(start * len(values))
+        late[name] = least[first:] + most[first:]
+    low = min(value for values in late.values() for value in values)
+    high = max(value for values in late.values() for value in values)
+    room = 0.06 * (high - low) or 0.1
+    panel.set(xlabel="step", ylim=(low - room, high + room))
     plots.clip(panel, late)
-    panel.set_xlabel("step")
 
 
 def forest_lines(groups: Sequence[Group]) -> list[ForestLine]:
     """Lines of the forest plot: differences from the baseline, a tick for each seed; filled where one is a verdict."""
-    return [
-        ForestLine(
-            each.label, each.paired.mean, each.paired.interval, each.differences, each.verdict in (BETTER, WORSE)
-        )
-        for each in groups
-        if each.paired
-    ]
+    lines = []
+    for group in groups:
+        if paired := group.paired:
+            filled = group.verdict in (BETTER, WORSE)
+            lines.append(ForestLine(group.label, paired.mean, paired.interval, group.differences, filled))
+    return lines
 
 
-def draw_cost(groups: Sequence[Group], path: Path, metric: str, what: str) -> None:
+def draw_cost(groups: Sequence[Group], path: Path, metric: str, title: str) -> None:
     """The metric against the seconds that a training took: means over seeds, with standard deviations.
 
-    The norms of a sweep have one look, with λ beside each; one that is far off is a mark at the edge, with its number.
+    The norms of a sweep have one look, with λ beside each; a norm that is far off is a mark at the edge, with its
+    number.
     """
     points = [
         (group, *_center(group.values(metric).values()), *_center([run.seconds() for run in group.runs()]))
         for group in groups
         if group.values(metric)
     ]
-    families = {id(group): name for name, sweep in sweeps_of(groups).items() for group in sweep}
+    sweeps = _sweep_titles(groups)
     # A sweep has its colour of the picture over λ.
-    names = list(dict.fromkeys([*sweeps_of(groups), *(families.get(id(each[0]), each[0].arm.name) for each in points)]))
+    names = list(dict.fromkeys([*sweeps.values(), *(sweeps.get(group, group.arm.name) for group, *_ in points)]))
     last, crowded = len(COLOURS) - 1, len(names) > len(COLOURS)
     low, high = plots.crowd([(y - error, y + error) for _, y, error, _, _ in points])
     room = 0.06 * (high - low) or 0.5
@@ -148,40 +152,43 @@ def draw_cost(groups: Sequence[Group], path: Path, metric: str, what: str) -> No
     with plots.figure(path, height=4.2) as axes:
         entries: dict[str, Any] = {}
         for group, y, error, x, seconds in points:
-            name = families.get(id(group), group.arm.name)
+            name = sweeps.get(group, group.arm.name)
             i = names.index(name)
             off, at = not low <= y <= high, min(max(y, low), high)
-            look: Any = {"fmt": ("^" if y > high else "v") if off else MARKS[i % len(MARKS)], "clip_on": not off}
             # With more norms than colours, the last ones share a colour, and their names stand beside the marks.
-            look |= {"color": COLOURS[min(i, last)], "elinewidth": 0.7, "alpha": 0.85}
+            shared, colour = i >= last and crowded, COLOURS[min(i, last)]
+            mark = ("^" if y > high else "v") if off else MARKS[i % len(MARKS)]
+            look: Any = {"fmt": mark, "clip_on": not off, "color": colour, "elinewidth": 0.7, "alpha": 0.85}
             drawn = axes.errorbar(x, at, xerr=seconds, yerr=None if off else error, **look)
-            texts = [f"{group.arm.lam:g}"] if id(group) in families else []
-            texts += [name] if i >= last and crowded else []
+            texts = [f"{group.arm.lam:g}"] if group in sweeps else []
+            texts += [name] if shared else []
             texts += [f"{group.arm.name}: {y:.4g}, off the scale"] if off else []
-            side: Any = {"textcoords": "offset points", "fontsize": SMALL, "color": look["color"]}
-            axes.annotate(", ".join(texts), (x, at), (6, -10 if off else 4), **side)
-            entries.setdefault("others" if i >= last and crowded else name, drawn)
-        axes.set(ylim=(low, high), xlabel="seconds per training, validation not counted", ylabel=what)
-        plots.beside(axes, entries, "numbers in the picture: λ" if families else None)
+            place: Any = {"xytext": (6, -10 if off else 4), "textcoords": "offset points"}
+            axes.annotate(", ".join(texts), (x, at), **place, fontsize=SMALL, color=colour)
+            entries.setdefault("others" if shared else name, drawn)
+        axes.set(ylim=(low, high), xlabel="seconds per training, validation not counted", ylabel=title)
+        plots.beside(axes, entries, "numbers in the picture: λ" if sweeps else None)
 
 
-def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> None:
+def draw_lam(groups: Sequence[Group], path: Path, metric: str, title: str) -> None:
     """The metric against λ, a line for each sweep, at the best learning rate of each λ; other norms as lines across."""
-    sweeps, shown = sweeps_of(groups), {}
-    lams = sorted({group.arm.lam or 0.0 for sweep in sweeps.values() for group in sweep})
-    swept = {id(group) for sweep in sweeps.values() for group in sweep}
+    sweeps, swept, shown = sweeps_of(groups), _sweep_titles(groups), {}
+    lams = sorted({group.arm.lam or 0.0 for group in swept})
     with plots.figure(path, height=4.2) as axes:
         for i, (name, sweep) in enumerate(sweeps.items()):
-            known = [group for group in sweep if group.values(metric)]
             aside = 1.05 ** (i - len(sweeps) // 2)  # or the error bars of one λ would cover each other
-            points = [((group.arm.lam or 0.0) * aside, *_center(group.values(metric).values())) for group in known]
-            for group, (_, y, error) in zip(known, points, strict=True):
-                shown[f"{name}, λ = {group.arm.lam:g},"] = [y - error, y + error]
+            points = []
+            for group in sweep:
+                if values := group.values(metric):
+                    y, error = _center(values.values())
+                    points.append(((group.arm.lam or 0.0) * aside, y, error))
+                    shown[f"{name}, λ = {group.arm.lam:g},"] = [y - error, y + error]
             if points:
                 places, means, errors = zip(*points, strict=True)
                 look: Any = {"color": COLOURS[i % len(COLOURS)], "elinewidth": 0.8, "capsize": 3, "label": name}
                 axes.errorbar(places, means, yerr=errors, fmt=MARKS[i % len(MARKS)] + STYLES[i % len(STYLES)], **look)
-        for i, group in enumerate(group for group in groups if id(group) not in swept and group.values(metric)):
+        others = [group for group in groups if group not in swept and group.values(metric)]
+        for i, group in enumerate(others):
             y, error = _center(group.values(metric).values())
             shown[group.arm.name] = [y]
             look = {"color": "black", "alpha": 0.8, "linewidth": 1, "label": group.arm.name}
@@ -190,11 +197,11 @@ def draw_lam(groups: Sequence[Group], path: Path, metric: str, what: str) -> Non
                 axes.axhspan(y - error, y + error, color="black", alpha=0.08)
         if lams[0]:
             axes.set_xscale("log", base=2)
-        else:  # a norm too, and no place on a logarithmic axis
+        else:  # 0 has no place on a logarithmic axis
             axes.set_xscale("symlog", base=2, linthresh=next(filter(None, lams)), linscale=0.5)
         axes.set_xticks(lams, [f"{lam:g}" for lam in lams])
         axes.set_xticks([], minor=True)
-        axes.set(xlabel="λ", ylabel=what)
+        axes.set(xlabel="λ", ylabel=title)
         plots.clip(axes, shown)
         plots.beside(axes)
 
@@ -224,6 +231,12 @@ def draw_stability(groups: Sequence[Group], path: Path) -> None:
         flat[0].figure.supylabel("λ")
 
 
+def _tuned_text(group: Group, rate: float) -> str:
+    if (loss := group.tuned().get(rate)) is not None:
+        return f"{loss:.2f}"
+    return "×" if DIVERGED in group.tuning_states(rate) else ""
+
+
 def sweeps_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
     """Three or more norms that differ in λ alone: the common part of their names → the norms, sorted by λ."""
     families: dict[str, list[Group]] = {}
@@ -240,25 +253,16 @@ def sweeps_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
     return sweeps
 
 
+def _sweep_titles(groups: Sequence[Group]) -> dict[Group, str]:
+    """Norm of a sweep → the sweep's title."""
+    return {group: title for title, sweep in sweeps_of(groups).items() for group in sweep}
+
+
 def _shown(groups: Sequence[Group]) -> list[Group]:
     """Norms with a run, of each sweep the one with the least validation loss; the baseline first, then the best."""
+    losses = {group: fmean(group.values(VALIDATION).values()) for group in groups if group.runs()}
     best: dict[str, Group] = {}
-    swept = {id(group): name for name, sweep in sweeps_of(groups).items() for group in sweep}
-    for group in sorted((group for group in groups if group.runs()), key=_validation):
-        best.setdefault(swept.get(id(group), group.arm.name), group)
-    chosen = sorted(best.values(), key=lambda group: (group.verdict != BASELINE, _validation(group)))
-    return chosen[:SHOWN]
-
-
-def _validation(group: Group) -> float:
-    return fmean(group.values(VALIDATION).values())
-
-
-def _steps(curves: Mapping[int, Points]) -> dict[int, list[float]]:
-    return {seed: [step for step, _ in curve] for seed, curve in curves.items()}
-
-
-def _tuned_text(group: Group, rate: float) -> str:
-    if (loss := group.tuned().get(rate)) is not None:
-        return f"{loss:.2f}"
-    return "×" if any(each.state == DIVERGED for each in group.tuning.get(rate, [])) else ""
+    sweeps = _sweep_titles(groups)
+    for group in sorted(losses, key=losses.__getitem__):
+        best.setdefault(sweeps.get(group, group.arm.name), group)
+    return sorted(best.values(), key=lambda group: (group.verdict != BASELINE, losses[group]))[:SHOWN]

@@ -1,6 +1,7 @@
-"""The YAML file of a study: what its fields may hold, and the study that they describe."""
+"""The YAML file of a study: the types of its fields, and the study that they describe."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,14 +21,12 @@ from hf_ibnorm.base.fields import (
 )
 from hf_ibnorm.base.reading import read_text, read_yaml, reading
 from hf_ibnorm.checks import nearest
+from hf_ibnorm.report.runs import NORM_SETTINGS, flat_settings
 
 from ..options import OF_STUDIES
 from .plan import STUDIES, VALIDATION, Arm, Search, Study, shipped_studies, slug
 
-_STUDYS_OWN = (
-    *("run_dir", "resume", "seed", "learning_rate", "config", "check", "push_to_hub"),
-    *("model.norm_type", "model.norm_kwargs", "model.norm_overrides"),
-)
+_STUDYS_OWN = ("run_dir", "resume", "seed", "learning_rate", "config", "check", "push_to_hub", *NORM_SETTINGS)
 
 
 @dataclass
@@ -57,7 +56,7 @@ class _Search:
 
 @dataclass
 class _File:
-    """The whole file; `Study` says what its fields mean."""
+    """The whole file; `Study` explains its fields."""
 
     recipe: str
     norms: list = field(metadata=FILLED)
@@ -99,9 +98,9 @@ def parse_study(name: str, content: Any, source: str, folder: Path = Path()) -> 
 
     Args:
         name: of the study.
-        content: the file's, as YAML gives it.
-        source: its text.
-        folder: where the file lies, and a recipe named by a relative path may.
+        content: of the file, as YAML gives it.
+        source: the text of the file.
+        folder: of the file; a recipe named by a relative path may lie there.
 
     Raises:
         ValueError, TypeError: naming the field, the value and what is allowed.
@@ -110,7 +109,7 @@ def parse_study(name: str, content: Any, source: str, folder: Path = Path()) -> 
     arms = tuple(arm for i, entry in enumerate(file.norms) for arm in _arms(f"norms[{i}]", entry))
     searches = tuple(_search(f"search[{i}]", entry) for i, entry in enumerate(file.search))
     file.tuning_seeds = file.tuning_seeds or file.seeds[:1]
-    _check_names(file, [each.name for each in arms], [each.name for each in searches])
+    _check_names(file, [arm.name for arm in arms], [search.name for search in searches])
     if searches and (shared := sorted({*file.seeds} & {*file.tuning_seeds})):
         raise ValueError(f"seeds: got {shared[0]}, which is one of tuning_seeds; a search is confirmed on fresh seeds")
     if searches and "" not in file.conditions:
@@ -120,15 +119,15 @@ def parse_study(name: str, content: Any, source: str, folder: Path = Path()) -> 
     check_known("scoring", file.scoring, list(OF_STUDIES))
     for flag, value in file.scoring.items():
         check_filled(f"scoring.{flag}", value)
-    same = {each: value for each, value in vars(file).items() if each not in ("norms", "set", "search")}
-    values: dict[str, Any] = {each: tuple(value) if isinstance(value, list) else value for each, value in same.items()}
-    values |= {
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(file).items()}
+    del fields["norms"], fields["set"], fields["search"]
+    fields |= {
         "about": " ".join(file.about.split()),
         "recipe": str(folder / file.recipe) if (folder / file.recipe).is_file() else file.recipe,
         "settings": _settings("set", file.set),
-        "conditions": {each: _settings(f"conditions.{each}", value) for each, value in file.conditions.items()},
+        "conditions": {key: _settings(f"conditions.{key}", value) for key, value in file.conditions.items()},
     }
-    return Study(name=name, source=source, arms=arms, searches=searches, **values)
+    return Study(name=name, source=source, arms=arms, searches=searches, **fields)
 
 
 def _check_names(file: _File, arms: list[str], searches: list[str]) -> None:
@@ -137,9 +136,8 @@ def _check_names(file: _File, arms: list[str], searches: list[str]) -> None:
     for where, named in (("norms", names), ("conditions", list(file.conditions))):
         for name in _repeated(named, slug):
             raise ValueError(f"{where}: {name!r} is there more than once, or too like another name")
-    rates = [f"{rate:g}" for rate in file.learning_rates]
     listed: dict[str, list[Any]] = {
-        "learning_rates": rates,
+        "learning_rates": [f"{rate:g}" for rate in file.learning_rates],
         "seeds": file.seeds,
         "tuning_seeds": file.tuning_seeds,
         "suites": file.suites,
@@ -165,9 +163,12 @@ def _arms(where: str, content: Any) -> list[Arm]:
     arms = []
     for values in itertools.product(*entry.sweep.values()):
         swept = dict(zip(entry.sweep, values, strict=True))
-        name = " ".join([arm.name, *(f"{option}={_short(value)}" for option, value in {**shown, **swept}.items())])
+        options = (shown | swept).items()
+        texts = [
+            f"{option}={value:g}" if isinstance(value, float) else f"{option}={value}" for option, value in options
+        ]
         kwargs = _resolved(norm, {**entry.kwargs, **swept}, f"{where}.kwargs")
-        arms.append(replace(arm, name=name, kwargs=kwargs))
+        arms.append(replace(arm, name=" ".join([arm.name, *texts]), kwargs=kwargs))
     return arms
 
 
@@ -192,11 +193,8 @@ def _resolved(norm: str, kwargs: Mapping[str, Any], where: str) -> dict[str, Any
 
 
 def _settings(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a recipe; those of the model as `model.name`."""
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        nested = name == "model" and isinstance(value, dict)
-        flat |= {f"model.{inner}": each for inner, each in value.items()} if nested else {name: value}
+    """Fields of a recipe on one level; those of the model as `model.name`."""
+    flat = flat_settings(fields) if isinstance(fields.get("model"), dict) else dict(fields)
     for name, value in flat.items():
         if name in _STUDYS_OWN:
             raise ValueError(f"{where}: got {name!r}, which is the study's own; allowed are the recipe's other fields")
@@ -207,9 +205,5 @@ def _settings(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _repeated(values: Sequence[Any], folder: Callable[[Any], str] = str) -> list[Any]:
     """The values that share their folder with another one."""
-    folders = [folder(value) for value in values]
-    return [value for value, its in zip(values, folders, strict=True) if folders.count(its) > 1]
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    count = Counter(map(folder, values))
+    return [value for value in values if count[folder(value)] > 1]

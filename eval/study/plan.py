@@ -11,7 +11,7 @@ from hf_ibnorm.base.layout import CELLS
 
 STUDIES = Path(__file__).parents[1] / "studies"
 VALIDATION = "eval_loss"
-"""The metric of a study that has no test set: the validation loss, on which the learning rate was chosen too."""
+"""The metric of a study without a test set: the validation loss, which chooses the learning rates too."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Arm:
     """One of the norms that a study compares.
 
     Args:
-        name: what tables call it.
-        norm: a norm's name.
-        kwargs: its options, resolved, but for an epsilon that was not given: that is the model's.
+        name: of the arm, in tables.
+        norm: the norm's name.
+        kwargs: its options, resolved; without `eps` where none was given, for then it is the model's.
         overrides: norms of single sites, as in the config's `norm_overrides`.
         settings: fields of the recipe that are different for this arm alone.
         learning_rate_scale: factor on every learning rate of the grid.
@@ -35,13 +35,9 @@ class Arm:
     learning_rate_scale: float = 1.0
 
     def flags(self) -> dict[str, Any]:
-        """Fields of the recipe that make a training one of this arm."""
-        named = {
-            "model.norm_type": self.norm,
-            "model.norm_kwargs": dict(self.kwargs),
-            "model.norm_overrides": list(self.overrides),
-        }
-        return {**named, **(self.settings or {})}
+        """The fields of the recipe that this arm sets."""
+        norm = {"model.norm_type": self.norm, "model.norm_kwargs": dict(self.kwargs)}
+        return {**norm, "model.norm_overrides": list(self.overrides), **(self.settings or {})}
 
     @property
     def lam(self) -> float | None:
@@ -50,7 +46,7 @@ class Arm:
 
     @property
     def family(self) -> str:
-        """What arms share that differ in λ alone."""
+        """A text that is the same for arms that differ in name and λ alone."""
         other = {**asdict(self), "name": "", "kwargs": {k: v for k, v in self.kwargs.items() if k != "lam"}}
         return json.dumps(other, sort_keys=True)
 
@@ -64,7 +60,7 @@ class Search:
         norm: the norm whose λ is searched.
         kwargs: its other options.
         lam: least and greatest λ; tried on a logarithmic scale.
-        trials: trainings that are begun; each has its λ and one of the study's learning rates.
+        trials: number of trainings that are begun, each with a λ and one of the study's learning rates.
         reduction: of so many trainings that reach a validation, one goes on.
     """
 
@@ -74,6 +70,10 @@ class Search:
     lam: tuple[float, float]
     trials: int
     reduction: int = 3
+
+    def arm(self, lam: float | None) -> Arm:
+        """The arm with a λ; without one while the search has not ended, or where every trial diverged."""
+        return Arm(self.name, self.norm, {**self.kwargs, **({} if lam is None else {"lam": lam})})
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where it lies below the study's directory."""
-        parts = [slug(each) for each in (self.condition, self.arm) if each]
-        return Path(CELLS, *parts, f"lr={self.learning_rate:g}", f"seed={self.seed}")
+        """The cell's folder in the study's directory."""
+        names = [slug(name) for name in (self.condition, self.arm) if name]
+        return Path(CELLS, *names, f"lr={self.learning_rate:g}", f"seed={self.seed}")
 
     def __str__(self) -> str:
         where = f"{self.condition}, " if self.condition else ""
@@ -101,25 +101,25 @@ class Study:
     """A study as its file describes it.
 
     Args:
-        name: the file's.
-        about: what it asks, in a sentence or two.
+        name: the file's, without its ending.
+        about: the question of the study, in a sentence or two.
         recipe: of train_lm: a shipped one's name, or a path.
         settings: fields of the recipe that the study changes, for every training (`set` in the file).
-        conditions: name → fields of the recipe; the whole comparison is made under each. One without a name if the
-            file has none.
+        conditions: name → fields of the recipe; the whole comparison is made under each. A single one without a name
+            where the file has none.
         arms: the norms (`norms` in the file).
         baseline: the arm that the others are compared with; "" until the recipe is known: then the model's stock norm.
         learning_rates: the grid that is tried for every arm.
-        tuning_seeds: seeds with which it is tried; the mean of their validation losses decides.
+        tuning_seeds: seeds of the trainings that try the grid; the least mean of their validation losses decides.
         seeds: seeds with which every arm is trained at its best learning rate, and compared.
-        suites: what the models of `seeds` are scored on, as `eval run --suite` takes it; a list.
+        suites: each as `eval run --suite` takes it; the models of `seeds` are scored on them.
         metric: the benchmark that gives the verdict; "eval_loss" for the validation loss.
         scoring: flags of `eval run`, such as batch_size.
-        threads: of torch, in each training: with another number its sums are rounded otherwise.
-        launcher: what starts a training instead of python, such as [accelerate, launch, --num_processes, "8"].
-        gpus: GPUs that a training has to itself; 0: it sees all there are.
+        threads: of torch, in each training: another number of threads rounds sums in another way.
+        launcher: starts a training instead of python, such as [accelerate, launch, --num_processes, "8"].
+        gpus: GPUs that a training has to itself; 0: it sees all of the machine's.
         searches: searches for λ.
-        source: the file itself.
+        source: the text of the file.
     """
 
     name: str
@@ -141,17 +141,6 @@ class Study:
     searches: tuple[Search, ...]
     source: str
 
-    def tuning_cells(self, condition: str, arm: Arm) -> list[Cell]:
-        """The trainings that decide on an arm's learning rate."""
-        scale = arm.learning_rate_scale
-        return [
-            Cell(condition, arm.name, rate * scale, seed) for rate in self.learning_rates for seed in self.tuning_seeds
-        ]
-
-    def content(self) -> dict[str, Any]:
-        """As plain data, to be kept as JSON."""
-        return asdict(self)
-
 
 def shipped_studies() -> list[str]:
     """Names of the studies that come with the package."""
@@ -159,11 +148,13 @@ def shipped_studies() -> list[str]:
 
 
 def slug(name: str) -> str:
-    """A name as that of a folder."""
+    """The name of a folder for a name that may have any characters."""
     return re.sub(r"[^\w.=+-]+", "_", name)
 
 
 def flag_words(settings: Mapping[str, Any]) -> list[str]:
     """Settings as words of a command line: text as it is, all else as JSON."""
-    pairs = ((f"--{name}", each if isinstance(each, str) else json.dumps(each)) for name, each in settings.items())
-    return [word for pair in pairs for word in pair]
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return words

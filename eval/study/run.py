@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
-from hf_ibnorm.base.errors import Stopped, UserError
+from hf_ibnorm.base.errors import UserError
 
 from .folder import Folder
 from .jobs import Ending, Executor, Job, outcome_of
@@ -17,11 +17,11 @@ def run_study(folder: Folder, executor: Executor, say: Callable[[str], None]) ->
 
     Args:
         folder: the study's directory, which this process has locked.
-        executor: what carries out the jobs.
-        say: is told a line whenever a job ends.
+        executor: carries out the jobs.
+        say: is given a line whenever a job ends.
 
     Returns:
-        A line for each job that failed; a training that diverged has not: that is a result.
+        A line for each job that failed. A training that diverged has not failed: that is a result.
     """
     running: dict[Future[Ending], Job] = {}
     tried: set[str] = set()
@@ -34,17 +34,17 @@ def run_study(folder: Folder, executor: Executor, say: Callable[[str], None]) ->
             failures.append(str(error))
             say(str(error))
     while True:
-        for job in folder.to_do():
+        for job in folder.to_do().values():
             if job.name not in tried and executor.room():
                 tried.add(job.name)
                 running[executor.submit(job)] = job
-                folder.note_running([each.name for each in running.values()])
+                folder.note_running([job.name for job in running.values()])
         if not running:
             return failures
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
             job = running.pop(future)
-            folder.note_running([each.name for each in running.values()])
+            folder.note_running([job.name for job in running.values()])
             line = result_line(folder, job, outcome_of(future, job))
             if line.startswith("failed"):
                 failures.append(f"{job.name}: {line}")
@@ -55,7 +55,7 @@ def run_study(folder: Folder, executor: Executor, say: Callable[[str], None]) ->
 
 
 def result_line(folder: Folder, job: Job, ending: Ending) -> str:
-    """What became of a job, in a few words."""
+    """The result of a job, in a few words."""
     training = with_scores(read_training(job.folder, job.expected), job.folder, folder.study.suites)
     if training.state == DIVERGED:
         return f"diverged: {training.problem}"
@@ -67,9 +67,3 @@ def result_line(folder: Folder, job: Job, ending: Ending) -> str:
     minutes, seconds = divmod(round(ending.seconds), 60)
     duration = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
     return f"validation {training.validation:.4f}{metric} ({duration})"
-
-
-def stopped_in_order(folder: Folder) -> Stopped:
-    """The exception that ends a run after a signal."""
-    ended, total = folder.counts()
-    return Stopped(f"{ended} of {total} trainings have ended; the same command goes on from there")

@@ -10,10 +10,10 @@ from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.base.files import write_json
 from hf_ibnorm.base.reading import read_json
 
-from .folder import Folder, Job, searched_arm
+from .folder import Folder, Job
 from .jobs import Executor, outcome_of
 from .plan import VALIDATION, Cell, Search
-from .training import DIVERGED, TRAINED, Training, read_training
+from .training import DIVERGED, TRAINED, read_training
 
 PRUNED = "pruned"
 LOOK = 0.5
@@ -25,13 +25,13 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
 
     λ is drawn by Optuna's TPE sampler on a logarithmic scale, the learning rate from the study's grid. Trials run one
     after another, so that the same study gives the same trials; at each validation a trial whose loss is not among
-    the best `1/reduction` of those that came as far is stopped (Optuna's SuccessiveHalvingPruner). All trials have the
-    schedule of a whole training. A search that was stopped goes on with the trial that was interrupted.
+    the best `1/reduction` of the trials that came as far is stopped (Optuna's SuccessiveHalvingPruner). All trials have
+    the schedule of a whole training. A search that was stopped goes on with the trial that was interrupted.
 
     Raises:
         UserError: Optuna is not installed, or a training failed.
     """
-    place = folder.search_folder(search)
+    place = folder.search_folder(search.name)
     if (place / layout.WINNER).exists():
         return
     require_extra("study", "optuna")
@@ -42,9 +42,10 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
     place.mkdir(parents=True, exist_ok=True)
     pruner = optuna.pruners.SuccessiveHalvingPruner(reduction_factor=search.reduction)
     study = optuna.create_study(pruner=pruner)
+    states = {TRAINED: TrialState.COMPLETE, PRUNED: TrialState.PRUNED}
     results = []
     for number in range(search.trials):
-        # A sampler of its own for each trial: what it draws depends on the results so far alone, and the files of the
+        # A sampler of its own for each trial: its draws depend on the earlier results alone, and the files of the
         # trials are all that a search has to remember.
         study.sampler = optuna.samplers.TPESampler(seed=1000 * folder.study.tuning_seeds[0] + number)
         path = place / f"trial-{number:03d}" / layout.TRIAL
@@ -59,18 +60,16 @@ def run_search(folder: Folder, search: Search, executor: Executor, say: Callable
         else:
             name = f"{search.name}, trial {number + 1} of {search.trials}, λ {lam:.4g}, learning rate {rate:g}"
             cell = Cell("", search.name, rate, folder.study.tuning_seeds[0])
-            job = folder.training_job(cell, searched_arm(search, lam), path.parent, name)
+            job = folder.training_job(cell, search.arm(lam), path.parent, name)
             result = {"lam": lam, "learning_rate": rate, **_carry_out(folder, job, executor, trial)}
             write_json(path, result)
             say(f"{name}: {result['state']}" + (f", validation {result['loss']:.4f}" if result["loss"] else ""))
         results.append(result)
-        if result["state"] == TRAINED:
-            study.tell(trial, result["loss"])
-        else:
-            study.tell(trial, state=TrialState.PRUNED if result["state"] == PRUNED else TrialState.FAIL)
+        loss = result["loss"] if result["state"] == TRAINED else None
+        study.tell(trial, loss, states.get(result["state"], TrialState.FAIL))
     trained = [result for result in results if result["state"] == TRAINED]
-    best = min(trained, key=lambda result: result["loss"], default={"lam": None, "learning_rate": None, "loss": None})
-    winner = {name: best[name] for name in ("lam", "learning_rate", "loss")}
+    best = min(trained, key=lambda result: result["loss"], default={})
+    winner = {name: best.get(name) for name in ("lam", "learning_rate", "loss")}
     write_json(place / layout.WINNER, {**winner, "trials": results})
     outcome = f"λ {winner['lam']:.4g}, validation {winner['loss']:.4f}" if trained else "none, all diverged"
     say(f"{search.name}: best of {search.trials} trials: {outcome}")
@@ -85,25 +84,22 @@ def _carry_out(folder: Folder, job: Job, executor: Executor, trial: Any) -> dict
     while not (ended or pruned):
         ended = bool(wait([future], timeout=LOOK).done)
         training = read_training(job.folder, job.expected)
-        new = _validated(training)[len(validated) :]
+        new = training.run.curve(VALIDATION)[len(validated) :] if training.run else []
         behind = _tell(trial, new)
         validated += new if behind is None else new[: behind + 1]
         pruned = behind is not None
-    loss = validated[-1][1] if validated else None
     if pruned:
         executor.cancel(future)
         wait([future])
-        return {"loss": loss, "validated": validated, "state": PRUNED}
+        return {"loss": validated[-1][1], "validated": validated, "state": PRUNED}
     ending = outcome_of(future, job)
-    if training.state == DIVERGED:
-        return {"loss": None, "validated": validated, "state": DIVERGED}
-    if ending.code or training.validation is None:
+    if training.state != DIVERGED and (ending.code or training.validation is None):
         raise UserError(f"search: {job.name}: {ending.line or training.problem}")
-    return {"loss": training.validation, "validated": validated, "state": TRAINED}
+    return {"loss": training.validation, "validated": validated, "state": training.state}
 
 
 def _tell(trial: Any, validated: Sequence[Sequence[float]]) -> int | None:
-    """Report validations in their order; returns the index of the one at which the trial is to be pruned, or None.
+    """Report validations, (step, loss), in their order; the index of the one at which the trial is pruned, or None.
 
     The pruner is asked after each validation, even where the trial's end is known: it judges later trials by those
     values.
@@ -113,9 +109,3 @@ def _tell(trial: Any, validated: Sequence[Sequence[float]]) -> int | None:
         if trial.should_prune():
             return i
     return None
-
-
-def _validated(training: Training) -> list[tuple[int, float]]:
-    """Step and loss of every validation so far."""
-    rows = training.run.metrics if training.run else []
-    return [(row["step"], row[VALIDATION]) for row in rows if row.get(VALIDATION) is not None]

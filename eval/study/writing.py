@@ -1,6 +1,6 @@
 """The report on a study, written: Markdown, one self-contained page, CSV, LaTeX and pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ from hf_ibnorm.report.document import Document, readings
 from hf_ibnorm.report.plots import plot_forest
 from hf_ibnorm.report.tables import Table, csv_text
 
-from ..compare import BETTER, WORSE
+from ..statistics import BETTER, WORSE
 from ..tables import SMOKE
 from . import figures, findings
 from .folder import SOURCE, Folder
+from .group import BASELINE, REFUSED, Group
 from .plan import Study, slug
-from .results import BASELINE, REFUSED, Group, gather
+from .results import gather
 from .training import DIVERGED, FAILED
 
 COST = "What quality cost"
@@ -31,19 +32,16 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
     Raises:
         UserError: the study's files are damaged, or the report cannot be written.
     """
-    study = folder.study
-    groups = gather(folder)
-    if not any(
-        each.ended for group in groups for row in (*group.tuning.values(), group.finals.values()) for each in row
-    ):
+    study, groups = folder.study, gather(folder)
+    if not any(training.ended for group in groups for training in group.cells().values()):
         raise UserError(f"study: {folder.path} has no training yet that has ended; see `study status`")
     equal, made = findings.what_was_equal(folder, groups, study.metric), findings.provenance(folder, groups)
-    cost, wrong = findings.cost_table(groups, study.metric), findings.failure_table(folder, groups)
-    rows, curves = findings.cell_rows(folder, groups, study.metric), figures.curves_of(groups)
+    cost, wrong = findings.cost_table(groups, study.metric), findings.failure_table(groups)
+    rows, curves = findings.cell_rows(groups, study.metric), figures.curves_of(groups)
     with bad_input(OSError, about="output: "):
         output.mkdir(parents=True, exist_ok=True)
         pictures = draw_pictures(groups, curves, output, study.metric)
-        document = describe(study, groups, pictures, equal, cost, as_table(rows), made, wrong)
+        document = study_document(study, groups, pictures, equal, cost, as_table(rows), made, wrong)
         write_verdicts(document, groups, output)
         write_text(output / "cells.csv", csv_text(list(rows[0]), rows))
         if curves:
@@ -53,12 +51,12 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
             path = folder.recipe(condition)
             write_text(output / f"recipe-{path.name}", path.read_text(encoding="utf-8"))
     findings.verdict_table(groups, study.metric).print()
-    print(*_stamped_sentences(study, groups), *equal, sep="\n")
+    print(*_verdict_sentences(study, groups), *equal, sep="\n")
     print(f"Report: {output / 'report.html'}")
     return groups
 
 
-def describe(
+def study_document(
     study: Study,
     groups: Sequence[Group],
     pictures: Sequence[tuple[str, Path]],
@@ -71,13 +69,13 @@ def describe(
     """The report on a study.
 
     Args:
-        study: what was asked.
+        study: its plan.
         groups: the norms with their verdicts.
         pictures: title and PNG file.
-        equal: what was equal, a sentence each.
-        cost: what quality cost.
+        equal: sentences on what was equal.
+        cost: the cost of the quality.
         trainings: every training, as in `cells.csv`.
-        made: when, with what, and how, a sentence each.
+        made: sentences on how, when and with which versions the report was made.
         wrong: trainings and pairs that do not count.
     """
     caption = f"{findings.metric_title(groups, study.metric)}, mean ± standard deviation over seeds."
@@ -86,7 +84,7 @@ def describe(
     marked = {findings.verdict_text(group): "bad" for group in bad} | {BETTER: "good"}
     document = Document(f"Study: {study.name}", marked, made)
     document.lead(study.about)
-    for line in _stamped_sentences(study, groups):
+    for line in _verdict_sentences(study, groups):
         document.strong(line)
     document.table(findings.verdict_table(groups, study.metric), caption, f"{stamp}Study {study.name}: {caption}")
     for title, path in pictures:
@@ -111,10 +109,10 @@ def describe(
 
 
 def _is_smoke(groups: Sequence[Group]) -> bool:
-    return any(each.smoke for group in groups for each in group.finals.values())
+    return any(training.smoke for group in groups for training in group.finals.values())
 
 
-def _stamped_sentences(study: Study, groups: Sequence[Group]) -> list[str]:
+def _verdict_sentences(study: Study, groups: Sequence[Group]) -> list[str]:
     stamp = [f"{SMOKE}: scored on part of the items."] if _is_smoke(groups) else []
     return [*stamp, *findings.verdict_sentences(groups, study.baseline)]
 
@@ -178,10 +176,7 @@ def draw_pictures(
     return drawn
 
 
-def as_table(rows: Sequence[dict[str, Any]]) -> Table:
+def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of a CSV file as a table, with six digits of fractions."""
-    return Table(list(rows[0]), [[_cell_text(value) for value in row.values()] for row in rows])
-
-
-def _cell_text(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    texts = [[f"{value:.6g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+    return Table(list(rows[0]), [["" if text is None else str(text) for text in row] for row in texts])
