@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from hf_ibnorm.report.runs import Run, differing_settings, harmless_settings
+from hf_ibnorm.report.runs import Run, differing_in_runs
 
 from ..statistics import paired, verdicts
 from ..suites import DEFINED
@@ -113,8 +113,8 @@ def difference(ours: Training, theirs: Training, arm: Arm, baseline: Arm, metric
     tokens = [run.metrics[-1]["tokens"] for run in runs]
     if ours.state == theirs.state == TRAINED and tokens[0] != tokens[1]:
         return f"tokens differ: {tokens[0]:,}, the baseline's {tokens[1]:,}"
-    free = {"learning_rate", *arm.flags(), *baseline.flags(), *harmless_settings(runs)}
-    for name, (a, b) in differing_settings([run.settings() for run in runs], free).items():
+    free = {"learning_rate", *arm.flags(), *baseline.flags()}
+    for name, (a, b) in differing_in_runs(runs, free).items():
         return f"{name} differs: {a!r}, the baseline's {b!r}"
     if metric in ours.scores and metric in theirs.scores:
         return _asked_otherwise(ours, theirs, metric)

@@ -28,8 +28,7 @@ class Document:
     """A report that is filled from top to bottom.
 
     Texts are plain, on one line; text between backticks is set as code. The Markdown lies beside the report's other
-    files. The HTML page stands alone: it holds the pictures, and the parts that are `page_only`, which the Markdown
-    leaves to the files.
+    files; the HTML page stands alone, with the pictures, and with parts that are `page_only`.
 
     Args:
         title: heading, and title of the browser's window; may be "" where only Markdown is written.
@@ -65,13 +64,9 @@ class Document:
             self._parts.append(_Part("list", lines, "\n".join(f"- {line}" for line in lines)))
 
     def table(self, table: Table, caption: str = "", latex_caption: str | None = None, page_only: bool = False) -> None:
-        """Add a table; nothing for a table without rows.
+        """Add a table, with a caption below it; nothing for a table without rows.
 
-        Args:
-            table: its content.
-            caption: a sentence below it.
-            latex_caption: its caption in LaTeX; None leaves the table out there.
-            page_only: whether Markdown leaves it out.
+        In LaTeX the caption is `latex_caption`, and a table is left out where that is None.
         """
         if table.rows:
             latex = "" if latex_caption is None else table.latex(latex_caption)
@@ -124,14 +119,9 @@ def machine(environment: Mapping[str, Any]) -> str:
 
 
 def readings(path: Path, **values: Any) -> dict[str, str]:
-    """How to read the numbers of a report: the sections of a Markdown file that is a jinja2 template.
+    """How to read the numbers of a report: heading → text, as one paragraph, of each section of a Markdown file.
 
-    Args:
-        path: the file; a section begins with `## ` and its heading.
-        **values: variables of the template.
-
-    Returns:
-        Heading → the section's text as one paragraph.
+    The file is a jinja2 template with the variables `values`; a section begins with `## ` and its heading.
     """
     sections = template(path, autoescape=False).render(values).split("## ")[1:]
     parted = [section.partition("\n") for section in sections]
@@ -141,14 +131,10 @@ def readings(path: Path, **values: Any) -> dict[str, str]:
 def template(path: Path, autoescape: bool = True, **filters: Any) -> Any:
     """The jinja2 template in a file; a line that holds only a `{% %}` leaves no line.
 
-    Args:
-        path: the file.
-        autoescape: whether values are escaped for HTML.
-        **filters: filters beside jinja2's own; `commas`, as in 1,000, is always there.
+    `autoescape`: whether values are escaped for HTML. It has the filters given, and `commas`, as in 1,000.
     """
     from jinja2 import Environment
 
-    options: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    environment = Environment(autoescape=autoescape, **options)
+    environment = Environment(autoescape=autoescape, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"commas": "{:,}".format, **filters}
     return environment.from_string(path.read_text(encoding="utf-8"))

@@ -18,11 +18,11 @@ _TRAINING = ("torch", "transformers", "accelerate")
 _OTHERS = ("tokenizers", "datasets", "safetensors", "lm_eval", "jsonargparse", "numpy", "scipy", "triton")
 
 
-def git_revision(folder: Path) -> str | None:
-    """Commit of the checkout that holds `folder`, with "-dirty" where tracked files differ; None outside a checkout."""
+def _git_revision() -> str | None:
+    """Commit of the checkout that the package runs from, with "-dirty" where tracked files differ; None without one."""
 
     def git(*words: str) -> str | None:
-        command = ["git", "-C", str(folder), *words]
+        command = ["git", "-C", str(Path(__file__).parent), *words]
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         except (OSError, subprocess.SubprocessError):
@@ -75,7 +75,7 @@ def environment_record() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "norm_backend": _norm_backends(),
-        "git_revision": git_revision(Path(__file__).parent),
+        "git_revision": _git_revision(),
         "command": sys.argv,
     }
 

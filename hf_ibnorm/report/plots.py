@@ -27,21 +27,15 @@ COLOURS = (
 STYLES = ("-", "--", "-.", ":")
 MARKS = "os^Dv<>P"
 FAR_OFF = 3.0
-"""A thing is off an axis where it reaches more than so many times as far from the middle as the next one."""
+"""A curve is far off where it reaches more than so many times as far from the middle as the next one."""
 Ends = tuple[float, float]
 Points = Sequence[tuple[float, float]]
 SETTINGS: Any = {
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "figure.labelsize"), TEXT),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize"), SMALL),
     "figure.dpi": 144,
     "figure.constrained_layout.use": True,
-    "font.size": TEXT,
-    "axes.titlesize": TEXT,
     "axes.titlelocation": "left",
-    "axes.labelsize": TEXT,
-    "figure.labelsize": TEXT,
-    "xtick.labelsize": SMALL,
-    "ytick.labelsize": SMALL,
-    "legend.fontsize": SMALL,
-    "legend.title_fontsize": SMALL,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -53,14 +47,9 @@ SETTINGS: Any = {
 
 @contextmanager
 def panels(path: Path, count: int, columns: int = 1, height: float = 3.6, margin: float = 0.0) -> Iterator[list[Any]]:
-    """Yields axes to draw on, row by row; then saves the picture, whole or not at all.
+    """Yields `count` axes to draw on, row by row, and then saves the picture to `path` (PNG), whole or not at all.
 
-    Args:
-        path: PNG file.
-        count: number of axes.
-        columns: greatest number of axes in a row.
-        height: of a row of axes, in inches.
-        margin: inches above and below all rows, together.
+    A row has at most `columns` axes and is `height` inches high; `margin` inches are above and below all rows.
     """
     import matplotlib
 
@@ -99,14 +88,14 @@ def look(i: int) -> tuple[str, str]:
 
 
 def crowd(extents: Sequence[Ends], cores: Sequence[Ends] | None = None) -> Ends:
-    """The ends of an axis that shows most of several things, such as curves, well: of all but those that are far off.
+    """The ends of an axis that shows most curves (or bars, or marks) well: all but those that are far off.
 
-    Far off are fewer than half of the things, each at least three times as far from the middle as any of the others,
+    Far off are fewer than half of the curves, each at least three times as far from the middle as any of the others,
     and only where the axis is less than half as long without them.
 
     Args:
-        extents: the ends of each thing; at least one.
-        cores: the ends of most of each thing, by which its distance is judged; `extents` by default.
+        extents: both ends of each curve; at least one.
+        cores: both ends of most of each curve, by which its distance is judged; `extents` by default.
     """
     cores = extents if cores is None else cores
     middle = median((low + high) / 2 for low, high in cores)
@@ -121,11 +110,9 @@ def crowd(extents: Sequence[Ends], cores: Sequence[Ends] | None = None) -> Ends:
 
 
 def clip(axes: Any, curves: Mapping[str, Sequence[float]]) -> None:
-    """Fit the vertical axis to most curves, and name in the picture the curves that leave it, with their ends.
+    """Fit a linear vertical axis to most curves (name → values), and name in the picture those that leave it.
 
-    Args:
-        axes: where the curves are drawn; a logarithmic axis stays as it is.
-        curves: name → its values; values that are not finite are passed over.
+    Values that are not finite are passed over.
     """
     finite = {name: sorted(filter(math.isfinite, values)) for name, values in curves.items()}
     extents = {name: (values[0], values[-1]) for name, values in finite.items() if values}
@@ -155,20 +142,18 @@ def beside(axes: Any, entries: Mapping[str, Any] | None = None, title: str | Non
 
 
 def above(panels: Sequence[Any], order: Sequence[str] = ()) -> None:
-    """One legend over the whole picture, which grows by it; none for a single label.
+    """One legend over the whole picture, which grows by it, for the labels in any of the panels; none for one label.
 
-    Args:
-        panels: axes whose labelled artists the legend names; the same label means the same look.
-        order: the labels in the order of the legend; by default all, as they were drawn.
+    `order` has the labels in the order of the legend; by default all, as they were drawn.
     """
-    drawn, figure = handles(panels), panels[0].figure
+    drawn, whole = handles(panels), panels[0].figure
     entries = {label: drawn[label] for label in order or drawn if label in drawn}
     if len(entries) > 1:
         most = max(1, min(5, int(WIDTH / (0.6 + 0.075 * max(map(len, entries))))))
         columns = -(-len(entries) // -(-len(entries) // most))
-        width, height = figure.get_size_inches()
-        figure.set_size_inches(width, height + 0.22 * -(-len(entries) // columns))
-        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
+        width, height = whole.get_size_inches()
+        whole.set_size_inches(width, height + 0.22 * -(-len(entries) // columns))
+        whole.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
 
 
 def handles(panels: Sequence[Any]) -> dict[str, Any]:
@@ -201,12 +186,9 @@ class ForestLine:
 
 
 def plot_forest(lines: Sequence[ForestLine], path: Path, title: str) -> None:
-    """Differences from 0, a line each; a difference that is far off is an arrow at the edge, with its number.
+    """Differences from 0, a line each, from top to bottom; `title` is the axis's, with its unit.
 
-    Args:
-        lines: from top to bottom.
-        path: PNG file.
-        title: of the axis, with its unit.
+    A difference that is far off is an arrow at the edge, with its number.
     """
     reach = [(0.0, line.value, *(line.interval or ())) for line in lines]
     low, high = crowd([(min(ends), max(ends)) for ends in reach]) if lines else (-1.0, 1.0)
@@ -244,17 +226,10 @@ def draw_curve(axes: Any, i: int, points: Points, label: str = "", **options: An
 def draw_heat(
     axes: Any, table: Sequence[Sequence[float | None]], texts: Sequence[Sequence[str]], ends: Ends, **options: Any
 ) -> Any:
-    """A table as a heat map, a text in each cell; cells of None or NaN stay white.
+    """A table of numbers as a heat map, a text in each cell (none where `texts` is empty); None and NaN stay white.
 
-    Args:
-        axes: to draw on.
-        table: the numbers.
-        texts: of the cells; empty for no text anywhere.
-        ends: numbers that get the first and the last colour.
-        options: of matplotlib's `imshow`.
-
-    Returns:
-        The image, of which matplotlib makes a colour bar.
+    The `ends` get the first and the last colour; `options` are those of matplotlib's `imshow`. Returns the image, of
+    which matplotlib makes a colour bar.
     """
     numbers = [[math.nan if number is None else number for number in row] for row in table]
     image = axes.imshow(numbers, vmin=ends[0], vmax=ends[1], aspect="auto", **options)
@@ -272,10 +247,7 @@ def draw_heat(
 def smoothed(points: Points, most: int, sliding: bool = False) -> list[tuple[float, float]]:
     """Means over `most` points, or over a tenth of all where these are few, each at the last x of its mean.
 
-    Args:
-        points: (x, y).
-        most: points in a mean.
-        sliding: whether a mean begins at every point; otherwise each point is in one mean.
+    With `sliding` a mean begins at every point; otherwise each point is in one mean.
     """
     size = max(1, min(most, len(points) // 10))
     blocks = [points[i : i + size] for i in range(0, len(points) - size + 1, 1 if sliding else size)]

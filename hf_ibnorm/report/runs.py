@@ -27,9 +27,9 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differing_settings(settings: Sequence[Mapping[str, Any]], free: Iterable[str]) -> dict[str, list[Any]]:
-    """Name → its value in each run (None where a run lacks it), of settings on one level that differ between runs.
+    """The settings, on one level, that differ between runs: name → the value in each run, None where a run lacks it.
 
-    The names are sorted; those in `free` may differ and are left out.
+    The names are sorted; settings in `free` may differ, and are left out.
     """
     names = sorted(set().union(*settings).difference(free))
     values = {name: [of_run.get(name) for of_run in settings] for name in names}
@@ -52,8 +52,8 @@ class Run:
 
         Args:
             path: run directory of train_lm.
-            finished: whether the run must be finished. Of a run that may still train, a last line of `metrics.jsonl`
-                that is not written to its end is left out.
+            finished: whether the run must be finished. If not, a last line of `metrics.jsonl` that is being written is
+                left out.
 
         Raises:
             UserError, ValueError: `path` is no run directory, or no finished one, or a file in it is damaged; the
@@ -63,7 +63,6 @@ class Run:
             if not (path / name).exists():
                 kind = "a finished run directory" if finished else "a run directory"
                 raise ValueError(f"run: {path} is not {kind} (it has no {name})")
-        scores = path / layout.SCORES_FOLDER
         metrics = _rows(path / layout.METRICS, finished)
         if not metrics and not finished:
             raise ValueError(f"run: {path / layout.METRICS} has no step yet")
@@ -75,17 +74,10 @@ class Run:
             if not isinstance(override, list) or len(override) != 2:
                 raise UserError(f"{where}: got {override!r}, must be [glob, norm]")
             check_form(f"{where}: {override[0]}", override[1], layout.RUN_NORM_FORM)
-        return cls(
-            name=path.name,
-            config=config,
-            environment=read_json("run", path / layout.ENVIRONMENT, layout.RUN_ENVIRONMENT_FORM),
-            metrics=metrics,
-            scores=read_scores(scores) if (scores / layout.SCORES).exists() else None,
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """The run's settings on one level, with the number of `processes` that it began with."""
-        return {**flat_settings(self.config), "processes": self.environment.get("num_processes")}
+        environment = read_json("run", path / layout.ENVIRONMENT, layout.RUN_ENVIRONMENT_FORM)
+        folder = path / layout.SCORES_FOLDER
+        scores = read_scores(folder) if (folder / layout.SCORES).exists() else None
+        return cls(path.name, config, environment, metrics, scores)
 
     def norms(self) -> list[tuple[str, str, dict[str, Any]]]:
         """Glob, name and options: of the norm of all sites, whose glob is "", and of every override."""
@@ -111,16 +103,18 @@ class Run:
     def seconds_per_step(self) -> float:
         """First decile of the seconds of the steps, validation not counted.
 
-        Runs are timed one after the other, and other work on the machine can only slow a step down: the median moves by
-        several percent from one hour to the next, the fast steps hardly do.
+        Other work on the machine can only slow a step down: from one hour to the next the median moves by several
+        percent, and the fast steps hardly move.
         """
         seconds = sorted(self.step_seconds())
         return seconds[len(seconds) // 10]
 
 
-def harmless_settings(runs: Iterable[Run]) -> set[str]:
-    """Names of the settings that change no result, as the runs note them; a run of an older release notes none."""
-    return {name for run in runs for name in run.environment.get("harmless_settings", ())}
+def differing_in_runs(runs: Sequence[Run], free: Iterable[str]) -> dict[str, list[Any]]:
+    """`differing_settings` of runs, with the number of `processes`; settings that a run notes as harmless are free."""
+    harmless = {name for run in runs for name in run.environment.get("harmless_settings", ())}
+    settings = [{**flat_settings(run.config), "processes": run.environment.get("num_processes")} for run in runs]
+    return differing_settings(settings, {*free, *harmless})
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
@@ -141,29 +135,30 @@ def _rows(path: Path, finished: bool) -> list[dict[str, Any]]:
         lines.pop()
     rows = []
     for number, line in enumerate(lines, 1):
-        where = f"run: {path}, line {number}"
-        with reading("run", f"{path}, line {number},"):
+        where = f"{path}, line {number}"
+        with reading("run", f"{where},"):
             rows.append(json.loads(line))
-        check_form(where, rows[-1], layout.RUN_STEP_FORM)
+        check_form(f"run: {where}", rows[-1], layout.RUN_STEP_FORM)
         if rows[-1]["tokens_per_second"] <= 0:
-            raise UserError(f"{where}: tokens_per_second: got 0 or less, must be more")
+            raise UserError(f"run: {where}: tokens_per_second: got 0 or less, must be more")
     return rows
 
 
-def _strength(norm: str, options: Mapping[str, Any]) -> str:
-    """The option of a norm that can be ramped, λ; "" where it has none, or is not registered here."""
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A label for each run: its norms with their λ, and the directory's name where two runs share these.
+
+    λ is the option that can be ramped; a norm that is not registered here is named without it.
+    """
     from ..norms import NORMS
 
-    value = options.get(str(NORMS[norm].ramp)) if norm in NORMS else None
-    return f" λ={value:g}" if isinstance(value, int | float) else ""
-
-
-def labels(runs: Sequence[Run]) -> list[str]:
-    """A label for each run: its norms with their λ, and the directory's name where two runs share these."""
     norms = []
     for run in runs:
-        names = (f"{glob and glob + ': '}{name}{_strength(name, options)}" for glob, name, options in run.norms())
-        norms.append(", ".join(names))
+        texts = []
+        for glob, name, options in run.norms():
+            lam = options.get(str(NORMS[name].ramp)) if name in NORMS else None
+            shown = f" λ={lam:g}" if isinstance(lam, int | float) else ""
+            texts.append(f"{glob and glob + ': '}{name}{shown}")
+        norms.append(", ".join(texts))
     count = Counter(norms)
     return [label if count[label] == 1 else f"{label} ({run.name})" for label, run in zip(norms, runs, strict=True)]
 
@@ -204,8 +199,7 @@ def fairness(runs: Sequence[Run]) -> list[str]:
         lines.append(f"Same data in the same order: all {len(orders.pop())} batches have equal hashes.")
     else:
         lines.append("WARNING: the runs did not see the same batches in the same order.")
-    free = {*NORM_SETTINGS, *harmless_settings(runs)}
-    if different := differing_settings([run.settings() for run in runs], free):
+    if different := differing_in_runs(runs, NORM_SETTINGS):
         lines.append(f"WARNING: besides the norm the runs differ in {', '.join(different)}.")
     for run in runs:
         if run.scores is None:

@@ -13,12 +13,13 @@ WRITTEN_OUT = 3
 def plain(text: str) -> str:
     r"""`$\mathdefault{2\times10^{-3}}$` as `0.002`, and `$\mathdefault{10^{7}}$` as `10⁷`; other text as it is."""
     text = re.sub(r"^\$\\mathdefault\{(.*)\}\$$", r"\1", text)
-    if not (match := re.fullmatch(r"(-?)(?:([\d.]+)\\times)?([\d.]+)\^\{(-?[\d.]+)\}", text)):
-        return text.replace("-", "−")
-    sign, factor, base, exponent = match.groups()
-    if base != "10" or abs(float(exponent)) <= WRITTEN_OUT:
-        return f"{sign}{float(factor or 1) * float(base) ** float(exponent):.4g}".replace("-", "−")
-    return f"{sign}{f'{factor}·' if factor else ''}{base}{exponent.translate(_RAISED)}".replace("-", "−")
+    if match := re.fullmatch(r"(-?)(?:([\d.]+)\\times)?([\d.]+)\^\{(-?[\d.]+)\}", text):
+        sign, factor, base, exponent = match.groups()
+        if base != "10" or abs(float(exponent)) <= WRITTEN_OUT:
+            text = f"{sign}{float(factor or 1) * float(base) ** float(exponent):.4g}"
+        else:
+            text = f"{sign}{f'{factor}·' if factor else ''}{base}{exponent.translate(_RAISED)}"
+    return text.replace("-", "−")
 
 
 def plain_ticks(figure: Figure) -> None:
