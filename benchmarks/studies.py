@@ -15,14 +15,12 @@ from typing import Any
 
 from page import Row, fill, read_rows
 
-from eval.study.figures import Curve
-from eval.study.file import read_study
+from eval.study.figures import Curve, draw_pictures
 from eval.study.findings import mean_spread, verdict_table
-from eval.study.group import Group
-from eval.study.plan import Arm, Study
-from eval.study.results import judge
+from eval.study.plan import Arm, Study, read_study
+from eval.study.results import Group, judge
 from eval.study.training import TRAINED, Training
-from eval.study.writing import COST, as_table, draw_pictures, study_document, write_verdicts
+from eval.study.writing import COST, as_table, study_document, write_verdicts
 from hf_ibnorm.report.runs import Run
 from hf_ibnorm.report.tables import Table
 

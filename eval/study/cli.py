@@ -15,7 +15,7 @@ from hf_ibnorm.base.layout import CELL_RUN
 from hf_ibnorm.base.signals import StopSignals
 
 from ..options import positive
-from .plan import shipped_studies
+from . import shipped_studies
 
 if TYPE_CHECKING:
     from .folder import Folder
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def _begin(arguments: argparse.Namespace, command: Sequence[str]) -> "Folder":
     """The directory of the study that a command names; its file is read before anything slow is imported."""
-    from .file import read_study
+    from .plan import read_study
 
     study = read_study(arguments.study)
     from .folder import Folder
@@ -33,22 +33,20 @@ def _begin(arguments: argparse.Namespace, command: Sequence[str]) -> "Folder":
 
 def _run(arguments: argparse.Namespace) -> None:
     folder = _begin(arguments, ["python", "-m", "eval", *sys.argv[1:]])
-    study = folder.study
-    from .jobs import executor_for
+    from .jobs import LocalExecutor, RayExecutor
     from .run import run_study
     from .writing import write_report
 
+    address, gpus = arguments.ray, folder.study.gpus
+    here = partial(LocalExecutor, arguments.jobs, gpus)
+    start = here if address is None else partial(RayExecutor, address, folder.study.threads, gpus)
     try:
-        with (
-            folder.lock(),
-            closing(executor_for(arguments.jobs, arguments.ray, study.threads, study.gpus)) as executor,
-            _first_signal_only(),  # last: Ray sets a handler of its own when it starts
-        ):
+        # The signals come last, for Ray sets a handler of its own when it starts.
+        with folder.lock(), closing(start()) as executor, _first_signal_only():
             failures = run_study(folder, executor, partial(print, flush=True))
     except Stopped:
         ended, total = folder.counts()
-        place = f"{ended} of {total} trainings have ended; the same command goes on from there"
-        raise Stopped(place) from None
+        raise Stopped(f"{ended} of {total} trainings have ended; the same command goes on from there") from None
     failed = f"{len(failures)} failed and are missing from the report; {failures[0]}" if failures else ""
     try:
         write_report(folder, folder.path / "report")

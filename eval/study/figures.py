@@ -1,8 +1,8 @@
 """The pictures of a study's report."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 from hf_ibnorm.report import plots
 from hf_ibnorm.report.plots import COLOURS, MARKS, SMALL, STYLES, ForestLine, Points
 
-from ..compare import BETTER, WORSE
-from .group import BASELINE, Group
-from .plan import VALIDATION
-from .training import DIVERGED
+from ..statistics import BETTER, WORSE
+from .plan import VALIDATION, slug
+from .results import BASELINE, metric_title
+from .training import DIVERGED, Group
 
 SHOWN = 8
 """Norms in one picture of losses; of a λ sweep only the best λ is drawn."""
@@ -23,13 +23,7 @@ SMOOTH = 20
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one compared training, as they are drawn.
-
-    Args:
-        condition, norm, seed: of the training.
-        training: step and training loss, averaged over steps.
-        validation: step and validation loss.
-    """
+    """The losses of one compared training as they are drawn: step and loss, the training loss averaged over steps."""
 
     condition: str
     norm: str
@@ -69,41 +63,31 @@ def curve_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
 def draw_losses(curves: Sequence[Curve], baseline: str | None, path: Path) -> None:
     """Training loss, averaged over up to 20 steps, and by how much the validation loss differs from the baseline's:
     mean over seeds, band from best to worst. Without a baseline, the validation loss itself."""
-    names = list(dict.fromkeys(curve.norm for curve in curves))
-    training = {name: [curve.training for curve in curves if curve.norm == name] for name in names}
-    validation = {name: {curve.seed: curve.validation for curve in curves if curve.norm == name} for name in names}
-    base = validation.get(baseline or "", {})
-    if paired := bool(base) and all(_steps(points) == _steps(base) for points in validation.values()):
-        validation = {
-            name: {
-                seed: [(step, loss - other) for (step, loss), (_, other) in zip(points, base[seed], strict=True)]
-                for seed, points in of_norm.items()
-            }
-            for name, of_norm in validation.items()
-        }
+    steps: dict[str, dict[int, list[float]]] = {}
+    for curve in curves:
+        steps.setdefault(curve.norm, {})[curve.seed] = [step for step, _ in curve.validation]
+    if paired := baseline in steps and all(of_norm == steps[baseline] for of_norm in steps.values()):
+        base = {curve.seed: dict(curve.validation) for curve in curves if curve.norm == baseline}
+        differences = [[(step, loss - base[curve.seed][step]) for step, loss in curve.validation] for curve in curves]
+        curves = [replace(curve, validation=points) for curve, points in zip(curves, differences, strict=True)]
+    training = {name: [curve.training for curve in curves if curve.norm == name] for name in steps}
+    validation = {name: [curve.validation for curve in curves if curve.norm == name] for name in steps}
     with plots.panels(path, 2, 2) as (left, right):
         # The axis fits the second half of the training loss: the ends are compared, not the beginnings.
         _draw_seeds(left, training, 0.5)
-        _draw_seeds(right, {name: list(of_norm.values()) for name, of_norm in validation.items()}, 0.0)
+        _draw_seeds(right, validation, 0.0)
         left.set_title(f"training loss, nats per token, mean of {SMOOTH} steps")
         difference = f"validation loss, difference from {baseline}, nats per token"
         right.set_title(difference if paired else "validation loss, nats per token")
         plots.beside(right)
 
 
-def _steps(curves: Mapping[int, Points]) -> dict[int, list[float]]:
-    return {seed: [step for step, _ in points] for seed, points in curves.items()}
-
-
 def _draw_seeds(panel: Any, curves: Mapping[str, Sequence[Points]], start: float) -> None:
-    """The mean over the curves of each name, with a band from the least to the greatest.
+    """For each name the mean over the curves of its seeds, with a band from the least to the greatest.
 
-    Args:
-        panel: to draw on.
-        curves: name → points of each seed, at the same steps.
-        start: share of the points, at the beginning, that the vertical axis need not show.
+    The vertical axis need not show the first share `start` of the points.
     """
-    late = {}
+    late: dict[str, list[float]] = {}
     for i, (name, seeds) in enumerate(curves.items()):
         points = list(zip(*seeds, strict=False))  # a run may have skipped steps
         steps, values = [point[0][0] for point in points], [[loss for _, loss in point] for point in points]
@@ -114,21 +98,10 @@ def _draw_seeds(panel: Any, curves: Mapping[str, Sequence[Points]], start: float
         panel.fill_between(steps, least, most, color=plots.look(i)[0], alpha=0.15, linewidth=0)
         first = int(start * len(values))
         late[name] = least[first:] + most[first:]
-    low = min(value for values in late.values() for value in values)
-    high = max(value for values in late.values() for value in values)
+    low, high = min(map(min, late.values())), max(map(max, late.values()))
     room = 0.06 * (high - low) or 0.1
     panel.set(xlabel="step", ylim=(low - room, high + room))
     plots.clip(panel, late)
-
-
-def forest_lines(groups: Sequence[Group]) -> list[ForestLine]:
-    """Lines of the forest plot: differences from the baseline, a tick for each seed; filled where one is a verdict."""
-    lines = []
-    for group in groups:
-        if paired := group.paired:
-            filled = group.verdict in (BETTER, WORSE)
-            lines.append(ForestLine(group.label, paired.mean, paired.interval, group.differences, filled))
-    return lines
 
 
 def draw_cost(groups: Sequence[Group], path: Path, metric: str, title: str) -> None:
@@ -137,21 +110,17 @@ def draw_cost(groups: Sequence[Group], path: Path, metric: str, title: str) -> N
     The norms of a sweep have one look, with λ beside each; a norm that is far off is a mark at the edge, with its
     number.
     """
-    points = [
-        (group, *_center(group.values(metric).values()), *_center([run.seconds() for run in group.runs()]))
-        for group in groups
-        if group.values(metric)
-    ]
-    sweeps = _sweep_titles(groups)
-    # A sweep has its colour of the picture over λ.
-    names = list(dict.fromkeys([*sweeps.values(), *(sweeps.get(group, group.arm.name) for group, *_ in points)]))
+    sweeps, known = _sweep_titles(groups), _centers(groups, metric)
+    # The sweeps first: each has its colour of the picture over λ.
+    names = list(dict.fromkeys([*sweeps.values(), *(sweeps.get(group, group.arm.name) for group in known)]))
     last, crowded = len(COLOURS) - 1, len(names) > len(COLOURS)
-    low, high = plots.crowd([(y - error, y + error) for _, y, error, _, _ in points])
+    low, high = plots.crowd([(y - error, y + error) for y, error in known.values()])
     room = 0.06 * (high - low) or 0.5
     low, high = low - room, high + room
     with plots.figure(path, height=4.2) as axes:
         entries: dict[str, Any] = {}
-        for group, y, error, x, seconds in points:
+        for group, (y, error) in known.items():
+            x, seconds = _center([run.seconds() for run in group.runs()])
             name = sweeps.get(group, group.arm.name)
             i = names.index(name)
             off, at = not low <= y <= high, min(max(y, low), high)
@@ -172,24 +141,21 @@ def draw_cost(groups: Sequence[Group], path: Path, metric: str, title: str) -> N
 
 def draw_lam(groups: Sequence[Group], path: Path, metric: str, title: str) -> None:
     """The metric against λ, a line for each sweep, at the best learning rate of each λ; other norms as lines across."""
-    sweeps, swept, shown = sweeps_of(groups), _sweep_titles(groups), {}
+    sweeps, swept, known = sweeps_of(groups), _sweep_titles(groups), _centers(groups, metric)
     lams = sorted({group.arm.lam or 0.0 for group in swept})
+    shown = {}
     with plots.figure(path, height=4.2) as axes:
         for i, (name, sweep) in enumerate(sweeps.items()):
             aside = 1.05 ** (i - len(sweeps) // 2)  # or the error bars of one λ would cover each other
-            points = []
-            for group in sweep:
-                if values := group.values(metric):
-                    y, error = _center(values.values())
-                    points.append(((group.arm.lam or 0.0) * aside, y, error))
-                    shown[f"{name}, λ = {group.arm.lam:g},"] = [y - error, y + error]
+            points = [(group.arm.lam or 0.0, *known[group]) for group in sweep if group in known]
+            for lam, y, error in points:
+                shown[f"{name}, λ = {lam:g},"] = [y - error, y + error]
             if points:
-                places, means, errors = zip(*points, strict=True)
+                places, means, errors = zip(*[(lam * aside, y, error) for lam, y, error in points], strict=True)
                 look: Any = {"color": COLOURS[i % len(COLOURS)], "elinewidth": 0.8, "capsize": 3, "label": name}
                 axes.errorbar(places, means, yerr=errors, fmt=MARKS[i % len(MARKS)] + STYLES[i % len(STYLES)], **look)
-        others = [group for group in groups if group not in swept and group.values(metric)]
-        for i, group in enumerate(others):
-            y, error = _center(group.values(metric).values())
+        for i, group in enumerate(group for group in known if group not in swept):
+            y, error = known[group]
             shown[group.arm.name] = [y]
             look = {"color": "black", "alpha": 0.8, "linewidth": 1, "label": group.arm.name}
             axes.axhline(y, linestyle=STYLES[i % len(STYLES)], **look)
@@ -206,10 +172,14 @@ def draw_lam(groups: Sequence[Group], path: Path, metric: str, title: str) -> No
         plots.beside(axes)
 
 
-def _center(values: Iterable[float]) -> tuple[float, float]:
+def _center(values: Collection[float]) -> tuple[float, float]:
     """Mean and standard deviation, which is 0 of a single value."""
-    values = list(values)
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def _centers(groups: Sequence[Group], metric: str) -> dict[Group, tuple[float, float]]:
+    """Mean and standard deviation of the metric, for each norm that has it."""
+    return {group: _center(values) for group in groups if (values := group.values(metric).values())}
 
 
 def draw_stability(groups: Sequence[Group], path: Path) -> None:
@@ -266,3 +236,38 @@ def _shown(groups: Sequence[Group]) -> list[Group]:
     for group in sorted(losses, key=losses.__getitem__):
         best.setdefault(sweeps.get(group, group.arm.name), group)
     return sorted(best.values(), key=lambda group: (group.verdict != BASELINE, losses[group]))[:SHOWN]
+
+
+def draw_pictures(
+    groups: Sequence[Group], curves: Sequence[Curve], output: Path, metric: str
+) -> list[tuple[str, Path]]:
+    """Draw every picture that there are data for into a folder: title and file."""
+    about, drawn = metric_title(groups, metric), list[tuple[str, Path]]()
+
+    def add(title: str, name: str) -> Path:
+        drawn.append((title, output / f"{name}.png"))
+        return output / f"{name}.png"
+
+    lines = []
+    for group in groups:
+        if paired := group.paired:  # its mark is filled where there is a verdict
+            filled = group.verdict in (BETTER, WORSE)
+            lines.append(ForestLine(group.label, paired.mean, paired.interval, group.differences, filled))
+    if lines:
+        path = add("differences from the baseline", "forest")
+        plots.plot_forest(lines, path, f"difference from the baseline: {about}")
+    for condition in dict.fromkeys(group.condition for group in groups):
+        here = [group for group in groups if group.condition == condition]
+        where, end = (f" ({condition})", f"-{slug(condition)}") if condition else ("", "")
+        if shown := [curve for curve in curves if curve.condition == condition]:
+            base = next((group.arm.name for group in here if group.verdict == BASELINE), None)
+            draw_losses(shown, base, add(f"losses{where}", f"losses{end}"))
+        swept = _sweep_titles(here)
+        if any(group.values(metric) for group in here):
+            draw_cost(here, add(f"quality against time{where}", f"cost{end}"), metric, about)
+            if swept:
+                draw_lam(here, add(f"quality against λ{where}", f"lambda{end}"), metric, about)
+        if any(len(group.tuning) > 1 and any(group.tuned().values()) for group in swept):
+            title = f"where it breaks: validation loss over λ and learning rate{where}"
+            draw_stability(here, add(title, f"stability{end}"))
+    return drawn

@@ -1,7 +1,9 @@
 """The findings of a study as tables, rows and sentences: verdicts first, then the numbers they rest on."""
 
+import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Collection, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -12,23 +14,13 @@ from hf_ibnorm.report.tables import Table, decimals, number_cell
 
 from ..statistics import BOOTSTRAP_FROM, TEST_FROM
 from .folder import SOURCE, Folder
-from .group import REFUSED, VERDICTS, Group
 from .plan import VALIDATION, Study
-from .results import HASHES, environments, lower_is_better
-from .training import DIVERGED, FAILED
-
-
-def metric_title(groups: Sequence[Group], metric: str) -> str:
-    """The metric with its unit, and which way is up."""
-    if metric == VALIDATION:
-        return "validation loss, nats per token (lower is better)"
-    if lower_is_better(groups, metric):
-        return f"{metric}, bits per byte (lower is better)"
-    return f"{metric} (higher is better)"
+from .results import HASHES, REFUSED, VERDICTS
+from .training import DIVERGED, FAILED, Group
 
 
 def verdict_table(groups: Sequence[Group], metric: str) -> Table:
-    """The norms, a row each: verdict, metric, difference, interval, p, what could be seen."""
+    """The norms, a row each: verdict, metric, difference, interval, p, the least difference that could be seen."""
     most = max((group.paired.n for group in groups if group.paired), default=0)
     columns = [metric, "difference", "95 % interval", "p, corrected", "could be seen"]
     columns += ["sign test"] * (most >= TEST_FROM) + ["bootstrap"] * (most >= BOOTSTRAP_FROM)
@@ -94,11 +86,8 @@ def cost_table(groups: Sequence[Group], metric: str) -> Table:
 def tuning_table(groups: Sequence[Group]) -> Table:
     """Validation loss at every learning rate of the grid; the least one is marked."""
     rates = sorted({rate for group in groups for rate in group.tuning})
-    table = Table(["norm", *(f"{rate:g}" for rate in rates)])
-    for group in groups:
-        if group.tuning:
-            table.rows.append([group.label, *(_tuned_text(group, rate) for rate in rates)])
-    return table
+    rows = [[group.label, *(_tuned_text(group, rate) for rate in rates)] for group in groups if group.tuning]
+    return Table(["norm", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def _tuned_text(group: Group, rate: float) -> str:
@@ -111,22 +100,20 @@ def benchmark_table(groups: Sequence[Group]) -> Table:
     """Every benchmark of the suites, mean ± standard deviation over seeds."""
     scored = [group for group in groups if any(training.scores for training in group.finals.values())]
     names = dict.fromkeys(name for group in scored for training in group.finals.values() for name in training.scores)
-    table = Table(["norm", *names, "validation loss"])
-    for group in scored:
-        cells = [mean_spread(group.values(name).values()) for name in (*names, VALIDATION)]
-        table.rows.append([group.label, *cells])
-    return table
+    metrics = [*names, VALIDATION]
+    rows = [[group.label, *(mean_spread(group.values(name).values()) for name in metrics)] for group in scored]
+    return Table(["norm", *names, "validation loss"], rows)
 
 
 def failure_table(groups: Sequence[Group]) -> Table:
     """Trainings that failed or diverged, tuning included, and refused pairs."""
-    table = Table(["training", "what", "why"], text=3)
-    for cell, training in [item for group in groups for item in group.cells().items()]:
-        if training.state in (FAILED, DIVERGED) or training.problem:
-            table.rows.append([str(cell), training.state, training.problem])
+    rows = []
     for group in groups:
-        table.rows += [[f"{group.label}, {pair}", "pair refused", why] for pair, why in group.refused.items()]
-    return table
+        for cell, training in group.cells().items():
+            if training.state in (FAILED, DIVERGED) or training.problem:
+                rows.append([str(cell), training.state, training.problem])
+    rows += [[f"{group.label}, {pair}", "pair refused", why] for group in groups for pair, why in group.refused.items()]
+    return Table(["training", "what", "why"], rows, text=3)
 
 
 def cell_rows(groups: Sequence[Group], metric: str) -> list[dict[str, Any]]:
@@ -166,14 +153,14 @@ def verdict_sentences(groups: Sequence[Group], baseline: str) -> list[str]:
     return lines
 
 
-def what_was_equal(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:
-    """Sentences on what all norms had in common, as far as the files show it, and on what they had not."""
+def equality_sentences(folder: Folder, groups: Sequence[Group], metric: str) -> list[str]:
+    """Sentences on the conditions that all norms had in common, as far as files show them, and on the differences."""
     study, lines = folder.study, []
     runs = [run for group in groups for run in group.runs()]
     if pairs := sum(len(group.differences) for group in groups):
         paired = [run for group in groups if group.differences for run in group.runs()]
-        unknown = [what for name, what in HASHES.items() if any(run.environment.get(name) is None for run in paired)]
-        same = [what for what in HASHES.values() if what not in unknown]
+        unknown = [title for name, title in HASHES.items() if any(run.environment.get(name) is None for run in paired)]
+        same = [title for title in HASHES.values() if title not in unknown]
         lines.append(
             f"{pairs} pairs of trainings have equal {', '.join(same)}, every batch, number of tokens, and all settings "
             "but the norm and the learning rate; hashes are in cells.csv and in each run's environment.json."
@@ -195,7 +182,11 @@ def what_was_equal(folder: Folder, groups: Sequence[Group], metric: str) -> list
         lines.append("Noise is off in validation: models are in eval mode, which train_lm checks.")
         if study.suites and "noise" not in study.scoring.get("ignore", ()):
             lines.append("Noise is off in scoring: the doctor of `eval run` checks that logits repeat.")
-    lines += [f"NOTE: {line}." for line in environments(runs)]
+    for name in ("versions", "device", "torch_threads", "norm_backend", "git_revision", "cpu_capability"):
+        kinds = Counter(json.dumps(run.environment.get(name), sort_keys=True) for run in runs)
+        if len(kinds) > 1:
+            counts = "; ".join(f"{count} with {kind}" for kind, count in kinds.most_common())
+            lines.append(f"NOTE: {name} is not the same for all trainings: {counts}.")
     for change in folder.record()["history"][1:]:
         lines.append(f"NOTE: the plan was changed at {change['date']}, after it began with {change['was']}.")
     return lines
@@ -228,7 +219,8 @@ def _tuning_sentences(study: Study, groups: Sequence[Group], metric: str) -> lis
     for arm in study.arms:
         if arm.learning_rate_scale != 1:
             lines.append(f"NOTE: on purpose, {arm.name} has {arm.learning_rate_scale:g} times every learning rate.")
-    if edge := [group.label for group in groups if group.at_edge]:
+    several = [group for group in groups if len(group.tuning) > 1]
+    if edge := [group.label for group in several if group.learning_rate in (min(group.tuning), max(group.tuning))]:
         lines.append(f"NOTE: the best learning rate is at the edge of the grid for {', '.join(edge)}.")
     return lines
 

@@ -1,4 +1,4 @@
-"""The directory of a study: its plan, the recipes its trainings start from, and what is still to be done."""
+"""The directory of a study: its plan, the recipes that its trainings start from, and the jobs that are left."""
 
 import json
 import subprocess
@@ -23,9 +23,8 @@ from hf_ibnorm.swap.families import FAMILIES
 from ..choice import choose
 from ..options import Settings, add_settings
 from ..suites import SUITES
-from .group import UNFINISHED, Group
-from .plan import VALIDATION, Arm, Cell, Search, Study, flag_words, slug
-from .training import DIVERGED, Training, read_training, scores_folder, with_scores
+from .plan import VALIDATION, Arm, Cell, Study, flag_words, slug, study_from
+from .training import DIVERGED, UNFINISHED, Group, Training, read_training, scores_folder, with_scores
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,9 @@ class Job:
     """The programs that a cell still needs: its training, and the suites where it is compared.
 
     Args:
-        name: the cell's.
-        folder: the cell's, absolute.
+        name, folder: of the cell; the folder is absolute.
         commands: the programs, in their order.
-        directory: where they are started: paths in them may be relative.
+        directory: where they are started, for paths in them may be relative.
         environment: variables that are set for them.
         expected: settings that tell the cell's run from others.
     """
@@ -58,12 +56,7 @@ class Job:
 
 
 class Folder:
-    """A study's directory.
-
-    Args:
-        path: the directory; made by `begin`.
-        study: its plan.
-    """
+    """The directory `path` of a study, which `begin` makes."""
 
     def __init__(self, path: Path, study: Study) -> None:
         self.path, self.study = path, study
@@ -73,13 +66,9 @@ class Folder:
     def begin(cls, study: Study, path: Path, command: Sequence[str]) -> "Folder":
         """Make the directory of a new study, or go on with the study in it.
 
-        A study that was begun may get further norms, seeds, learning rates and suites; what it has may not change,
-        unless nothing has been trained yet.
-
-        Args:
-            study: the plan.
-            path: the directory.
-            command: carries the study out, for the report; an empty one leaves the command that was noted before.
+        A study may get further norms, seeds, learning rates and suites. Those that it has may not change once a
+        training has begun. The report names the `command` that carries the study out; an empty one leaves the command
+        that was noted before.
 
         Raises:
             UserError: `path` holds something else, or another study; or the plan cannot be carried out.
@@ -161,7 +150,7 @@ class Folder:
         return self.path / layout.SEARCHES / slug(name)
 
     def winner(self, name: str) -> dict[str, Any] | None:
-        """{"lam", "learning_rate", ...} of a search, both None where every trial diverged; None before it has ended."""
+        """{"lam", "learning_rate", ...} of a search, both None where every trial diverged; None until it has ended."""
         path = self.search_folder(name) / layout.WINNER
         return read_json("study", path, layout.WINNER_FORM) if path.exists() else None
 
@@ -186,26 +175,23 @@ class Folder:
         return groups
 
     def _trainings(self, condition: str, arm: Arm, rate: float, seeds: Iterable[int]) -> dict[int, Training]:
-        return {seed: self._training(Cell(condition, arm.name, rate, seed), arm) for seed in seeds}
-
-    def _training(self, cell: Cell, arm: Arm) -> Training:
-        """The training of a cell with its scores."""
-        folder = self.path / cell.folder
-        training = self._ended.get(cell) or read_training(folder, identity(arm, cell))
-        if training.ended:
-            self._ended[cell] = training
-        return with_scores(training, folder, self.study.suites)
+        """Seed → training, with its scores."""
+        trainings = {}
+        for seed in seeds:
+            cell = Cell(condition, arm.name, rate, seed)
+            folder = self.path / cell.folder
+            training = self._ended.get(cell) or read_training(folder, identity(arm, cell))
+            if training.ended:
+                self._ended[cell] = training
+            trainings[seed] = with_scores(training, folder, self.study.suites)
+        return trainings
 
     def training_job(self, cell: Cell, arm: Arm, folder: Path, name: str, suites: Sequence[str] = ()) -> Job:
-        """A training in `folder`, and the scoring of its model on suites.
-
-        It is started from the working directory, with as many threads as the study says.
-        """
+        """A training in `folder`, started from the working directory, and the scoring of its model on suites."""
         here, run_dir = Path.cwd(), folder / layout.CELL_RUN
         expected = identity(arm, cell)
         # A recipe may ask for push_to_hub: every training would go to the same repository.
-        never = {"push_to_hub": None}
-        settings = {"run_dir": str(run_dir), "resume": "auto", **never, **expected, **arm.flags()}
+        settings = {"run_dir": str(run_dir), "resume": "auto", "push_to_hub": None, **expected, **arm.flags()}
         starter = self.study.launcher or (sys.executable,)
         words = (*starter, "-m", "train_lm", "--config", str(self.recipe(cell.condition)), *flag_words(settings))
         commands = [Command(words, here / run_dir / layout.FINAL)]
@@ -231,15 +217,14 @@ class Folder:
         return tuning | finals
 
     def counts(self) -> tuple[int, int]:
-        """Trainings that have ended (and been scored if they are to be), and how many there will be; searches apart."""
+        """Number of trainings that have ended, and are scored if they must be, and of all; trials of searches apart."""
         ended = total = 0
         for group in self.groups():
-            cells = group.cells()
-            total += len(cells)
+            for cell, training in group.cells().items():
+                total += 1
+                ended += training.ended and not (group.is_compared(cell) and training.unscored)
             if not group.tuning_ended:  # the other seeds follow
                 total += len(set(self.study.seeds) - set(self.study.tuning_seeds))
-            for cell, training in cells.items():
-                ended += training.ended and not (group.is_compared(cell) and training.unscored)
         return ended, total
 
 
@@ -251,13 +236,10 @@ def identity(arm: Arm, cell: Cell) -> dict[str, Any]:
 
 def check_suites(study: Study) -> None:
     """Raise UserError for a suite or flag of scoring that does not exist, or a metric that no suite has."""
-    metrics = [VALIDATION]
-    for suite in study.suites:
-        benchmarks = choose(suite, _scoring(study, suite).get("include_path"))[1]
-        metrics += [benchmark.name for benchmark in benchmarks]
-    if study.metric not in metrics:
-        names = ", ".join(metrics[1:])
-        raise UserError(f"metric: got {study.metric!r}, must be {VALIDATION} or one of the suites': {names}")
+    chosen = [choose(suite, _scoring(study, suite).get("include_path"))[1] for suite in study.suites]
+    names = [benchmark.name for benchmarks in chosen for benchmark in benchmarks]
+    if study.metric not in (VALIDATION, *names):
+        raise UserError(f"metric: got {study.metric!r}, must be {VALIDATION} or one of the suites': {', '.join(names)}")
     if study.metric in study.scoring.get("skip", ()):
         raise UserError(f"scoring: skip leaves out {study.metric}, which is the metric")
     parser = OneLineParser(prog="scoring")
@@ -305,7 +287,7 @@ def _checked(recipe: str, settings: Mapping[str, Any]) -> str:
 
 
 def ask(words: Sequence[str]) -> tuple[int, str]:
-    """Run one of the house's programs; its exit code, and its output, or its errors where it failed."""
+    """Exit code of one of the house's programs, and its output, or its errors where it failed."""
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
     return done.returncode, done.stderr if done.returncode else done.stdout
 
@@ -351,14 +333,3 @@ def _entry(record: Mapping[str, Any]) -> dict[str, str]:
 def _summary(study: dict[str, Any]) -> str:
     rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
     return f"{len(study['arms'])} norms, learning rates {rates}, seeds {', '.join(map(str, study['seeds']))}"
-
-
-def study_from(content: Mapping[str, Any]) -> Study:
-    """A study from the plain data in `study.json`."""
-
-    def frozen(kind: Any, fields: Mapping[str, Any]) -> Any:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-
-    arms = [frozen(Arm, arm) for arm in content["arms"]]
-    searches = [frozen(Search, search) for search in content["searches"]]
-    return frozen(Study, {**content, "arms": arms, "searches": searches})

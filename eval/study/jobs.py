@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -37,41 +37,21 @@ class Ending:
     seconds: float
 
 
-class Executor(Protocol):
-    """Carries out jobs."""
-
-    def room(self) -> bool:
-        """Whether one more job would start at once."""
-
-    def submit(self, job: Job) -> "Future[Ending]":
-        """Begin a job."""
-
-    def cancel(self, future: "Future[Ending]") -> None:
-        """End a job in order: its training writes a checkpoint."""
-
-    def close(self) -> None:
-        """End all jobs in order."""
-
-
 def work(job: Job, stopping: Callable[[], bool] = lambda: False) -> Ending:
-    """Carry out a job: its commands one after the other, their output in the cell's `log.txt`.
+    """Carry out the commands of a job that have not run, one after the other; their output goes to `log.txt`.
 
-    Args:
-        job: the job; commands that have run are passed over.
-        stopping: asked again and again; once it is true, the command gets SIGTERM.
+    `stopping` is called again and again; once it returns True, the running command gets SIGTERM.
     """
     started = time.monotonic()
-    code, line = _run_commands(job, stopping)
-    return Ending(code, line, time.monotonic() - started)
 
+    def ending(code: int, line: str) -> Ending:
+        return Ending(code, line, time.monotonic() - started)
 
-def _run_commands(job: Job, stopping: Callable[[], bool]) -> tuple[int, str]:
-    """Exit code and last line of the command that failed; 0 and "" where none did."""
     job.folder.mkdir(parents=True, exist_ok=True)
     for command in job.commands:
         _wait_for_earlier(command.done.parent, stopping)
         if stopping():
-            return STOPPED, "stopped"
+            return ending(STOPPED, "stopped")
         if command.done.exists():
             continue
         if read_training(job.folder, job.expected).state == DIVERGED:  # another process may have trained it meanwhile
@@ -84,8 +64,8 @@ def _run_commands(job: Job, stopping: Callable[[], bool]) -> tuple[int, str]:
         if not command.done.exists():
             if code != STOPPED and not stopping():
                 note_failure(job, line, code)
-            return code or 1, line
-    return 0, ""
+            return ending(code or 1, line)
+    return ending(0, "")
 
 
 def note_failure(job: Job, line: str, code: int) -> None:
@@ -99,7 +79,7 @@ def note_failure(job: Job, line: str, code: int) -> None:
 
 
 def outcome_of(future: "Future[Ending]", job: Job) -> Ending:
-    """How a job ended. A job whose worker was lost, such as with a machine of a cluster, has failed.
+    """How a job ended: as failed, where its worker was lost, such as with a machine of a cluster.
 
     Raises:
         UserError: the failure cannot be written down.
@@ -136,7 +116,7 @@ def call(words: tuple[str, ...], job: Job, stopping: Callable[[], bool]) -> tupl
         try:
             while process.poll() is None and not stopping():
                 time.sleep(POLL)
-        finally:  # here too where a Ray task is cancelled, which interrupts it
+        finally:  # a cancelled Ray task is interrupted, and comes here, too
             process.terminate()  # nothing is sent to a process that has ended
             process.wait()
     lines = [line.strip() for line in log.read_bytes()[start:].decode(errors="replace").split("\n") if line.strip()]
@@ -151,7 +131,12 @@ class LocalExecutor:
     """Up to `jobs` processes at once on this machine; each has `gpus` of its GPUs to itself, if that is not 0."""
 
     def __init__(self, jobs: int, gpus: int = 0) -> None:
-        devices = _gpus() if gpus else []
+        devices: list[str] = []
+        if gpus:
+            import torch
+
+            given = os.environ.get("CUDA_VISIBLE_DEVICES")
+            devices = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
         if jobs * gpus > len(devices):
             raise UserError(
                 f"jobs: got {jobs}, each with {gpus} GPUs, but there are {len(devices)}; "
@@ -162,9 +147,11 @@ class LocalExecutor:
         self._free = [devices[i * gpus : (i + 1) * gpus] for i in range(jobs)]
 
     def room(self) -> bool:
+        """Whether one more job would start at once."""
         return bool(self._free)
 
     def submit(self, job: Job) -> "Future[Ending]":
+        """Begin a job."""
         devices, stop = self._free.pop(), threading.Event()
         future = self._pool.submit(self._work, job, stop, devices)
         self._stops[future] = stop
@@ -178,37 +165,30 @@ class LocalExecutor:
             self._free.append(devices)
 
     def cancel(self, future: "Future[Ending]") -> None:
+        """End a job in order: its training writes a checkpoint."""
         self._stops[future].set()
 
     def close(self) -> None:
+        """End all jobs in order."""
         for stop in self._stops.values():
             stop.set()
         self._pool.shutdown()
 
 
-def _gpus() -> list[str]:
-    """The GPUs that this program may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-
-
 class RayExecutor:
-    """Jobs as tasks of a Ray cluster, whose machines share the study's directory.
+    """The same on a Ray cluster, whose machines share the study's directory; a job takes `threads` CPUs, and `gpus`.
 
-    Args:
-        address: of the cluster ("auto": the one this machine is part of; "local": one on this machine alone).
-        threads: CPUs that a job takes.
-        gpus: GPUs that a job takes.
+    `address` is the cluster's, "auto" for the one this machine is part of, "local" for one on this machine alone.
     """
 
     def __init__(self, address: str, threads: int, gpus: int) -> None:
         require_extra("study", "ray")
         import ray
 
+        host, colon, port = address.removeprefix("ray://").rpartition(":")
         try:
-            _reach(address)
+            if colon and port.isdecimal():  # Ray itself would try for minutes where nobody listens
+                socket.create_connection((host, int(port)), timeout=10).close()
             dashboard = False if address == "local" else None
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
         except (OSError, RuntimeError, ValueError) as error:
@@ -241,13 +221,4 @@ class RayExecutor:
         self._ray.shutdown()
 
 
-def executor_for(jobs: int, ray: str | None, threads: int, gpus: int) -> Executor:
-    """Carries out jobs on this machine, or on a Ray cluster where its address is given."""
-    return LocalExecutor(jobs, gpus) if ray is None else RayExecutor(ray, threads, gpus)
-
-
-def _reach(address: str) -> None:
-    """Raise OSError where nobody listens: Ray itself would try for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
+Executor = LocalExecutor | RayExecutor

@@ -1,18 +1,19 @@
 """The verdicts of a study: each norm's compared trainings, paired with the baseline's."""
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from hf_ibnorm.report.runs import Run, differing_in_runs
+from hf_ibnorm.report.runs import differing_in_runs
 
-from ..statistics import paired, verdicts
+from ..statistics import BETTER, SAME, WORSE, paired, verdicts
 from ..suites import DEFINED
 from .folder import Folder
-from .group import BASELINE, NO_BASELINE, NO_SCATTER, NO_SCORE, ONE_SEED, REFUSED, UNFINISHED, Group
 from .plan import VALIDATION, Arm
-from .training import DIVERGED, FAILED, TRAINED, Training
+from .training import DIVERGED, FAILED, TRAINED, UNFINISHED, Group, Training
 
+BASELINE, REFUSED, NO_BASELINE = "baseline", "refused", "no baseline"
+ONE_SEED, NO_SCATTER, NO_SCORE = "one seed", "no scatter between seeds", "no score"
+VERDICTS = (BETTER, WORSE, SAME, DIVERGED, REFUSED, FAILED, UNFINISHED, ONE_SEED, NO_SCATTER, NO_SCORE, NO_BASELINE)
+"""Verdicts about a norm that is not the baseline, in the order in which sentences name them."""
 HASHES = {
     "init_sha": "initial values of the shared parameters",
     "tokenizer_sha": "tokenizer",
@@ -24,8 +25,8 @@ HASHES = {
 def gather(folder: Folder) -> list[Group]:
     """Every norm of a study under every condition, judged against the baseline.
 
-    Pairs that do not share what they must are refused by name, and a norm with a refused pair gets no verdict; nor does
-    a norm with a seed that diverged or is missing: the seeds that are left would be a selection.
+    A pair whose trainings differ in a setting, data or initial values is refused by name, and its norm gets no verdict.
+    Nor does a norm with a seed that diverged or is missing: the seeds that are left would be a selection.
     """
     study, groups = folder.study, folder.groups()
     for condition in study.conditions:
@@ -40,6 +41,15 @@ def lower_is_better(groups: Iterable[Group], metric: str) -> bool:
         return True
     rows = [training.scores.get(metric) for group in groups for training in group.finals.values()]
     return any(row and row["details"]["metric"] == "bits_per_byte" for row in rows)
+
+
+def metric_title(groups: Sequence[Group], metric: str) -> str:
+    """The metric with its unit, and which way is up."""
+    if metric == VALIDATION:
+        return "validation loss, nats per token (lower is better)"
+    if lower_is_better(groups, metric):
+        return f"{metric}, bits per byte (lower is better)"
+    return f"{metric} (higher is better)"
 
 
 def judge(groups: Sequence[Group], baseline: Group, metric: str) -> None:
@@ -63,7 +73,7 @@ def judge(groups: Sequence[Group], baseline: Group, metric: str) -> None:
 
 
 def _refusals(group: Group, baseline: Group, metric: str) -> dict[str, str]:
-    """Pair with the baseline → what it must share and does not; of compared trainings and of those that tuned."""
+    """Name of a pair with the baseline → the difference; of trainings that are compared, and of those that tuned."""
     pairs = [
         (f"seed {seed}", training, baseline.finals[seed], metric)
         for seed, training in group.finals.items()
@@ -92,20 +102,20 @@ def _hindrance(group: Group, metric: str) -> str:
 
 
 def difference(ours: Training, theirs: Training, arm: Arm, baseline: Arm, metric: str) -> str:
-    """The first thing that two trainings of one seed must share and do not, or "".
+    """The first difference between two trainings of one seed that must be equal but for their arms; "" without one.
 
-    They share initial weights, every batch, the number of tokens, text, tokenizer, and all settings but those that the
-    arms set. With a `metric` they share the items of that test, and the settings of its scoring, too. Of a training
-    that diverged only the batches that it has seen are compared.
+    Equal must be initial weights, every batch, the number of tokens, text, tokenizer, all settings but those that the
+    arms set; and with a `metric` the items of that benchmark, and the settings of its scoring. Of a training that
+    diverged only the batches before that are compared.
     """
     if ours.run is None or theirs.run is None:
         return "there is no run"
     runs = ours.run, theirs.run
-    for name, what in HASHES.items():
+    for name, title in HASHES.items():
         a, b = (run.environment.get(name) for run in runs)
         if a != b:
             a, b = ("missing" if sha is None else sha[:16] for sha in (a, b))
-            return f"{what} differ: {name} is {a}, the baseline's {b}"
+            return f"{title} differ: {name} is {a}, the baseline's {b}"
     for row, other in zip(*(run.metrics for run in runs), strict=False):
         if row["batch_sha"] != other["batch_sha"]:
             shas = f"batch_sha is {row['batch_sha']}, the baseline's {other['batch_sha']}"
@@ -132,14 +142,3 @@ def _asked_otherwise(ours: Training, theirs: Training, metric: str) -> str:
             if (other := theirs.scored_with.get(suite, {}).get(name)) != value:
                 return f"{suite} was scored with {name} {value!r}, for the baseline with {other!r}"
     return ""
-
-
-def environments(runs: Sequence[Run]) -> list[str]:
-    """Sentences about versions, devices and threads that differ between runs."""
-    lines = []
-    for name in ("versions", "device", "torch_threads", "norm_backend", "git_revision", "cpu_capability"):
-        kinds = Counter(json.dumps(run.environment.get(name), sort_keys=True) for run in runs)
-        if len(kinds) > 1:
-            counts = "; ".join(f"{count} with {kind}" for kind, count in kinds.most_common())
-            lines.append(f"{name} is not the same for all trainings: {counts}")
-    return lines

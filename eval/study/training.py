@@ -1,4 +1,4 @@
-"""One training of a study, as its own files describe it: its state, its run, its scores."""
+"""The trainings of a study, as their own files describe them, and those of one norm as a group."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -11,10 +11,13 @@ from hf_ibnorm.base import layout
 from hf_ibnorm.base.reading import read_json
 from hf_ibnorm.report.runs import SKIPPED_SHARE, Run, flat_settings, read_scores
 
+from ..statistics import Paired
 from ..store import read_manifest
-from .plan import VALIDATION, slug
+from .plan import VALIDATION, Arm, Cell, slug
 
 WAITING, BEGUN, FAILED, DIVERGED, TRAINED = "waiting", "begun", "failed", "diverged", "trained"
+UNFINISHED = "unfinished"
+"""The verdict about a norm until its trainings have ended."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,6 @@ class Training:
 
     def value(self, metric: str) -> float | None:
         """The metric of a study; None unless it was trained and has that metric."""
-        if self.state != TRAINED:
-            return None
         return self.validation if metric == VALIDATION else self.scores.get(metric, {}).get("raw")
 
 
@@ -73,9 +74,7 @@ def scores_folder(folder: Path, suite: str) -> Path:
 def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
     """The training of the cell in `folder`, from the files there, without its scores.
 
-    Args:
-        folder: the cell's.
-        expected: settings that the run must have: it is another cell's otherwise.
+    A run without the `expected` settings is another cell's, and a failed training of this one.
 
     Raises:
         UserError: a file of the study itself is damaged. A damaged file of the training makes it a failed one.
@@ -158,3 +157,79 @@ def _divergence(run: Run, finished: bool) -> str:
     lost = [name for name in ("loss", "grad_norm", VALIDATION) if last.get(name, 0.0) is None]
     given_up = last.get("skipped", 0) >= run.config["max_skipped_steps"] or VALIDATION in lost
     return f"{lost[0]} not finite at step {last['step']}" if lost and given_up else ""
+
+
+@dataclass(eq=False)
+class Group:
+    """One norm under one condition.
+
+    Args:
+        condition: its name, "" where a study has none.
+        arm: the norm.
+        tuning: learning rate → seed → a training that decides on the learning rate; empty for an arm of a search.
+        learning_rate: the best learning rate; None while it is not known, or where a training diverged at each of them.
+        finals: seed → the training that is compared; empty while the learning rate is None.
+        refused: name of a pair with the baseline that does not count → why.
+        differences: from the baseline, one a seed; none where a pair is missing or refused.
+        paired: their statistics.
+        adjusted: p after Holm's correction.
+        verdict: about this norm.
+    """
+
+    condition: str
+    arm: Arm
+    tuning: Mapping[float, Mapping[int, Training]]
+    learning_rate: float | None = None
+    finals: Mapping[int, Training] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    differences: list[float] = field(default_factory=list)
+    paired: Paired | None = None
+    adjusted: float | None = None
+    verdict: str = UNFINISHED
+
+    @property
+    def label(self) -> str:
+        """The norm, and the condition where a study has several."""
+        return f"{self.condition}: {self.arm.name}" if self.condition else self.arm.name
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed → the metric, of compared trainings that have it."""
+        values = {seed: training.value(metric) for seed, training in self.finals.items()}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def runs(self) -> list[Run]:
+        """The compared runs that were trained to their end."""
+        return [training.run for training in self.finals.values() if training.state == TRAINED and training.run]
+
+    def cells(self) -> dict[Cell, Training]:
+        """All trainings that are known by now, those that tune first; a training that is compared too is in it once."""
+        by_rate = list(self.tuning.items())
+        if self.learning_rate is not None:
+            by_rate.append((self.learning_rate, self.finals))
+        return {
+            Cell(self.condition, self.arm.name, rate, seed): training
+            for rate, trainings in by_rate
+            for seed, training in trainings.items()
+        }
+
+    def is_compared(self, cell: Cell) -> bool:
+        """Whether the training of one of the cells is compared."""
+        return cell.learning_rate == self.learning_rate and cell.seed in self.finals
+
+    @property
+    def tuning_ended(self) -> bool:
+        """Whether every training that decides on the learning rate has ended."""
+        return all(training.ended for trainings in self.tuning.values() for training in trainings.values())
+
+    def best_rate(self) -> float | None:
+        """The learning rate with the least mean validation loss; None while trainings that decide on it are missing."""
+        losses = {rate: loss for rate, loss in self.tuned().items() if loss is not None}
+        return min(losses, key=losses.__getitem__) if losses and self.tuning_ended else None
+
+    def tuned(self) -> dict[float, float | None]:
+        """Learning rate → mean validation loss over the tuning seeds; None where one diverged or is missing."""
+        return mean_losses({rate: trainings.values() for rate, trainings in self.tuning.items()})
+
+    def tuning_states(self, rate: float) -> set[str]:
+        """States of the trainings with one learning rate that decide on it."""
+        return {training.state for training in self.tuning.get(rate, {}).values()}

@@ -7,27 +7,23 @@ from typing import Any
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import write_text
 from hf_ibnorm.report.document import Document, readings
-from hf_ibnorm.report.plots import plot_forest
 from hf_ibnorm.report.tables import Table, csv_text
 
 from ..statistics import BETTER, WORSE
 from ..tables import SMOKE
 from . import figures, findings
 from .folder import SOURCE, Folder
-from .group import BASELINE, REFUSED, Group
-from .plan import Study, slug
-from .results import gather
-from .training import DIVERGED, FAILED
+from .plan import Study
+from .results import REFUSED, gather, metric_title
+from .training import DIVERGED, FAILED, Group
 
 COST = "What quality cost"
 
 
 def write_report(folder: Folder, output: Path) -> list[Group]:
-    """Print the verdicts and write the report into `output`: report.md, report.html, verdicts.csv, verdicts.tex,
-    cells.csv, curves.csv and pictures.
+    """Print the verdicts, write the report into `output`, and return the norms with their verdicts.
 
-    Returns:
-        The norms with their verdicts.
+    The files are report.md, report.html, verdicts.csv, verdicts.tex, cells.csv, curves.csv and pictures.
 
     Raises:
         UserError: the study's files are damaged, or the report cannot be written.
@@ -35,12 +31,12 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
     study, groups = folder.study, gather(folder)
     if not any(training.ended for group in groups for training in group.cells().values()):
         raise UserError(f"study: {folder.path} has no training yet that has ended; see `study status`")
-    equal, made = findings.what_was_equal(folder, groups, study.metric), findings.provenance(folder, groups)
+    equal, made = findings.equality_sentences(folder, groups, study.metric), findings.provenance(folder, groups)
     cost, wrong = findings.cost_table(groups, study.metric), findings.failure_table(groups)
     rows, curves = findings.cell_rows(groups, study.metric), figures.curves_of(groups)
     with bad_input(OSError, about="output: "):
         output.mkdir(parents=True, exist_ok=True)
-        pictures = draw_pictures(groups, curves, output, study.metric)
+        pictures = figures.draw_pictures(groups, curves, output, study.metric)
         document = study_document(study, groups, pictures, equal, cost, as_table(rows), made, wrong)
         write_verdicts(document, groups, output)
         write_text(output / "cells.csv", csv_text(list(rows[0]), rows))
@@ -51,8 +47,7 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
             path = folder.recipe(condition)
             write_text(output / f"recipe-{path.name}", path.read_text(encoding="utf-8"))
     findings.verdict_table(groups, study.metric).print()
-    print(*_verdict_sentences(study, groups), *equal, sep="\n")
-    print(f"Report: {output / 'report.html'}")
+    print(*_verdict_sentences(study, groups), *equal, f"Report: {output / 'report.html'}", sep="\n")
     return groups
 
 
@@ -66,19 +61,12 @@ def study_document(
     made: list[str],
     wrong: Table | None = None,
 ) -> Document:
-    """The report on a study.
+    """The report on a study, from its norms with their verdicts, and pictures (title and PNG file).
 
-    Args:
-        study: its plan.
-        groups: the norms with their verdicts.
-        pictures: title and PNG file.
-        equal: sentences on what was equal.
-        cost: the cost of the quality.
-        trainings: every training, as in `cells.csv`.
-        made: sentences on how, when and with which versions the report was made.
-        wrong: trainings and pairs that do not count.
+    `equal` are sentences on the conditions that the norms share, `made` sentences on how the report was made. The table
+    `trainings` has the content of `cells.csv`, the table `wrong` the trainings and pairs that do not count.
     """
-    caption = f"{findings.metric_title(groups, study.metric)}, mean ± standard deviation over seeds."
+    caption = f"{metric_title(groups, study.metric)}, mean ± standard deviation over seeds."
     stamp = f"{SMOKE}. " if _is_smoke(groups) else ""
     bad = [group for group in groups if group.verdict in (WORSE, DIVERGED, REFUSED, FAILED)]
     marked = {findings.verdict_text(group): "bad" for group in bad} | {BETTER: "good"}
@@ -145,35 +133,6 @@ def _verdict_row(group: Group) -> dict[str, Any]:
         "bootstrap_high": bootstrap_high,
         "verdict": group.verdict,
     }
-
-
-def draw_pictures(
-    groups: Sequence[Group], curves: Sequence[figures.Curve], output: Path, metric: str
-) -> list[tuple[str, Path]]:
-    """Draw every picture there is something for: title and file."""
-    about, drawn = findings.metric_title(groups, metric), list[tuple[str, Path]]()
-
-    def add(title: str, name: str) -> Path:
-        drawn.append((title, output / f"{name}.png"))
-        return output / f"{name}.png"
-
-    if lines := figures.forest_lines(groups):
-        plot_forest(lines, add("differences from the baseline", "forest"), f"difference from the baseline: {about}")
-    for condition in dict.fromkeys(group.condition for group in groups):
-        here = [group for group in groups if group.condition == condition]
-        where, end = (f" ({condition})", f"-{slug(condition)}") if condition else ("", "")
-        swept = [group for sweep in figures.sweeps_of(here).values() for group in sweep]
-        if shown := [curve for curve in curves if curve.condition == condition]:
-            base = next((group.arm.name for group in here if group.verdict == BASELINE), None)
-            figures.draw_losses(shown, base, add(f"losses{where}", f"losses{end}"))
-        if any(group.values(metric) for group in here):
-            figures.draw_cost(here, add(f"quality against time{where}", f"cost{end}"), metric, about)
-            if swept:
-                figures.draw_lam(here, add(f"quality against λ{where}", f"lambda{end}"), metric, about)
-        if any(len(group.tuning) > 1 and any(group.tuned().values()) for group in swept):
-            title = f"where it breaks: validation loss over λ and learning rate{where}"
-            figures.draw_stability(here, add(title, f"stability{end}"))
-    return drawn
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -3,8 +3,8 @@
 import pytest
 
 from eval.study.figures import Curve, draw_cost, draw_losses
-from eval.study.group import BASELINE, Group
 from eval.study.plan import Arm
+from eval.study.results import BASELINE, Group
 from eval.study.training import TRAINED, Training
 from hf_ibnorm.report.plots import COLOURS
 from hf_ibnorm.report.runs import Run

@@ -9,9 +9,9 @@ import pytest
 from studying import ask, study
 
 import eval.study.folder
-from eval.study.file import read_study
-from eval.study.folder import Folder, study_from
-from eval.study.plan import Cell, flag_words, shipped_studies
+from eval.study import shipped_studies
+from eval.study.folder import Folder
+from eval.study.plan import Cell, flag_words, read_study, study_from
 from hf_ibnorm.base.errors import UserError
 from train_lm.config import build_model_config, read_command_line
 

@@ -12,9 +12,9 @@ from training import small_corpus  # noqa: F401
 
 import eval.study.jobs
 from eval.study.figures import sweeps_of
-from eval.study.file import read_study
 from eval.study.folder import Folder
-from eval.study.group import BASELINE, NO_BASELINE, ONE_SEED, REFUSED, UNFINISHED
+from eval.study.plan import read_study
+from eval.study.results import BASELINE, NO_BASELINE, ONE_SEED, REFUSED, UNFINISHED
 from eval.study.status import print_status
 from eval.study.training import DIVERGED, FAILED, TRAINED, Training, mean_losses
 from hf_ibnorm.base.errors import UserError
@@ -106,7 +106,7 @@ def test_bits_per_byte_are_better_when_lower(here, short_novel):  # noqa: F811
 def final_of(folder, name, seed):
     cell = next(
         cell
-        for group in folder.groups()
+        for group in Folder.open(folder.path).groups()  # of its own: a Folder reads a training that has ended once
         for cell in group.cells()
         if group.is_compared(cell) and (cell.arm, cell.seed) == (name, seed)
     )
