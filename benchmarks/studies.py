@@ -15,13 +15,12 @@ from typing import Any
 
 from page import Row, fill, read_rows
 
-from eval.study.figures import Curve
-from eval.study.file import read_study
+from eval.study.figures import Curve, draw_pictures
 from eval.study.findings import mean_spread, verdict_table
-from eval.study.plan import Arm, Study
+from eval.study.plan import Arm, Study, read_study
 from eval.study.results import Group, judge
 from eval.study.training import TRAINED, Training
-from eval.study.writing import COST, as_table, describe, draw_pictures, write_verdicts
+from eval.study.writing import COST, as_table, study_document, write_verdicts
 from hf_ibnorm.report.runs import Run
 from hf_ibnorm.report.tables import Table
 
@@ -48,10 +47,10 @@ def groups_of(study: Study, rows: list[Row]) -> list[Group]:
     def group(condition: str, arm: Arm) -> Group:
         here = [row for row in rows if (row["condition"], row["norm"]) == (condition, arm.name)]
         finals = [row for row in here if row["compared"] == "True"]
-        tuning: dict[float, list[Training]] = {}
+        tuning: dict[float, dict[int, Training]] = {}
         for row in here:
             if int(row["seed"]) in study.tuning_seeds:
-                tuning.setdefault(float(row["learning_rate"]), []).append(training(row, ""))
+                tuning.setdefault(float(row["learning_rate"]), {})[int(row["seed"])] = training(row, "")
         rate = float(finals[0]["learning_rate"]) if finals else None
         return Group(condition, arm, tuning, rate, {int(row["seed"]): training(row, study.metric) for row in finals})
 
@@ -95,7 +94,7 @@ def redraw(name: str) -> Table:
     equal = [line.removeprefix("- ") for line in parts["What was equal"].strip().splitlines()]
     _, *made = [line.strip() for line in parts["Every training"].split("\n\n") if line.strip()]
     trainings = as_table([cells(row) for row in rows])
-    write_verdicts(describe(study, groups, pictures, equal, cost, trainings, made), groups, folder)
+    write_verdicts(study_document(study, groups, pictures, equal, cost, trainings, made), groups, folder)
     return verdict_table(groups, study.metric)
 
 

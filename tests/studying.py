@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState
 import eval.study.folder
 import eval.study.jobs
 from eval.runner import run as score
-from eval.study.file import parse_study
 from eval.study.folder import Folder
 from eval.study.jobs import work
+from eval.study.plan import parse_study
 from eval.study.run import run_study
 from eval.study.writing import write_report
 from hf_ibnorm.base.errors import UserError

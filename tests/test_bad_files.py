@@ -24,8 +24,8 @@ import hf_ibnorm.report.__main__
 import train_lm.__main__
 import train_lm.plot
 from eval.runner import run as score
-from eval.study.file import read_study
-from eval.study.plan import STUDIES
+from eval.study import STUDIES
+from eval.study.plan import read_study
 from hf_ibnorm.base.command import run_command
 from train_lm.config import RECIPES
 

@@ -10,7 +10,7 @@ from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.manifest import is_absent
 from hf_ibnorm.base.reading import read_json
 from hf_ibnorm.report.environment import numerics_record
-from hf_ibnorm.report.runs import flat_settings
+from hf_ibnorm.report.runs import differing_settings, flat_settings
 
 from .architecture import build_model_config, resolved
 from .checkpoint import Checkpoint
@@ -90,11 +90,8 @@ def changed_fields(then: dict[str, Any], now: dict[str, Any], processes: tuple[i
         for each, side in zip(processes, (before, after), strict=True)
     ]
     free = {*harmless_settings(), *(_SAME_BUT_SPLIT if sizes[0] == sizes[1] and processes[0] != processes[1] else ())}
-    changed = [
-        f"{name} was {before.get(name)!r}, got {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if name not in free and before.get(name) != after.get(name)
-    ]
+    differing = differing_settings([before, after], free)
+    changed = [f"{name} was {was!r}, got {got!r}" for name, (was, got) in differing.items()]
     if not changed and sizes[0] != sizes[1]:
         changed.append(
             f"a step had {sizes[0]} sequences with {processes[0]} processes, with {processes[1]} it has {sizes[1]}; "

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from hf_ibnorm.base.layout import CELL_RUN
 from hf_ibnorm.base.signals import StopSignals
 
 from ..options import positive
-from .plan import shipped_studies
+from . import shipped_studies
 
 if TYPE_CHECKING:
     from .folder import Folder
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def _begin(arguments: argparse.Namespace, command: Sequence[str]) -> "Folder":
     """The directory of the study that a command names; its file is read before anything slow is imported."""
-    from .file import read_study
+    from .plan import read_study
 
     study = read_study(arguments.study)
     from .folder import Folder
@@ -32,20 +33,20 @@ def _begin(arguments: argparse.Namespace, command: Sequence[str]) -> "Folder":
 
 def _run(arguments: argparse.Namespace) -> None:
     folder = _begin(arguments, ["python", "-m", "eval", *sys.argv[1:]])
-    study = folder.study
-    from .jobs import executor_for
-    from .run import run_study, stopped_in_order
+    from .jobs import LocalExecutor, RayExecutor
+    from .run import run_study
     from .writing import write_report
 
+    address, gpus = arguments.ray, folder.study.gpus
+    here = partial(LocalExecutor, arguments.jobs, gpus)
+    start = here if address is None else partial(RayExecutor, address, folder.study.threads, gpus)
     try:
-        with (
-            folder.lock(),
-            executor_for(arguments.jobs, arguments.ray, study.threads, study.gpus) as executor,
-            _first_signal_only(),  # last: Ray sets a handler of its own when it starts
-        ):
+        # The signals come last, for Ray sets a handler of its own when it starts.
+        with folder.lock(), closing(start()) as executor, _first_signal_only():
             failures = run_study(folder, executor, partial(print, flush=True))
     except Stopped:
-        raise stopped_in_order(folder) from None
+        ended, total = folder.counts()
+        raise Stopped(f"{ended} of {total} trainings have ended; the same command goes on from there") from None
     failed = f"{len(failures)} failed and are missing from the report; {failures[0]}" if failures else ""
     try:
         write_report(folder, folder.path / "report")
@@ -56,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _first_signal_only() -> StopSignals:
-    """A signal raises `Stopped`, once: a second one must not disturb what ends the trainings in order."""
+    """A signal raises `Stopped`, once: a second signal must not disturb the trainings that end in order."""
     return StopSignals(lambda number: Stopped(number.name), insist=False)
 
 
@@ -77,9 +78,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _commands(arguments: argparse.Namespace) -> None:
     folder = _begin(arguments, [])
-    place = folder.path.absolute()
-    for job in folder.to_do():
-        words = ["python", "-m", "eval", "study", "cell", str(place), str(job.folder.relative_to(place))]
+    for cell, job in folder.to_do().items():
+        words = ["python", "-m", "eval", "study", "cell", str(folder.path.absolute()), cell]
         print(f"cd {shlex.quote(str(job.directory))} && {shlex.join(words)}")
     for search in folder.study.searches:
         if folder.winner(search.name) is None:
@@ -92,13 +92,12 @@ def _cell(arguments: argparse.Namespace) -> None:
     from .run import result_line
 
     folder = Folder.open(Path(arguments.study))
-    jobs = {str(job.folder.relative_to(folder.path.absolute())): job for job in folder.to_do()}
-    if arguments.cell not in jobs:
+    job = folder.to_do().get(arguments.cell)
+    if job is None:
         if not (folder.path / arguments.cell / CELL_RUN).is_dir():
             raise UserError(f"cell: got {arguments.cell!r}, must be one of those that `study commands` prints")
         print("nothing is left to be done")
         return
-    job = jobs[arguments.cell]
     with _first_signal_only():
         ending = work(job)
     line = result_line(folder, job, ending)
@@ -110,26 +109,21 @@ def _cell(arguments: argparse.Namespace) -> None:
 def add_study_verbs(parser: argparse.ArgumentParser) -> None:
     """Add the verbs to the parser of `study`."""
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
-    shipped = ", ".join(shipped_studies())
-
     verb = partial(add_verb, verbs)
-
-    def of_file(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("study", metavar="STUDY", help=f"a study's YAML file, or a shipped study: {shipped}")
-        parser.add_argument("--output", help="directory of the study (default: studies/NAME)")
-
     run = verb("run", _run, "carry out a study; one that was stopped goes on, what is finished is never repeated")
-    of_file(run)
+    commands = verb("commands", _commands, "print what can be run now, a line a training, for another scheduler")
+    cell = verb("cell", _cell, "carry out one training of a study and its scores: what `commands` prints")
+    status = verb("status", _status, "how far a study is")
+    report = verb("report", _report, "write the report on what has ended")
+    about = f"a study's YAML file, or a shipped study: {', '.join(shipped_studies())}"
+    for of_file in (run, commands):
+        of_file.add_argument("study", metavar="STUDY", help=about)
+        of_file.add_argument("--output", help="directory of the study (default: studies/NAME)")
+    for of_directory in (cell, status, report):
+        of_directory.add_argument("study", metavar="DIR", help="directory of the study")
     run.add_argument("--jobs", type=positive, default=1, help="trainings at once on this machine (default: 1)")
     run.add_argument(
         "--ray", metavar="ADDRESS", help="on a Ray cluster: its address, or auto, or local (default: on this machine)"
     )
-    of_file(verb("commands", _commands, "print what can be run now, a line a training, for another scheduler"))
-    cell = verb("cell", _cell, "carry out one training of a study and its scores: what `commands` prints")
-    cell.add_argument("study", metavar="DIR", help="directory of the study")
     cell.add_argument("cell", metavar="CELL", help="folder of the training in it")
-    status = verb("status", _status, "how far a study is")
-    status.add_argument("study", metavar="DIR", help="directory of the study")
-    report = verb("report", _report, "write the report on what has ended")
-    report.add_argument("study", metavar="DIR", help="directory of the study")
     report.add_argument("--output", help="directory for the report; one in it is replaced (default: DIR/report)")

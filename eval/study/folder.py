@@ -1,11 +1,11 @@
-"""The directory of a study: its plan, the recipes its trainings start from, and what is still to be done."""
+"""The directory of a study: its plan, the recipes that its trainings start from, and the jobs that are left."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from hf_ibnorm.swap.families import FAMILIES
 
 from ..options import Settings, add_settings
 from ..suites import SUITES, choose
-from .plan import VALIDATION, Arm, Cell, Search, Study, flag_words, slug
-from .training import Training, mean_losses, read_training, scores_folder, with_scores
+from .plan import VALIDATION, Arm, Cell, Study, flag_words, slug, study_from
+from .training import DIVERGED, UNFINISHED, Group, Training, read_training, scores_folder, with_scores
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Job:
-    """What is still to be done for a cell: the training, and the suites if it is one that is compared.
+    """The programs that a cell still needs: its training, and the suites where it is compared.
 
     Args:
-        name: the cell's.
-        folder: where it lies, absolute.
-        commands: what is to be run, one after the other.
-        directory: where they are run: paths in them may be relative.
+        name, folder: of the cell; the folder is absolute.
+        commands: the programs, in their order.
+        directory: where they are started, for paths in them may be relative.
         environment: variables that are set for them.
         expected: settings that tell the cell's run from others.
     """
@@ -56,12 +55,7 @@ class Job:
 
 
 class Folder:
-    """A study's directory.
-
-    Args:
-        path: the directory; made by `begin`.
-        study: what is in it.
-    """
+    """The directory `path` of a study, which `begin` makes."""
 
     def __init__(self, path: Path, study: Study) -> None:
         self.path, self.study = path, study
@@ -69,24 +63,20 @@ class Folder:
 
     @classmethod
     def begin(cls, study: Study, path: Path, command: Sequence[str]) -> "Folder":
-        """Make the directory of a new study, or go on with the one that is there.
+        """Make the directory of a new study, or go on with the study in it.
 
-        A study that was begun may get further norms, seeds, learning rates and suites; what it has may not change,
-        unless nothing has been trained yet.
-
-        Args:
-            study: what to carry out.
-            path: the directory.
-            command: that carries it out, for the report; kept as it was where it is empty.
+        A study may get further norms, seeds, learning rates and suites. Those that it has may not change once a
+        training has begun. The report names the `command` that carries the study out; an empty one leaves the command
+        that was noted before.
 
         Raises:
-            UserError: `path` holds something else, or a study that is another one; or the study cannot be.
+            UserError: `path` holds something else, or another study; or the plan cannot be carried out.
         """
         check_suites(study)
         recipes = {condition: _resolved_recipe(study, condition) for condition in study.conditions}
         study = replace(study, baseline=study.baseline or _stock_norm(study, recipes))
         hashes = {condition: sha256([text]) for condition, text in recipes.items()}
-        record = json.loads(json.dumps({"study": study.content(), "recipes": hashes, "command": list(command)}))
+        record = json.loads(json.dumps({"study": asdict(study), "recipes": hashes, "command": list(command)}))
         folder = cls(path, study)
         if (path / layout.PLAN).is_file():
             folder._go_on(record, recipes)
@@ -101,14 +91,12 @@ class Folder:
     def _go_on(self, record: dict[str, Any], recipes: Mapping[str, str]) -> None:
         """Write the plan of a study that was begun, where it has grown; UserError where it has changed."""
         before = self.record()
-        history = before["history"]
-        if not any(self.path.glob(f"*/**/{layout.METRICS}")):
-            history = []
-        elif changed := _changed(before, record):
+        trained = any(self.path.glob(f"*/**/{layout.METRICS}"))
+        if trained and (changed := _changed(before, record)):
             raise UserError(f"output: {self.path} holds a study with {changed[0]}; name a new directory")
-        entry = _entry(record)
+        history, entry = before["history"] if trained else [], _entry(record)
         if not history or history[-1]["plan"] != entry["plan"]:
-            history = [*history, {**entry, **({"was": _summary(before["study"])} if history else {})}]
+            history = [*history, entry | ({"was": _summary(before["study"])} if history else {})]
         record = {**record, "command": record["command"] or before["command"], "history": history}
         if record != before:
             with self.lock():
@@ -127,111 +115,82 @@ class Folder:
         """The study in `path`, as it was last begun; UserError where there is none, or its file is damaged."""
         if not (path / layout.PLAN).is_file():
             raise UserError(f"study: {path} holds no study (it has no {layout.PLAN})")
-        record = cls(path, None).record()  # type: ignore[arg-type]
+        record = read_json("study", path / layout.PLAN, layout.PLAN_FORM)
         with reading("study", path / layout.PLAN):
             return cls(path, study_from(record["study"]))
 
     def record(self) -> dict[str, Any]:
         """The content of `study.json`; UserError where it is damaged."""
-        record: dict[str, Any] = read_json("study", self.path / layout.PLAN, layout.PLAN_FORM)
-        return record
+        return read_json("study", self.path / layout.PLAN, layout.PLAN_FORM)
 
     def lock(self) -> AbstractContextManager[None]:
         """Keep any other process from starting the study's trainings; UserError where another one does."""
         return alone_in(self.path, f"output: {self.path} is in use by another `study run`", timeout=2)
 
     def note_running(self, names: Sequence[str]) -> None:
-        """Write down what runs now."""
+        """Write down which jobs run now."""
         write_json(self.path / layout.RUNNING, names)
 
     def running(self) -> list[str] | None:
-        """What runs now, as it was noted last; None where no `study run` is at work."""
+        """The jobs that run now, as they were noted last; None where no `study run` is at work."""
         try:
             with self.lock():
                 return None
         except UserError:
             path = self.path / layout.RUNNING
-            return list(read_json("study", path, layout.RUNNING_FORM)) if path.exists() else []
+            return read_json("study", path, layout.RUNNING_FORM) if path.exists() else []
 
     def recipe(self, condition: str) -> Path:
-        """The resolved recipe of a condition."""
+        """The file with the resolved recipe of a condition."""
         return self.path / layout.RECIPES / f"{slug(condition) or 'recipe'}.yaml"
 
-    def search_folder(self, search: Search) -> Path:
-        """Where a search keeps its trials."""
-        return self.path / layout.SEARCHES / slug(search.name)
+    def search_folder(self, name: str) -> Path:
+        """The folder of a search's trials."""
+        return self.path / layout.SEARCHES / slug(name)
 
     def winner(self, name: str) -> dict[str, Any] | None:
-        """{"lam", "learning_rate", ...} of a search, both None where every trial diverged; None before it has ended."""
-        search = next(each for each in self.study.searches if each.name == name)
-        path = self.search_folder(search) / layout.WINNER
+        """{"lam", "learning_rate", ...} of a search, both None where every trial diverged; None until it has ended."""
+        path = self.search_folder(name) / layout.WINNER
         return read_json("study", path, layout.WINNER_FORM) if path.exists() else None
 
-    def is_searched(self, arm: Arm) -> bool:
-        """Whether an arm comes from a search."""
-        return arm.name in [search.name for search in self.study.searches]
+    def groups(self) -> list[Group]:
+        """Every norm under every condition, with its trainings as far as they have come."""
+        study = self.study
+        groups = []
+        for condition in study.conditions:
+            for arm in study.arms:
+                rates = [rate * arm.learning_rate_scale for rate in study.learning_rates]
+                tuning = {rate: self._trainings(condition, arm, rate, study.tuning_seeds) for rate in rates}
+                groups.append(Group(condition, arm, tuning))
+                groups[-1].learning_rate = groups[-1].best_rate()
+            for search in study.searches:
+                winner = self.winner(search.name)
+                lam, rate = (winner["lam"], winner["learning_rate"]) if winner else (None, None)
+                verdict = DIVERGED if winner and rate is None else UNFINISHED
+                groups.append(Group(condition, search.arm(lam), {}, rate, verdict=verdict))
+        for group in groups:
+            if group.learning_rate is not None:
+                group.finals = self._trainings(group.condition, group.arm, group.learning_rate, study.seeds)
+        return groups
 
-    def arms(self) -> list[Arm]:
-        """The study's arms, and those that come from a search: without λ until it is found."""
-        searched = [(search, self.winner(search.name) or {}) for search in self.study.searches]
-        return [*self.study.arms, *(searched_arm(search, winner.get("lam")) for search, winner in searched)]
-
-    def groups(self) -> list[tuple[str, Arm]]:
-        """Every (condition, arm)."""
-        return [(condition, arm) for condition in self.study.conditions for arm in self.arms()]
-
-    def tuning(self, condition: str, arm: Arm) -> list[Cell]:
-        """The trainings that decide on an arm's learning rate; none for an arm that comes from a search."""
-        return [] if self.is_searched(arm) else self.study.tuning_cells(condition, arm)
-
-    def tried(self, condition: str, arm: Arm) -> dict[float, list[Training]]:
-        """Learning rate → the trainings that decide on it, one a tuning seed."""
-        trainings: dict[float, list[Training]] = {}
-        for cell in self.tuning(condition, arm):
-            trainings.setdefault(cell.learning_rate, []).append(self.training(cell, arm))
+    def _trainings(self, condition: str, arm: Arm, rate: float, seeds: Iterable[int]) -> dict[int, Training]:
+        """Seed → training, with its scores."""
+        trainings = {}
+        for seed in seeds:
+            cell = Cell(condition, arm.name, rate, seed)
+            folder = self.path / cell.folder
+            training = self._ended.get(cell) or read_training(folder, identity(arm, cell))
+            if training.ended:
+                self._ended[cell] = training
+            trainings[seed] = with_scores(training, folder, self.study.suites)
         return trainings
 
-    def chosen(self, condition: str, arm: Arm) -> float | None:
-        """The learning rate with the least mean validation loss over the tuning seeds; a diverged one is out.
-
-        None while trainings are missing, or where every learning rate has a training that diverged.
-        """
-        if self.is_searched(arm):
-            return (self.winner(arm.name) or {}).get("learning_rate")
-        tried = self.tried(condition, arm)
-        if not all(each.ended for trainings in tried.values() for each in trainings):
-            return None
-        means = {rate: loss for rate, loss in mean_losses(tried).items() if loss is not None}
-        return min(means, key=means.__getitem__, default=None)
-
-    def finals(self, condition: str, arm: Arm) -> list[Cell]:
-        """The trainings that are compared; none while the learning rate is not known."""
-        rate = self.chosen(condition, arm)
-        return [] if rate is None else [Cell(condition, arm.name, rate, seed) for seed in self.study.seeds]
-
-    def cells(self, condition: str, arm: Arm) -> dict[Cell, Training]:
-        """All trainings of an arm that are known by now; one that both tunes and is compared is in it once."""
-        cells = dict.fromkeys((*self.tuning(condition, arm), *self.finals(condition, arm)))
-        return {cell: self.training(cell, arm) for cell in cells}
-
-    def training(self, cell: Cell, arm: Arm) -> Training:
-        """How far a cell is."""
-        folder = self.path / cell.folder
-        training = self._ended.get(cell) or read_training(folder, identity(arm, cell.learning_rate, cell.seed))
-        if training.ended:
-            self._ended[cell] = training
-        return with_scores(training, folder, self.study.suites)
-
     def training_job(self, cell: Cell, arm: Arm, folder: Path, name: str, suites: Sequence[str] = ()) -> Job:
-        """A training in `folder`, and suites that its model is scored on.
-
-        It runs from here, with as many threads as the study says.
-        """
+        """A training in `folder`, started from the working directory, and the scoring of its model on suites."""
         here, run_dir = Path.cwd(), folder / layout.CELL_RUN
-        expected = identity(arm, cell.learning_rate, cell.seed)
+        expected = identity(arm, cell)
         # A recipe may ask for push_to_hub: every training would go to the same repository.
-        never = {"push_to_hub": None}
-        settings = {"run_dir": str(run_dir), "resume": "auto", **never, **expected, **arm.flags()}
+        settings = {"run_dir": str(run_dir), "resume": "auto", "push_to_hub": None, **expected, **arm.flags()}
         starter = self.study.launcher or (sys.executable,)
         words = (*starter, "-m", "train_lm", "--config", str(self.recipe(cell.condition)), *flag_words(settings))
         commands = [Command(words, here / run_dir / layout.FINAL)]
@@ -243,50 +202,41 @@ class Folder:
         environment = {"OMP_NUM_THREADS": str(self.study.threads)}
         return Job(name, here / folder, tuple(commands), here, environment, expected)
 
-    def to_do(self) -> list[Job]:
-        """What can be done now, in order: trainings that choose the learning rates first."""
-        tuning: dict[Cell, Job] = {}
-        finals: dict[Cell, Job] = {}
-        for condition, arm in self.groups():
-            for cell in self.tuning(condition, arm):
-                if not self.training(cell, arm).ended:
-                    tuning[cell] = self.training_job(cell, arm, self.path / cell.folder, str(cell))
-            for cell in self.finals(condition, arm):
-                training, suites = self.training(cell, arm), self.study.suites
-                if not training.ended or training.unscored:
-                    finals[cell] = self.training_job(cell, arm, self.path / cell.folder, str(cell), suites)
-        return [*tuning.values(), *finals.values()]
+    def to_do(self) -> dict[str, Job]:
+        """The jobs that can be done now, by the folder of their cell; first those that choose the learning rates."""
+        tuning: dict[str, Job] = {}
+        finals: dict[str, Job] = {}
+        for group in self.groups():
+            for cell, training in group.cells().items():
+                compared = group.is_compared(cell)
+                if not training.ended or (compared and training.unscored):
+                    suites, jobs = (self.study.suites, finals) if compared else ((), tuning)
+                    folder = self.path / cell.folder
+                    jobs[str(cell.folder)] = self.training_job(cell, group.arm, folder, str(cell), suites)
+        return tuning | finals
 
     def counts(self) -> tuple[int, int]:
-        """Trainings that have ended (and been scored if they are to be), and how many there will be; searches apart."""
+        """Number of trainings that have ended, and are scored if they must be, and of all; trials of searches apart."""
         ended = total = 0
-        for condition, arm in self.groups():
-            tuning, finals = self.tuning(condition, arm), self.finals(condition, arm)
-            ended += sum(self.training(cell, arm).ended for cell in tuning if cell not in finals)
-            ended += sum((each := self.training(cell, arm)).ended and not each.unscored for cell in finals)
-            if finals:
-                total += len({*tuning, *finals})
-            elif all(self.training(cell, arm).ended for cell in tuning):
-                total += len(tuning)  # every learning rate diverged
-            else:
-                total += len(tuning) + len(set(self.study.seeds) - set(self.study.tuning_seeds))
+        for group in self.groups():
+            for cell, training in group.cells().items():
+                total += 1
+                ended += training.ended and not (group.is_compared(cell) and training.unscored)
+            if not group.tuning_ended:  # the other seeds follow
+                total += len(set(self.study.seeds) - set(self.study.tuning_seeds))
         return ended, total
 
 
-def identity(arm: Arm, learning_rate: float, seed: int) -> dict[str, Any]:
+def identity(arm: Arm, cell: Cell) -> dict[str, Any]:
     """Settings that tell one training of a study from the others."""
     norm = {"model.norm_type": arm.norm, "model.norm_kwargs": dict(arm.kwargs)}
-    return {"seed": seed, "learning_rate": learning_rate, **norm}
-
-
-def searched_arm(search: Search, lam: float | None) -> Arm:
-    """The arm of one λ of a search."""
-    return Arm(search.name, search.norm, {**search.kwargs, **({} if lam is None else {"lam": lam})})
+    return {"seed": cell.seed, "learning_rate": cell.learning_rate, **norm}
 
 
 def check_suites(study: Study) -> None:
-    """Raise UserError for a suite or flag of scoring that does not exist, or a metric that nothing gives."""
-    names = [each.name for suite in study.suites for each in choose(suite, _scoring(study, suite).get("include_path"))]
+    """Raise UserError for a suite or flag of scoring that does not exist, or a metric that no suite has."""
+    chosen = [choose(suite, _scoring(study, suite).get("include_path")) for suite in study.suites]
+    names = [benchmark.name for benchmarks in chosen for benchmark in benchmarks]
     if study.metric not in (VALIDATION, *names):
         raise UserError(f"metric: got {study.metric!r}, must be {VALIDATION} or one of the suites': {', '.join(names)}")
     if study.metric in study.scoring.get("skip", ()):
@@ -307,8 +257,8 @@ def check_suites(study: Study) -> None:
 def _scoring(study: Study, suite: str) -> dict[str, Any]:
     """The flags of `eval run` for a suite, lists with commas; a suite of ours needs no include_path."""
     return {
-        name: ",".join(map(str, each)) if isinstance(each, list) else each
-        for name, each in study.scoring.items()
+        name: ",".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in study.scoring.items()
         if name != "include_path" or suite not in SUITES
     }
 
@@ -328,7 +278,7 @@ def _resolved_recipe(study: Study, condition: str) -> str:
 
 
 def _checked(recipe: str, settings: Mapping[str, Any]) -> str:
-    """What `train_lm --check` prints: the whole recipe."""
+    """The whole recipe, as `train_lm --check` prints it."""
     code, output = ask(["train_lm", "--config", recipe, "--run_dir", "unused", *flag_words(settings), "--check"])
     if code:
         raise UserError(f"recipe: {(output.strip().splitlines() or ['train_lm failed'])[-1].removeprefix('error: ')}")
@@ -336,7 +286,7 @@ def _checked(recipe: str, settings: Mapping[str, Any]) -> str:
 
 
 def ask(words: Sequence[str]) -> tuple[int, str]:
-    """Run one of the house's programs; its exit code, and its output, or its errors where it failed."""
+    """Exit code of one of the house's programs, and its output, or its errors where it failed."""
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
     return done.returncode, done.stderr if done.returncode else done.stdout
 
@@ -344,7 +294,7 @@ def ask(words: Sequence[str]) -> tuple[int, str]:
 def _stock_norm(study: Study, recipes: Mapping[str, str]) -> str:
     """The arm that is the norm of the stock model: RMSNorm for Llama, LayerNorm for GPT-2; UserError without one."""
     model_type = yaml.safe_load(next(iter(recipes.values())))["model"]["model_type"]
-    (stock,) = (each.pin.stock for each in FAMILIES if each.stock_model_type == model_type)
+    (stock,) = (family.pin.stock for family in FAMILIES if family.stock_model_type == model_type)
     for arm in study.arms:
         if arm.norm == stock:
             return arm.name
@@ -359,39 +309,26 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """
     old, new = before["study"], now["study"]
     changed = [
-        f"another recipe{f' under {name}' if name else ''}"
-        for name, each in before["recipes"].items()
-        if now["recipes"].get(name) != each
+        f"another recipe{f' under {condition}' if condition else ''}"
+        for condition, recipe in before["recipes"].items()
+        if now["recipes"].get(condition) != recipe
     ]
     changed += [f"other {name}" for name in ("baseline", "threads", "tuning_seeds", "metric") if old[name] != new[name]]
     for name in ("seeds", "learning_rates", "suites"):
-        changed += [f"{name} {each}" for each in old[name] if each not in new[name]]
+        changed += [f"{name} {value}" for value in old[name] if value not in new[name]]
     for name, kind in (("arms", "norm"), ("searches", "search")):
-        named = {each["name"]: each for each in new[name]}
-        changed += [f"another {kind} {each['name']!r}" for each in old[name] if named.get(each["name"]) != each]
+        named = {entry["name"]: entry for entry in new[name]}
+        changed += [f"another {kind} {entry['name']!r}" for entry in old[name] if named.get(entry["name"]) != entry]
     return changed
 
 
 def _entry(record: Mapping[str, Any]) -> dict[str, str]:
     """A line of the plan's history; the recipe's path and the words about the study are no part of the plan."""
-    plan = {name: each for name, each in record["study"].items() if name not in ("recipe", "source", "about")}
+    plan = {name: value for name, value in record["study"].items() if name not in ("recipe", "source", "about")}
     text = json.dumps([plan, record["recipes"]], sort_keys=True)
     return {"plan": sha256([text]), "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def _summary(study: dict[str, Any]) -> str:
-    rates = ", ".join(f"{each:g}" for each in study["learning_rates"])
+    rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
     return f"{len(study['arms'])} norms, learning rates {rates}, seeds {', '.join(map(str, study['seeds']))}"
-
-
-def study_from(content: dict[str, Any]) -> Study:
-    """A study from the plain data of `Study.content`."""
-
-    def frozen(kind: Any, fields: Mapping[str, Any]) -> Any:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-
-    parts = {"arms": Arm, "searches": Search}
-    study: Study = frozen(
-        Study, {**content, **{name: [frozen(kind, each) for each in content[name]] for name, kind in parts.items()}}
-    )
-    return study

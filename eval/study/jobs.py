@@ -1,18 +1,18 @@
 """Jobs of a study as processes: on this machine, one or several at once, or on a Ray cluster."""
 
+import logging
 import os
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -30,35 +30,17 @@ POLL = 0.2
 
 @dataclass(frozen=True)
 class Ending:
-    """How a job ended: 0, or the exit code of the command that did not and the last line it said."""
+    """How a job ended: with exit code 0, or that of the command that failed, and the last line that it wrote."""
 
     code: int
     line: str
     seconds: float
 
 
-class Executor(Protocol):
-    """Something that carries out jobs."""
-
-    def room(self) -> bool:
-        """Whether one more job would start at once."""
-
-    def submit(self, job: Job) -> "Future[Ending]":
-        """Begin a job."""
-
-    def cancel(self, future: "Future[Ending]") -> None:
-        """End a job in order: its training writes a checkpoint."""
-
-    def close(self) -> None:
-        """End all of them."""
-
-
 def work(job: Job, stopping: Callable[[], bool] = lambda: False) -> Ending:
-    """Carry out a job: its commands one after the other, their output in the cell's `log.txt`.
+    """Carry out the commands of a job that have not run, one after the other; their output goes to `log.txt`.
 
-    Args:
-        job: what is to be done; commands that are done are passed over.
-        stopping: asked again and again; once it is true, the command gets SIGTERM.
+    `stopping` is called again and again; once it returns True, the running command gets SIGTERM.
     """
     started = time.monotonic()
 
@@ -88,7 +70,7 @@ def work(job: Job, stopping: Callable[[], bool] = lambda: False) -> Ending:
 
 def note_failure(job: Job, line: str, code: int) -> None:
     """Write down why the first unfinished command of a job failed."""
-    command = next((each for each in job.commands if not each.done.exists()), None)
+    command = next((command for command in job.commands if not command.done.exists()), None)
     if command:
         failure = {"problem": line, "code": code, "date": datetime.now(UTC).isoformat(timespec="seconds")}
         done = str(command.done.relative_to(job.folder))
@@ -97,8 +79,11 @@ def note_failure(job: Job, line: str, code: int) -> None:
 
 
 def outcome_of(future: "Future[Ending]", job: Job) -> Ending:
-    """How a job ended; where what carried it out was lost, such as a machine of a cluster, it has failed; UserError
-    where that cannot be written down."""
+    """How a job ended: as failed, where its worker was lost, such as with a machine of a cluster.
+
+    Raises:
+        UserError: the failure cannot be written down.
+    """
     try:
         return future.result()
     except Exception as error:
@@ -109,7 +94,7 @@ def outcome_of(future: "Future[Ending]", job: Job) -> Ending:
 
 
 def _wait_for_earlier(place: Path, stopping: Callable[[], bool]) -> None:
-    """Wait for a process that outlived a `study run` that was killed: it holds the lock of what it writes."""
+    """Wait for a process that outlived a `study run` that was killed: it holds the lock of the folder it writes."""
     while place.is_dir() and not stopping():
         try:
             with FileLock(place / ".lock", timeout=0):
@@ -119,30 +104,21 @@ def _wait_for_earlier(place: Path, stopping: Callable[[], bool]) -> None:
 
 
 def call(words: tuple[str, ...], job: Job, stopping: Callable[[], bool]) -> tuple[int, str]:
-    """Run one command to its end; its exit code and the last line it said."""
+    """Run one command to its end; its exit code and the last line it wrote, or the last error."""
     log = job.folder / LOG
     with log.open("ab") as output:
         start = output.tell()
+        environment = {**os.environ, **job.environment}
         # In a session of its own the process gets no Ctrl-C: this program ends it in order.
         process = subprocess.Popen(
-            words,
-            stdout=output,
-            stderr=output,
-            cwd=job.directory,
-            env={**os.environ, **job.environment},
-            start_new_session=True,
+            words, stdout=output, stderr=output, cwd=job.directory, env=environment, start_new_session=True
         )
-        asked = False
         try:
-            while process.poll() is None:
-                if stopping() and not asked:
-                    process.terminate()
-                    asked = True
+            while process.poll() is None and not stopping():
                 time.sleep(POLL)
-        except BaseException:  # a Ray task that is cancelled is interrupted like this
-            process.terminate()
+        finally:  # a cancelled Ray task is interrupted, and comes here, too
+            process.terminate()  # nothing is sent to a process that has ended
             process.wait()
-            raise
     lines = [line.strip() for line in log.read_bytes()[start:].decode(errors="replace").split("\n") if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     last = (errors or lines or ["nothing was said"])[-1]
@@ -155,68 +131,64 @@ class LocalExecutor:
     """Up to `jobs` processes at once on this machine; each has `gpus` of its GPUs to itself, if that is not 0."""
 
     def __init__(self, jobs: int, gpus: int = 0) -> None:
-        self._pool = ThreadPoolExecutor(jobs)
-        self._stops: dict[Future[Ending], threading.Event] = {}
-        self._free = list(range(jobs))
-        self._gpus = gpus
-        self._devices = _gpus() if gpus else []
-        if jobs * gpus > len(self._devices):
+        devices: list[str] = []
+        if gpus:
+            import torch
+
+            given = os.environ.get("CUDA_VISIBLE_DEVICES")
+            devices = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+        if jobs * gpus > len(devices):
             raise UserError(
-                f"jobs: got {jobs}, each with {gpus} GPUs, but there are {len(self._devices)}; "
+                f"jobs: got {jobs}, each with {gpus} GPUs, but there are {len(devices)}; "
                 "must be fewer, or `gpus` in the study's file 0"
             )
+        self._pool = ThreadPoolExecutor(jobs)
+        self._stops: dict[Future[Ending], threading.Event] = {}
+        self._free = [devices[i * gpus : (i + 1) * gpus] for i in range(jobs)]
 
     def room(self) -> bool:
+        """Whether one more job would start at once."""
         return bool(self._free)
 
     def submit(self, job: Job) -> "Future[Ending]":
-        slot, stop = self._free.pop(), threading.Event()
-        devices = ",".join(self._devices[slot * self._gpus : (slot + 1) * self._gpus])
-        environment = {**job.environment, **({"CUDA_VISIBLE_DEVICES": devices} if devices else {})}
-        future = self._pool.submit(self._work, replace(job, environment=environment), stop, slot)
+        """Begin a job."""
+        devices, stop = self._free.pop(), threading.Event()
+        future = self._pool.submit(self._work, job, stop, devices)
         self._stops[future] = stop
         return future
 
-    def _work(self, job: Job, stop: threading.Event, slot: int) -> Ending:
+    def _work(self, job: Job, stop: threading.Event, devices: list[str]) -> Ending:
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
         try:
-            return work(job, stop.is_set)
+            return work(replace(job, environment={**job.environment, **visible}), stop.is_set)
         finally:  # before the future is done: whoever waits for that asks for room next
-            self._free.append(slot)
+            self._free.append(devices)
 
     def cancel(self, future: "Future[Ending]") -> None:
+        """End a job in order: its training writes a checkpoint."""
         self._stops[future].set()
 
     def close(self) -> None:
+        """End all jobs in order."""
         for stop in self._stops.values():
             stop.set()
         self._pool.shutdown()
 
 
-def _gpus() -> list[str]:
-    """The GPUs that this program may use, as CUDA_VISIBLE_DEVICES calls them."""
-    import torch
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-
-
 class RayExecutor:
-    """Jobs as tasks of a Ray cluster, whose machines share the study's directory.
+    """The same on a Ray cluster, whose machines share the study's directory; a job takes `threads` CPUs, and `gpus`.
 
-    Args:
-        address: of the cluster ("auto": the one this machine is part of; "local": one on this machine alone).
-        threads: CPUs that a job takes.
-        gpus: GPUs that a job takes.
+    `address` is the cluster's, "auto" for the one this machine is part of, "local" for one on this machine alone.
     """
 
     def __init__(self, address: str, threads: int, gpus: int) -> None:
         require_extra("study", "ray")
-        import logging
-
         import ray
 
+        host, colon, port = address.removeprefix("ray://").rpartition(":")
         try:
-            _reach(address)
+            if colon and port.isdecimal():  # Ray itself would try for minutes where nobody listens
+                socket.create_connection((host, int(port)), timeout=10).close()
             dashboard = False if address == "local" else None
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
         except (OSError, RuntimeError, ValueError) as error:
@@ -225,6 +197,7 @@ class RayExecutor:
             for name, wanted in {"CPU": threads, "GPU": gpus}.items():
                 if wanted > (has := ray.cluster_resources().get(name, 0)):
                     raise UserError(f"ray: a training takes {wanted} {name}s, this machine has {has:g}")
+        self._ray = ray
         self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(work)
         self._tasks: dict[Future[Ending], Any] = {}
 
@@ -238,31 +211,14 @@ class RayExecutor:
         return future
 
     def cancel(self, future: "Future[Ending]") -> None:
-        import ray
-
-        ray.cancel(self._tasks[future])
+        self._ray.cancel(self._tasks[future])
 
     def close(self) -> None:
-        import ray
-
-        for future in [each for each in self._tasks if not each.done()]:
+        running = [future for future in self._tasks if not future.done()]
+        for future in running:
             self.cancel(future)
-        wait([each for each in self._tasks if not each.done()])
-        ray.shutdown()
+        wait(running)
+        self._ray.shutdown()
 
 
-def _reach(address: str) -> None:
-    """Raise OSError where nobody listens: Ray itself would try for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
-
-
-@contextmanager
-def executor_for(jobs: int, ray: str | None, threads: int, gpus: int) -> Iterator[Executor]:
-    """What carries out the jobs; whatever still runs at the end is stopped in order."""
-    executor: Executor = LocalExecutor(jobs, gpus) if ray is None else RayExecutor(ray, threads, gpus)
-    try:
-        yield executor
-    finally:
-        executor.close()
+Executor = LocalExecutor | RayExecutor

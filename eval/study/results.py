@@ -1,21 +1,19 @@
-"""What came out of a study: for each norm the trainings that count, paired with the baseline's, and a verdict."""
+"""The verdicts of a study: each norm's compared trainings, paired with the baseline's."""
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
-from hf_ibnorm.report.runs import Run, flat_settings, harmless_settings
+from hf_ibnorm.report.runs import differing_in_runs
 
-from ..statistics import Paired, paired, verdicts
+from ..statistics import BETTER, SAME, WORSE, paired, verdicts
 from ..suites import DEFINED
 from .folder import Folder
-from .plan import VALIDATION, Arm, Cell
-from .training import DIVERGED, FAILED, TRAINED, Training, mean_losses
+from .plan import VALIDATION, Arm
+from .training import DIVERGED, FAILED, TRAINED, UNFINISHED, Group, Training
 
-BASELINE, REFUSED, UNFINISHED, NO_BASELINE = "baseline", "refused", "unfinished", "no baseline"
+BASELINE, REFUSED, NO_BASELINE = "baseline", "refused", "no baseline"
 ONE_SEED, NO_SCATTER, NO_SCORE = "one seed", "no scatter between seeds", "no score"
-_ARMS_OWN = frozenset(("model.norm_type", "model.norm_kwargs", "model.norm_overrides", "learning_rate"))
+VERDICTS = (BETTER, WORSE, SAME, DIVERGED, REFUSED, FAILED, UNFINISHED, ONE_SEED, NO_SCATTER, NO_SCORE, NO_BASELINE)
+"""Verdicts about a norm that is not the baseline, in the order in which sentences name them."""
 HASHES = {
     "init_sha": "initial values of the shared parameters",
     "tokenizer_sha": "tokenizer",
@@ -24,71 +22,13 @@ HASHES = {
 }
 
 
-@dataclass
-class Group:
-    """One norm under one condition.
-
-    Args:
-        condition: its name, "" where a study has none.
-        arm: the norm.
-        tuning: learning rate → its trainings, one a tuning seed.
-        learning_rate: the best of them; None while it is not known, or where all diverged.
-        finals: seed → the training that is compared.
-        refused: which pair with the baseline does not count → why.
-        differences: from the baseline, one a seed; none where a pair is missing or refused.
-        paired: what they say.
-        adjusted: p after Holm's correction.
-        verdict: about this norm; see the constants above and in `compare`.
-    """
-
-    condition: str
-    arm: Arm
-    tuning: dict[float, list[Training]]
-    learning_rate: float | None
-    finals: dict[int, Training]
-    refused: dict[str, str] = field(default_factory=dict)
-    differences: list[float] = field(default_factory=list)
-    paired: Paired | None = None
-    adjusted: float | None = None
-    verdict: str = UNFINISHED
-
-    @property
-    def label(self) -> str:
-        """The norm, and the condition where a study has several."""
-        return f"{self.condition}: {self.arm.name}" if self.condition else self.arm.name
-
-    def values(self, metric: str) -> dict[int, float]:
-        """Seed → the metric, of trainings that have it."""
-        values = {seed: each.value(metric) for seed, each in self.finals.items()}
-        return {seed: value for seed, value in values.items() if value is not None}
-
-    def runs(self) -> list[Run]:
-        """The compared runs that were trained to their end."""
-        return [each.run for each in self.finals.values() if each.state == TRAINED and each.run]
-
-    def tuned(self) -> dict[float, float | None]:
-        """Learning rate → mean validation loss over the tuning seeds; None where one diverged or is missing."""
-        return mean_losses(self.tuning)
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best learning rate is the least or the greatest of several: a better one may lie outside."""
-        rates = sorted(self.tuning)
-        return len(rates) > 1 and self.learning_rate in (rates[0], rates[-1])
-
-
 def gather(folder: Folder) -> list[Group]:
     """Every norm of a study under every condition, judged against the baseline.
 
-    Pairs that do not share what they must are refused by name, and a norm with a refused pair gets no verdict; nor does
-    one with a seed that diverged or is missing: the seeds that are left would be a selection.
+    A pair whose trainings differ in a setting, data or initial values is refused by name, and its norm gets no verdict.
+    Nor does a norm with a seed that diverged or is missing: the seeds that are left would be a selection.
     """
-    study, groups = folder.study, []
-    for condition, arm in folder.groups():
-        finals = {cell.seed: folder.training(cell, arm) for cell in folder.finals(condition, arm)}
-        groups.append(Group(condition, arm, folder.tried(condition, arm), folder.chosen(condition, arm), finals))
-        if folder.is_searched(arm) and folder.winner(arm.name) and not finals:
-            groups[-1].verdict = DIVERGED
+    study, groups = folder.study, folder.groups()
     for condition in study.conditions:
         here = [group for group in groups if group.condition == condition]
         judge(here, next(group for group in here if group.arm.name == study.baseline), study.metric)
@@ -99,8 +39,17 @@ def lower_is_better(groups: Iterable[Group], metric: str) -> bool:
     """Whether less of a metric is better: the validation loss, and bits per byte of whole documents."""
     if metric == VALIDATION or (metric in DEFINED and DEFINED[metric].rolling):
         return True
-    rows = (each.scores[metric] for group in groups for each in group.finals.values() if metric in each.scores)
-    return any(row["details"]["metric"] == "bits_per_byte" for row in rows)
+    rows = [training.scores.get(metric) for group in groups for training in group.finals.values()]
+    return any(row and row["details"]["metric"] == "bits_per_byte" for row in rows)
+
+
+def metric_title(groups: Sequence[Group], metric: str) -> str:
+    """The metric with its unit, and which way is up."""
+    if metric == VALIDATION:
+        return "validation loss, nats per token (lower is better)"
+    if lower_is_better(groups, metric):
+        return f"{metric}, bits per byte (lower is better)"
+    return f"{metric} (higher is better)"
 
 
 def judge(groups: Sequence[Group], baseline: Group, metric: str) -> None:
@@ -124,14 +73,14 @@ def judge(groups: Sequence[Group], baseline: Group, metric: str) -> None:
 
 
 def _refusals(group: Group, baseline: Group, metric: str) -> dict[str, str]:
-    """Pair with the baseline → what it must share and does not; of compared trainings and of those that tuned."""
+    """Name of a pair with the baseline → the difference; of trainings that are compared, and of those that tuned."""
     pairs = [
         (f"seed {seed}", training, baseline.finals[seed], metric)
         for seed, training in group.finals.items()
         if seed in baseline.finals
     ]
     for (rate, ours), theirs in zip(group.tuning.items(), baseline.tuning.values(), strict=False):
-        pairs += [(f"tuning at {rate:g}", a, b, "") for a, b in zip(ours, theirs, strict=True)]
+        pairs += [(f"tuning at {rate:g}", training, theirs[seed], "") for seed, training in ours.items()]
     reasons = {
         name: difference(a, b, group.arm, baseline.arm, tested) for name, a, b, tested in pairs if a.ended and b.ended
     }
@@ -140,55 +89,52 @@ def _refusals(group: Group, baseline: Group, metric: str) -> dict[str, str]:
 
 def _hindrance(group: Group, metric: str) -> str:
     """Why a norm can have no verdict; "" where it can."""
-    tuning = [each for trainings in group.tuning.values() for each in trainings]
+    tuning = [training for trainings in group.tuning.values() for training in trainings.values()]
     finals = list(group.finals.values())
-    if group.verdict == DIVERGED or any(each.state == DIVERGED for each in finals):
+    lost = bool(tuning) and not finals and group.tuning_ended
+    if lost or group.verdict == DIVERGED or any(training.state == DIVERGED for training in finals):
         return DIVERGED
-    if tuning and not finals and all(each.ended for each in tuning):
-        return DIVERGED
-    if any(each.state == FAILED for each in tuning) or any(each.problem for each in finals):
+    if any(training.state == FAILED for training in tuning) or any(training.problem for training in finals):
         return FAILED
-    if not finals or any(not each.ended or each.unscored for each in finals):
+    if not finals or any(not training.ended or training.unscored for training in finals):
         return UNFINISHED
     return "" if len(group.values(metric)) == len(finals) else NO_SCORE
 
 
-def difference(ours: Training, theirs: Training, arm: Arm, other: Arm, metric: str) -> str:
-    """The first thing that two trainings of one seed must share and do not, or "".
+def difference(ours: Training, theirs: Training, arm: Arm, baseline: Arm, metric: str) -> str:
+    """The first difference between two trainings of one seed that must be equal but for their arms; "" without one.
 
-    They share initial weights, every batch, the number of tokens, text, tokenizer, all settings but those that the arms
-    are about, and what the test asks, if `metric` is one: its items, and the manner of asking. Of one that diverged
-    only the batches that it has seen are compared.
+    Equal must be initial weights, every batch, the number of tokens, text, tokenizer, all settings but those that the
+    arms set; and with a `metric` the items of that benchmark, and the settings of its scoring. Of a training that
+    diverged only the batches before that are compared.
     """
     if ours.run is None or theirs.run is None:
         return "there is no run"
     runs = ours.run, theirs.run
-    for name, what in HASHES.items():
+    for name, title in HASHES.items():
         a, b = (run.environment.get(name) for run in runs)
         if a != b:
-            a, b = ("missing" if value is None else value[:16] for value in (a, b))
-            return f"{what} differ: {name} is {a}, the baseline's {b}"
-    for row, other_row in zip(*(run.metrics for run in runs), strict=False):
-        if row["batch_sha"] != other_row["batch_sha"]:
-            shas = f"batch_sha is {row['batch_sha']}, the baseline's {other_row['batch_sha']}"
+            a, b = ("missing" if sha is None else sha[:16] for sha in (a, b))
+            return f"{title} differ: {name} is {a}, the baseline's {b}"
+    for row, other in zip(*(run.metrics for run in runs), strict=False):
+        if row["batch_sha"] != other["batch_sha"]:
+            shas = f"batch_sha is {row['batch_sha']}, the baseline's {other['batch_sha']}"
             return f"batches differ from step {row['step']} on: {shas}"
     tokens = [run.metrics[-1]["tokens"] for run in runs]
     if ours.state == theirs.state == TRAINED and tokens[0] != tokens[1]:
         return f"tokens differ: {tokens[0]:,}, the baseline's {tokens[1]:,}"
-    free = {*harmless_settings(runs), *_ARMS_OWN, *(arm.settings or {}), *(other.settings or {})}
-    a, b = ({**flat_settings(run.config), "processes": run.environment.get("num_processes")} for run in runs)
-    for name in sorted((a.keys() | b.keys()) - free):
-        if a.get(name) != b.get(name):
-            return f"{name} differs: {a.get(name)!r}, the baseline's {b.get(name)!r}"
+    free = {"learning_rate", *arm.flags(), *baseline.flags()}
+    for name, (a, b) in differing_in_runs(runs, free).items():
+        return f"{name} differs: {a!r}, the baseline's {b!r}"
     if metric in ours.scores and metric in theirs.scores:
         return _asked_otherwise(ours, theirs, metric)
     return ""
 
 
 def _asked_otherwise(ours: Training, theirs: Training, metric: str) -> str:
-    """The difference in a benchmark's items, or in how two models were asked; "" where there is none."""
-    tasks = [each.scores[metric]["details"]["tasks"] for each in (ours, theirs)]
-    a, b = ({task: (row["hash"], row["n"]) for task, row in each.items()} for each in tasks)
+    """The difference in a benchmark's items, or in the settings of its scoring; "" where there is none."""
+    tasks = [training.scores[metric]["details"]["tasks"] for training in (ours, theirs)]
+    a, b = ({name: (task["hash"], task["n"]) for name, task in of_run.items()} for of_run in tasks)
     if a != b:
         return f"the items of {metric} differ"
     for suite, manner in ours.scored_with.items():
@@ -196,21 +142,3 @@ def _asked_otherwise(ours: Training, theirs: Training, metric: str) -> str:
             if (other := theirs.scored_with.get(suite, {}).get(name)) != value:
                 return f"{suite} was scored with {name} {value!r}, for the baseline with {other!r}"
     return ""
-
-
-def environments(groups: Iterable[Group]) -> list[str]:
-    """Sentences about versions, devices and threads that differ between trainings."""
-    runs = [run for group in groups for run in group.runs()]
-    lines = []
-    for name in ("versions", "device", "torch_threads", "norm_backend", "git_revision", "cpu_capability"):
-        kinds = Counter(json.dumps(run.environment.get(name), sort_keys=True) for run in runs)
-        if len(kinds) > 1:
-            counts = "; ".join(f"{count} with {kind}" for kind, count in kinds.most_common())
-            lines.append(f"{name} is not the same for all trainings: {counts}")
-    return lines
-
-
-def failures(folder: Folder, groups: Sequence[Group]) -> list[tuple[Cell, Training]]:
-    """Every training that failed or diverged, tuning included."""
-    cells = [item for group in groups for item in folder.cells(group.condition, group.arm).items()]
-    return [(cell, each) for cell, each in cells if each.state in (FAILED, DIVERGED) or each.problem]

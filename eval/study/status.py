@@ -12,21 +12,21 @@ SHOWN = 20
 
 
 def print_status(folder: Folder) -> None:
-    """Print how many trainings of each norm are in which state, what runs now, and what failed; UserError where a file
+    """Print how many trainings of each norm are in which state, which run now, and which failed; UserError where a file
     of the study is damaged."""
-    states = (TRAINED, DIVERGED, FAILED, BEGUN, WAITING)
+    study, states = folder.study, (TRAINED, DIVERGED, FAILED, BEGUN, WAITING)
     table = Table(["norm", "learning rate", *states, "scored"])
     problems = []
-    for condition, arm in folder.groups():
-        finals = folder.finals(condition, arm)
-        trainings = folder.cells(condition, arm)
-        counts = Counter(each.state for each in trainings.values())
-        rate = folder.chosen(condition, arm)
-        scored = sum(trainings[cell].state == TRAINED and not trainings[cell].unscored for cell in finals)
-        name = f"{condition}: {arm.name}" if condition else arm.name
-        row = [name, "to be chosen" if rate is None else f"{rate:g}", *(str(counts[state] or "") for state in states)]
-        table.rows.append([*row, f"{scored} of {len(finals or folder.study.seeds)}" if folder.study.suites else ""])
-        problems += [f"{each.state}: {cell}: {each.problem}" for cell, each in trainings.items() if each.problem]
+    for group in folder.groups():
+        trainings = group.cells()
+        counts = Counter(training.state for training in trainings.values())
+        scored = sum(training.state == TRAINED and not training.unscored for training in group.finals.values())
+        rate = "to be chosen" if group.learning_rate is None else f"{group.learning_rate:g}"
+        row = [group.label, rate, *(str(counts[state] or "") for state in states)]
+        table.rows.append([*row, f"{scored} of {len(group.finals or study.seeds)}" if study.suites else ""])
+        for cell, training in trainings.items():
+            if training.problem:
+                problems.append(f"{training.state}: {cell}: {training.problem}")
     table.print()
     for line in problems[:SHOWN]:
         print(line)
@@ -34,8 +34,8 @@ def print_status(folder: Folder) -> None:
         print(f"and {len(problems) - SHOWN} more")
     ended, total = folder.counts()
     print(f"{ended} of {total} trainings have ended")
-    for search in folder.study.searches:
-        done = len(list(folder.search_folder(search).glob(f"trial-*/{TRIAL}")))
+    for search in study.searches:
+        done = len(list(folder.search_folder(search.name).glob(f"trial-*/{TRIAL}")))
         print(f"{search.name}: {done} of {search.trials} trials have ended")
     names = folder.running()
     print("no `study run` is at work here" if names is None else f"running now: {'; '.join(names) or 'nothing'}")

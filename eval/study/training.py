@@ -1,7 +1,7 @@
-"""One training of a study, as its own files describe it: how far it is, what it has learnt, what it scored."""
+"""The trainings of a study, as their own files describe them, and those of one norm as a group."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -11,25 +11,27 @@ from hf_ibnorm.base import layout
 from hf_ibnorm.base.reading import read_json
 from hf_ibnorm.report.runs import SKIPPED_SHARE, Run, flat_settings, read_scores
 
+from ..statistics import Paired
 from ..store import read_manifest
-from .plan import VALIDATION, slug
+from .plan import VALIDATION, Arm, Cell, slug
 
 WAITING, BEGUN, FAILED, DIVERGED, TRAINED = "waiting", "begun", "failed", "diverged", "trained"
-_COLUMNS = ("step", "loss", "tokens", "tokens_per_second", "batch_sha")
+UNFINISHED = "unfinished"
+"""The verdict about a norm until its trainings have ended."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How far a cell is.
+    """The training of a cell.
 
     Args:
         state: waiting, begun (running, or stopped on the way), failed, diverged or trained.
-        run: what its run directory says; None where there is none yet, or too little in it.
-        problem: of a failed or diverged one, or one whose scoring failed, in a line.
+        run: its run directory; None where there is none yet, or it has no step.
+        problem: why it failed or diverged, or why its scoring failed, in a line.
         scores: benchmark → its row of `scores.json`, over all suites.
         unscored: suites without scores.
         smoke: whether a suite was scored on part of the items only.
-        scored_with: suite → how: prompts, precision, context, version of the harness.
+        scored_with: suite → settings of the scoring: prompts, precision, context, version of the harness.
     """
 
     state: str
@@ -51,32 +53,28 @@ class Training:
         return self.run.metrics[-1][VALIDATION] if self.run and self.state == TRAINED else None
 
     def value(self, metric: str) -> float | None:
-        """The metric that a study compares."""
-        if self.state != TRAINED:
-            return None
+        """The metric of a study; None unless it was trained and has that metric."""
         return self.validation if metric == VALIDATION else self.scores.get(metric, {}).get("raw")
 
 
-def mean_losses(tuning: Mapping[float, Sequence[Training]]) -> dict[float, float | None]:
-    """Learning rate → mean validation loss of its trainings; None where one has none: it diverged or is missing."""
+def mean_losses(tuning: Mapping[float, Collection[Training]]) -> dict[float, float | None]:
+    """Learning rate → mean validation loss of its trainings; None where one of them diverged or is missing."""
     means: dict[float, float | None] = {}
     for rate, trainings in tuning.items():
-        losses = [each.validation for each in trainings if each.validation is not None]
+        losses = [training.validation for training in trainings if training.validation is not None]
         means[rate] = fmean(losses) if len(losses) == len(trainings) else None
     return means
 
 
 def scores_folder(folder: Path, suite: str) -> Path:
-    """Where a cell keeps the scores of a suite."""
+    """The folder of a cell's scores on a suite."""
     return folder / layout.SCORES_FOLDER / slug(suite)
 
 
 def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
-    """How far the cell in `folder` is, from what is on disk; its scores are not read.
+    """The training of the cell in `folder`, from the files there, without its scores.
 
-    Args:
-        folder: the cell's.
-        expected: settings that the run must have: it is another cell's otherwise.
+    A run without the `expected` settings is another cell's, and a failed training of this one.
 
     Raises:
         UserError: a file of the study itself is damaged. A damaged file of the training makes it a failed one.
@@ -92,7 +90,7 @@ def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
             return Training(FAILED, None, str(error))
         begun = (run_dir / layout.METRICS).exists()
         return Training(FAILED if problem else BEGUN if begun else WAITING, None, problem)
-    if wrong := _damage(run) or _stranger(run, expected):
+    if wrong := _stranger(run, expected):
         return Training(FAILED, None, wrong)
     if reason := _divergence(run, finished):
         return Training(DIVERGED, run, reason)
@@ -102,7 +100,7 @@ def read_training(folder: Path, expected: Mapping[str, Any]) -> Training:
 
 
 def with_scores(training: Training, folder: Path, suites: Sequence[str]) -> Training:
-    """The same with the scores there are."""
+    """A training with those of its scores that are in the cell's folder."""
     if training.state != TRAINED:
         return training
     places = {suite: scores_folder(folder, suite) for suite in suites}
@@ -111,43 +109,36 @@ def with_scores(training: Training, folder: Path, suites: Sequence[str]) -> Trai
     return replace(
         training,
         problem=_failure(folder) if missing else "",
-        scores={name: row for each in scored.values() for name, row in each["benchmarks"].items()},
+        scores={name: row for scores in scored.values() for name, row in scores["benchmarks"].items()},
         unscored=missing,
-        smoke=any(each["smoke"] for each in scored.values()),
+        smoke=any(scores["smoke"] for scores in scored.values()),
         scored_with={suite: _manner(read_manifest(places[suite])["identity"]) for suite in scored},
     )
 
 
 def _failure(folder: Path) -> str:
-    """Why the last try of a cell failed; "" where none has, or where the command has been finished since."""
+    """Why the last try of a cell failed; "" where none failed, or the command that failed has been finished since."""
     if not (folder / layout.FAILURE).exists():
         return ""
     failure = read_json("study", folder / layout.FAILURE, layout.FAILURE_FORM)
-    return "" if (folder / failure["done"]).exists() else str(failure["problem"])
+    return "" if (folder / failure["done"]).exists() else failure["problem"]
 
 
 def _manner(identity: dict[str, Any]) -> dict[str, Any]:
-    """How a suite was put to a model: settings that two scores must share to be compared."""
+    """The settings of a scoring that two scores must share to be compared."""
     model = {name: identity["model"][name] for name in ("dtype", "max_length")}
     return {**identity["prompting"], **model, "overlong": identity["overlong"], **identity["versions"]}
 
 
-def _damage(run: Run) -> str:
-    missing = [name for name in _COLUMNS if any(name not in row for row in run.metrics)]
-    return f"metrics.jsonl has rows without {', '.join(missing)}" if missing else ""
-
-
 def _stranger(run: Run, expected: Mapping[str, Any]) -> str:
-    """The first setting that shows that a run belongs to another cell; "" where all are right."""
+    """The first setting that shows that a run belongs to another cell; "" where it is the cell's own."""
     settings = flat_settings(run.config)
     for name, value in expected.items():
-        got = settings.get(name)
+        got = shared = settings.get(name)
         if isinstance(value, Mapping) and isinstance(got, Mapping):
-            # A run's options are resolved, the cell's may leave out the model's own epsilon.
-            same = {option: got.get(option) for option in value} == dict(value)
-        else:
-            same = got == value
-        if not same:
+            # A run's options are resolved; those of a cell may lack the model's epsilon.
+            shared = {option: got.get(option) for option in value}
+        if shared != value:
             return f"the run here is another one: {name} is {got!r}, must be {value!r}"
     return ""
 
@@ -155,14 +146,90 @@ def _stranger(run: Run, expected: Mapping[str, Any]) -> str:
 def _divergence(run: Run, finished: bool) -> str:
     """Why a run counts as diverged: it gave up, or learnt nothing by its end; "" where it does not."""
     last = run.metrics[-1]
+    if finished:
+        guessing = math.log(run.config["model"]["vocab_size"])
+        if last[VALIDATION] >= 0.99 * guessing:
+            return f"learnt nothing: validation loss {last[VALIDATION]:.3f} at the end, guessing has {guessing:.3f}"
+        return ""
+    steps, skipped = run.config["max_steps"], sum("skipped" in row for row in run.metrics)
+    if last["step"] == steps and skipped >= SKIPPED_SHARE * steps:
+        return f"{skipped} of {steps} steps skipped"
     lost = [name for name in ("loss", "grad_norm", VALIDATION) if last.get(name, 0.0) is None]
     given_up = last.get("skipped", 0) >= run.config["max_skipped_steps"] or VALIDATION in lost
-    if not finished:
-        steps, skipped = run.config["max_steps"], sum("skipped" in row for row in run.metrics)
-        if last["step"] == steps and skipped >= SKIPPED_SHARE * steps:
-            return f"{skipped} of {steps} steps skipped"
-        return f"{lost[0]} not finite at step {last['step']}" if lost and given_up else ""
-    guessing = math.log(run.config["model"]["vocab_size"])
-    if last[VALIDATION] >= 0.99 * guessing:
-        return f"learnt nothing: validation loss {last[VALIDATION]:.3f} at the end, guessing has {guessing:.3f}"
-    return ""
+    return f"{lost[0]} not finite at step {last['step']}" if lost and given_up else ""
+
+
+@dataclass(eq=False)
+class Group:
+    """One norm under one condition.
+
+    Args:
+        condition: its name, "" where a study has none.
+        arm: the norm.
+        tuning: learning rate → seed → a training that decides on the learning rate; empty for an arm of a search.
+        learning_rate: the best learning rate; None while it is not known, or where a training diverged at each of them.
+        finals: seed → the training that is compared; empty while the learning rate is None.
+        refused: name of a pair with the baseline that does not count → why.
+        differences: from the baseline, one a seed; none where a pair is missing or refused.
+        paired: their statistics.
+        adjusted: p after Holm's correction.
+        verdict: about this norm.
+    """
+
+    condition: str
+    arm: Arm
+    tuning: Mapping[float, Mapping[int, Training]]
+    learning_rate: float | None = None
+    finals: Mapping[int, Training] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    differences: list[float] = field(default_factory=list)
+    paired: Paired | None = None
+    adjusted: float | None = None
+    verdict: str = UNFINISHED
+
+    @property
+    def label(self) -> str:
+        """The norm, and the condition where a study has several."""
+        return f"{self.condition}: {self.arm.name}" if self.condition else self.arm.name
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed → the metric, of compared trainings that have it."""
+        values = {seed: training.value(metric) for seed, training in self.finals.items()}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def runs(self) -> list[Run]:
+        """The compared runs that were trained to their end."""
+        return [training.run for training in self.finals.values() if training.state == TRAINED and training.run]
+
+    def cells(self) -> dict[Cell, Training]:
+        """All trainings that are known by now, those that tune first; a training that is compared too is in it once."""
+        by_rate = list(self.tuning.items())
+        if self.learning_rate is not None:
+            by_rate.append((self.learning_rate, self.finals))
+        return {
+            Cell(self.condition, self.arm.name, rate, seed): training
+            for rate, trainings in by_rate
+            for seed, training in trainings.items()
+        }
+
+    def is_compared(self, cell: Cell) -> bool:
+        """Whether the training of one of the cells is compared."""
+        return cell.learning_rate == self.learning_rate and cell.seed in self.finals
+
+    @property
+    def tuning_ended(self) -> bool:
+        """Whether every training that decides on the learning rate has ended."""
+        return all(training.ended for trainings in self.tuning.values() for training in trainings.values())
+
+    def best_rate(self) -> float | None:
+        """The learning rate with the least mean validation loss; None while trainings that decide on it are missing."""
+        losses = {rate: loss for rate, loss in self.tuned().items() if loss is not None}
+        return min(losses, key=losses.__getitem__) if losses and self.tuning_ended else None
+
+    def tuned(self) -> dict[float, float | None]:
+        """Learning rate → mean validation loss over the tuning seeds; None where one diverged or is missing."""
+        return mean_losses({rate: trainings.values() for rate, trainings in self.tuning.items()})
+
+    def tuning_states(self, rate: float) -> set[str]:
+        """States of the trainings with one learning rate that decide on it."""
+        return {training.state for training in self.tuning.get(rate, {}).values()}

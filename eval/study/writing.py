@@ -1,49 +1,43 @@
 """The report on a study, written: Markdown, one self-contained page, CSV, LaTeX and pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import write_text
 from hf_ibnorm.report.document import Document, readings
-from hf_ibnorm.report.plots import plot_forest
 from hf_ibnorm.report.tables import Table, csv_text
 
-from ..compare import BETTER, WORSE
 from ..options import SMOKE
+from ..statistics import BETTER, WORSE
 from . import figures, findings
 from .folder import SOURCE, Folder
-from .plan import Study, slug
-from .results import BASELINE, REFUSED, Group, gather
-from .training import DIVERGED, FAILED
+from .plan import Study
+from .results import REFUSED, gather, metric_title
+from .training import DIVERGED, FAILED, Group
 
 COST = "What quality cost"
 
 
 def write_report(folder: Folder, output: Path) -> list[Group]:
-    """Print the verdicts and write the report into `output`: report.md, report.html, verdicts.csv, verdicts.tex,
-    cells.csv, curves.csv and pictures.
+    """Print the verdicts, write the report into `output`, and return the norms with their verdicts.
 
-    Returns:
-        The norms with their verdicts.
+    The files are report.md, report.html, verdicts.csv, verdicts.tex, cells.csv, curves.csv and pictures.
 
     Raises:
         UserError: the study's files are damaged, or the report cannot be written.
     """
-    study = folder.study
-    groups = gather(folder)
-    if not any(
-        each.ended for group in groups for row in (*group.tuning.values(), group.finals.values()) for each in row
-    ):
+    study, groups = folder.study, gather(folder)
+    if not any(training.ended for group in groups for training in group.cells().values()):
         raise UserError(f"study: {folder.path} has no training yet that has ended; see `study status`")
-    equal, made = findings.what_was_equal(folder, groups, study.metric), findings.provenance(folder, groups)
-    cost, wrong = findings.cost_table(groups, study.metric), findings.failure_table(folder, groups)
-    rows, curves = findings.cell_rows(folder, groups, study.metric), figures.curves_of(groups)
+    equal, made = findings.equality_sentences(folder, groups, study.metric), findings.provenance(folder, groups)
+    cost, wrong = findings.cost_table(groups, study.metric), findings.failure_table(groups)
+    rows, curves = findings.cell_rows(groups, study.metric), figures.curves_of(groups)
     with bad_input(OSError, about="output: "):
         output.mkdir(parents=True, exist_ok=True)
-        pictures = draw_pictures(groups, curves, output, study.metric)
-        document = describe(study, groups, pictures, equal, cost, as_table(rows), made, wrong)
+        pictures = figures.draw_pictures(groups, curves, output, study.metric)
+        document = study_document(study, groups, pictures, equal, cost, as_table(rows), made, wrong)
         write_verdicts(document, groups, output)
         write_text(output / "cells.csv", csv_text(list(rows[0]), rows))
         if curves:
@@ -53,12 +47,11 @@ def write_report(folder: Folder, output: Path) -> list[Group]:
             path = folder.recipe(condition)
             write_text(output / f"recipe-{path.name}", path.read_text(encoding="utf-8"))
     findings.verdict_table(groups, study.metric).print()
-    print(*_stamped_sentences(study, groups), *equal, sep="\n")
-    print(f"Report: {output / 'report.html'}")
+    print(*_verdict_sentences(study, groups), *equal, f"Report: {output / 'report.html'}", sep="\n")
     return groups
 
 
-def describe(
+def study_document(
     study: Study,
     groups: Sequence[Group],
     pictures: Sequence[tuple[str, Path]],
@@ -68,25 +61,18 @@ def describe(
     made: list[str],
     wrong: Table | None = None,
 ) -> Document:
-    """The report on a study.
+    """The report on a study, from its norms with their verdicts, and pictures (title and PNG file).
 
-    Args:
-        study: what was asked.
-        groups: the norms with their verdicts.
-        pictures: title and PNG file.
-        equal: what was equal, a sentence each.
-        cost: what quality cost.
-        trainings: every training, as in `cells.csv`.
-        made: when, with what, and how, a sentence each.
-        wrong: trainings and pairs that do not count.
+    `equal` are sentences on the conditions that the norms share, `made` sentences on how the report was made. The table
+    `trainings` has the content of `cells.csv`, the table `wrong` the trainings and pairs that do not count.
     """
-    caption = f"{findings.metric_title(groups, study.metric)}, mean ± standard deviation over seeds."
+    caption = f"{metric_title(groups, study.metric)}, mean ± standard deviation over seeds."
     stamp = f"{SMOKE}. " if _is_smoke(groups) else ""
     bad = [group for group in groups if group.verdict in (WORSE, DIVERGED, REFUSED, FAILED)]
     marked = {findings.verdict_text(group): "bad" for group in bad} | {BETTER: "good"}
     document = Document(f"Study: {study.name}", marked, made)
     document.lead(study.about)
-    for line in _stamped_sentences(study, groups):
+    for line in _verdict_sentences(study, groups):
         document.strong(line)
     document.table(findings.verdict_table(groups, study.metric), caption, f"{stamp}Study {study.name}: {caption}")
     for title, path in pictures:
@@ -111,10 +97,10 @@ def describe(
 
 
 def _is_smoke(groups: Sequence[Group]) -> bool:
-    return any(each.smoke for group in groups for each in group.finals.values())
+    return any(training.smoke for group in groups for training in group.finals.values())
 
 
-def _stamped_sentences(study: Study, groups: Sequence[Group]) -> list[str]:
+def _verdict_sentences(study: Study, groups: Sequence[Group]) -> list[str]:
     stamp = [f"{SMOKE}: scored on part of the items."] if _is_smoke(groups) else []
     return [*stamp, *findings.verdict_sentences(groups, study.baseline)]
 
@@ -149,39 +135,7 @@ def _verdict_row(group: Group) -> dict[str, Any]:
     }
 
 
-def draw_pictures(
-    groups: Sequence[Group], curves: Sequence[figures.Curve], output: Path, metric: str
-) -> list[tuple[str, Path]]:
-    """Draw every picture there is something for: title and file."""
-    about, drawn = findings.metric_title(groups, metric), list[tuple[str, Path]]()
-
-    def add(title: str, name: str) -> Path:
-        drawn.append((title, output / f"{name}.png"))
-        return output / f"{name}.png"
-
-    if lines := figures.forest_lines(groups):
-        plot_forest(lines, add("differences from the baseline", "forest"), f"difference from the baseline: {about}")
-    for condition in dict.fromkeys(group.condition for group in groups):
-        here = [group for group in groups if group.condition == condition]
-        where, end = (f" ({condition})", f"-{slug(condition)}") if condition else ("", "")
-        swept = [group for sweep in figures.sweeps_of(here).values() for group in sweep]
-        if shown := [curve for curve in curves if curve.condition == condition]:
-            base = next((group.arm.name for group in here if group.verdict == BASELINE), None)
-            figures.draw_losses(shown, base, add(f"losses{where}", f"losses{end}"))
-        if any(group.values(metric) for group in here):
-            figures.draw_cost(here, add(f"quality against time{where}", f"cost{end}"), metric, about)
-            if swept:
-                figures.draw_lam(here, add(f"quality against λ{where}", f"lambda{end}"), metric, about)
-        if any(len(group.tuning) > 1 and any(group.tuned().values()) for group in swept):
-            title = f"where it breaks: validation loss over λ and learning rate{where}"
-            figures.draw_stability(here, add(title, f"stability{end}"))
-    return drawn
-
-
-def as_table(rows: Sequence[dict[str, Any]]) -> Table:
+def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of a CSV file as a table, with six digits of fractions."""
-    return Table(list(rows[0]), [[_cell_text(value) for value in row.values()] for row in rows])
-
-
-def _cell_text(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    texts = [[f"{value:.6g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+    return Table(list(rows[0]), [["" if text is None else str(text) for text in row] for row in texts])

@@ -23,6 +23,7 @@ def _main() -> None:
     arguments = parser.parse_args()
     require_extra("train", "matplotlib")
     output = Path(arguments.output)
+    report, picture = output / "report.md", output / "loss.png"
     with bad_input():
         runs = [Run.read(Path(path)) for path in arguments.runs]
     table, lines = comparison(runs), fairness(runs)
@@ -30,14 +31,13 @@ def _main() -> None:
     document = Document(made=[f"Made by `{command}` from runs on {machine(runs[0].environment)}."])
     document.table(table)
     document.bullets(lines)
-    document.picture(output / "loss.png", "loss")
+    document.picture(picture, "loss")
     with bad_input(OSError, about="output: "):
         output.mkdir(parents=True, exist_ok=True)
-        plot_losses(runs, output / "loss.png")
-        document.write(output / "report.md")
+        plot_losses(runs, picture)
+        document.write(report)
     table.print()
-    print("", *lines, sep="\n")
-    print(f"Table and plot: {output / 'report.md'}, {output / 'loss.png'}")
+    print("", *lines, f"Table and plot: {report}, {picture}", sep="\n")
 
 
 def main() -> NoReturn:

@@ -1,9 +1,10 @@
-"""What a result depends on besides its own settings: versions, device, threads, norm backends, git revision."""
+"""The environment of a result: versions, device, threads, norm backends, git revision."""
 
 import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -12,32 +13,22 @@ from typing import Any
 
 from ..version import __version__
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "tokenizers",
-    "datasets",
-    "safetensors",
-    "lm_eval",
-    "jsonargparse",
-    "numpy",
-    "scipy",
-    "triton",
-)
+_TRAINING = ("torch", "transformers", "accelerate")
+"""Packages that the bits of a training depend on."""
+_OTHERS = ("tokenizers", "datasets", "safetensors", "lm_eval", "jsonargparse", "numpy", "scipy", "triton")
 
 
-def git_revision(folder: Path) -> str | None:
-    """Commit of the checkout that holds `folder`, with "-dirty" where tracked files differ; None outside one."""
+def _git_revision() -> str | None:
+    """Commit of the checkout that the package runs from, with "-dirty" where tracked files differ; None without one."""
 
     def git(*words: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
         try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
 
-    # Installed into some other project's checkout, that project's commit would be a lie.
+    # The package may be installed into the checkout of another project, whose commit says nothing about it.
     if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
         return None
     commit = git("rev-parse", "HEAD")
@@ -45,18 +36,18 @@ def git_revision(folder: Path) -> str | None:
 
 
 def _norm_backends() -> dict[str, str]:
-    """What runs the norms on each kind of device there is: fused kernels and their build, or "reference" and why."""
+    """Kind of device → what runs the norms there: fused kernels and their build, or "reference" and the reason."""
     import torch
 
     from ..kernels import describe
 
-    return {kind: describe(kind) for kind in (("cuda", "cpu") if torch.cuda.is_available() else ("cpu",))}
+    kinds = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    return {kind: describe(kind) for kind in kinds}
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of this package, Python and `PACKAGES`; None where one is not installed."""
-
-    installed = {package: _version(package) for package in PACKAGES}
+    """Versions of this package, Python and the libraries; None for a library that is not installed."""
+    installed = {package: _version(package) for package in (*_TRAINING, *_OTHERS)}
     return {"hf_ibnorm": __version__, "python": platform.python_version(), **installed}
 
 
@@ -69,7 +60,7 @@ def _version(package: str) -> str | None:
 
 
 def environment_record() -> dict[str, Any]:
-    """What a result depends on besides its own settings: versions, device, threads, norm backends, git revision."""
+    """What a result depends on besides its own settings, as `environment.json` holds it."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -84,13 +75,13 @@ def environment_record() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "norm_backend": _norm_backends(),
-        "git_revision": git_revision(Path(__file__).parent),
+        "git_revision": _git_revision(),
         "command": sys.argv,
     }
 
 
 def numerics_record() -> dict[str, Any]:
-    """What the bits of a computation depend on besides its input: software, kind of device, threads, norm backend."""
+    """What the bits of a training depend on besides its settings: software, kind of device, threads, norm backend."""
     import torch
 
     versions = package_versions()
@@ -99,18 +90,16 @@ def numerics_record() -> dict[str, Any]:
     else:
         capability = torch.backends.cpu.get_cpu_capability()
         device = {"device": f"{cpu_name()}, {capability}", "threads": torch.get_num_threads()}
-    kept = {name: versions[name] for name in ("hf_ibnorm", "torch", "transformers", "accelerate")}
-    # The first is the device that trains. Why there are no kernels does not change what the formulas compute.
+    kept = {name: versions[name] for name in ("hf_ibnorm", *_TRAINING)}
+    # The first backend is of the device that trains. The reason for "reference" does not change what it computes.
     backend = next(iter(_norm_backends().values()))
     return {**kept, **device, "norm_backend": backend if backend.startswith("fused") else "reference"}
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it, else its architecture."""
-    try:
+    """The processor's name where the system has it, else its architecture."""
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()

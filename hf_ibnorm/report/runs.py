@@ -1,9 +1,9 @@
-"""Reading finished training runs back from disk, and setting them side by side."""
+"""Training runs read back from disk, and set side by side."""
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,25 @@ from .tables import Table, score_cell
 
 SKIPPED_SHARE = 0.25
 """A run fails when this share of its steps was skipped because loss or gradient was not finite."""
+NORM_SETTINGS = ("model.norm_type", "model.norm_kwargs", "model.norm_overrides")
+"""Settings of a run that say which norms its model has."""
 
 
-def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
+def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's settings on one level: those of the model as `model.name`."""
-    model = {f"model.{name}": value for name, value in config["model"].items()}
-    return {**{name: value for name, value in config.items() if name != "model"}, **model}
+    flat = {**config, **{f"model.{name}": value for name, value in config["model"].items()}}
+    del flat["model"]
+    return flat
 
 
-def harmless_settings(runs: Iterable["Run"]) -> set[str]:
-    """Settings that change nothing in what is computed, as the runs note them; those of an older release do not."""
-    return {name for run in runs for name in run.environment.get("harmless_settings", ())}
+def differing_settings(settings: Sequence[Mapping[str, Any]], free: Iterable[str]) -> dict[str, list[Any]]:
+    """The settings, on one level, that differ between runs: name → the value in each run, None where a run lacks it.
+
+    The names are sorted; settings in `free` may differ, and are left out.
+    """
+    names = sorted(set().union(*settings).difference(free))
+    values = {name: [of_run.get(name) for of_run in settings] for name in names}
+    return {name: in_runs for name, in_runs in values.items() if any(value != in_runs[0] for value in in_runs)}
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ class Run:
 
         Args:
             path: run directory of train_lm.
-            finished: whether it must be; of one that still runs, a line that is being written is left out.
+            finished: whether the run must be finished. If not, a last line of `metrics.jsonl` that is being written is
+                left out.
 
         Raises:
             UserError, ValueError: `path` is no run directory, or no finished one, or a file in it is damaged; the
@@ -54,24 +63,21 @@ class Run:
             if not (path / name).exists():
                 kind = "a finished run directory" if finished else "a run directory"
                 raise ValueError(f"run: {path} is not {kind} (it has no {name})")
-        scores = path / layout.SCORES_FOLDER
         metrics = _rows(path / layout.METRICS, finished)
         if not metrics and not finished:
-            raise ValueError(f"run: {path / 'metrics.jsonl'} has no step yet")
+            raise ValueError(f"run: {path / layout.METRICS} has no step yet")
         if finished and (not metrics or metrics[-1].get("eval_loss") is None):
-            raise ValueError(f"run: {path / 'metrics.jsonl'} does not end with a validated step")
+            raise ValueError(f"run: {path / layout.METRICS} does not end with a validated step")
         config = read_yaml("run", path / layout.CONFIG, layout.RUN_CONFIG_FORM)
-        for item in config["model"].get("norm_overrides") or []:
-            if not isinstance(item, list) or len(item) != 2:
-                raise UserError(f"run: {path / layout.CONFIG}: norm_overrides: got {item!r}, must be [glob, norm]")
-            check_form(f"run: {path / layout.CONFIG}: norm_overrides: {item[0]}", item[1], layout.RUN_NORM_FORM)
-        return cls(
-            name=path.name,
-            config=config,
-            environment=read_json("run", path / layout.ENVIRONMENT, layout.RUN_ENVIRONMENT_FORM),
-            metrics=metrics,
-            scores=read_scores(scores) if (scores / layout.SCORES).exists() else None,
-        )
+        for override in config["model"].get("norm_overrides") or []:
+            where = f"run: {path / layout.CONFIG}: norm_overrides"
+            if not isinstance(override, list) or len(override) != 2:
+                raise UserError(f"{where}: got {override!r}, must be [glob, norm]")
+            check_form(f"{where}: {override[0]}", override[1], layout.RUN_NORM_FORM)
+        environment = read_json("run", path / layout.ENVIRONMENT, layout.RUN_ENVIRONMENT_FORM)
+        folder = path / layout.SCORES_FOLDER
+        scores = read_scores(folder) if (folder / layout.SCORES).exists() else None
+        return cls(path.name, config, environment, metrics, scores)
 
     def norms(self) -> list[tuple[str, str, dict[str, Any]]]:
         """Glob, name and options: of the norm of all sites, whose glob is "", and of every override."""
@@ -84,37 +90,43 @@ class Run:
         return [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
 
     def step_seconds(self) -> list[float]:
-        """What each step took, validation not counted."""
+        """Seconds of each step, validation not counted."""
         before = [0, *(row["tokens"] for row in self.metrics)]
         return [
             (row["tokens"] - start) / row["tokens_per_second"] for start, row in zip(before, self.metrics, strict=False)
         ]
 
     def seconds(self) -> float:
-        """What all steps took together, validation not counted."""
+        """Seconds of all steps together, validation not counted."""
         return math.fsum(self.step_seconds())
 
     def seconds_per_step(self) -> float:
-        """First decile over all steps, validation not counted.
+        """First decile of the seconds of the steps, validation not counted.
 
-        Runs are timed one after the other, and whatever else a machine does can only slow a step down: the median of a
-        shared machine moves by several percent from one hour to the next, its fast steps hardly do.
+        Other work on the machine can only slow a step down: from one hour to the next the median moves by several
+        percent, and the fast steps hardly move.
         """
         seconds = sorted(self.step_seconds())
         return seconds[len(seconds) // 10]
+
+
+def differing_in_runs(runs: Sequence[Run], free: Iterable[str]) -> dict[str, list[Any]]:
+    """`differing_settings` of runs, with the number of `processes`; settings that a run notes as harmless are free."""
+    harmless = {name for run in runs for name in run.environment.get("harmless_settings", ())}
+    settings = [{**flat_settings(run.config), "processes": run.environment.get("num_processes")} for run in runs]
+    return differing_settings(settings, {*free, *harmless})
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
     """The content of `scores.json` in the folder that `python -m eval run --output` wrote.
 
     Raises:
-        UserError, ValueError: there is none, or it is damaged; the message names it.
+        UserError, ValueError: there is no such file, or it is damaged; the message names it.
     """
     path = folder / layout.SCORES
     if not path.is_file():
         raise ValueError(f"scores: {folder} has no {layout.SCORES}")
-    scores: dict[str, Any] = read_json("scores", path, layout.SCORES_FORM)
-    return scores
+    return read_json("scores", path, layout.SCORES_FORM)
 
 
 def _rows(path: Path, finished: bool) -> list[dict[str, Any]]:
@@ -123,29 +135,35 @@ def _rows(path: Path, finished: bool) -> list[dict[str, Any]]:
         lines.pop()
     rows = []
     for number, line in enumerate(lines, 1):
-        with reading("run", f"{path}, line {number},"):
+        where = f"{path}, line {number}"
+        with reading("run", f"{where},"):
             rows.append(json.loads(line))
-        check_form(f"run: {path}, line {number}", rows[-1], layout.RUN_STEP_FORM)
+        check_form(f"run: {where}", rows[-1], layout.RUN_STEP_FORM)
         if rows[-1]["tokens_per_second"] <= 0:
-            raise UserError(f"run: {path}, line {number}: tokens_per_second: got 0 or less, must be more")
+            raise UserError(f"run: {where}: tokens_per_second: got 0 or less, must be more")
     return rows
 
 
-def _strength(options: dict[str, Any]) -> str:
-    return f" λ={options['lam']:g}" if "lam" in options else ""
-
-
 def labels(runs: Sequence[Run]) -> list[str]:
-    """What tells the runs apart: the norm with its strength, and the directory's name where two share that."""
-    short = []
+    """A label for each run: its norms with their λ, and the directory's name where two runs share these.
+
+    λ is the option that can be ramped; a norm that is not registered here is named without it.
+    """
+    from ..norms import NORMS
+
+    norms = []
     for run in runs:
-        names = (f"{glob and glob + ': '}{name}{_strength(options)}" for glob, name, options in run.norms())
-        short.append(", ".join(names))
-    count = Counter(short)
-    return [label if count[label] == 1 else f"{label} ({run.name})" for label, run in zip(short, runs, strict=True)]
+        texts = []
+        for glob, name, options in run.norms():
+            lam = options.get(str(NORMS[name].ramp)) if name in NORMS else None
+            shown = f" λ={lam:g}" if isinstance(lam, int | float) else ""
+            texts.append(f"{glob and glob + ': '}{name}{shown}")
+        norms.append(", ".join(texts))
+    count = Counter(norms)
+    return [label if count[label] == 1 else f"{label} ({run.name})" for label, run in zip(norms, runs, strict=True)]
 
 
-def comparison(runs: list[Run]) -> Table:
+def comparison(runs: Sequence[Run]) -> Table:
     """Runs as columns: scores on the test set first, then the cost of training, then the tasks."""
     table = Table(["", *labels(runs)])
     scored = [run.scores["benchmarks"] if run.scores else {} for run in runs]
@@ -168,7 +186,7 @@ def comparison(runs: list[Run]) -> Table:
     return table
 
 
-def fairness(runs: list[Run]) -> list[str]:
+def fairness(runs: Sequence[Run]) -> list[str]:
     """Sentences on the settings, data and initial values that the runs share; a difference is a WARNING."""
     lines = []
     starts = {run.environment["init_sha"] for run in runs}
@@ -181,23 +199,17 @@ def fairness(runs: list[Run]) -> list[str]:
         lines.append(f"Same data in the same order: all {len(orders.pop())} batches have equal hashes.")
     else:
         lines.append("WARNING: the runs did not see the same batches in the same order.")
-    settings = [
-        {**flat_settings(run.config), "number of processes": run.environment.get("num_processes")} for run in runs
-    ]
-    ignored = {"model.norm_type", "model.norm_kwargs", "model.norm_overrides", *harmless_settings(runs)}
-    fields = sorted(set().union(*settings) - ignored)
-    different = [field for field in fields if any(each.get(field) != settings[0].get(field) for each in settings)]
-    if different:
+    if different := differing_in_runs(runs, NORM_SETTINGS):
         lines.append(f"WARNING: besides the norm the runs differ in {', '.join(different)}.")
     for run in runs:
         if run.scores is None:
             lines.append(f"WARNING: {run.name} has not been scored (python -m eval run ... --output RUN/scores).")
         elif run.scores["smoke"]:
             lines.append(f"WARNING: {run.name} was scored on part of the items only: SMOKE - not a leaderboard score.")
-    seeds = sorted({run.config["seed"] for run in runs})
+    seeds = {run.config["seed"] for run in runs}
     if len(seeds) == 1:
         lines.append(
-            f"One seed ({seeds[0]}) of a small model decides nothing: another seed or learning rate can move these "
+            f"One seed ({seeds.pop()}) of a small model decides nothing: another seed or learning rate can move these "
             "numbers as much as the norm does."
         )
     return lines

@@ -10,15 +10,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
+_LATEX = str.maketrans(
+    {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "±": r"$\pm$", "λ": r"$\lambda$", "~": r"\textasciitilde{}", "^": r"\^{}"}
+)
+
 
 @dataclass
 class Table:
-    """A table of text; the first columns are words, the others are aligned to the right.
+    """A table of text.
 
     Args:
         columns: headings.
-        rows: cells, as many as columns.
-        text: how many columns are words; the first names the rows.
+        rows: a cell for each column.
+        text: how many columns hold words, from the left; the others, of numbers, are aligned to the right.
     """
 
     columns: list[str]
@@ -33,25 +38,15 @@ class Table:
 
     def latex(self, caption: str) -> str:
         """As a LaTeX table with the rules of the package booktabs, ending in a newline."""
-        lines = [" & ".join(map(_escaped, row)) + r" \\" for row in [self.columns, *self.rows]]
-        return "\n".join(
-            [
-                r"\begin{table}",
-                rf"\caption{{{_escaped(caption)}}}",
-                rf"\begin{{tabular}}{{{'l' * self.text}{'r' * (len(self.columns) - self.text)}}}",
-                r"\toprule",
-                lines[0],
-                r"\midrule",
-                *lines[1:],
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table}",
-                "",
-            ]
-        )
+        cells = [[cell.translate(_LATEX) for cell in row] for row in [self.columns, *self.rows]]
+        head, *body = [" & ".join(row) + r" \\" for row in cells]
+        aligned = "l" * self.text + "r" * (len(self.columns) - self.text)
+        begin = [r"\begin{table}", rf"\caption{{{caption.translate(_LATEX)}}}", rf"\begin{{tabular}}{{{aligned}}}"]
+        end = [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+        return "\n".join([*begin, r"\toprule", head, r"\midrule", *body, *end])
 
     def print(self) -> None:
-        """On standard output; as wide as the table where that is no terminal."""
+        """Print the table, as wide as the terminal; 200 characters wide where standard output is none."""
         table = RichTable(box=None, pad_edge=False, header_style="bold")
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="left" if i < self.text else "right", overflow="fold")
@@ -64,7 +59,7 @@ class Table:
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as CSV with a line of headings; None becomes an empty cell."""
+    """Rows as CSV with a line of headings; a value of None is an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -73,11 +68,11 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def decimals(error: float | None, most: int = 4) -> int:
-    """Digits after the point that a number with this standard error carries: two digits of the error are shown.
+    """How many decimals of a number to show: as many as show two digits of its standard error.
 
     Args:
-        error: standard error; None or 0 where it is not known, for which all digits are shown.
-        most: that are ever shown.
+        error: the standard error; None or 0 where it is not known, and then there are `most` decimals.
+        most: the greatest number of decimals.
     """
     if not error or not math.isfinite(error):
         return most
@@ -85,19 +80,12 @@ def decimals(error: float | None, most: int = 4) -> int:
 
 
 def number_cell(value: float | None, form: str, missing: str = "-") -> str:
-    """A number in a format of `format`; `missing` where there is none."""
+    """A number in a format specification of Python; `missing` for None."""
     return missing if value is None else format(value, form)
 
 
-def _escaped(text: str) -> str:
-    """Plain text as LaTeX."""
-    special = {"\\": r"\textbackslash{}", "±": r"$\pm$", "λ": r"$\lambda$", "~": r"\textasciitilde{}", "^": r"\^{}"}
-    return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
-
-
 def score_cell(score: dict[str, Any]) -> str:
-    """One row of `scores.json` as text: `0.531 ± 0.020`, with `(at chance)` or `(below chance)` where that is so; `-`
-    where there is no score."""
+    """A benchmark's row of `scores.json` as text, such as `0.531 ± 0.020 (at chance)`; `-` where it has no score."""
     if score["raw"] is None:
         return "-"
     text = f"{score['raw']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")

@@ -2,15 +2,16 @@
 
 import datetime
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from studying import ask, study
 
 import eval.study.folder
-from eval.study.file import read_study
-from eval.study.folder import Folder, study_from
-from eval.study.plan import Cell, flag_words, shipped_studies
+from eval.study import shipped_studies
+from eval.study.folder import Folder
+from eval.study.plan import Cell, flag_words, read_study, study_from
 from hf_ibnorm.base.errors import UserError
 from train_lm.config import build_model_config, read_command_line
 
@@ -86,7 +87,7 @@ def test_cells_of_one_arm_differ_in_their_folders():
 def test_a_plan_comes_back_from_json():
     search = {"norm": "ibnorm_t", "lam": [1, 4], "trials": 3}
     found = study(norms=["rmsnorm", {"norm": "ibnorm_l", "sweep": {"lam": [1, 4]}}], search=[search], tuning_seeds=[9])
-    assert study_from(json.loads(json.dumps(found.content()))) == found
+    assert study_from(json.loads(json.dumps(asdict(found)))) == found
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from training import small_corpus  # noqa: F401
 
 import eval.study.jobs
 from eval.study.figures import sweeps_of
-from eval.study.file import read_study
 from eval.study.folder import Folder
-from eval.study.results import BASELINE, NO_BASELINE, ONE_SEED, REFUSED, UNFINISHED, Group
+from eval.study.plan import read_study
+from eval.study.results import BASELINE, NO_BASELINE, ONE_SEED, REFUSED, UNFINISHED
 from eval.study.status import print_status
 from eval.study.training import DIVERGED, FAILED, TRAINED, Training, mean_losses
 from hf_ibnorm.base.errors import UserError
@@ -106,9 +106,9 @@ def test_bits_per_byte_are_better_when_lower(here, short_novel):  # noqa: F811
 def final_of(folder, name, seed):
     cell = next(
         cell
-        for condition, arm in folder.groups()
-        for cell in folder.finals(condition, arm)
-        if (arm.name, cell.seed) == (name, seed)
+        for group in Folder.open(folder.path).groups()  # of its own: a Folder reads a training that has ended once
+        for cell in group.cells()
+        if group.is_compared(cell) and (cell.arm, cell.seed) == (name, seed)
     )
     return folder.path / cell.folder / "run"
 
@@ -313,7 +313,7 @@ def test_a_run_dir_that_another_run_trains_in_is_waited_for(here, monkeypatch): 
     from filelock import FileLock
 
     folder, _, _ = here(study(norms=["rmsnorm"], seeds=[0], learning_rates=[0.02]), room=0)
-    run_dir = folder.path / folder.study.tuning_cells("", folder.study.arms[0])[0].folder / "run"
+    run_dir = folder.path / "cells/rmsnorm/lr=0.02/seed=0/run"
     run_dir.mkdir(parents=True)
     held = FileLock(run_dir / ".lock")
     held.acquire()
@@ -492,7 +492,7 @@ def test_sweeps_of_one_norm_do_not_hide_each_other(here):  # noqa: F811
     folder, _, _ = here(
         study(norms=["rmsnorm", {"norm": "ibnorm_t", "sweep": sweep}], seeds=[0], learning_rates=[0.02]), room=0
     )
-    titles = sweeps_of([Group("", arm, {}, None, {}) for _, arm in folder.groups()])
+    titles = sweeps_of(folder.groups())
     assert {title: [group.arm.lam for group in groups] for title, groups in titles.items()} == {
         "ibnorm_t standardize=layer": [0, 1, 2],
         "ibnorm_t standardize=rms": [0, 1, 2],

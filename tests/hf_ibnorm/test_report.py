@@ -64,6 +64,15 @@ def test_table_is_led_by_test_bits_per_byte_and_marks_chance(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("options", [{"lam": None}, {}])
+def test_a_norm_without_its_lam_is_named_alone(tmp_path, options):
+    path = write_run(tmp_path / "a", "ibnorm_t")
+    (path / "config.yaml").write_text(
+        yaml.safe_dump({"seed": 0, "model": {"norm_type": "ibnorm_t", "norm_kwargs": options}})
+    )
+    assert comparison([Run.read(path)]).columns == ["", "ibnorm_t"]
+
+
 def test_a_fair_comparison_prints_the_hash_of_its_start(tmp_path):
     lines = fairness([Run.read(write_run(tmp_path / "a")), Run.read(write_run(tmp_path / "b"))])
     assert lines[0] == "Same initial values of every shared parameter: sha256 aaaaaaaaaaaaaaaa."
