@@ -54,14 +54,9 @@ class Estimate:
 
 
 class Estimator(NamedTuple):
-    """An estimator, in parts: work that all halves and shuffles of the samples share is done once.
-
-    Args:
-        least: samples that it needs.
-        prepared: a variable as `taken` and `information` want it; labels of shape (n,) stay labels.
-        taken: some of a prepared variable's samples, by their indices.
-        information: of two prepared variables, the second of which may be labels.
-    """
+    """An estimator that needs `least` samples. Work that all halves and shuffles of them share is done once: each
+    variable is `prepared` (labels of shape (n,) stay labels), some of its samples are `taken` by their indices, and the
+    `information` is that of two prepared variables, the second of which may be labels."""
 
     least: int
     prepared: Callable[[np.ndarray], np.ndarray]
@@ -248,12 +243,17 @@ def _renyi(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _points(values: np.ndarray) -> np.ndarray:
+    """At most 4 columns of standard deviation 1: the columns of `values`, or their first principal components.
+
+    Of labels: numbers from 0; all labels that occur too seldom to have neighbours become the last number.
+    """
     require_extra("analysis", "scipy")
-    return _merged(values) if values.ndim == 1 else _projected(values)
-
-
-def _projected(values: np.ndarray) -> np.ndarray:
-    """At most 4 columns of standard deviation 1: the columns of `values`, or their first principal components."""
+    if values.ndim == 1:
+        _, numbers, counts = np.unique(values, return_inverse=True, return_counts=True)
+        merged = np.where(counts[numbers] > NEIGHBOURS, numbers, len(counts))
+        if (merged == merged[0]).all():
+            raise _CannotEstimateError(f"no two labels that occur more than {NEIGHBOURS} times")
+        return merged
     centred = values.astype(float) - values.mean(0, dtype=float)
     if centred.shape[1] > KSG_DIMENSIONS:
         _, vectors = np.linalg.eigh(centred.T @ centred)  # in ascending order
@@ -263,15 +263,6 @@ def _projected(values: np.ndarray) -> np.ndarray:
     if not varying.any():
         raise _CannotEstimateError("a variable that does not vary")
     return centred[:, varying] / deviations[varying]
-
-
-def _merged(labels: np.ndarray) -> np.ndarray:
-    """Labels from 0; all that occur too seldom to have neighbours become the last label."""
-    _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    merged = np.where(counts[numbers] > NEIGHBOURS, numbers, len(counts))
-    if (merged == merged[0]).all():
-        raise _CannotEstimateError(f"no two labels that occur more than {NEIGHBOURS} times")
-    return merged
 
 
 def _ksg(x: np.ndarray, y: np.ndarray) -> float:

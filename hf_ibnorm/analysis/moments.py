@@ -24,14 +24,9 @@ def accumulator_dtype(device: Device) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """`x` of shape (..., N) as rows of shape (R, N); reshape cannot infer R where N or another dimension is 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 def finite_rows(x: Tensor) -> Tensor:
     """`x` of shape (..., N) as rows of shape (R, N); a row that holds a NaN or an infinity becomes all NaN."""
-    x = as_rows(x)
+    x = torch.atleast_2d(x).flatten(0, -2)
     return torch.where(torch.isfinite(x).all(-1, keepdim=True), x, torch.nan)
 
 
@@ -281,7 +276,7 @@ class RowStatistics:
     @torch.no_grad()
     def update(self, **numbers: Tensor) -> None:
         """Take in rows: for each name a tensor of shape (R,)."""
-        if not numbers[self.names[0]].numel():  # amin has no value for no rows; the shape tells, no value is looked at
+        if not self.names or not numbers[self.names[0]].numel():  # amin has no value for no rows
             return
         rows = torch.stack([numbers[name].to(self.sum.dtype) for name in self.names])
         kept = torch.isfinite(rows)
@@ -328,12 +323,11 @@ class RowSample:
     def update(self, x: Tensor) -> None:
         """Take in rows of shape (..., N); raises ValueError for another N."""
         _check_width(x, self.width)
-        if not len(self.kept):
-            return
-        rows = as_rows(x)
-        place = torch.arange(self.seen, self.seen + len(rows), device=rows.device)
-        self._add(rows, torch.where(torch.isfinite(rows).all(-1), _hash(place + self.seed * 0x3779B97F), -1))
-        self.seen += len(rows)
+        if len(self.kept):
+            rows = finite_rows(x)
+            place = torch.arange(self.seen, self.seen + len(rows), device=rows.device) + self.seed * 0x3779B97F
+            self._add(rows, torch.where(rows.isfinite().all(-1), _hash(place), -1))
+            self.seen += len(rows)
 
     def merge(self, other: "RowSample") -> None:
         """Take in all that `other`, of the same size, width and device but another seed, has seen."""

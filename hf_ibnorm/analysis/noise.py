@@ -27,8 +27,7 @@ class NoiseRobustness:
     """ζ of every pair of sites.
 
     Args:
-        delta: δ, strength of the noise.
-        draws: T, number of draws of the noise.
+        delta, draws: δ and T, as in `relative_change`.
         sites: names, in order of execution.
         zeta: S × S for S sites, a row where the noise was added, a column where it was measured; a fraction. None
             unless the column's site comes after the row's; also None where the undisturbed values are all 0, or one of
@@ -73,16 +72,13 @@ def noise_robustness(
     Args:
         model: as `known_norms` takes it; put in eval mode meanwhile.
         ids: tokens, int64 of shape (rows, length).
-        delta: δ ≥ 0; 0.5 in the paper's Table 3.
-        draws: T ≥ 1; 6 in the paper's Table 3.
+        delta, draws: δ ≥ 0 and T ≥ 1, as in `relative_change`; 0.5 and 6 in the paper's Table 3.
         sites: globs (fnmatch) over names relative to the base model; None for all. At least two sites.
         seed: of the noise. Models of the same width and sites get the same noise on the same number of tokens.
         scale_ids: tokens that the scale of the noise is estimated on, as `ids`; None for `ids` themselves.
 
     Raises:
-        TypeError: an argument that is no number.
-        ValueError: a glob that matches no site, fewer than two sites, a norm that runs more than once, or a value out
-            of range.
+        TypeError, ValueError: a glob that matches no site, or as `relative_change`.
     """
     base: Any = model.base_model
     chosen = chosen_norms(model, sites)
@@ -91,14 +87,13 @@ def noise_robustness(
         base(input_ids=rows.to(base.device), use_cache=False)
 
     with evaluating(model):
-        parts = () if scale_ids is None else batches(scale_ids)
-        scales = mean_deviations([partial(run, rows) for rows in parts], chosen) if parts else None
+        parts = [] if scale_ids is None else [partial(run, rows) for rows in batches(scale_ids)]
+        scales = mean_deviations(parts, chosen) if parts else None
         return relative_change(partial(run, ids), chosen, delta=delta, draws=draws, seed=seed, scales=scales)
 
 
 class Scale(NamedTuple):
-    """Mean |z - mean z| of each unit of a norm's values before gain and bias, float64 of shape (N,); and of how many
-    rows."""
+    """Mean |z - mean z| of each unit of a norm, float64 of shape (N,), over so many rows of z."""
 
     deviation: Tensor
     rows: int

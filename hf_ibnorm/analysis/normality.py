@@ -158,17 +158,13 @@ def _mean(numbers: list[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(numbers)), "each": numbers}
 
 
-def _mean_and_least(numbers: list[float]) -> dict[str, Any]:
-    return {"mean": float(np.mean(numbers)), "least": min(numbers), "each": numbers}
-
-
 def _mean_size(numbers: list[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(np.abs(numbers))), "each": numbers}
 
 
 _Measure = tuple[Callable[[Array], Any], Callable[[list[Any]], dict[str, Any]]]
 _OF_CHANNELS: dict[str, _Measure] = {
-    "r_squared": (lambda channel: qq(channel)["r_squared"], _mean_and_least),
+    "r_squared": (lambda channel: qq(channel)["r_squared"], lambda each: {**_mean(each), "least": min(each)}),
     "dagostino": (dagostino, _tests),
     "anderson_darling": (anderson_darling, _tests),
 }
@@ -220,17 +216,16 @@ def measure_normality(sample: Any, *, channels: int = 64, pairs: int = 32, seed:
     numbers["pairs"] = drawn
     reasons: dict[str, str] = {}
     few = f"{len(rows)} rows; needs {LEAST_SAMPLE}" if len(rows) < LEAST_SAMPLE else ""
-    reason_of_channels = few or ("" if varied else "every channel is constant")
-    reason_of_pairs = few or ("" if drawn else "no two channels to pair")
+    of_channels = _OF_CHANNELS, varied, few or "every channel is constant"
+    of_pairs = _OF_PAIRS, drawn, few or "no two channels to pair"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a p-value is beyond a table: here it only has to be small or not
-        for measures, parts, reason in (
-            (_OF_CHANNELS, varied, reason_of_channels),
-            (_OF_PAIRS, drawn, reason_of_pairs),
-        ):
+        for measures, parts, reason in (of_channels, of_pairs):
             for name, (function, summary) in measures.items():
-                numbers[name] = None if reason else summary([function(rows[:, part]) for part in parts])
-            reasons |= dict.fromkeys(measures, reason) if reason else {}
+                if few or not parts:
+                    numbers[name], reasons[name] = None, reason
+                else:
+                    numbers[name] = summary([function(rows[:, part]) for part in parts])
     if numbers["henze_zirkler"] and numbers["henze_zirkler"]["statistic"] is None:
         numbers["henze_zirkler"], reasons["henze_zirkler"] = None, "every channel of a pair is a multiple of the other"
     return {**numbers, "reasons": reasons}
@@ -246,7 +241,7 @@ def lambda_against_likelihood(sample: Any, *, alpha: float = 1.0, eps: float = 1
 
     Returns:
         `rows`; `skipped`, rows that are constant up to eps; for each row `newton` and `likelihood`; their
-        `correlation`; `mean_error` and `mean_absolute_error` of `newton`; `reasons` why these are None.
+        `correlation`; `mean_error` and `mean_absolute_error` of `newton`; `reasons` for what is None.
 
     Raises:
         UserError: the extra `analysis` is not installed.

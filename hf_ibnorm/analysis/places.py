@@ -1,7 +1,7 @@
 """Which norms a model has, and in which order it runs them."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -52,9 +52,7 @@ def known_norms(model: nn.Module) -> dict[str, nn.Module]:
 def chosen_norms(model: nn.Module, sites: str | Collection[str] | None) -> dict[str, nn.Module]:
     """The norms whose names relative to the base model match a glob, in order of execution; all for None.
 
-    Raises:
-        ValueError: a glob that matches none, or as `known_norms`.
-        RuntimeError: as `known_norms`.
+    Raises what `known_norms` and `matching` raise.
     """
     norms = known_norms(model.base_model)  # type: ignore[arg-type]
     return {site: norms[site] for site in matching(norms, sites)}
@@ -75,7 +73,6 @@ def unknown_norms(model: nn.Module) -> list[str]:
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether a module is a norm of a known formula."""
     return isinstance(module, NormBase) or (is_norm(module) and not isinstance(identify(module), str))
 
 
@@ -99,9 +96,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def hooked(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """With a forward hook on each of some modules."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
-    try:
+    with ExitStack() as handles:
+        for module, hook in hooks.items():
+            handles.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

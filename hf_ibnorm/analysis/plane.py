@@ -86,8 +86,7 @@ def information_plane(
         step: goes into the points.
 
     Raises:
-        TypeError: an argument that is no number.
-        ValueError: a glob that matches no site, an unknown estimator, or a value out of range.
+        TypeError, ValueError: a glob that matches no site, an unknown estimator, no number, or one out of range.
     """
     check_number("beta", beta, 0.0)
     if unknown := set(estimators) - set(ESTIMATORS):
@@ -111,7 +110,7 @@ def information_plane(
 def run_information_plane(
     run: Path, ids: Tensor, *, steps: Collection[int] | None = None, **options: Any
 ) -> Iterator[PlanePoint]:
-    """The information plane at every checkpoint that a training run left, in order of steps.
+    """The information plane at every checkpoint that a training run left, in order of steps, one model at a time.
 
     Args:
         run: run directory of train_lm, with `checkpoints/step-N/model`.
@@ -119,12 +118,8 @@ def run_information_plane(
         steps: of the checkpoints to take; None for all.
         **options: of `information_plane`.
 
-    Yields:
-        Points with their step, one checkpoint after the other; one model is in memory at a time.
-
     Raises:
-        ValueError: no checkpoint in `run`, or none of a step in `steps`; or as `information_plane`.
-        TypeError: as `information_plane`.
+        TypeError, ValueError: no checkpoint in `run`, or none of a step in `steps`; or as `information_plane`.
     """
     paths = checkpoints_of(run)
     if not paths:
@@ -141,10 +136,8 @@ def run_information_plane(
 def _collected(
     model: PreTrainedModel, ids: Tensor, sites: str | Collection[str] | None, samples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray | None]]:
-    """X and Y of shape (n,), and T of shape (n, d) for each site, at positions drawn from all of `ids`.
-
-    T is None where a site has not one output for each position.
-    """
+    """X and Y of shape (n,), and T of shape (n, d) for each site, at positions drawn from all of `ids`; T is None where
+    a site has not one output for each position."""
     check_number("samples", samples, 1)
     rows, length = ids.shape
     places = max(0, length - 2)  # of a row

@@ -9,24 +9,14 @@ import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..norms import NORMS, Measure
 from ..sites import contract
-from .moments import (
-    Covariance,
-    Device,
-    Histogram,
-    Moments,
-    QuantileSketch,
-    RowSample,
-    RowStatistics,
-    as_rows,
-    finite_rows,
-)
+from .moments import Covariance, Device, Histogram, Moments, QuantileSketch, RowSample, RowStatistics, finite_rows
 from .places import hooked, known_norms, matching
 
 NEAR_ZERO = 0.1
@@ -42,29 +32,8 @@ QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 _OF_A_ROW = ("near_zero", "hoyer", "massive", "row_skewness", "row_excess_kurtosis")
 
 
-class _Compound:
-    """Statistics that are made of other statistics."""
-
-    def parts(self) -> tuple[Any, ...]:
-        """The other statistics, in an order that depends on the kind of norm alone."""
-        raise NotImplementedError
-
-    def merge(self, other: Self) -> None:
-        """Take in all that `other`, of the same place and options, has seen: in another process, or on other text."""
-        for mine, others in zip(self.parts(), other.parts(), strict=True):
-            mine.merge(others)
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors of the parts, but for those of a sample."""
-        held: list[Any] = []
-        for part in self.parts():
-            if not isinstance(part, RowSample):
-                held += part.tensors() if isinstance(part, _Compound) else vars(part).values()
-        return [value for value in held if isinstance(value, Tensor)]
-
-
-class ValueStatistics(_Compound):
-    """Statistics of the rows at one place: streaming, merged, and read off as plain numbers.
+class ValueStatistics:
+    """Statistics of the rows at one place.
 
     Args:
         width: N.
@@ -83,8 +52,9 @@ class ValueStatistics(_Compound):
         self.of_rows = RowStatistics(_OF_A_ROW, device)
         self.sample = RowSample(sample, width, device, seed)
 
-    def parts(self) -> tuple[Any, ...]:
-        return self.moments, self.quantiles, self.of_rows, self.sample
+    def parts(self) -> list[Any]:
+        """All statistics that this is made of."""
+        return [self.moments, self.quantiles, self.of_rows, self.sample]
 
     def update(self, x: Tensor) -> None:
         """Take in rows of shape (R, N); a row that is not finite is NaN throughout."""
@@ -133,28 +103,93 @@ class ValueStatistics(_Compound):
         return _emptied(cells, reasons)
 
 
-class _OwnStatistics(_Compound):
-    """Statistics of the diagnostics that a norm brings."""
+class SiteStatistics:
+    """Statistics of one norm: of what goes in, of what comes out, and of what this kind of norm does.
 
-    def __init__(self, measures: tuple[Measure, ...], device: Device) -> None:
-        self.measures = measures
-        self.of_rows = RowStatistics(tuple(each.name for each in measures), device)
-        self.histograms = {each.name: Histogram(*each.bins, device) for each in measures if each.bins}
+    Their memory is allocated for the first rows and does not grow after them.
 
-    def parts(self) -> tuple[Any, ...]:
-        return self.of_rows, *self.histograms.values()
+    Args:
+        norm: the norm.
+        rows: take in at most so many rows of a call, evenly spaced; None for all.
+        **options: of the `ValueStatistics` before and after the norm; their samples are of the same rows.
+    """
 
-    def update(self, numbers: dict[str, Tensor]) -> None:
-        """Take in rows: for each diagnostic a tensor of shape (R,)."""
-        if self.measures:
-            self.of_rows.update(**numbers)
-        for name, histogram in self.histograms.items():
-            histogram.update(numbers[name])
+    before: ValueStatistics
+    after: ValueStatistics
 
-    def result(self) -> dict[str, Any]:
-        """Cells, as `SiteStatistics.result` describes them; NaN or None for one without a number."""
+    def __init__(self, norm: nn.Module, rows: int | None = None, **options: int) -> None:
+        self.norm, self.rows, self.options = norm, rows, options
+        self.measures: tuple[Measure, ...] = contract(norm).measures
+        self.width: int | None = None
+        """Of the first rows; until they come there are no statistics."""
+
+    def _start(self, width: int, device: Device) -> None:
+        if self.width is None:
+            self.width = width
+            self.before, self.after = (ValueStatistics(width, device, **self.options) for _ in range(2))
+            self.own = RowStatistics(tuple(each.name for each in self.measures), device)
+            self.histograms = {each.name: Histogram(*each.bins, device) for each in self.measures if each.bins}
+
+    def parts(self) -> list[Any]:
+        """All statistics that this is made of, in an order that depends on the kind of norm alone."""
+        return [self.own, *self.histograms.values(), *self.before.parts(), *self.after.parts()]
+
+    def update(self, x: Tensor) -> None:
+        """Take in what the norm is given, shape (..., N); no gradient flows, and nothing waits for the device."""
+        # Tensors made in inference mode could not be updated outside it; autocast would round the sums to 16 bits.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            self._start(x.shape[-1], x.device)
+            rows = finite_rows(x.detach())
+            if self.rows is not None:
+                rows = rows[:: max(1, -(-len(rows) // self.rows))]
+            rows = rows if rows.dtype == torch.float64 else rows.float()
+            self.before.update(rows)
+            z, numbers = contract(self.norm).measured(rows)
+            self.after.update(finite_rows(z))
+            self.own.update(**numbers)
+            for name, histogram in self.histograms.items():
+                histogram.update(numbers[name])
+
+    def merge(self, other: "SiteStatistics") -> None:
+        """Take in all that `other`, of the same site and options, has seen: in another process, or on other text."""
+        if other.width is not None:
+            self._start(other.width, other.before.moments.mean.device)
+            for mine, others in zip(self.parts(), other.parts(), strict=True):
+                mine.merge(others)
+
+    def samples(self) -> dict[str, Tensor]:
+        """The rows kept of x, `before`, and of z, `after`: shape (at most `sample`, N); (0, 0) without a row seen."""
+        if self.width is None:
+            return dict.fromkeys(("before", "after"), torch.empty(0, 0))
+        return {"before": self.before.sample.rows(), "after": self.after.sample.rows()}
+
+    def _tensors(self) -> list[Tensor]:
+        """All tensors of the parts, but for those of a sample."""
+        held = [value for part in self.parts() if not isinstance(part, RowSample) for value in vars(part).values()]
+        return [value for value in held if isinstance(value, Tensor)]
+
+    def packed(self) -> Tensor | None:
+        """All that was measured, but for a sample, to be sent to another process and merged there after `unpacked`.
+
+        Returns:
+            float64 of shape (M,), where M depends on the width and the kind of norm; None where the norm has not run.
+        """
+        # Counts are below 2^53, so float64 holds them.
+        return None if self.width is None else torch.cat([each.flatten().double() for each in self._tensors()])
+
+    def unpacked(self, vector: Tensor) -> "SiteStatistics":
+        """The statistics that another process has `packed` at the same site; the norm must have run here too."""
+        other = SiteStatistics(self.norm, **self.options | {"sample": 0})
+        other._start(self.before.width, self.before.moments.mean.device)
+        tensors = other._tensors()
+        for each, values in zip(tensors, vector.split([each.numel() for each in tensors]), strict=True):
+            each.copy_(values.view_as(each))
+        return other
+
+    def _own_result(self) -> dict[str, Any]:
+        """Cells of the diagnostics that the norm brings; NaN or None for one without a number."""
         cells: dict[str, Any] = {}
-        numbers = self.of_rows.read()
+        numbers = self.own.read()
         for each in self.measures:
             of_rows = numbers[each.name]
             parent, _, part = each.name.rpartition(".")
@@ -168,80 +203,6 @@ class _OwnStatistics(_Compound):
                 cells[name] |= {"edges": histogram.edges, "counts": histogram.inside.tolist()}
                 cells[name] |= {"below": int(histogram.below), "above": int(histogram.above)}
         return cells
-
-
-class SiteStatistics(_Compound):
-    """Statistics of one norm: of what goes in, of what comes out, and of what this kind of norm does.
-
-    Their memory is allocated for the first rows and does not grow after them.
-
-    Args:
-        norm: the norm.
-        rows: take in at most so many rows of a call, evenly spaced; None for all.
-        **options: of the `ValueStatistics` before and after the norm; their samples are of the same rows.
-    """
-
-    before: ValueStatistics
-    after: ValueStatistics
-    own: _OwnStatistics
-
-    def __init__(self, norm: nn.Module, rows: int | None = None, **options: int) -> None:
-        self.norm, self.rows, self.options = norm, rows, options
-        self.width: int | None = None
-        """Of the first rows; until they come there are no statistics."""
-        self.measures: tuple[Measure, ...] = contract(norm).measures
-
-    def _start(self, width: int, device: torch.device) -> None:
-        if self.width is None:
-            self.width = width
-            self.before, self.after = (ValueStatistics(width, device, **self.options) for _ in range(2))
-            self.own = _OwnStatistics(self.measures, device)
-
-    def parts(self) -> tuple[Any, ...]:
-        return self.own, self.before, self.after
-
-    def update(self, x: Tensor) -> None:
-        """Take in what the norm is given, shape (..., N); no gradient flows, and nothing waits for the device."""
-        # Tensors made in inference mode could not be updated outside it; autocast would round the sums to 16 bits.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            self._start(x.shape[-1], x.device)
-            rows = as_rows(x.detach())
-            if self.rows is not None:
-                rows = rows[:: max(1, -(-len(rows) // self.rows))]
-            rows = finite_rows(rows if rows.dtype == torch.float64 else rows.float())
-            self.before.update(rows)
-            z, numbers = contract(self.norm).measured(rows)
-            self.after.update(finite_rows(z))
-            self.own.update(numbers)
-
-    def samples(self) -> dict[str, Tensor]:
-        """The rows kept of x, `before`, and of z, `after`: shape (at most `sample`, N); (0, 0) without a row seen."""
-        if self.width is None:
-            return dict.fromkeys(("before", "after"), torch.empty(0, 0))
-        return {"before": self.before.sample.rows(), "after": self.after.sample.rows()}
-
-    def merge(self, other: Self) -> None:
-        if other.width is not None:
-            self._start(other.width, other.before.moments.mean.device)
-            super().merge(other)
-
-    def packed(self) -> Tensor | None:
-        """All that was measured, but for a sample, to be sent to another process and merged there after `unpacked`.
-
-        Returns:
-            float64 of shape (M,), where M depends on the width and the kind of norm; None where the norm has not run.
-        """
-        # Counts are below 2^53, so float64 holds them.
-        return None if self.width is None else torch.cat([each.flatten().double() for each in self.tensors()])
-
-    def unpacked(self, vector: Tensor) -> "SiteStatistics":
-        """The statistics that another process has `packed` at the same site; the norm must have run here too."""
-        other = SiteStatistics(self.norm, **self.options | {"sample": 0})
-        other._start(self.before.width, self.before.moments.mean.device)
-        tensors = other.tensors()
-        for each, values in zip(tensors, vector.split([each.numel() for each in tensors]), strict=True):
-            each.copy_(values.view_as(each))
-        return other
 
     def result(self) -> dict[str, Any]:
         """Everything as plain numbers; waits for the device, and takes a moment for wide norms (eigenvalues).
@@ -280,7 +241,7 @@ class SiteStatistics(_Compound):
             site[place], of_place = statistics.result()
             reasons |= {f"{place}.{cell}": reason for cell, reason in of_place.items()}
         missing = {each.name: each.missing for each in self.measures if each.name in site}
-        site, of_site = _emptied(site | self.own.result(), foreign | missing)
+        site, of_site = _emptied(site | self._own_result(), foreign | missing)
         return {**site, "reasons": reasons | of_site}
 
 

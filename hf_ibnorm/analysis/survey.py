@@ -34,14 +34,10 @@ CHECKPOINTS = 5
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be measured.
+    """A model to be measured: the folder and the step of the finished model, and those of its checkpoints.
 
-    Args:
-        folder: of the finished model.
-        checkpoints: step → folder of the model at that step; empty where there is no training run.
-        step: of the finished model; None where there is no training run.
-        text: tokens of its tokenizer.
-        training_text: tokens of the training split, for the scale of the noise; None where the text has none.
+    Without a training run there are no checkpoints, and the step is None. The training text, for the scale of the
+    noise, is None where the data has no training split.
     """
 
     folder: Path
@@ -121,8 +117,7 @@ def analyze(
     with atomic_directory(folder) as inside:
         write_json(inside / "analysis.json", record)
         for file, rows in csv_rows(record).items():
-            if rows:
-                write_text(inside / file, csv_text(list(dict.fromkeys(key for row in rows for key in row)), rows))
+            write_text(inside / file, csv_text(list(dict.fromkeys(key for row in rows for key in row)), rows))
         describe(record, draw_pictures(record, inside), inside).write(inside / "report.html")
     return record
 

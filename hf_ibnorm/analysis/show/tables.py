@@ -1,6 +1,6 @@
 """The tables in the report of a survey, from its record."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import fmean, median
 from typing import Any
 
@@ -8,15 +8,25 @@ from ...norms import all_measures
 from ...report.tables import Table, number_cell
 from ..model import PLACES
 from ..plane import PlanePoint
-from .rows import UNKNOWN
+from .rows import UNKNOWN, cell
 
-OF_PAIRS = (
-    ("|r|", "correlation"),
-    ("|r| of ranks", "rank_correlation"),
-    ("AMI", "mutual_information"),
-    ("AMI, uniform bins", "mutual_information_uniform"),
-)
-TESTS = (("D'Agostino", "dagostino"), ("Anderson-Darling", "anderson_darling"), ("Henze-Zirkler", "henze_zirkler"))
+OF_PAIRS = {
+    "|r|": "correlation",
+    "|r| of ranks": "rank_correlation",
+    "AMI": "mutual_information",
+    "AMI, uniform bins": "mutual_information_uniform",
+}
+TESTS = {"D'Agostino": "dagostino", "Anderson-Darling": "anderson_darling", "Henze-Zirkler": "henze_zirkler"}
+MEDIANS = {
+    **{f"excess kurtosis, {place}": (".3f", "sites", place, "excess_kurtosis") for place in PLACES},
+    "near zero, after": (".3f", "sites", "after", "near_zero"),
+    "Hoyer sparsity, after": (".3f", "sites", "after", "hoyer"),
+    "largest / median size, before": (".1f", "sites", "before", "massive"),
+    "effective rank, after": (".1f", "sites", "after", "effective_rank"),
+    "Q-Q R², after": (".4f", "normality", "after", "r_squared", "mean"),
+    **{f"{title}, after": (".4f", "normality", "after", name, "mean") for title, name in OF_PAIRS.items()},
+}
+"""Title → format, part of a model's record, and path to the number in a site's results."""
 
 
 def median_table(record: Mapping[str, Any]) -> Table:
@@ -25,37 +35,18 @@ def median_table(record: Mapping[str, Any]) -> Table:
     table = Table(["median over the norms", *record["models"]])
     table.rows.append(["norm", *(model["norm"] for model in models)])
     table.rows.append(["loss, nats a token", *(f"{model['loss']:.4f}" for model in models)])
-    for title, place, key, form in (
-        *(("excess kurtosis", place, "excess_kurtosis", ".3f") for place in PLACES),
-        ("near zero", "after", "near_zero", ".3f"),
-        ("Hoyer sparsity", "after", "hoyer", ".3f"),
-        ("largest / median size", "before", "massive", ".1f"),
-        ("effective rank", "after", "effective_rank", ".1f"),
-    ):
-        table.rows.append([f"{title}, {place}", *(_median(model["sites"], place, key, form=form) for model in models)])
-    for title, key in (("Q-Q R²", "r_squared"), *OF_PAIRS):
-        cells = (_median(model["normality"] or {}, "after", key, "mean", form=".4f") for model in models)
-        table.rows.append([f"{title}, after", *cells])
-    table.rows.append(["ζ to the last norm, mean", *map(_mean_zeta, models)])
+    for title, (form, part, *keys) in MEDIANS.items():
+        columns = [[cell(site, *keys) for site in (model[part] or {}).values()] for model in models]
+        table.rows.append([title, *(_average(median, column, form) for column in columns)])
+    zeta = [[line[-1] for line in cell(model, "noise", "zeta") or ()] for model in models]
+    table.rows.append(["ζ to the last norm, mean", *(_average(fmean, column, ".3f") for column in zeta)])
     return table
 
 
-def _median(sites: Mapping[str, Any], *keys: str, form: str) -> str:
-    """Median over sites of the number that is found under nested keys."""
-    numbers = [number for site in sites.values() if (number := _cell(site, *keys)) is not None]
-    return format(median(numbers), form) if numbers else "-"
-
-
-def _mean_zeta(model: Mapping[str, Any]) -> str:
-    zeta = [line[-1] for line in model["noise"]["zeta"] if line[-1] is not None] if model["noise"] else []
-    return f"{fmean(zeta):.3f}" if zeta else "-"
-
-
-def _cell(cells: Any, *keys: str) -> Any:
-    """What is found under nested keys; None where there is nothing on the way."""
-    for key in keys:
-        cells = None if cells is None else cells.get(key)
-    return cells
+def _average(average: Callable[[list[float]], float], numbers: Iterable[float | None], form: str) -> str:
+    """Median or mean of the numbers that are not None; "-" where all are."""
+    known = [number for number in numbers if number is not None]
+    return number_cell(average(known) if known else None, form)
 
 
 def sites_table(sites: Mapping[str, Any]) -> Table:
@@ -69,20 +60,20 @@ def sites_table(sites: Mapping[str, Any]) -> Table:
         columns |= of_rows if each.spread else {title: each.keys}
     table = Table(["site", "norm", "rows", *columns], text=2)
     for name, site in sites.items():
-        cells = (number_cell(_cell(site, *keys), ".4g") for keys in columns.values())
+        cells = (number_cell(cell(site, *keys), ".4g") for keys in columns.values())
         table.rows.append([name, site["norm"], str(site["rows"]), *cells])
     return table
 
 
 def normality_table(stage: Mapping[str, Any]) -> Table:
     """Two rows for each norm: what goes in and what comes out."""
-    columns = {f"Q-Q R², {key}": ("r_squared", key, ".4f") for key in ("mean", "least")}
-    columns |= {f"{title} rejects": (test, "rejected", ".0%") for title, test in TESTS}
-    columns |= {f"mean {title}": (name, "mean", ".4f") for title, name in OF_PAIRS}
+    columns = {f"Q-Q R², {key}": (".4f", "r_squared", key) for key in ("mean", "least")}
+    columns |= {f"{title} rejects": (".0%", name, "rejected") for title, name in TESTS.items()}
+    columns |= {f"mean {title}": (".4f", name, "mean") for title, name in OF_PAIRS.items()}
     table = Table(["site", "", "rows", *columns], text=2)
     for site, places in stage["normality"].items():
         for place in PLACES:
-            cells = (number_cell(_cell(places[place], *keys), form) for *keys, form in columns.values())
+            cells = (number_cell(cell(places[place], *keys), form) for form, *keys in columns.values())
             table.rows.append([site, place, str(places[place]["rows"]), *cells])
     return table
 
@@ -100,31 +91,26 @@ def plane_table(points: Iterable[PlanePoint]) -> Table:
 
 
 def reasons_table(record: Mapping[str, Any]) -> Table:
-    """What is empty anywhere, and why."""
+    """Every cell of the record that is empty, and why."""
     rows = [[name, *row] for name, model in record["models"].items() for row in _reasons(model)]
     return Table(["model", "site", "empty", "because"], rows, text=4)
 
 
 def _reasons(model: Mapping[str, Any]) -> Iterator[list[str]]:
     """Site, cell and reason, for every empty cell of a model."""
-    for part, why in model["reasons"].items():
-        yield ["", part, why]
-    for site in model["unknown"]:
-        yield [site, "everything", UNKNOWN]
+    yield from (["", part, why] for part, why in model["reasons"].items())
+    yield from ([site, "everything", UNKNOWN] for site in model["unknown"])
     for site, cells in model["sites"].items():
         by_reason: dict[str, list[str]] = {}
-        for cell, why in cells["reasons"].items():
+        for name, why in cells["reasons"].items():
             if not why.startswith("only a"):  # of another kind of norm
-                by_reason.setdefault(why, []).append(cell)
-        for why, empty in by_reason.items():
-            yield [site, ", ".join(empty), why]
+                by_reason.setdefault(why, []).append(name)
+        yield from ([site, ", ".join(empty), why] for why, empty in by_reason.items())
     for site, places in (model["normality"] or {}).items():
         for place in PLACES:
-            for cell, why in places[place]["reasons"].items():
-                yield [site, f"{place}: {cell}", why]
+            yield from ([site, f"{place}: {name}", why] for name, why in places[place]["reasons"].items())
     for site, pairs in (model["likelihood"] or {}).items():
-        for cell, why in pairs["reasons"].items():
-            yield [site, f"λ: {cell}", why]
+        yield from ([site, f"λ: {name}", why] for name, why in pairs["reasons"].items())
     for point in model["plane"] or ():
         if why := point["ib"]["reason"]:
             yield [point["site"], f"information, {point['estimator']}", why]
