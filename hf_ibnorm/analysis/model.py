@@ -13,7 +13,7 @@ from ..checks import MOST_TOKENS, check_choice, check_number
 from ..sites import contract
 from .noise import DELTA, noise_robustness
 from .normality import lambda_against_likelihood, measure_normality, qq, require_analysis, spaced
-from .places import batches, chosen_norms, evaluating
+from .places import batches, evaluating
 from .plane import information_plane
 from .sites import ModelStatistics, watch
 
@@ -103,7 +103,6 @@ def analyze_model(
         raise ValueError(f"ids: got shape {tuple(ids.shape)}, must be (rows, length), length >= 2")
     if set(measuring.skip) < set(PARTS):
         require_analysis()
-    norms = chosen_norms(model, measuring.sites)
     sample = 0 if "normality" in measuring.skip else min(measuring.rows, ids.numel())
     nll = 0.0
     statistics = ModelStatistics(model.base_model, sample=sample, sites=measuring.sites)
@@ -118,10 +117,10 @@ def analyze_model(
     reasons = dict.fromkeys(measuring.skip, "left out")
     if "normality" not in measuring.skip:
         parts["normality"], parts["likelihood"] = {}, {}
-        for site, norm in norms.items():
-            samples = statistics.sites[site].samples()
-            parts["normality"][site] = {place: normality_of(samples[place], measuring.seed) for place in PLACES}
-            if (newton := contract(norm).newton) is not None:
+        for site, of_site in statistics.sites.items():
+            samples = of_site.samples()
+            parts["normality"][site] = {place: _normality(samples[place], measuring.seed) for place in PLACES}
+            if (newton := contract(of_site.norm).newton) is not None:
                 parts["likelihood"][site] = lambda_against_likelihood(samples["before"], **newton)
     if "noise" not in measuring.skip:
         some = ids[spaced(len(ids), max(1, measuring.noise_tokens // ids.shape[1]))]  # from all over the text
@@ -131,7 +130,7 @@ def analyze_model(
         except ValueError as error:  # one norm alone, or one that runs twice
             reasons["noise"] = str(error)
     if "information" not in measuring.skip:
-        parts["plane"] = [asdict(point) for point in information_plane(model, ids, **plane_options(measuring))]
+        parts["plane"] = list(map(asdict, information_plane(model, ids, **plane_options(measuring))))
     loss = nll / (ids.shape[0] * (ids.shape[1] - 1))
     return {"loss": loss, "sites": statistics.result(), **parts, "reasons": reasons}
 
@@ -141,13 +140,12 @@ def plane_options(measuring: Measuring) -> dict[str, Any]:
     return {name: getattr(measuring, name) for name in ("sites", "samples", "beta", "seed")}
 
 
-def normality_of(sample: Tensor, seed: int) -> dict[str, Any]:
-    """`measure_normality` of rows of shape (R, N), with the Q-Q data of a few of the channels."""
+def _normality(sample: Tensor, seed: int) -> dict[str, Any]:
+    """`measure_normality` of finite rows of shape (R, N), with the Q-Q data of a few of the channels."""
     normality = measure_normality(sample, seed=seed)
     channels = [] if normality["r_squared"] is None else normality["channels"]
-    finite = sample[sample.isfinite().all(-1)].double().cpu().numpy()
-    drawn = []
+    normality["qq"] = []
     for channel in (channels[i] for i in spaced(len(channels), QQ_CHANNELS)):
-        values = finite[:, channel]
-        drawn.append({"channel": channel, **qq((values - values.mean()) / values.std(), QQ_POINTS)})
-    return {**normality, "qq": drawn}
+        values = sample[:, channel].double().cpu().numpy()
+        normality["qq"].append({"channel": channel, **qq((values - values.mean()) / values.std(), QQ_POINTS)})
+    return normality

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -209,9 +210,8 @@ def measure_normality(sample: Any, *, channels: int = 64, pairs: int = 32, seed:
     rows = _standardized(_rows(sample))
     chosen = spaced(rows.shape[1], channels)
     varied = [i for i in chosen if rows[:, i].any()]
-    first, second = np.triu_indices(len(varied), 1)
-    draw = np.sort(np.random.default_rng(seed).permutation(len(first))[:pairs])
-    drawn = [[varied[i], varied[j]] for i, j in zip(first[draw], second[draw], strict=True)]
+    possible = [list(pair) for pair in combinations(varied, 2)]
+    drawn = [possible[i] for i in sorted(np.random.default_rng(seed).permutation(len(possible))[:pairs])]
     numbers: dict[str, Any] = {"rows": len(rows), "channels": varied, "constant": len(chosen) - len(varied)}
     numbers["pairs"] = drawn
     reasons: dict[str, str] = {}

@@ -34,16 +34,13 @@ ONCE = "the norm does not run once for each position"
 
 @dataclass(frozen=True)
 class PlanePoint:
-    """Where a site is in the information plane.
+    """Where a site (by its name relative to the base model) is in the information plane.
 
     Args:
         step: of the checkpoint; None for a model that is no checkpoint.
-        site: name of the norm, relative to the base model.
         estimator: "renyi" or "ksg".
-        input: I(X;T).
-        output: I(T;Y).
+        input, output: I(X;T) and I(T;Y).
         ib: I(T;Y) - β·I(X;T), from the same samples.
-        beta: β.
     """
 
     step: int | None

@@ -36,8 +36,7 @@ class ValueStatistics:
     """Statistics of the rows at one place.
 
     Args:
-        width: N.
-        device: that of the data.
+        width, device: of the rows.
         sample: rows to keep for tests of normality, at most; 0 keeps none.
         seed: of the sample; statistics that will be merged need different ones.
         rank_width: the effective rank is measured up to this N; 0 for never, which spares a matrix product a call.
@@ -51,10 +50,7 @@ class ValueStatistics:
         self.quantiles = QuantileSketch(device=device)
         self.of_rows = RowStatistics(_OF_A_ROW, device)
         self.sample = RowSample(sample, width, device, seed)
-
-    def parts(self) -> list[Any]:
-        """All statistics that this is made of."""
-        return [self.moments, self.quantiles, self.of_rows, self.sample]
+        self.parts: list[Any] = [self.moments, self.quantiles, self.of_rows, self.sample]
 
     def update(self, x: Tensor) -> None:
         """Take in rows of shape (R, N); a row that is not finite is NaN throughout."""
@@ -80,13 +76,10 @@ class ValueStatistics:
         """Cells, as `SiteStatistics.result` describes them; and cell → reason for those that are None."""
         pooled, rows = self.moments.pooled(), self.of_rows.read()
         quantiles = self.quantiles.quantile(list(QUANTILES)).tolist()
+        shape = ("skewness", "excess_kurtosis")
         cells: dict[str, Any] = {
-            "mean": pooled.mean.item(),
-            "variance": pooled.variance.item(),
-            "skewness": pooled.skewness.item(),
-            "excess_kurtosis": pooled.excess_kurtosis.item(),
-            "channel_skewness": self.moments.skewness.nanmedian().item(),
-            "channel_excess_kurtosis": self.moments.excess_kurtosis.nanmedian().item(),
+            **{name: getattr(pooled, name).item() for name in ("mean", "variance", *shape)},
+            **{f"channel_{name}": getattr(self.moments, name).nanmedian().item() for name in shape},
             **{name: rows[name]["mean"] for name in _OF_A_ROW},
             "massive_most": rows["massive"]["most"],
             "quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=True)),
@@ -129,10 +122,7 @@ class SiteStatistics:
             self.before, self.after = (ValueStatistics(width, device, **self.options) for _ in range(2))
             self.own = RowStatistics(tuple(each.name for each in self.measures), device)
             self.histograms = {each.name: Histogram(*each.bins, device) for each in self.measures if each.bins}
-
-    def parts(self) -> list[Any]:
-        """All statistics that this is made of, in an order that depends on the kind of norm alone."""
-        return [self.own, *self.histograms.values(), *self.before.parts(), *self.after.parts()]
+            self.parts: list[Any] = [self.own, *self.histograms.values(), *self.before.parts, *self.after.parts]
 
     def update(self, x: Tensor) -> None:
         """Take in what the norm is given, shape (..., N); no gradient flows, and nothing waits for the device."""
@@ -154,7 +144,7 @@ class SiteStatistics:
         """Take in all that `other`, of the same site and options, has seen: in another process, or on other text."""
         if other.width is not None:
             self._start(other.width, other.before.moments.mean.device)
-            for mine, others in zip(self.parts(), other.parts(), strict=True):
+            for mine, others in zip(self.parts, other.parts, strict=True):
                 mine.merge(others)
 
     def samples(self) -> dict[str, Tensor]:
@@ -165,15 +155,12 @@ class SiteStatistics:
 
     def _tensors(self) -> list[Tensor]:
         """All tensors of the parts, but for those of a sample."""
-        held = [value for part in self.parts() if not isinstance(part, RowSample) for value in vars(part).values()]
+        held = [value for part in self.parts if not isinstance(part, RowSample) for value in vars(part).values()]
         return [value for value in held if isinstance(value, Tensor)]
 
     def packed(self) -> Tensor | None:
-        """All that was measured, but for a sample, to be sent to another process and merged there after `unpacked`.
-
-        Returns:
-            float64 of shape (M,), where M depends on the width and the kind of norm; None where the norm has not run.
-        """
+        """All that was measured, but for a sample, to be sent to another process and merged there after `unpacked`:
+        float64 of shape (M,), where M depends on the width and the kind of norm; None where the norm has not run."""
         # Counts are below 2^53, so float64 holds them.
         return None if self.width is None else torch.cat([each.flatten().double() for each in self._tensors()])
 
@@ -210,9 +197,8 @@ class SiteStatistics:
         Returns:
             * `norm`, `width`; `rows` taken in, `skipped` rows that held a NaN or an infinity
             * `before` (of x) and `after` (of z), each
-                - `mean`, `variance`, `skewness`, `excess_kurtosis` of all elements together;
-                  `channel_...`: of each channel over the rows, median of the channels;
-                  `row_...`: of each row over its elements, mean of the rows
+                - `mean`, `variance`, `skewness`, `excess_kurtosis` of all elements together; `channel_...`: of each
+                  channel over the rows, median of the channels; `row_...`: of each row, mean of the rows
                 - `near_zero`: share of elements with |v| < 0.1·mean|v| of their row
                 - `hoyer`: (√N - |v|₁/|v|₂) / (√N - 1) of a row, 0 where all elements are alike, 1 for a single one
                   that is not 0; mean of the rows

@@ -24,7 +24,7 @@ from .normality import require_analysis, spaced
 from .places import known_norms, matching, unknown_norms
 from .plane import information_plane
 from .show.describe import describe, draw_pictures
-from .show.rows import csv_rows
+from .show.tables import csv_rows
 
 DATA, TOKENS = "sotu", 16384
 """The default text that models are measured on, and how much of it."""
@@ -171,8 +171,7 @@ def _loaded(folder: Path) -> Any:
 def _chosen_sites(subjects: Mapping[str, Subject], measuring: Measuring) -> dict[str, tuple[str, ...]]:
     """Name of a model → its sites that are measured, before any model is.
 
-    Raises:
-        UserError: a model runs no known norm or cannot be loaded whole, or a glob matches no norm of any model.
+    Raises UserError where a model runs no known norm or cannot be loaded whole, or a glob matches no norm of any model.
     """
     norms = {}
     for name, subject in subjects.items():
@@ -190,7 +189,7 @@ def _measured(
     name: str, subject: Subject, measuring: Measuring, checkpoints: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The result of `analyze_model` for the finished model, with the measurements of its checkpoints."""
-    ids, training = subject.text.ids, None if subject.training_text is None else subject.training_text.ids
+    ids, training = subject.text.ids, subject.training_text.ids if subject.training_text else None
     model = _loaded(subject.folder)
     say(f"{name}: {ids.numel():,} tokens of {subject.text.name}")
     measured: dict[str, Any] = {"folder": str(subject.folder), "norm": _norm_of(model), "step": subject.step}
@@ -204,8 +203,8 @@ def _measured(
         points: list[dict[str, Any]] = []
         for step in (earlier[i] for i in spaced(len(earlier), checkpoints - 1)):
             say(f"{name}: the information plane at step {step}")
-            then = _loaded(subject.checkpoints[step])
-            points += map(asdict, information_plane(then, ids, step=step, **plane_options(measuring)))
+            options = {"step": step, **plane_options(measuring)}
+            points += map(asdict, information_plane(_loaded(subject.checkpoints[step]), ids, **options))
         measured["plane"] = points + [{**point, "step": subject.step} for point in measured["plane"]]
     measured["start"] = None
     if measured["normality"] is not None and earlier[:1] == [0]:

@@ -18,7 +18,7 @@ from ...norms import all_measures
 from ...report.plots import SMALL, WIDTH, above, clip, crowd, draw_heat, look, panels
 from ..noise import NoiseRobustness
 from . import axes
-from .rows import cell
+from .tables import cell_at
 
 NO_TRANSFORMATION = "no transformation"
 MARGIN = 0.7
@@ -51,7 +51,7 @@ class Quantity:
 
     def of(self, site: Cells) -> float:
         """The number of a site, or NaN."""
-        value = cell(site, *self.keys)
+        value = cell_at(site, *self.keys)
         if value is None or not math.isfinite(value) or (self.scale == "log" and value <= 0):
             return math.nan
         return float(value) * ({"": 1.0, "%": 100.0}.get(self.unit) or 100 / site["width"])
@@ -93,11 +93,11 @@ def draw_profiles(
 
     Their references are called `reference` in the legend.
     """
-    profiles = {}
-    for quantity in wanted:
-        curves = {name: [quantity.of(site) for site in sites.values()] for name, sites in models.items()}
-        if any(map(axes.any_finite, curves.values())):
-            profiles[quantity] = curves
+    profiles = {
+        quantity: {name: [quantity.of(site) for site in sites.values()] for name, sites in models.items()}
+        for quantity in wanted
+    }
+    profiles = {quantity: curves for quantity, curves in profiles.items() if any(map(axes.any_finite, curves.values()))}
     if not profiles:
         return False
     # A model keeps its colour in all pictures: that of its place among all models, drawn here or not.
@@ -161,7 +161,16 @@ def draw_qq(grid: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
         for i, panel in enumerate(flat):
             row, column = rows[i // len(columns)], columns[i % len(columns)]
             panel.plot([-limit, limit], [-limit, limit], linestyle="--", zorder=3, **axes.REFERENCE)
-            _draw_channels(panel, channels_at.get((row, column), []), brief=size <= 1.2)
+            channels = channels_at.get((row, column), [])
+            several = len(channels) > 1
+            options: Any = {"linewidth": 0.8, "alpha": 0.5} if several else {"linewidth": 1.6}
+            for each in channels:
+                panel.plot(each["theoretical"], _standardized(each), color=look(0)[0], **options)
+            if channels:
+                text = (
+                    f"{'mean ' if several and size > 1.2 else ''}R² {fmean(each['r_squared'] for each in channels):.3f}"
+                )
+                panel.text(0.05, 0.96, text, transform=panel.transAxes, va="top", fontsize=SMALL)
             panel.set(xlim=(-1.08 * limit, 1.08 * limit), ylim=(-1.08 * height, 1.08 * height))
             axes.outer_ticks(panel, i, len(flat), len(columns))
             if i < len(columns):
@@ -178,27 +187,16 @@ def _standardized(channel: Cells) -> list[float]:
     return [(value - intercept) / slope for value in channel["ordered"]]
 
 
-def _draw_channels(panel: Any, channels: Sequence[Cells], brief: bool) -> None:
-    several = len(channels) > 1
-    options: Any = {"linewidth": 0.8, "alpha": 0.5} if several else {"linewidth": 1.6}
-    for each in channels:
-        panel.plot(each["theoretical"], _standardized(each), color=look(0)[0], **options)
-    if channels:
-        mean = fmean(each["r_squared"] for each in channels)
-        text = f"mean R² {mean:.3f}" if several and not brief else f"R² {mean:.3f}"
-        panel.text(0.05, 0.96, text, transform=panel.transAxes, va="top", fontsize=SMALL)
-
-
 def draw_zeta(maps: Mapping[str, NoiseRobustness], path: Path) -> bool:
     """ζ of several models as heat maps in one scale, in percent; cells without a value stay white.
 
     The last site, after which nothing is measured, has no row, and the first no column.
     """
-    tables = {}
-    for name, robustness in maps.items():
-        table = [[math.nan if each is None else 100 * each for each in row[1:]] for row in robustness.zeta[:-1]]
-        if any(map(axes.any_finite, table)):
-            tables[name] = table
+    tables = {
+        name: [[math.nan if each is None else 100 * each for each in row[1:]] for row in robustness.zeta[:-1]]
+        for name, robustness in maps.items()
+    }
+    tables = {name: table for name, table in tables.items() if any(map(axes.any_finite, table))}
     if not tables:
         return False
     top = max(value for table in tables.values() for row in table for value in row if math.isfinite(value)) or 1.0
@@ -208,11 +206,19 @@ def draw_zeta(maps: Mapping[str, NoiseRobustness], path: Path) -> bool:
     alike = len({maps[name].sites for name in tables}) == 1
     with panels(path, len(tables), columns, 0.9 * size + 0.1, MARGIN) as flat:
         for i, (panel, (name, table)) in enumerate(zip(flat, tables.items(), strict=True)):
-            image = _draw_heat(panel, table, top, [axes.short_site(site) for site in maps[name].sites])
+            texts = [["" if math.isnan(each) else f"{each:.{each < 9.5:d}f}" for each in row] for row in table]
+            image = draw_heat(panel, table, texts if len(table) < 10 else [], (0.0, top), cmap="viridis")
+            sites = [axes.short_site(site) for site in maps[name].sites]
+            for axis, part in ((panel.xaxis, sites[1:]), (panel.yaxis, sites[:-1])):
+                named = axes.thinned(len(part), axes.NAMED)
+                axis.set_ticks(named, [part[place] for place in named])
+            panel.tick_params(axis="x", labelrotation=90)
+            panel.tick_params(length=0)
+            panel.spines[:].set_visible(False)
             if alike:
                 axes.outer_ticks(panel, i, len(flat), columns)
             axes.set_title(panel, name if len(strengths) == 1 else f"{name}, δ = {maps[name].delta:g}", max(2, columns))
-        at = f" at δ = {next(iter(strengths)):g}" if len(strengths) == 1 else ""
+        at = f" at δ = {strengths.pop():g}" if len(strengths) == 1 else ""
         bar = flat[0].figure.colorbar(image, ax=flat, aspect=30, pad=0.02)
         bar.set_label(f"ζ{at}, % of the values before gain and bias")
         flat[0].figure.supxlabel("measured at")
@@ -220,28 +226,15 @@ def draw_zeta(maps: Mapping[str, NoiseRobustness], path: Path) -> bool:
     return True
 
 
-def _draw_heat(panel: Any, table: Sequence[Sequence[float]], top: float, names: Sequence[str]) -> Any:
-    """A table as a heat map from 0 to `top`, with its numbers where there is room for them; returns the image."""
-    texts = [["" if math.isnan(each) else f"{each:.{each < 9.5:d}f}" for each in row] for row in table]
-    image = draw_heat(panel, table, texts if len(table) < 10 else [], (0.0, top), cmap="viridis")
-    for axis, part in ((panel.xaxis, names[1:]), (panel.yaxis, names[:-1])):
-        named = axes.thinned(len(part), axes.NAMED)
-        axis.set_ticks(named, [part[i] for i in named])
-    panel.tick_params(axis="x", labelrotation=90)
-    panel.tick_params(length=0)
-    panel.spines[:].set_visible(False)
-    return image
-
-
 def draw_lam_hat(models: Mapping[str, Sites], path: Path) -> bool:
     """Results of `SiteStatistics`: λ̂ over depth, the mean of the rows, nine in ten rows (where there is a histogram),
     and all rows, with the share outside [0, 2].
     """
     lam_hats = {
-        name: of_sites
+        name: {site: cells["lam_hat"] for site, cells in sites.items() if cells.get("lam_hat")}
         for name, sites in models.items()
-        if (of_sites := {site: cells["lam_hat"] for site, cells in sites.items() if cells.get("lam_hat")})
     }
+    lam_hats = {name: sites for name, sites in lam_hats.items() if sites}
     if not lam_hats:
         return False
     depth = axes.Depth({name: list(sites) for name, sites in lam_hats.items()})
@@ -263,12 +256,12 @@ def draw_lam_hat(models: Mapping[str, Sites], path: Path) -> bool:
         depth.label([panel])
         panel.set_ylabel("λ̂ of a row")
         thick = any(map(_most_rows, next(iter(lam_hats.values())).values()))
-        bars = "thick bars: nine in ten rows; thin bars: all rows" if thick else "bars: all rows"
+        title = f"marks: mean; {'thick bars: nine in ten rows; thin ' if thick else ''}bars: all rows"
         if any(each["least"] < low or each["most"] > high for each in everything):
-            bars += ", some longer than shown (triangles)"
+            title += ", some longer than shown (triangles)"
         numbers = any(each["outside"] for each in everything)
-        shaded = "numbers: share of rows outside [0, 2], shaded" if numbers else "shaded: [0, 2]"
-        axes.set_title(panel, f"marks: mean; {bars}; {shaded}", 1)
+        title += "; numbers: share of rows outside [0, 2], shaded" if numbers else "; shaded: [0, 2]"
+        axes.set_title(panel, title, 1)
         above([panel], [*lam_hats, NO_TRANSFORMATION])
     return True
 

@@ -64,7 +64,7 @@ def _draw_path(panel: Any, points: Sequence[PlanePoint], colour: Any) -> None:
 
 def draw_ib(models: Models, path: Path) -> bool:
     """The IB value over depth at each model's last step, with its 95 % interval: a panel for each estimator."""
-    last = {name: _last_step(points) for name, points in models.items()}
+    last = {name: [each for each in points if each.step == points[-1].step] for name, points in models.items()}
     known, estimators = _known(last)
     if not known:
         return False
@@ -74,7 +74,7 @@ def draw_ib(models: Models, path: Path) -> bool:
         for panel, estimator in zip(flat, estimators, strict=True):
             for name, points in known.items():
                 i, places = list(models).index(name), depth.places(name, list(models))
-                estimates = {each.site: each.ib for each in points if each.estimator == estimator}
+                estimates: dict[str, Any] = {each.site: each.ib for each in points if each.estimator == estimator}
                 curve = [estimates[site].value if site in estimates else math.nan for site in depth.sites[name]]
                 if axes.any_finite(curve):
                     axes.draw_marked_curve(panel, i, places, curve, name)
@@ -93,9 +93,3 @@ def _known(models: Models) -> tuple[dict[str, list[PlanePoint]], list[str]]:
     known = {name: [each for each in points if each.ib.value is not None] for name, points in models.items()}
     known = {name: points for name, points in known.items() if points}
     return known, sorted({each.estimator for points in known.values() for each in points}, reverse=True)
-
-
-def _last_step(points: Sequence[PlanePoint]) -> list[PlanePoint]:
-    """The points of the last step; the points of a model that is no checkpoint have no step."""
-    steps = [-1 if each.step is None else each.step for each in points]
-    return [each for each, step in zip(points, steps, strict=True) if step == max(steps)]
