@@ -155,12 +155,12 @@ def _estimated(
 
 
 def draw(estimator: Estimator, x: np.ndarray, y: np.ndarray, seed: int, resamples: int, shuffles: int) -> Draws | str:
-    """Estimates from all samples followed by those from random halves, and estimates from shuffled samples; or the
-    reason why there are none.
+    """The estimate from all samples followed by estimates from random halves, and estimates from shuffled samples; or
+    the reason why there are none.
 
     Halves are drawn without replacement. An ordinary bootstrap repeats samples, which looks like information to both
     estimators: of unrelated labels the Rényi value was 0.02 and the bootstrap's interval 0.03 to 0.06. The scatter of
-    half-samples around the whole is, to first order, that of the whole around the truth, because 1/(n/2) - 1/n = 1/n
+    half-samples around the whole equals, to first order, that of the whole around the truth: 1/(n/2) - 1/n = 1/n
     (Politis and Romano 1994; the delete-half jackknife).
     """
     check_number("resamples", resamples, 20)

@@ -20,7 +20,7 @@ from .sites import ModelStatistics, watch
 PARTS = ("normality", "noise", "information")
 """Parts that can be left out; the statistics of the sites cannot."""
 PLACES = ("before", "after")
-"""Before a norm (what goes in) and after it (what comes out)."""
+"""The input of a norm, and its output before gain and bias."""
 _MOST = {"rows": 1_000_000, "draws": 1000, "noise_tokens": MOST_TOKENS, "samples": 100_000}
 """More would take days: every draw is a forward pass for each site, and samples take memory and time as n²."""
 QQ_CHANNELS, QQ_POINTS = 4, 51
@@ -85,8 +85,8 @@ def analyze_model(
     Returns:
         * `loss` in nats a token
         * `sites`: site → its `SiteStatistics.result`
-        * `normality`: site → `before` (what goes in) and `after` (what comes out, without gain and bias), each a result
-          of `measure_normality` with `qq`, the Q-Q data of a few channels
+        * `normality`: site → `before` (the input) and `after` (the output before gain and bias), each a result of
+          `measure_normality` with `qq`, the Q-Q data of a few channels
         * `likelihood`: site with a norm of a `newton` step → result of `lambda_against_likelihood`
         * `noise`: the fields of `NoiseRobustness`
         * `plane`: the fields of each `PlanePoint`

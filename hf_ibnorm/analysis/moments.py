@@ -39,7 +39,7 @@ class Moments:
     """Mean and central moments up to the fourth of each channel, over all rows seen.
 
     Chunks are merged by the formulas of Chan et al. (1979) and Pébay (SAND2008-6212), which lose no digits to a large
-    mean as sums of powers would. `dtype` is that of the sums, `accumulator_dtype(device)` by default.
+    mean as sums of powers would. Sums are kept in `dtype`, by default `accumulator_dtype(device)`.
     """
 
     def __init__(self, width: int, device: Device = "cpu", dtype: torch.dtype | None = None) -> None:

@@ -63,7 +63,7 @@ def noise_robustness(
     """ζ between the norms of a language model, Definition 5.1 of arXiv 2505.00685; the formula is in `relative_change`.
 
     The definition's s_k is estimated over the whole training set: give tokens of it as `scale_ids`. In a transformer a
-    norm feeds a branch beside the residual stream: noise is added to what the branch reads, and the stream carries the
+    norm feeds a branch beside the residual stream: noise is added to the branch's input, and the stream carries the
     undisturbed values past it. The norms' own training noise is off, because the model is in eval mode.
 
     Takes draws·(S - 1) + 1 forward passes of all `ids`, two of all `scale_ids`, and memory for the values of all S
@@ -108,21 +108,22 @@ def mean_deviations(runs: Sequence[Callable[[], Any]], sites: Mapping[str, nn.Mo
         sites: norms as `contract` takes them; one that does not run is left out.
     """
 
-    def mean_of_rows(function: Callable[[str, Tensor], Tensor]) -> dict[str, Scale]:
-        sums: dict[str, Scale] = {}
+    def mean_of_rows(function: Callable[[str, Tensor], Tensor]) -> dict[str, tuple[Tensor, int]]:
+        sums: dict[str, tuple[Any, int]] = {}
 
         def add(site: str, norm: nn.Module, args: Any, _output: Tensor) -> None:
             rows = function(site, contract(norm).core(args[0]).flatten(0, -2).double())
             total, count = sums.get(site, (0, 0))
-            sums[site] = Scale(total + rows.sum(0), count + len(rows))
+            sums[site] = total + rows.sum(0), count + len(rows)
 
         with hooked({norm: partial(add, site) for site, norm in sites.items()}):
             for run in runs:
                 run()
-        return {site: Scale(total / count, count) for site, (total, count) in sums.items()}
+        return {site: (total / count, count) for site, (total, count) in sums.items()}
 
     means = mean_of_rows(lambda _, rows: rows)
-    return mean_of_rows(lambda site, rows: (rows - means[site].deviation).abs())
+    deviations = mean_of_rows(lambda site, rows: (rows - means[site][0]).abs())
+    return {site: Scale(*deviation) for site, deviation in deviations.items()}
 
 
 @torch.no_grad()
@@ -135,13 +136,13 @@ def relative_change(
     seed: int = 0,
     scales: Mapping[str, Scale] | None = None,
 ) -> NoiseRobustness:
-    """How much noise at norm k changes what each later norm ℓ computes, Definition 5.1 of arXiv 2505.00685::
+    """How much noise at norm k changes the values of each later norm ℓ, Definition 5.1 of arXiv 2505.00685::
 
         z'_k = z_k + n·δ·s_k,  s_k = mean over rows of |z_k - mean(z_k)| for each unit,  n ~ N(0, 1)
         ζ(k→ℓ) = mean over rows of ‖z'_ℓ - z_ℓ‖₁ / ‖z_ℓ‖₁,  norms over the units of ℓ
 
-    averaged over the draws. z is what a norm computes before gain and bias: a gain that moves into the weights behind
-    it changes no ζ. Noise is added at all units of k at once. Rows that are 0 everywhere at ℓ are left out.
+    averaged over the draws. z is a norm's output before gain and bias: a gain that moves into the weights behind it
+    changes no ζ. Noise is added at all units of k at once. Rows that are 0 everywhere at ℓ are left out.
 
     Args:
         run: a forward pass; must do the same each time.

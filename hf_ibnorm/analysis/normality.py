@@ -94,7 +94,7 @@ def anderson_darling(values: Array) -> tuple[float, bool]:
     """Anderson and Darling's A² of values of shape (M,), mean and variance unknown, and whether it rejects at 5 %."""
     from scipy.stats import anderson
 
-    if "method" in inspect.signature(anderson).parameters:  # SciPy 1.17 gives p-values, and warns who does not ask
+    if "method" in inspect.signature(anderson).parameters:  # SciPy 1.17 gives p-values, and warns without a method
         test = anderson(values, "norm", method="interpolate")
         return float(test.statistic), bool(test.pvalue < LEVEL)
     test = anderson(values, "norm")
@@ -235,7 +235,7 @@ def lambda_against_likelihood(sample: Any, *, alpha: float = 1.0, eps: float = 1
     """λ̂ of one Newton step against the λ of the largest likelihood, row by row (its Figure 6).
 
     Args:
-        sample: what goes into a norm, tensor or array of shape (rows, N).
+        sample: input of a norm, tensor or array of shape (rows, N).
         alpha, eps: of the norm, as in `functional.newton_lambda`.
         rows: look at the first so many; a `RowSample` has them in no order. Some 5 ms each.
 

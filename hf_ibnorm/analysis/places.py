@@ -19,9 +19,9 @@ AT_ONCE = 2048
 def known_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The norms of a model by qualified name, in order of execution.
 
-    For a Llama or GPT-2 they are the `norm_sites`. Any other model is run on two tokens, and its norms are those that
-    ran and are a norm of ours, or compute a LayerNorm or an RMSNorm. Norms of queries and keys are among them, whose
-    rows are those of a head.
+    For a Llama or GPT-2 they are the `norm_sites`. Any other model is run on two tokens: its norms are the modules that
+    ran and are a norm of ours, or compute a LayerNorm or an RMSNorm. Among them are norms of queries and keys, for
+    which a row is one head's part of a token.
 
     Args:
         model: base model or with a head; of other families one that takes `input_ids`.

@@ -143,7 +143,7 @@ def _collected(
     row_of, place_of = drawn // max(1, places), drawn % max(1, places) + 1
     base: Any = model.base_model
     norms = chosen_norms(model, sites)
-    # One tensor for all rows: small tensors between those of a forward pass would leave holes that memory grows by.
+    # One tensor for all rows: many small ones, made between forward passes, would leave holes that memory grows by.
     kept, filled = dict[str, Tensor](), dict.fromkeys(norms, 0)
     here = torch.empty(0, dtype=torch.int64)
 

@@ -1,8 +1,7 @@
-"""What goes into the norms of a model and what comes out of them, while it runs or trains.
+"""Statistics of the inputs and outputs of a model's norms, while it runs or trains.
 
-`watch` puts a hook on every site, which measures the rows x that the norm is given and z, what the norm makes of them
-before gain and bias and without training noise. Everything is computed by `moments`, so no step waits for the device;
-`result` does.
+`watch` puts a hook on every site, which measures the norm's input rows x and its output rows z before gain and bias,
+without training noise. Everything is computed by `moments`, so no step waits for the device; `result` does.
 """
 
 import math
@@ -73,7 +72,7 @@ class ValueStatistics:
         )
 
     def result(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Cells, as `SiteStatistics.result` describes them; and cell → reason for those that are None."""
+        """Cells, as `SiteStatistics.result` describes them; and for each cell that is None the reason."""
         pooled, rows = self.moments.pooled(), self.of_rows.read()
         quantiles = self.quantiles.quantile(list(QUANTILES)).tolist()
         shape = ("skewness", "excess_kurtosis")
@@ -97,7 +96,7 @@ class ValueStatistics:
 
 
 class SiteStatistics:
-    """Statistics of one norm: of what goes in, of what comes out, and of what this kind of norm does.
+    """Statistics of one norm: of its input, of its output, and of the diagnostics that it brings.
 
     Their memory is allocated for the first rows and does not grow after them.
 
@@ -125,7 +124,7 @@ class SiteStatistics:
             self.parts: list[Any] = [self.own, *self.histograms.values(), *self.before.parts, *self.after.parts]
 
     def update(self, x: Tensor) -> None:
-        """Take in what the norm is given, shape (..., N); no gradient flows, and nothing waits for the device."""
+        """Take in the norm's input, shape (..., N); no gradient flows, and nothing waits for the device."""
         # Tensors made in inference mode could not be updated outside it; autocast would round the sums to 16 bits.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self._start(x.shape[-1], x.device)
@@ -154,7 +153,7 @@ class SiteStatistics:
         return {"before": self.before.sample.rows(), "after": self.after.sample.rows()}
 
     def _tensors(self) -> list[Tensor]:
-        """All tensors of the parts, but for those of a sample."""
+        """All tensors of the parts, without the sample's, in an order that depends on the kind of norm alone."""
         held = [value for part in self.parts if not isinstance(part, RowSample) for value in vars(part).values()]
         return [value for value in held if isinstance(value, Tensor)]
 
@@ -282,7 +281,7 @@ class ModelStatistics:
 def watch(
     model: nn.Module, statistics: ModelStatistics | None = None, *, rows: int | None = None, sample: int = 0
 ) -> Iterator[ModelStatistics]:
-    """`with watch(model) as statistics: model(...)` measures what goes through the norms, for `statistics.result()`.
+    """`with watch(model) as statistics: model(...)` measures inputs and outputs of norms, for `statistics.result()`.
 
     Training goes on as if nothing were there: no gradient, no random number and no output is changed. A block that
     gradient checkpointing computes again in the backward pass is not counted twice. Norms do not know padding, which is

@@ -157,7 +157,7 @@ def sites_table(sites: Mapping[str, Any]) -> Table:
 
 
 def normality_table(stage: Mapping[str, Any]) -> Table:
-    """Two rows for each norm: what goes in and what comes out."""
+    """Two rows for each norm: its input and its output."""
     columns = {f"Q-Q R², {key}": (".4f", "r_squared", key) for key in ("mean", "least")}
     columns |= {f"{title} rejects": (".0%", name, "rejected") for title, name in TESTS.items()}
     columns |= {f"mean {title}": (".4f", name, "mean") for title, name in DEPENDENCE.items()}
