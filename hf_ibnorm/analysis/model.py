@@ -118,7 +118,8 @@ def analyze_model(
     if "normality" not in measuring.skip:
         parts["normality"], parts["likelihood"] = {}, {}
         for site, of_site in statistics.sites.items():
-            samples = of_site.samples()
+            ran = of_site.width is not None
+            samples = {p: getattr(of_site, p).sample.rows() if ran else torch.empty(0, 0) for p in PLACES}
             parts["normality"][site] = {place: _normality(samples[place], measuring.seed) for place in PLACES}
             if (newton := contract(of_site.norm).newton) is not None:
                 parts["likelihood"][site] = lambda_against_likelihood(samples["before"], **newton)

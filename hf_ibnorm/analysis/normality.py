@@ -261,8 +261,7 @@ def lambda_against_likelihood(sample: Any, *, alpha: float = 1.0, eps: float = 1
     if len(h) < LEAST_SAMPLE:
         few = f"{len(h)} rows that are not constant" if wide else f"rows of {x.shape[1]}"
         cells = ("newton", "likelihood", "correlation", "mean_error", "mean_absolute_error")
-        reasons = dict.fromkeys(cells, f"{few}; needs {LEAST_SAMPLE}")
-        return {**counts, **dict.fromkeys(cells), "reasons": reasons}
+        return {**counts, **dict.fromkeys(cells), "reasons": dict.fromkeys(cells, f"{few}; needs {LEAST_SAMPLE}")}
     newton = newton_lambda(h, alpha=alpha, eps=eps)[:, 0].numpy()
     likelihood = np.array([yeojohnson_normmax(row) for row in h.numpy()])
     varied = np.ptp(newton) > 0 and np.ptp(likelihood) > 0

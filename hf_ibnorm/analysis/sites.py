@@ -98,7 +98,7 @@ class ValueStatistics:
 class SiteStatistics:
     """Statistics of one norm: of its input, of its output, and of the diagnostics that it brings.
 
-    Their memory is allocated for the first rows and does not grow after them.
+    Their memory is allocated for the first rows, which tell the `width`, and does not grow after them.
 
     Args:
         norm: the norm.
@@ -113,7 +113,6 @@ class SiteStatistics:
         self.norm, self.rows, self.options = norm, rows, options
         self.measures: tuple[Measure, ...] = contract(norm).measures
         self.width: int | None = None
-        """Of the first rows; until they come there are no statistics."""
 
     def _start(self, width: int, device: Device) -> None:
         if self.width is None:
@@ -145,12 +144,6 @@ class SiteStatistics:
             self._start(other.width, other.before.moments.mean.device)
             for mine, others in zip(self.parts, other.parts, strict=True):
                 mine.merge(others)
-
-    def samples(self) -> dict[str, Tensor]:
-        """The rows kept of x, `before`, and of z, `after`: shape (at most `sample`, N); (0, 0) without a row seen."""
-        if self.width is None:
-            return dict.fromkeys(("before", "after"), torch.empty(0, 0))
-        return {"before": self.before.sample.rows(), "after": self.after.sample.rows()}
 
     def _tensors(self) -> list[Tensor]:
         """All tensors of the parts, without the sample's, in an order that depends on the kind of norm alone."""
@@ -204,9 +197,8 @@ class SiteStatistics:
                 - `massive`, `massive_most`: max|v| / median|v| of a row (the lower median); mean and largest
                 - `effective_rank`: exp of the entropy of the covariance's eigenvalues, from 1 to N
                 - `quantiles` of all elements, to 1 %
-            * IBNorm: `contraction`: var(s) / var(x) of a row, before standardization (with `standardize_first`, of the
-              row that is compressed, the standardized one); `saturation`: share of elements where f' < 0.1; `slope`:
-              mean f'
+            * IBNorm: `contraction`: var(s) / var(x) of a row, x the compression's input (with `standardize_first` the
+              standardized row); `saturation`: share of elements where f' < 0.1; `slope`: mean f'
             * LayerNormalNorm: `lam_hat` of the rows: mean, least, most, `outside` (share outside [0, 2]), a histogram's
               `edges`, `counts`, `below` and `above`; `p_std`: standard deviation of a row after the power transform,
               mean, least and most

@@ -167,9 +167,8 @@ def draw_qq(grid: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
             for each in channels:
                 panel.plot(each["theoretical"], _standardized(each), color=look(0)[0], **options)
             if channels:
-                text = (
-                    f"{'mean ' if several and size > 1.2 else ''}R² {fmean(each['r_squared'] for each in channels):.3f}"
-                )
+                mean, named = fmean(each["r_squared"] for each in channels), several and size > 1.2
+                text = f"mean R² {mean:.3f}" if named else f"R² {mean:.3f}"
                 panel.text(0.05, 0.96, text, transform=panel.transAxes, va="top", fontsize=SMALL)
             panel.set(xlim=(-1.08 * limit, 1.08 * limit), ylim=(-1.08 * height, 1.08 * height))
             axes.outer_ticks(panel, i, len(flat), len(columns))
