@@ -1,5 +1,5 @@
-"""Diagnostics of norms: streaming statistics of what goes through them, how normal it is, what it says of tokens, and
-how far noise travels.
+"""Diagnostics of norms: streaming statistics of their inputs and outputs, how normal these are, how much they say of
+tokens, and how far noise travels.
 
 The streaming part and the noise need torch alone; the functions of `normality`, and `ksg_information`, need the extra
 `analysis` when they are called.

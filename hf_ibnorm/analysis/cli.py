@@ -13,6 +13,7 @@ _OF_A_PART = {
     "noise": ("delta", "draws", "noise_tokens"),
     "information": ("samples", "beta", "checkpoints"),
 }
+"""Part that can be skipped → flags without effect then."""
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
@@ -33,9 +34,8 @@ def _analyze(arguments: argparse.Namespace) -> None:
     for part in given.get("skip", ()):
         for name in _OF_A_PART.get(part, ()):
             if name in given:
-                raise UserError(
-                    f"{name}: got {given[name]!r}, which nothing would use as {part} is skipped; leave it out"
-                )
+                unused = f"which nothing would use as {part} is skipped; leave it out"
+                raise UserError(f"{name}: got {given[name]!r}, {unused}")
     wanted = {name: given[name] for name in Measuring.__dataclass_fields__ if name in given}
     wanted |= {name: tuple(wanted[name]) for name in ("sites", "skip") if name in wanted}
     options: dict[str, Any] = {name: given[name] for name in ("data", "tokens", "checkpoints") if name in given}
@@ -60,38 +60,23 @@ def add_verb(verbs: Any) -> None:
         description="Measure every norm of causal language models while they read a text: moments, sparsity, rank, "
         "normality, robustness to noise, information; one page, pictures, CSV. Several models are shown together.",
     )
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        required=True,
-        metavar="[NAME=]DIR",
-        help="model directories, names on the Hub, or runs of train_lm, whose checkpoints are looked at, too",
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the report")
-    parser.add_argument(
-        "--data",
-        metavar="FILE|CORPUS",
-        help="text to measure on: austen, sotu (their test splits) or a .txt, .jsonl or .parquet (default: sotu)",
-    )
-    parser.add_argument("--tokens", type=int, help="how much of it, about (default: 16384)")
-    parser.add_argument(
-        "--sites", nargs="+", metavar="GLOB", help="only norms with such names, e.g. 'layers.0.*' (default: all)"
-    )
-    parser.add_argument(
-        "--skip", nargs="+", metavar="PART", help="leave out normality, noise or information (default: none)"
-    )
-    parser.add_argument("--rows", type=int, help="rows that tests of normality see, at most (default: 1000)")
-    parser.add_argument("--delta", type=float, help="noise, in mean absolute deviations of a unit (default: 0.5)")
-    parser.add_argument("--draws", type=int, help="how often it is drawn (default: 6)")
-    parser.add_argument("--noise_tokens", type=int, help="tokens it is measured on, about (default: 2048)")
-    parser.add_argument(
-        "--samples",
-        type=int,
-        help="positions for the information plane, at most: memory grows as their square (default: 2000)",
-    )
-    parser.add_argument("--beta", type=float, help="of the IB value (default: 1)")
-    parser.add_argument(
-        "--checkpoints", type=int, help="of a run, for the information plane, at most, with the last (default: 5)"
-    )
-    parser.add_argument("--seed", type=int, help="of samples, noise and positions (default: 0)")
+    add = parser.add_argument
+    text = "model directories, names on the Hub, or runs of train_lm, whose checkpoints are measured, too"
+    add("--model", nargs="+", required=True, metavar="[NAME=]DIR", help=text)
+    add("--output", required=True, metavar="DIR", help="new directory for the report")
+    text = "text to measure on: austen, sotu (their test splits) or a .txt, .jsonl or .parquet (default: sotu)"
+    add("--data", metavar="FILE|CORPUS", help=text)
+    add("--tokens", type=int, help="how much of it, about (default: 16384)")
+    add("--sites", nargs="+", metavar="GLOB", help="only norms with such names, e.g. 'layers.0.*' (default: all)")
+    add("--skip", nargs="+", metavar="PART", help="leave out normality, noise or information (default: none)")
+    add("--rows", type=int, help="rows that tests of normality see, at most (default: 1000)")
+    add("--delta", type=float, help="size of the noise, in mean absolute deviations of a unit (default: 0.5)")
+    add("--draws", type=int, help="how often the noise is drawn (default: 6)")
+    add("--noise_tokens", type=int, help="tokens that its effect is measured on, about (default: 2048)")
+    text = "positions for the information plane, at most: memory grows as their square (default: 2000)"
+    add("--samples", type=int, help=text)
+    add("--beta", type=float, help="β of the IB value, I(T;Y) - β·I(X;T) (default: 1)")
+    text = "checkpoints of a run for the information plane, at most, with the last (default: 5)"
+    add("--checkpoints", type=int, help=text)
+    add("--seed", type=int, help="of samples, noise and positions (default: 0)")
     parser.set_defaults(run=_analyze)

@@ -1,4 +1,4 @@
-"""Mutual information from samples, in nats. No estimate here is the mutual information itself:
+"""Mutual information from samples, in nats. Neither estimate here is the mutual information itself:
 
 * `renyi_information`: matrix-based entropies of order 2. Another quantity than Shannon's, in a scale that the kernel's
   width sets; compare its values with each other only.
@@ -12,7 +12,7 @@ labels.
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,17 +28,14 @@ Draws = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Estimate:
-    """An amount of information in nats.
+    """An amount of information in nats, from `n` samples.
 
     Args:
-        value: None where it cannot be estimated.
-        interval: 95 %, from random halves of the samples; None as above. It says how estimates of this size scatter,
-            not how biased they are; and it takes samples to be independent, which tokens of one text are not quite.
-            Those of `ksg_information` are on the wide side.
-        chance: what the estimator finds where there is nothing: the same samples, shuffled against each other, mean of
-            some shuffles. None as above.
-        n: samples.
-        reason: why there is no value.
+        value: None where it cannot be estimated, for a `reason`; then `interval` and `chance` are None, too.
+        interval: 95 %, from random halves of the samples. It says how estimates of this size scatter, not how biased
+            they are; and it takes samples to be independent, which tokens of one text are not quite. Intervals of
+            `ksg_information` are on the wide side.
+        chance: the estimate where there is no information: mean over shuffles of the samples against each other.
     """
 
     value: float | None
@@ -53,16 +50,10 @@ class Estimate:
         return f"{self.value:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f})"
 
 
-@dataclass(frozen=True)
-class Estimator:
-    """An estimator, in parts: what all halves and shuffles of the samples share is computed once.
-
-    Args:
-        least: samples that it needs.
-        prepared: a variable as the other two take it; labels of shape (n,) stay labels.
-        taken: some of a variable's samples, by their indices.
-        information: of two variables, of which the second may be labels.
-    """
+class Estimator(NamedTuple):
+    """An estimator that needs `least` samples. Work that all halves and shuffles of them share is done once: each
+    variable is `prepared` (labels of shape (n,) stay labels), some of its samples are `taken` by their indices, and the
+    `information` is that of two prepared variables, the second of which may be labels."""
 
     least: int
     prepared: Callable[[np.ndarray], np.ndarray]
@@ -83,13 +74,12 @@ def renyi_information(
         S(A) = -log tr(A²)
         I = S(A_x) + S(A_y) - S(A_xy),  A_xy = K_x∘K_y / n
 
-    σ is the median of all |x_i - x_j|, of each variable by itself: no parameter to choose, and the
-    value does not change when a variable is scaled (all its columns alike), moved or rotated.
+    σ is the median of all |x_i - x_j|, of each variable by itself: no parameter to choose, and the value does not
+    change when a variable is scaled (all its columns alike), moved or rotated.
 
-    Of labels S is the collision entropy -log Σ p², and I(y;y) is S(y). Of continuous variables S is about 1 at most,
-    and I(x;x) is less than S(x): near 0.54 in one dimension, where Shannon's information is infinite. Of
-    independent variables it is not 0 but a little more, for labels in the order of 1/(n·Σ p²): see `chance` of the
-    result.
+    For labels S is the collision entropy -log Σ p², and I(y;y) is S(y). For continuous variables S is about 1 at most,
+    and I(x;x) is less than S(x): near 0.54 in one dimension, where Shannon's information is infinite. For independent
+    variables I is not 0 but a little more, for labels in the order of 1/(n·Σ p²): see `chance` of the result.
 
     Args:
         x, y: samples: floats of shape (n, d) or (n,), or labels as integers of shape (n,).
@@ -98,8 +88,8 @@ def renyi_information(
         shuffles: for `chance`, at least 1.
 
     Returns:
-        The estimate. Without a value for fewer than 200 samples, a variable that does not vary (or of which more than
-        half of the pairs are equal), and values that are not finite.
+        The estimate. Without a value for fewer than 200 samples, a variable that does not vary (or whose samples are
+        equal in more than half of the pairs), and values that are not finite.
 
     Raises:
         TypeError, ValueError: shapes that do not fit, or a number out of range.
@@ -113,11 +103,11 @@ def ksg_information(
     """Mutual information from distances to the third nearest neighbour, in at most 4 dimensions.
 
     Two continuous variables: the first estimator of Kraskov, Stögbauer and Grassberger (arXiv cond-mat/0305641). A
-    continuous one and labels: that of Ross (2014, doi 10.1371/journal.pone.0087357), which here takes samples that are
-    equal, too. A variable of more than 4 dimensions is projected onto its first 4 principal components. Then each
-    column is divided by its standard deviation, so that scaling columns changes nothing. Labels that occur fewer than 4
-    times are taken for one. A function of a variable knows no more than the variable: projecting and merging only ever
-    lose information.
+    continuous one and labels: the estimator of Ross (2014, doi 10.1371/journal.pone.0087357), here also for equal
+    samples. A variable of more than 4 dimensions is projected onto its first 4 principal components. Then each column
+    is divided by its standard deviation, so that scaling columns changes nothing. Labels that occur fewer than 4 times
+    are merged into one. A function of a variable knows no more than the variable: projecting and merging only ever lose
+    information.
 
     Bias, for Gaussians of correlation ρ in each of d dimensions, n = 2,000, mean of 5 samples that scatter by 0.004 to
     0.03:
@@ -135,17 +125,12 @@ def ksg_information(
     With 500 labels, distributed by Zipf's law, in 4 dimensions, merging costs 0.14 of 0.47, 0.9 of 2.9 and 1.5 of 4.7;
     where nothing is shared it finds 0.03 at most.
 
-    Args:
-        x, y: samples: floats of shape (n, d) or (n,), or labels as integers of shape (n,), but not both labels.
-        seed, resamples, shuffles: as in `renyi_information`.
+    Args and Raises: as for `renyi_information`; also a ValueError for labels on both sides, and a UserError where the
+    extra `analysis` is not installed.
 
     Returns:
         The estimate. Without a value for fewer than 2,000 samples, a variable that does not vary, values that are not
         finite, and, for two continuous variables, a sample that occurs more than 3 times.
-
-    Raises:
-        TypeError, ValueError: shapes that do not fit, labels on both sides, or a number out of range.
-        UserError: the extra `analysis` is not installed.
     """
     return _estimated(KSG, x, y, seed, resamples, shuffles)
 
@@ -155,11 +140,8 @@ def _estimated(
 ) -> Estimate:
     x, y = np.asarray(x), np.asarray(y)
     for name, values in (("x", x), ("y", y)):
-        if (
-            values.ndim not in (1, 2)
-            or len(values) != len(x)
-            or values.dtype.kind not in ("iuf" if values.ndim == 1 else "f")
-        ):
+        kinds = {1: "iuf", 2: "f"}.get(values.ndim, "")
+        if values.dtype.kind not in kinds or len(values) != len(x):
             raise ValueError(
                 f"{name}: got {values.dtype} of shape {values.shape}; must be floats of shape (n, d) or (n,), "
                 "or integers of shape (n,), n the same for both"
@@ -173,11 +155,12 @@ def _estimated(
 
 
 def draw(estimator: Estimator, x: np.ndarray, y: np.ndarray, seed: int, resamples: int, shuffles: int) -> Draws | str:
-    """Estimates from all samples followed by those from random halves, and those from shuffled samples; or why not.
+    """The estimate from all samples followed by estimates from random halves, and estimates from shuffled samples; or
+    the reason why there are none.
 
     Halves are drawn without replacement. An ordinary bootstrap repeats samples, which looks like information to both
     estimators: of unrelated labels the Rényi value was 0.02 and the bootstrap's interval 0.03 to 0.06. The scatter of
-    half-samples around the whole is, to first order, that of the whole around the truth, because 1/(n/2) - 1/n = 1/n
+    half-samples around the whole equals, to first order, that of the whole around the truth: 1/(n/2) - 1/n = 1/n
     (Politis and Romano 1994; the delete-half jackknife).
     """
     check_number("resamples", resamples, 20)
@@ -192,8 +175,7 @@ def draw(estimator: Estimator, x: np.ndarray, y: np.ndarray, seed: int, resample
             raise _CannotEstimateError(f"{n} samples, at least {estimator.least} are needed")
         x, y = estimator.prepared(x), estimator.prepared(y)
         values = [estimator.information(x, y)]
-        for half in halves:
-            values.append(estimator.information(estimator.taken(x, half), estimator.taken(y, half)))
+        values += (estimator.information(estimator.taken(x, half), estimator.taken(y, half)) for half in halves)
         by_chance = [estimator.information(x, estimator.taken(y, order)) for order in orders]
     except _CannotEstimateError as error:
         return str(error)
@@ -201,17 +183,17 @@ def draw(estimator: Estimator, x: np.ndarray, y: np.ndarray, seed: int, resample
 
 
 def summary(drawn: Draws | str, n: int) -> Estimate:
-    """What to report of n samples' draws."""
+    """The estimate from the draws of n samples."""
     if isinstance(drawn, str):
         return Estimate(None, None, None, n, drawn)
     (value, *halves), by_chance = drawn
-    # Halves have a bias of their own, which their mean takes with it.
+    # Halves have a bias of their own, which goes with their mean.
     low, high = value + np.percentile(np.array(halves) - np.mean(halves), [2.5, 97.5])
     return Estimate(float(value), (float(low), float(high)), float(by_chance.mean()), n)
 
 
 def _squares(values: np.ndarray) -> np.ndarray:
-    """Squared Euclidean distances of all pairs, float32 of shape (n, n); labels as they are."""
+    """Squared Euclidean distances of all pairs, float32 of shape (n, n); labels unchanged."""
     if values.ndim == 1:
         if (values == values[0]).all():
             raise _CannotEstimateError("a variable that does not vary")
@@ -220,7 +202,7 @@ def _squares(values: np.ndarray) -> np.ndarray:
     norms = (centred**2).sum(-1)
     squares = np.maximum(norms[:, None] + norms - 2 * centred @ centred.T, 0.0)
     np.fill_diagonal(squares, 0.0)
-    if _median(squares) <= 1e-12 * norms.max():  # what rounding leaves of equal samples
+    if _median(squares) <= 1e-12 * norms.max():  # the size of rounding errors between equal samples
         raise _CannotEstimateError("a variable that does not vary, or hardly")
     return squares.astype(np.float32)  # six digits are plenty here, and far faster
 
@@ -231,34 +213,35 @@ def _among(pairs: np.ndarray, samples: np.ndarray) -> np.ndarray:
 
 
 def _median(values: np.ndarray) -> Any:
-    """The upper one of an even number: numpy's own takes five times as long."""
+    """The upper median: numpy's own takes five times as long."""
     return np.partition(values.ravel(), values.size // 2)[values.size // 2]
-
-
-def _squared_kernel(squares: np.ndarray) -> np.ndarray:
-    """K∘K, with a width that follows the samples: kept from all of them, it would make halves scatter more."""
-    return np.exp(squares / -_median(squares))
 
 
 def _renyi(x: np.ndarray, y: np.ndarray) -> float:
     """log of mean(K_x²∘K_y²) / (mean K_x² · mean K_y²), from squared distances or labels."""
-    x = _squared_kernel(x) if x.ndim == 2 else (x[:, None] == x).astype(np.float32)
+    # Each kernel's width is from these very samples: a width from all samples would make halves scatter more.
+    x = np.exp(x / -_median(x)) if x.ndim == 2 else (x[:, None] == x).astype(np.float32)
     if y.ndim == 1:
         equal = y[:, None] == y
         joint, other = x[equal].sum(dtype=float), np.count_nonzero(equal)
     else:
-        y = _squared_kernel(y)
+        y = np.exp(y / -_median(y))
         joint, other = (x * y).sum(dtype=float), y.sum(dtype=float)
     return float(np.log(joint / (x.mean(dtype=float) * other)))
 
 
 def _points(values: np.ndarray) -> np.ndarray:
+    """At most 4 columns of standard deviation 1: the columns of `values`, or their first principal components.
+
+    Of labels: numbers from 0; all labels that occur too seldom to have neighbours become the last number.
+    """
     require_extra("analysis", "scipy")
-    return _merged(values) if values.ndim == 1 else _projected(values)
-
-
-def _projected(values: np.ndarray) -> np.ndarray:
-    """At most 4 columns of standard deviation 1: those of `values`, or their first principal components."""
+    if values.ndim == 1:
+        _, numbers, counts = np.unique(values, return_inverse=True, return_counts=True)
+        merged = np.where(counts[numbers] > NEIGHBOURS, numbers, len(counts))
+        if (merged == merged[0]).all():
+            raise _CannotEstimateError(f"no two labels that occur more than {NEIGHBOURS} times")
+        return merged
     centred = values.astype(float) - values.mean(0, dtype=float)
     if centred.shape[1] > KSG_DIMENSIONS:
         _, vectors = np.linalg.eigh(centred.T @ centred)  # in ascending order
@@ -270,30 +253,19 @@ def _projected(values: np.ndarray) -> np.ndarray:
     return centred[:, varying] / deviations[varying]
 
 
-def _merged(labels: np.ndarray) -> np.ndarray:
-    """Labels from 0, of which those that occur too seldom to have neighbours are the last one."""
-    _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    merged = np.where(counts[numbers] > NEIGHBOURS, numbers, len(counts))
-    if (merged == merged[0]).all():
-        raise _CannotEstimateError(f"no two labels that occur more than {NEIGHBOURS} times")
-    return merged
-
-
 def _ksg(x: np.ndarray, y: np.ndarray) -> float:
-    return _ross(x, y) if y.ndim == 1 else _kraskov(x, y)
-
-
-def _kraskov(x: np.ndarray, y: np.ndarray) -> float:
     """ψ(k) + ψ(n) - mean(ψ(n_x + 1) + ψ(n_y + 1)), n_x and n_y counted strictly within the distance to neighbour k."""
     from scipy.spatial import cKDTree
     from scipy.special import digamma
 
+    if y.ndim == 1:
+        return _ross(x, y)
     both = np.hstack([x, y])
     radii = cKDTree(both).query(both, NEIGHBOURS + 1, p=np.inf)[0][:, -1]
     if not radii.all():
         raise _CannotEstimateError(f"a sample occurs more than {NEIGHBOURS} times, which this estimator cannot take")
     inside = np.nextafter(radii, 0.0)
-    # Each sample is within its own radius, too: the + 1.
+    # Each sample is within its own radius, which is the + 1.
     within = [cKDTree(each).query_ball_point(each, inside, p=np.inf, return_length=True) for each in (x, y)]
     return float(digamma(NEIGHBOURS) + digamma(len(x)) - digamma(within).sum(0).mean())
 
@@ -301,8 +273,8 @@ def _kraskov(x: np.ndarray, y: np.ndarray) -> float:
 def _ross(points: np.ndarray, labels: np.ndarray) -> float:
     """ψ(n) - mean ψ(n_c) + mean ψ(k) - mean ψ(m): m samples as near as the k-th neighbour among the n_c of its label.
 
-    Where samples are equal more than k of that label can be as near; k is then how many they are, as in arXiv
-    1709.06212. A label's only sample has no neighbour and is left out.
+    Among equal samples more than k of the label can be as near; k is then their number, as in arXiv 1709.06212. A
+    label's only sample has no neighbour and is left out.
     """
     from scipy.spatial.distance import cdist
     from scipy.special import digamma

@@ -3,23 +3,23 @@
 import math
 import operator
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checks import check_number
-from ..report.tables import Table
+from ..report.tables import Table, number_cell
 from ..sites import contract
-from .places import batches, chosen_norms, evaluating
+from .places import batches, chosen_norms, evaluating, hooked
 
 DELTA = 0.5
 """δ of the paper's Table 3."""
+Grid = tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -27,29 +27,26 @@ class NoiseRobustness:
     """ζ of every pair of sites.
 
     Args:
-        delta: δ, strength of the noise.
-        draws: T, how often it was drawn.
+        delta, draws: δ and T, as in `relative_change`.
         sites: names, in order of execution.
         zeta: S × S for S sites, a row where the noise was added, a column where it was measured; a fraction. None
-            unless the column's site comes after the row's, and where the undisturbed values are 0 everywhere, or one
-            of the values is not finite.
+            unless the column's site comes after the row's; also None where the undisturbed values are all 0, or one of
+            the values is not finite.
         spread: standard deviation of ζ over the draws; None where ζ is, and for a single draw.
-        scale_rows: rows that the scale of the noise is from.
+        scale_rows: number of rows that the scale of the noise was estimated from.
     """
 
     delta: float
     draws: int
     sites: tuple[str, ...]
-    zeta: tuple[tuple[float | None, ...], ...]
-    spread: tuple[tuple[float | None, ...], ...]
+    zeta: Grid
+    spread: Grid
     scale_rows: int
 
     def table(self) -> Table:
         """ζ as a table, a row for each site that noise was added at."""
-        rows = [
-            [site, *("" if value is None else f"{value:.4f}" for value in values)]
-            for site, values in zip(self.sites, self.zeta, strict=True)
-        ]
+        lines = zip(self.sites, self.zeta, strict=True)
+        rows = [[site, *(number_cell(value, ".4f", "") for value in values)] for site, values in lines]
         return Table(["noise at", *self.sites], rows)
 
 
@@ -66,8 +63,8 @@ def noise_robustness(
     """ζ between the norms of a language model, Definition 5.1 of arXiv 2505.00685; the formula is in `relative_change`.
 
     The definition's s_k is estimated over the whole training set: give tokens of it as `scale_ids`. In a transformer a
-    norm feeds a branch beside the residual stream: noise is added to what the branch reads, and the stream carries the
-    undisturbed values past it. Noise of a norm's own is off, because the model is in eval mode.
+    norm feeds a branch beside the residual stream: noise is added to the branch's input, and the stream carries the
+    undisturbed values past it. The norms' own training noise is off, because the model is in eval mode.
 
     Takes draws·(S - 1) + 1 forward passes of all `ids`, two of all `scale_ids`, and memory for the values of all S
     sites.
@@ -75,16 +72,13 @@ def noise_robustness(
     Args:
         model: as `known_norms` takes it; put in eval mode meanwhile.
         ids: tokens, int64 of shape (rows, length).
-        delta: δ ≥ 0; 0.5 in the paper's Table 3.
-        draws: T ≥ 1; 6 there.
+        delta, draws: δ ≥ 0 and T ≥ 1, as in `relative_change`; 0.5 and 6 in the paper's Table 3.
         sites: globs (fnmatch) over names relative to the base model; None for all. At least two sites.
         seed: of the noise. Models of the same width and sites get the same noise on the same number of tokens.
         scale_ids: tokens that the scale of the noise is estimated on, as `ids`; None for `ids` themselves.
 
     Raises:
-        TypeError: an argument that is no number.
-        ValueError: a glob that matches no site, fewer than two sites, a norm that runs more than once, or a value out
-            of range.
+        TypeError, ValueError: a glob that matches no site, or as `relative_change`.
     """
     base: Any = model.base_model
     chosen = chosen_norms(model, sites)
@@ -98,14 +92,8 @@ def noise_robustness(
         return relative_change(partial(run, ids), chosen, delta=delta, draws=draws, seed=seed, scales=scales)
 
 
-@dataclass(frozen=True)
-class Scale:
-    """How far a norm's values before gain and bias are from their mean.
-
-    Args:
-        deviation: mean |z - mean z| of each unit, float64 of shape (N,).
-        rows: that it is from.
-    """
+class Scale(NamedTuple):
+    """Mean |z - mean z| of each unit of a norm, float64 of shape (N,), over so many rows of z."""
 
     deviation: Tensor
     rows: int
@@ -119,29 +107,23 @@ def mean_deviations(runs: Sequence[Callable[[], Any]], sites: Mapping[str, nn.Mo
         runs: forward passes; each is called twice, for the mean first.
         sites: norms as `contract` takes them; one that does not run is left out.
     """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
 
-    def passes(measure: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
-        sums.clear()
-        counts.clear()
+    def mean_of_rows(function: Callable[[str, Tensor], Tensor]) -> dict[str, tuple[Tensor, int]]:
+        sums: dict[str, tuple[Any, int]] = {}
 
-        def hook_of(site: str) -> Callable[..., None]:
-            def hook(norm: nn.Module, args: Any, _output: Tensor) -> None:
-                rows = measure(site, contract(norm).core(args[0]).flatten(0, -2).double())
-                sums[site] = sums.get(site, 0) + rows.sum(0)
-                counts[site] = counts.get(site, 0) + len(rows)
+        def add(site: str, norm: nn.Module, args: Any, _output: Tensor) -> None:
+            rows = function(site, contract(norm).core(args[0]).flatten(0, -2).double())
+            total, count = sums.get(site, (0, 0))
+            sums[site] = total + rows.sum(0), count + len(rows)
 
-            return hook
-
-        with _hooked({sites[site]: hook_of(site) for site in sites}):
+        with hooked({norm: partial(add, site) for site, norm in sites.items()}):
             for run in runs:
                 run()
-        return {site: total / counts[site] for site, total in sums.items()}
+        return {site: (total / count, count) for site, (total, count) in sums.items()}
 
-    means = passes(lambda _, rows: rows)
-    deviations = passes(lambda site, rows: (rows - means[site]).abs())
-    return {site: Scale(deviation, counts[site]) for site, deviation in deviations.items()}
+    means = mean_of_rows(lambda _, rows: rows)
+    deviations = mean_of_rows(lambda site, rows: (rows - means[site][0]).abs())
+    return {site: Scale(*deviation) for site, deviation in deviations.items()}
 
 
 @torch.no_grad()
@@ -154,13 +136,13 @@ def relative_change(
     seed: int = 0,
     scales: Mapping[str, Scale] | None = None,
 ) -> NoiseRobustness:
-    """How much noise at norm k changes what each later norm ℓ computes, Definition 5.1 of arXiv 2505.00685::
+    """How much noise at norm k changes the values of each later norm ℓ, Definition 5.1 of arXiv 2505.00685::
 
         z'_k = z_k + n·δ·s_k,  s_k = mean over rows of |z_k - mean(z_k)| for each unit,  n ~ N(0, 1)
         ζ(k→ℓ) = mean over rows of ‖z'_ℓ - z_ℓ‖₁ / ‖z_ℓ‖₁,  norms over the units of ℓ
 
-    averaged over the draws. z is what a norm computes before gain and bias: a gain that moves into the weights behind
-    it changes no ζ. Noise is added at all units of k at once. Rows that are 0 everywhere at ℓ are left out.
+    averaged over the draws. z is a norm's output before gain and bias: a gain that moves into the weights behind it
+    changes no ζ. Noise is added at all units of k at once. Rows that are 0 everywhere at ℓ are left out.
 
     Args:
         run: a forward pass; must do the same each time.
@@ -168,90 +150,70 @@ def relative_change(
         delta: δ ≥ 0.
         draws: T ≥ 1.
         seed: the normals n at a site are `torch.randn(z_k.shape)`, one after the other, of a CPU generator with this
-            seed, in float32: those of a site do not depend on what other sites there are.
-        scales: s_k as `mean_deviations` gives it, of the training set in the paper; None: of this very run.
+            seed, in float32: they do not depend on what other sites there are.
+        scales: s_k as `mean_deviations` gives it, of the training set in the paper; None for s_k of this very run.
 
     Raises:
-        TypeError, ValueError: fewer than two sites, one module at two of them or run more than once, a norm whose
-            output is no gain times what it computes, or a value out of range.
+        TypeError, ValueError: fewer than two sites, one module at two sites or run more than once, a norm whose output
+            is no gain times what it computes, or a value out of range.
     """
     check_number("delta", delta, 0.0)
     check_number("draws", draws, 1)
     draws = operator.index(draws)
     if len(set(sites.values())) < max(2, len(sites)):
         raise ValueError(f"sites: got {', '.join(sites) or 'none'}; must be two or more, each a module of its own")
-    clean: dict[str, Tensor] = {}
-    gains: dict[str, Tensor | float] = {}
+    clean, gains, changes = dict[str, Tensor](), dict[str, Tensor | float](), dict[str, list[float]]()
 
-    def keep(site: str) -> Callable[..., None]:
-        def hook(norm: nn.Module, args: Any, output: Tensor) -> None:
-            if site in clean:
-                raise ValueError(f"sites: {site} runs more than once")
-            clean[site] = contract(norm).core(args[0])
-            gains[site] = _gain(site, norm, clean[site], output)
+    def keep(site: str, norm: nn.Module, args: Any, output: Tensor) -> None:
+        if site in clean:
+            raise ValueError(f"sites: {site} runs more than once")
+        clean[site] = contract(norm).core(args[0])
+        gains[site] = _gain(site, norm, clean[site], output)
 
-        return hook
+    def disturb(noise: Tensor, _norm: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return (output + noise).to(output.dtype)
 
-    with _hooked({sites[site]: keep(site) for site in sites}):
+    def compare(site: str, norm: nn.Module, args: Any, _output: Tensor) -> None:
+        change = (contract(norm).core(args[0]) - clean[site]).abs().sum(-1, dtype=torch.float64)
+        changes[site].append((change / sizes[site])[sizes[site] > 0].mean().item())
+
+    with hooked({norm: partial(keep, site) for site, norm in sites.items()}):
         run()
     names = tuple(site for site in sites if site in clean)  # cross-attention's does not run without an encoder
     if len(names) < 2:
         raise ValueError(f"sites: of {', '.join(sites)} fewer than two run")
-    if scales is None:
-        scales = mean_deviations([run], sites)
+    scales = mean_deviations([run], sites) if scales is None else scales
     sizes = {site: z.abs().sum(-1, dtype=torch.float64) for site, z in clean.items()}
     zeta: list[tuple[float | None, ...]] = []
     spread: list[tuple[float | None, ...]] = []
     for i, noisy in enumerate(names):
         later = [site for site in names[i + 1 :] if sizes[site].isfinite().all() and sizes[site].any()]
-        changes: dict[str, list[float]] = {site: [] for site in later}
-
-        def compare(site: str, changes: dict[str, list[float]] = changes) -> Callable[..., None]:
-            def hook(norm: nn.Module, args: Any, _output: Tensor) -> None:
-                change = (contract(norm).core(args[0]) - clean[site]).abs().sum(-1, dtype=torch.float64)
-                changes[site].append((change / sizes[site])[sizes[site] > 0].mean().item())
-
-            return hook
-
+        changes = {site: [] for site in later}
         scale = delta * scales[noisy].deviation.to(clean[noisy])
         generator = torch.Generator().manual_seed(seed)
         for _ in range(draws if later else 0):
             noise = scale * torch.randn(clean[noisy].shape, generator=generator).to(scale)
-
-            def disturb(_norm: Any, _args: Any, output: Tensor, gained: Tensor = noise * gains[noisy]) -> Tensor:
-                return (output + gained).to(output.dtype)
-
-            with _hooked({sites[noisy]: disturb} | {sites[site]: compare(site) for site in later}):
+            comparing = {sites[site]: partial(compare, site) for site in later}
+            with hooked({sites[noisy]: partial(disturb, noise * gains[noisy]), **comparing}):
                 run()
-        finite = {site: each for site, each in changes.items() if all(map(math.isfinite, each))}
-        found = [finite.get(site) for site in names]
-        zeta.append(tuple(None if each is None else statistics.fmean(each) for each in found))
-        spread.append(tuple(None if each is None or len(each) < 2 else statistics.stdev(each) for each in found))
+        known = [changes.get(site, ()) for site in names]
+        known = [values if all(map(math.isfinite, values)) else () for values in known]
+        zeta.append(tuple(statistics.fmean(values) if values else None for values in known))
+        spread.append(tuple(statistics.stdev(values) if len(values) > 1 else None for values in known))
     return NoiseRobustness(float(delta), draws, names, tuple(zeta), tuple(spread), scales[names[0]].rows)
 
 
 def _gain(site: str, norm: Any, z: Tensor, output: Tensor) -> Tensor | float:
-    """What a norm multiplies `z` with to make its output: its weight, or as Gemma has it one more; 1 without a weight.
+    """The factor of `z` in a norm's output: its weight, or as in Gemma its weight plus 1; 1 without a weight.
 
     Raises:
-        ValueError: neither makes that output, so that noise on `z` cannot be told from its trace there.
+        ValueError: neither makes that output, so noise on `z` cannot be turned into noise on the output.
     """
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     tolerance = 16 * torch.finfo(output.dtype).eps
     for gain in (1.0,) if weight is None else (weight.to(z), 1 + weight.to(z)):
-        found = z * gain if bias is None else z * gain + bias
-        size = found.abs().max() if found.numel() else 0.0
-        if not found.isfinite().all() or bool((found - output).abs().max() <= tolerance * (size + 1e-30)):
+        expected = z * gain if bias is None else z * gain + bias
+        size = expected.abs().max() if expected.numel() else 0.0
+        if not expected.isfinite().all() or bool((expected - output).abs().max() <= tolerance * (size + 1e-30)):
             return gain
     raise ValueError(f"sites: {site} is a {type(norm).__name__}, whose output is no gain times what it computes")
-
-
-@contextmanager
-def _hooked(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """With forward hooks on modules."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

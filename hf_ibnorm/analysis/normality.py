@@ -1,7 +1,7 @@
 """How normal the channels of a sample are, and how dependent on each other: the measures of arXiv 2505.00685.
 
-The tests are SciPy's, pingouin's and scikit-learn's; what is here is which channels and pairs they see, and when there
-is too little to see. All of it runs on the host, on a sample that `RowSample` (`watch(model, sample=...)`) took; it
+The tests are SciPy's, pingouin's and scikit-learn's; this module decides which channels and pairs they see, and when
+there are too few rows. All of it runs on the host, on a sample that `RowSample` (`watch(model, sample=...)`) took; it
 needs the extra `analysis`.
 """
 
@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -26,31 +27,30 @@ LEVEL = 0.05
 HENZE_ZIRKLER_ROWS = 500
 """Rows that Henze-Zirkler sees at most, because its memory grows as their square."""
 LEAST_SPREAD = 0.5
-"""A standardized row of a smaller standard deviation is mostly eps: its most likely λ means nothing."""
+"""A standardized row of a smaller standard deviation is mostly eps, and its most likely λ means nothing."""
 SINGULAR = 1e-9
-"""Two channels are one when 1 - r² is below this."""
-
-OF_CHANNELS = ("r_squared", "dagostino", "anderson_darling")
-OF_PAIRS = ("henze_zirkler", "correlation", "rank_correlation", "mutual_information", "mutual_information_uniform")
-"""Measures of a channel, and of a pair of channels."""
-
+"""Two channels count as one when 1 - r² is below this."""
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-
-def _extra() -> None:
-    require_extra("analysis", "scipy", "sklearn", "pingouin")
+require_analysis = partial(require_extra, "analysis", "scipy", "sklearn", "pingouin")
 
 
-def _rows(sample: Any, field: str = "sample") -> Array:
-    """A tensor or array as float64 rows on the host, without those that are not finite."""
+def spaced(count: int, most: int) -> list[int]:
+    """Up to `most` of `count` indices, evenly spaced, both ends among them (of one only the first)."""
+    indices: list[int] = np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
+    return indices
+
+
+def _rows(sample: Any) -> Array:
+    """A tensor or array as float64 rows on the host, without rows that are not finite."""
     rows = torch.as_tensor(sample).detach().double().cpu().numpy()
     if rows.ndim != 2:
-        raise ValueError(f"{field}: got shape {rows.shape}, must be (rows, channels)")
+        raise ValueError(f"sample: got shape {rows.shape}, must be (rows, channels)")
     return rows[np.isfinite(rows).all(1)]
 
 
 def _standardized(rows: Array) -> Array:
-    """Channels of mean 0 and variance 1, constant ones 0: no measure minds, and none overflows."""
+    """Channels of mean 0 and variance 1, constant channels 0: no measure depends on either, and none overflows."""
     if not len(rows):
         return rows
     size = np.abs(rows).max(0)
@@ -71,20 +71,15 @@ def qq(values: Any, points: int = 101) -> dict[str, Any]:
         `theoretical` and `ordered` quantiles; `slope`, `intercept` and `r_squared` of the line through all M points.
 
     Raises:
-        UserError: SciPy is not installed.
+        UserError: the extra `analysis` is not installed.
     """
-    _extra()
+    require_analysis()
     from scipy.stats import probplot
 
     (theoretical, ordered), (slope, intercept, r) = probplot(np.asarray(values, np.float64))
-    shown = np.unique(np.linspace(0, len(ordered) - 1, points).round().astype(int))
-    return {
-        "theoretical": theoretical[shown].tolist(),
-        "ordered": ordered[shown].tolist(),
-        "slope": float(slope),
-        "intercept": float(intercept),
-        "r_squared": float(r * r),
-    }
+    shown = spaced(len(ordered), points)
+    line = {"slope": float(slope), "intercept": float(intercept), "r_squared": float(r * r)}
+    return {"theoretical": theoretical[shown].tolist(), "ordered": ordered[shown].tolist(), **line}
 
 
 def dagostino(values: Array) -> tuple[float, bool]:
@@ -99,12 +94,12 @@ def anderson_darling(values: Array) -> tuple[float, bool]:
     """Anderson and Darling's A² of values of shape (M,), mean and variance unknown, and whether it rejects at 5 %."""
     from scipy.stats import anderson
 
-    if "method" in inspect.signature(anderson).parameters:  # SciPy 1.17 gives p-values, and warns who does not ask
-        found = anderson(values, "norm", method="interpolate")
-        return float(found.statistic), bool(found.pvalue < LEVEL)
-    found = anderson(values, "norm")
-    critical = dict(zip(found.significance_level, found.critical_values, strict=True))[100 * LEVEL]
-    return float(found.statistic), bool(found.statistic > critical)
+    if "method" in inspect.signature(anderson).parameters:  # SciPy 1.17 gives p-values, and warns without a method
+        test = anderson(values, "norm", method="interpolate")
+        return float(test.statistic), bool(test.pvalue < LEVEL)
+    test = anderson(values, "norm")
+    critical = dict(zip(test.significance_level, test.critical_values, strict=True))[100 * LEVEL]
+    return float(test.statistic), bool(test.statistic > critical)
 
 
 def henze_zirkler(pair: Array) -> tuple[float, bool]:
@@ -115,18 +110,18 @@ def henze_zirkler(pair: Array) -> tuple[float, bool]:
     from pingouin import multivariate_normality
 
     pair = pair[:HENZE_ZIRKLER_ROWS]
-    if not 1 - _r(pair) ** 2 >= SINGULAR:  # r is NaN where these rows of a channel are constant
+    if not 1 - _correlation(pair) ** 2 >= SINGULAR:  # r is NaN where these rows of a channel are constant
         return math.nan, False
-    found = multivariate_normality(pair, alpha=LEVEL)
-    return float(found.hz), bool(found.pval < LEVEL)
+    test = multivariate_normality(pair, alpha=LEVEL)
+    return float(test.hz), bool(test.pval < LEVEL)
 
 
-def _r(pair: Array) -> float:
+def _correlation(pair: Array) -> float:
     return float(np.asarray(np.corrcoef(pair.T))[0, 1])
 
 
 def _ranks(pair: Array) -> Array:
-    """Every channel's ranks, from just above 0 to 1; equal values share one, so that none tells the order of rows."""
+    """Every channel's ranks, from just above 0 to 1; equal values share one, so the order of rows does not matter."""
     from scipy.stats import rankdata
 
     return np.asarray(rankdata(pair, axis=0) / len(pair))
@@ -150,13 +145,48 @@ def adjusted_mutual_information(pair: Array, uniform: bool = False) -> float:
     return float(adjusted_mutual_info_score(binned[:, 0], binned[:, 1]))
 
 
+def _tests(results: list[tuple[float, bool]]) -> dict[str, Any]:
+    """Median statistic and share of rejections; a part whose statistic is not finite has None and no vote."""
+    finite = [each for each in results if math.isfinite(each[0])]
+    return {
+        "statistic": float(np.median([statistic for statistic, _ in finite])) if finite else None,
+        "rejected": float(np.mean([rejected for _, rejected in finite])) if finite else None,
+        "each": [statistic if math.isfinite(statistic) else None for statistic, _ in results],
+    }
+
+
+def _mean(numbers: list[float]) -> dict[str, Any]:
+    return {"mean": float(np.mean(numbers)), "each": numbers}
+
+
+def _mean_size(numbers: list[float]) -> dict[str, Any]:
+    return {"mean": float(np.mean(np.abs(numbers))), "each": numbers}
+
+
+_Measure = tuple[Callable[[Array], Any], Callable[[list[Any]], dict[str, Any]]]
+_OF_CHANNELS: dict[str, _Measure] = {
+    "r_squared": (lambda channel: qq(channel)["r_squared"], lambda each: {**_mean(each), "least": min(each)}),
+    "dagostino": (dagostino, _tests),
+    "anderson_darling": (anderson_darling, _tests),
+}
+_OF_PAIRS: dict[str, _Measure] = {
+    "henze_zirkler": (henze_zirkler, _tests),
+    "correlation": (_correlation, _mean_size),
+    "rank_correlation": (lambda pair: _correlation(_ranks(pair)), _mean_size),
+    "mutual_information": (adjusted_mutual_information, _mean),
+    "mutual_information_uniform": (partial(adjusted_mutual_information, uniform=True), _mean),
+}
+"""Name of a measure → the function of one channel or pair, and the summary of its results."""
+OF_CHANNELS, OF_PAIRS = tuple(_OF_CHANNELS), tuple(_OF_PAIRS)
+
+
 def measure_normality(sample: Any, *, channels: int = 64, pairs: int = 32, seed: int = 0) -> dict[str, Any]:
     """Every measure of normality and of dependence on one sample.
 
     Args:
         sample: tensor or array of shape (rows, channels); rows that are not finite are left out.
-        channels: look at that many at most, evenly spaced; constant ones have no shape and are left out.
-        pairs: look at that many pairs of them at most, drawn by `seed`.
+        channels: look at so many at most, evenly spaced; constant channels have no shape and are left out.
+        pairs: look at so many pairs of them at most, drawn by `seed`.
         seed: of the drawing.
 
     Returns:
@@ -174,118 +204,69 @@ def measure_normality(sample: Any, *, channels: int = 64, pairs: int = 32, seed:
         UserError: the extra `analysis` is not installed.
         ValueError: the sample is not two-dimensional, or a number is no count.
     """
-    _extra()
+    require_analysis()
     check_number("channels", channels, 1)
     check_number("pairs", pairs, 0)
     rows = _standardized(_rows(sample))
-    chosen = np.unique(np.linspace(0, rows.shape[1] - 1, min(channels, rows.shape[1])).round().astype(int))
-    varied = [int(i) for i in chosen if rows[:, i].any()]
-    first, second = np.triu_indices(len(varied), 1)
-    draw = np.sort(np.random.default_rng(seed).permutation(len(first))[:pairs])
-    drawn = [(varied[i], varied[j]) for i, j in zip(first[draw], second[draw], strict=True)]
-    found: dict[str, Any] = {"rows": len(rows), "channels": varied, "constant": len(chosen) - len(varied)}
-    found |= {"pairs": [list(pair) for pair in drawn]}
+    chosen = spaced(rows.shape[1], channels)
+    varied = [i for i in chosen if rows[:, i].any()]
+    possible = [list(pair) for pair in combinations(varied, 2)]
+    drawn = [possible[i] for i in sorted(np.random.default_rng(seed).permutation(len(possible))[:pairs])]
+    numbers: dict[str, Any] = {"rows": len(rows), "channels": varied, "constant": len(chosen) - len(varied)}
+    numbers["pairs"] = drawn
     reasons: dict[str, str] = {}
-    if len(rows) < LEAST_SAMPLE:
-        reasons = dict.fromkeys((*OF_CHANNELS, *OF_PAIRS), f"{len(rows)} rows; needs {LEAST_SAMPLE}")
-    else:
-        if not varied:
-            reasons |= dict.fromkeys(OF_CHANNELS, "every channel is constant")
-        if not drawn:
-            reasons |= dict.fromkeys(OF_PAIRS, "no two channels to pair")
-    for name in (*OF_CHANNELS, *OF_PAIRS):
-        parts = found["channels" if name in OF_CHANNELS else "pairs"]
-        found[name] = None if name in reasons else _MEASURES[name]([rows[:, which] for which in parts])
-    if found["henze_zirkler"] and found["henze_zirkler"]["statistic"] is None:
-        found["henze_zirkler"], reasons["henze_zirkler"] = None, "every channel of a pair is a multiple of the other"
-    return {**found, "reasons": reasons}
-
-
-def _tested(test: Callable[[Array], tuple[float, bool]]) -> Callable[[list[Array]], dict[str, Any]]:
-    def run(parts: list[Array]) -> dict[str, Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a p-value is beyond a table: here it only has to be small or not
-            found = [test(part) for part in parts]
-        kept = [each for each in found if math.isfinite(each[0])]
-        return {
-            "statistic": float(np.median([statistic for statistic, _ in kept])) if kept else None,
-            "rejected": float(np.mean([rejected for _, rejected in kept])) if kept else None,
-            "each": [statistic if math.isfinite(statistic) else None for statistic, _ in found],
-        }
-
-    return run
-
-
-def _r_squared(parts: list[Array]) -> dict[str, Any]:
-    each = [qq(part)["r_squared"] for part in parts]
-    return {"mean": float(np.mean(each)), "least": min(each), "each": each}
-
-
-def _correlation(parts: list[Array]) -> dict[str, Any]:
-    each = [_r(part) for part in parts]
-    return {"mean": float(np.mean(np.abs(each))), "each": each}
-
-
-def _rank_correlation(parts: list[Array]) -> dict[str, Any]:
-    return _correlation([_ranks(part) for part in parts])
-
-
-def _mutual_information(parts: list[Array], uniform: bool = False) -> dict[str, Any]:
-    each = [adjusted_mutual_information(part, uniform) for part in parts]
-    return {"mean": float(np.mean(each)), "each": each}
-
-
-_MEASURES: dict[str, Callable[[list[Array]], dict[str, Any]]] = {
-    "r_squared": _r_squared,
-    "dagostino": _tested(dagostino),
-    "anderson_darling": _tested(anderson_darling),
-    "henze_zirkler": _tested(henze_zirkler),
-    "correlation": _correlation,
-    "rank_correlation": _rank_correlation,
-    "mutual_information": _mutual_information,
-    "mutual_information_uniform": partial(_mutual_information, uniform=True),
-}
+    few = f"{len(rows)} rows; needs {LEAST_SAMPLE}" if len(rows) < LEAST_SAMPLE else ""
+    of_channels = _OF_CHANNELS, varied, few or "every channel is constant"
+    of_pairs = _OF_PAIRS, drawn, few or "no two channels to pair"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a p-value is beyond a table: here it only has to be small or not
+        for measures, parts, reason in (of_channels, of_pairs):
+            for name, (function, summary) in measures.items():
+                if few or not parts:
+                    numbers[name], reasons[name] = None, reason
+                else:
+                    numbers[name] = summary([function(rows[:, part]) for part in parts])
+    if numbers["henze_zirkler"] and numbers["henze_zirkler"]["statistic"] is None:
+        numbers["henze_zirkler"], reasons["henze_zirkler"] = None, "every channel of a pair is a multiple of the other"
+    return {**numbers, "reasons": reasons}
 
 
 def lambda_against_likelihood(sample: Any, *, alpha: float = 1.0, eps: float = 1e-5, rows: int = 200) -> dict[str, Any]:
     """λ̂ of one Newton step against the λ of the largest likelihood, row by row (its Figure 6).
 
     Args:
-        sample: what goes into a norm, tensor or array of shape (rows, N).
+        sample: input of a norm, tensor or array of shape (rows, N).
         alpha, eps: of the norm, as in `functional.newton_lambda`.
         rows: look at the first so many; a `RowSample` has them in no order. Some 5 ms each.
 
     Returns:
-        `rows`; `skipped`, those that are constant up to eps; for each row `newton` and `likelihood`; their
-        `correlation`; `mean_error` and `mean_absolute_error` of the former; `reasons` why these are None.
+        `rows`; `skipped`, rows that are constant up to eps; for each row `newton` and `likelihood`; their
+        `correlation`; `mean_error` and `mean_absolute_error` of `newton`; `reasons` for what is None.
 
     Raises:
         UserError: the extra `analysis` is not installed.
         ValueError: the sample is not two-dimensional, or an option is out of range.
     """
-    _extra()
+    require_analysis()
     from scipy.stats import yeojohnson_normmax
 
     check_number("alpha", alpha, 0.0, 1.0)
     check_number("eps", eps, 0.0)
     check_number("rows", rows, 1)
     x = torch.from_numpy(_rows(sample)[:rows])
-    cells = ("newton", "likelihood", "correlation", "mean_error", "mean_absolute_error")
-    empty: dict[str, Any] = {"rows": 0, "skipped": len(x), **dict.fromkeys(cells)}
-    if x.shape[1] < LEAST_SAMPLE:
-        return {**empty, "reasons": dict.fromkeys(cells, f"rows of {x.shape[1]}; needs {LEAST_SAMPLE}")}
     h = torch.nn.functional.layer_norm(x, x.shape[1:], eps=eps)
-    h = h[h.std(-1, correction=0) >= LEAST_SPREAD]
+    wide = x.shape[1] >= LEAST_SAMPLE
+    h = h[(h.std(-1, correction=0) >= LEAST_SPREAD) & wide]
+    counts = {"rows": len(h), "skipped": len(x) - len(h)}
     if len(h) < LEAST_SAMPLE:
-        skipped = len(x) - len(h)
-        reason = f"{len(h)} rows that are not constant; needs {LEAST_SAMPLE}"
-        return {**empty, "rows": len(h), "skipped": skipped, "reasons": dict.fromkeys(cells, reason)}
+        few = f"{len(h)} rows that are not constant" if wide else f"rows of {x.shape[1]}"
+        cells = ("newton", "likelihood", "correlation", "mean_error", "mean_absolute_error")
+        return {**counts, **dict.fromkeys(cells), "reasons": dict.fromkeys(cells, f"{few}; needs {LEAST_SAMPLE}")}
     newton = newton_lambda(h, alpha=alpha, eps=eps)[:, 0].numpy()
     likelihood = np.array([yeojohnson_normmax(row) for row in h.numpy()])
     varied = np.ptp(newton) > 0 and np.ptp(likelihood) > 0
     return {
-        "rows": len(h),
-        "skipped": len(x) - len(h),
+        **counts,
         "newton": newton.tolist(),
         "likelihood": likelihood.tolist(),
         "correlation": float(np.corrcoef(newton, likelihood)[0, 1]) if varied else None,

@@ -1,8 +1,9 @@
 """Which norms a model has, and in which order it runs them."""
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ AT_ONCE = 2048
 def known_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The norms of a model by qualified name, in order of execution.
 
-    Of a Llama or GPT-2 they are those of `norm_sites`. Any other model is run on two tokens: its norms are those that
-    ran of torch's LayerNorm and RMSNorm, of ours, and of what Transformers calls ...RMSNorm, such as norms of queries
-    and keys, whose rows are those of a head.
+    For a Llama or GPT-2 they are the `norm_sites`. Any other model is run on two tokens: its norms are the modules that
+    ran and are a norm of ours, or compute a LayerNorm or an RMSNorm. Among them are norms of queries and keys, for
+    which a row is one head's part of a token.
 
     Args:
         model: base model or with a head; of other families one that takes `input_ids`.
@@ -32,20 +33,15 @@ def known_norms(model: nn.Module) -> dict[str, nn.Module]:
     try:
         return norm_sites(model)
     except TypeError:  # of another family
-        found = {module: name for name, module in model.named_modules() if _is_known(module)}
+        names = {module: name for name, module in model.named_modules() if _is_known(module)}
     order: dict[str, nn.Module] = {}
 
     def note(norm: nn.Module, *_: object) -> None:
-        order.setdefault(found[norm], norm)
+        order.setdefault(names[norm], norm)
 
-    handles = [norm.register_forward_hook(note) for norm in found]
-    try:
-        if found:
-            with evaluating(model), torch.no_grad():
-                model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    if names:
+        with hooked(dict.fromkeys(names, note)), evaluating(model), torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
     if not order:
         raise ValueError(
             f"model: got {type(model).__name__}, which runs no known norm: none of ours, no LayerNorm and no RMSNorm"
@@ -56,20 +52,19 @@ def known_norms(model: nn.Module) -> dict[str, nn.Module]:
 def chosen_norms(model: nn.Module, sites: str | Collection[str] | None) -> dict[str, nn.Module]:
     """The norms whose names relative to the base model match a glob, in order of execution; all for None.
 
-    Raises:
-        ValueError: a glob that matches none, or as `known_norms`.
-        RuntimeError: as `known_norms`.
+    Raises what `known_norms` and `matching` raise.
     """
-    return matching(known_norms(model.base_model), sites)  # type: ignore[arg-type]
+    norms = known_norms(model.base_model)  # type: ignore[arg-type]
+    return {site: norms[site] for site in matching(norms, sites)}
 
 
-def matching(norms: dict[str, nn.Module], sites: str | Collection[str] | None) -> dict[str, nn.Module]:
-    """Those whose names match a glob; raises ValueError for a glob that matches none, and for no glob."""
+def matching(names: Collection[str], sites: str | Collection[str] | None) -> list[str]:
+    """The names that match a glob; raises ValueError for a glob that matches none, and for no glob."""
     globs = ["*"] if sites is None else [sites] if isinstance(sites, str) else list(sites)
     for glob in globs or [""]:
-        if not any(fnmatchcase(site, glob) for site in norms):
-            raise ValueError(f"sites: got {glob!r}, which matches none of {', '.join(norms)}")
-    return {site: norm for site, norm in norms.items() if any(fnmatchcase(site, glob) for glob in globs)}
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"sites: got {glob!r}, which matches none of {', '.join(names)}")
+    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
 
 
 def unknown_norms(model: nn.Module) -> list[str]:
@@ -78,7 +73,6 @@ def unknown_norms(model: nn.Module) -> list[str]:
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether a module is a norm of a known formula."""
     return isinstance(module, NormBase) or (is_norm(module) and not isinstance(identify(module), str))
 
 
@@ -97,3 +91,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def hooked(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """With a forward hook on each of some modules."""
+    with ExitStack() as handles:
+        for module, hook in hooks.items():
+            handles.enter_context(module.register_forward_hook(hook))
+        yield

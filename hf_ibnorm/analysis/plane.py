@@ -1,17 +1,18 @@
 """The information plane: how much a norm's output says of the token read, and of the token to come.
 
 X is the token that the model reads at a position (its id), T a norm's output there, Y the next token of the text (its
-id). X is one token and not all the context: about a context seen once no estimator says anything. T depends on the
-tokens before, too, so X, T and Y are no Markov chain, and I(T;Y) may be larger than I(X;T).
+id). X is one token and not all the context: a context occurs once, and then no estimator can say anything. T depends on
+earlier tokens, too, so X, T and Y are no Markov chain, and I(T;Y) may be larger than I(X;T).
 
-All values are in nats, and estimates of `information`, which says what they are not.
+All values are in nats, and estimates of `information`, which states their limits.
 
 Of the generalization bounds of arXiv 2510.25262, whose text was not at hand, the terms computed are I(X;T), I(T;Y) and
-the IB value I(T;Y) - β·I(X;T). No bound is given: what else goes into it is not known here.
+the IB value I(T;Y) - β·I(X;T). No bound is given: its other terms are not known here.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +25,22 @@ from ..base.room import check_room
 from ..checks import check_number
 from ..swap.loading import checkpoints_of, load
 from .information import HALVES, KSG, RENYI, SHUFFLES, Draws, Estimate, draw, summary
-from .noise import chosen_norms, evaluating
+from .places import chosen_norms, evaluating, hooked
 
 ESTIMATORS = {"renyi": RENYI, "ksg": KSG}
-
-
 ONCE = "the norm does not run once for each position"
 """Why there is no estimate: two sites share it, or it runs again."""
 
 
 @dataclass(frozen=True)
 class PlanePoint:
-    """Where a site is in the information plane.
+    """Where a site (by its name relative to the base model) is in the information plane.
 
     Args:
-        step: of the checkpoint; None for a model that is none.
-        site: name of the norm, relative to the base model.
+        step: of the checkpoint; None for a model that is no checkpoint.
         estimator: "renyi" or "ksg".
-        input: I(X;T).
-        output: I(T;Y).
+        input, output: I(X;T) and I(T;Y).
         ib: I(T;Y) - β·I(X;T), from the same samples.
-        beta: β.
     """
 
     step: int | None
@@ -71,24 +67,23 @@ def information_plane(
 ) -> list[PlanePoint]:
     """I(X;T), I(T;Y) and the IB value of every site of a language model; X, T and Y as the module says.
 
-    With the options' defaults some three seconds a site on one core.
+    With the default options some three seconds a site on one core.
 
     Args:
         model: a causal language model, as `known_norms` takes it; put in eval mode meanwhile.
         ids: tokens, int64 of shape (rows, length).
         sites: globs (fnmatch) over names relative to the base model; None for all.
         estimators: of "renyi" and "ksg".
-        samples: positions to draw from all of `ids`, all of them if there are fewer. The same for every model. Not the
-            first of a row, whose activations are like no others in trained models, nor the last, which has no next
-            token. Takes memory for some 3·samples² numbers.
+        samples: positions to draw from all of `ids`, at most, the same for every model. Not the first of a row, whose
+            activations are like no others in trained models, nor the last, which has no next token. Takes memory for
+            some 3·samples² numbers.
         beta: β ≥ 0.
         seed: of the positions, halves and shuffles.
         resamples, shuffles: as in `renyi_information`.
         step: goes into the points.
 
     Raises:
-        TypeError: an argument that is no number.
-        ValueError: a glob that matches no site, an unknown estimator, or a value out of range.
+        TypeError, ValueError: a glob that matches no site, an unknown estimator, no number, or one out of range.
     """
     check_number("beta", beta, 0.0)
     if unknown := set(estimators) - set(ESTIMATORS):
@@ -102,7 +97,7 @@ def information_plane(
             )
             if isinstance(read, str) or isinstance(to_come, str):
                 ib: Draws | str = read if isinstance(read, str) else to_come
-            else:  # the same halves were drawn for both
+            else:  # both were drawn from the same halves
                 ib = to_come[0] - beta * read[0], to_come[1] - beta * read[1]
             x_t, t_y, value = (summary(each, len(x)) for each in (read, to_come, ib))
             points.append(PlanePoint(step, site, name, x_t, t_y, value, beta))
@@ -112,7 +107,7 @@ def information_plane(
 def run_information_plane(
     run: Path, ids: Tensor, *, steps: Collection[int] | None = None, **options: Any
 ) -> Iterator[PlanePoint]:
-    """The information plane at every checkpoint that a training run left, in order of steps.
+    """The information plane at every checkpoint that a training run left, in order of steps, one model at a time.
 
     Args:
         run: run directory of train_lm, with `checkpoints/step-N/model`.
@@ -120,35 +115,26 @@ def run_information_plane(
         steps: of the checkpoints to take; None for all.
         **options: of `information_plane`.
 
-    Yields:
-        Points with their step, a checkpoint after the other; one model is in memory at a time.
-
     Raises:
-        ValueError: no checkpoint in `run`, or none of a step in `steps`.
-        As `information_plane`.
+        TypeError, ValueError: no checkpoint in `run`, or none of a step in `steps`; or as `information_plane`.
     """
     paths = checkpoints_of(run)
     if not paths:
         raise ValueError(f"run: got {str(run)!r}, which has no checkpoints/step-N/model")
     if missing := set(steps or ()) - set(paths):
-        raise ValueError(f"steps: got {_listed(missing)}, of which there is no checkpoint; there are {_listed(paths)}")
+        wanted, existing = (", ".join(map(str, sorted(each))) for each in (missing, paths))
+        raise ValueError(f"steps: got {wanted}, of which there is no checkpoint; there are {existing}")
     for step in sorted(paths if steps is None else set(steps)):
         model = load("run", AutoModelForCausalLM, paths[step], dtype=torch.float32)
         yield from information_plane(model, ids, step=step, **options)
-
-
-def _listed(steps: Collection[int]) -> str:
-    return ", ".join(map(str, sorted(steps)))
 
 
 @torch.no_grad()
 def _collected(
     model: PreTrainedModel, ids: Tensor, sites: str | Collection[str] | None, samples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray | None]]:
-    """X and Y of shape (n,), and T of shape (n, d) for each site, at positions drawn from all of `ids`.
-
-    T is None where a site has not one output for each position.
-    """
+    """X and Y of shape (n,), and T of shape (n, d) for each site, at positions drawn from all of `ids`; T is None where
+    a site has not one output for each position."""
     check_number("samples", samples, 1)
     rows, length = ids.shape
     places = max(0, length - 2)  # of a row
@@ -157,37 +143,28 @@ def _collected(
     row_of, place_of = drawn // max(1, places), drawn % max(1, places) + 1
     base: Any = model.base_model
     norms = chosen_norms(model, sites)
-    # Made once for all rows: small tensors between those of a forward pass would leave holes that memory grows by.
+    # One tensor for all rows: many small ones, made between forward passes, would leave holes that memory grows by.
     kept, filled = dict[str, Tensor](), dict.fromkeys(norms, 0)
     here = torch.empty(0, dtype=torch.int64)
 
-    def keep(site: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            row = output.squeeze(0)
-            if length not in row.shape[:-1]:
-                return
-            # Norms of queries and keys have heads beside the positions, or before them.
-            row = row.movedim(row.shape.index(length), 0)[here.to(row.device)].flatten(1)
-            if site not in kept:
-                kept[site] = torch.empty(len(drawn), row.shape[1])
-            start = filled[site]
-            filled[site] += len(row)
-            if filled[site] <= len(drawn):
-                kept[site][start : filled[site]] = row.float()
+    def keep(site: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        row = output.squeeze(0)
+        if length not in row.shape[:-1]:
+            return
+        # Norms of queries and keys have heads beside the positions, or before them.
+        row = row.movedim(row.shape.index(length), 0)[here.to(row.device)].flatten(1)
+        if site not in kept:
+            kept[site] = torch.empty(len(drawn), row.shape[1])
+        start = filled[site]
+        filled[site] += len(row)
+        if filled[site] <= len(drawn):
+            kept[site][start : filled[site]] = row.float()
 
-        return hook
-
-    handles = [norm.register_forward_hook(keep(site)) for site, norm in norms.items()]
-    try:
-        with evaluating(model):
-            for i in row_of.unique().tolist():
-                here = place_of[row_of == i]
-                base(input_ids=ids[i : i + 1].to(base.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    whole = {site: filled[site] == len(drawn) for site in norms}
+    with hooked({norm: partial(keep, site) for site, norm in norms.items()}), evaluating(model):
+        for i in row_of.unique().tolist():
+            here = place_of[row_of == i]
+            base(input_ids=ids[i : i + 1].to(base.device), use_cache=False)
     empty = torch.empty(0, 1)  # of a text so short that no position can be drawn
-    outputs = {site: kept.get(site, empty).numpy() if whole[site] else None for site in norms}
+    outputs = {site: kept.get(site, empty).numpy() if filled[site] == len(drawn) else None for site in norms}
     x, y = (ids[row_of, place_of + step].cpu().numpy() for step in (0, 1))
     return x, y, outputs

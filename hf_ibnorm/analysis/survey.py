@@ -1,4 +1,4 @@
-"""Several models looked at side by side: numbers as JSON and CSV, pictures, and one page."""
+"""Several models measured side by side: numbers as JSON and CSV, pictures, and one page."""
 
 import gc
 from collections import Counter
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..base import layout
-from ..base.command import require_extra
 from ..base.errors import UserError, bad_input
 from ..base.files import atomic_directory, check_new_directory, sha256, write_json, write_text
 from ..checks import LARGEST, MOST_TOKENS, check_number
@@ -20,36 +19,30 @@ from ..report.environment import environment_record
 from ..report.runs import Run
 from ..report.tables import csv_text
 from ..swap.loading import checkpoints_of, find_model, load_tokenizer, load_whole
-from .model import PARTS, Measuring, analyze_model, plane_options, spaced
+from .model import PARTS, Measuring, analyze_model, plane_options
+from .normality import require_analysis, spaced
 from .places import known_norms, matching, unknown_norms
 from .plane import information_plane
 from .show.describe import describe, draw_pictures
-from .show.rows import csv_rows
+from .show.tables import csv_rows
 
 DATA, TOKENS = "sotu", 16384
-"""What is measured on where nothing is said: a text, and how much of it."""
+"""The default text that models are measured on, and how much of it."""
 CHECKPOINTS = 5
 """Checkpoints of a run at which the information plane is estimated, at most."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is looked at.
+    """A model to be measured: the folder and the step of the finished model, and those of its checkpoints.
 
-    Args:
-        folder: of the finished model.
-        checkpoints: step → folder of the model then; empty where there is no training run.
-        step: of the finished model; None likewise.
-        config, tokenizer: its own.
-        text: as its tokenizer reads it.
-        training_text: likewise the training split, for the scale of the noise; None where the text has none.
+    Without a training run there are no checkpoints, and the step is None. The training text, for the scale of the
+    noise, is None where the data has no training split.
     """
 
     folder: Path
     checkpoints: dict[int, Path]
     step: int | None
-    config: Any
-    tokenizer: Any
     text: Text
     training_text: Text | None
 
@@ -64,7 +57,7 @@ def analyze(
     measuring: Measuring | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Look at every norm of some models, one after the other, and write what was measured into a new directory.
+    """Measure every norm of some models, one after the other, and write the results into a new directory.
 
     It gets `report.html` (one page that needs nothing else), `analysis.json`, a CSV file of every kind of number, and
     the pictures. Models are in float32, on the GPU where there is one, and only one of them is in memory.
@@ -72,69 +65,61 @@ def analyze(
     Args:
         models: directories of causal language models, names on the Hub, or run directories of train_lm; by name, or
             named after their directories. Of a run the information plane is estimated at some checkpoints, too, and
-            normality at step 0; of one that is not finished, the newest checkpoint is looked at.
+            normality at step 0; of a run that is not finished, the newest checkpoint is measured.
         output: a new directory.
         data: text to measure on: an embedded corpus, of which the test split is used, or a file as training takes it:
             .txt, .jsonl with a field "text", .parquet. Where the tokenizer begins texts with a BOS token, every row
             of tokens does, too.
         tokens: how much of it, about; at least a block, which is the model's context or 512.
         checkpoints: of a run, how many at most, evenly spaced, the finished model among them.
-        measuring: what is taken, and how. A glob of its `sites` has to match in one of the models.
-        say: is told, in a line, what is looked at.
+        measuring: which parts are measured, and how. A glob of its `sites` has to match in one of the models.
+        say: called with a line about each model and checkpoint before it is measured.
 
     Returns:
         The content of `analysis.json`: `text`, `noise_scale` (the text behind the noise's scale, None for the text
-        itself), `options`, `environment`, and for each of `models` what
-        `analyze_model` says, with the points of all checkpoints in `plane`, `step`, and `start`: normality at step 0,
-        None where there is none.
+        itself), `options`, `environment`, and for each of `models` the result of `analyze_model`, with the points of
+        all checkpoints in `plane`, `step`, and `start`: normality at step 0, None where there is none.
 
     Raises:
         UserError: an argument that is not allowed, named; a model that cannot be read, runs no known norm or gives
             numbers that are not finite; a package is missing. Nothing is written.
         OSError: the output cannot be written.
     """
-    require_extra("analysis", "scipy", "sklearn", "pingouin", "matplotlib")
+    require_analysis("matplotlib")
     measuring, folder = measuring or Measuring(), Path(output)
     with bad_input():
         measuring.check()
         check_number("tokens", tokens, 2, MOST_TOKENS)
         check_number("checkpoints", checkpoints, 1, LARGEST)
         check_new_directory("output", folder)
-        subjects = _subjects(models, data, int(tokens), "noise" not in measuring.skip)
+        named = models if isinstance(models, Mapping) else dict(zip(_names(models), models, strict=True))
+        for name in named:
+            if name.startswith("_"):  # matplotlib would leave it out of the legends
+                raise ValueError(f"model: got the name {name!r}, must not begin with _; NAME=DIR chooses another")
+        noise = "noise" not in measuring.skip
+        subjects = {name: _subject(str(path), data, int(tokens), noise) for name, path in named.items()}
     chosen = _chosen_sites(subjects, measuring)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     measured: dict[str, Any] = {}
     for name, subject in subjects.items():
-        here = replace(measuring, sites=chosen[name])
-        measured[name] = _looked_at(name, subject, here, int(checkpoints), device, say)
+        measured[name] = _measured(name, subject, replace(measuring, sites=chosen[name]), int(checkpoints), say)
         gc.collect()  # before the next model is loaded
-    first, made = next(iter(subjects.values())), environment_record()
+    first, environment = next(iter(subjects.values())), environment_record()
     record = {
         "text": first.text.name,
         "noise_scale": first.training_text.name if first.training_text else None,
         "options": {"data": data, "tokens": tokens, "checkpoints": checkpoints, **asdict(measuring)},
         "models": measured,
-        "environment": {name: made[name] for name in ("date", "device", "cpu_count", "versions", "git_revision")},
+        "environment": {
+            name: environment[name] for name in ("date", "device", "cpu_count", "versions", "git_revision")
+        },
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(folder) as inside:
         write_json(inside / "analysis.json", record)
         for file, rows in csv_rows(record).items():
-            if rows:
-                write_text(inside / file, csv_text(list(dict.fromkeys(key for row in rows for key in row)), rows))
+            write_text(inside / file, csv_text(list(dict.fromkeys(key for row in rows for key in row)), rows))
         describe(record, draw_pictures(record, inside), inside).write(inside / "report.html")
     return record
-
-
-def _subjects(
-    models: Sequence[str | Path] | Mapping[str, str | Path], data: str, tokens: int, noise: bool
-) -> dict[str, Subject]:
-    """Name → model and text; arguments as for `analyze`, and whether noise will be measured."""
-    named = dict(models) if isinstance(models, Mapping) else dict(zip(_names(models), models, strict=True))
-    for name in named:
-        if name.startswith("_"):  # matplotlib would leave it out of the legends
-            raise ValueError(f"model: got the name {name!r}, must not begin with _; NAME=DIR chooses another")
-    return {name: _subject(str(path), data, tokens, noise) for name, path in named.items()}
 
 
 def _names(models: Sequence[str | Path]) -> list[str]:
@@ -142,8 +127,7 @@ def _names(models: Sequence[str | Path]) -> list[str]:
     if not models:
         raise ValueError("model: got none, must be one or more")
     parts = [Path(model).absolute().parts for model in models]
-    longest = max(map(len, parts))
-    for length in range(1, longest + 1):
+    for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
         if len(set(names)) == len(names):
             return names
@@ -151,7 +135,7 @@ def _names(models: Sequence[str | Path]) -> list[str]:
 
 
 def _subject(model: str, data: str, tokens: int, noise: bool) -> Subject:
-    """Find a model, and read the text with its tokenizer, for the noise the training split as well."""
+    """Find a model, and read the text with its tokenizer, for `noise` the training split as well."""
     run, step = Path(model), None
     checkpoints = {} if (run / "config.json").exists() else checkpoints_of(run)
     if checkpoints and not (run / layout.FINAL).exists():  # it trains still, or was stopped
@@ -176,41 +160,37 @@ def _subject(model: str, data: str, tokens: int, noise: bool) -> Subject:
         raise ValueError(
             f"data: got {data!r}, which has {text.ids.numel()} tokens for {model}; must have a block of {block}"
         )
-    return Subject(folder, checkpoints, step, config, tokenizer, text, training)
+    return Subject(folder, checkpoints, step, text, training)
+
+
+def _loaded(folder: Path) -> Any:
+    """The model there in float32, on the GPU where there is one; raises UserError where it cannot be loaded whole."""
+    return load_whole(folder, None, torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _chosen_sites(subjects: Mapping[str, Subject], measuring: Measuring) -> dict[str, tuple[str, ...]]:
-    """Name of a model → its sites that are looked at, before any model is measured.
+    """Name of a model → its sites that are measured, before any model is.
 
-    Raises:
-        UserError: a model runs no known norm or cannot be loaded whole, or a glob matches no norm of any model.
+    Raises UserError where a model runs no known norm or cannot be loaded whole, or a glob matches no norm of any model.
     """
     norms = {}
     for name, subject in subjects.items():
-        model = load_whole(subject.folder, subject.config, torch.float32)
         with bad_input(ValueError, RuntimeError, about=f"{name}: "):
-            norms[name] = known_norms(model.base_model)
-        del model
-    everything = {site: norm for sites in norms.values() for site, norm in sites.items()}
+            norms[name] = list(known_norms(_loaded(subject.folder).base_model))
     with bad_input():
-        wanted = set(matching(everything, measuring.sites))
+        wanted = matching(dict.fromkeys(site for sites in norms.values() for site in sites), measuring.sites)
     for name, sites in norms.items():
-        if not wanted & set(sites):
+        if not set(wanted) & set(sites):
             raise UserError(f"sites: got {', '.join(measuring.sites or ())}, which matches no norm of {name}")
     return {name: tuple(site for site in sites if site in wanted) for name, sites in norms.items()}
 
 
-def _looked_at(
-    name: str,
-    subject: Subject,
-    measuring: Measuring,
-    checkpoints: int,
-    device: torch.device,
-    say: Callable[[str], None],
+def _measured(
+    name: str, subject: Subject, measuring: Measuring, checkpoints: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What `analyze_model` says of the finished model, with what its checkpoints add."""
-    ids, training = subject.text.ids, None if subject.training_text is None else subject.training_text.ids
-    model = load_whole(subject.folder, subject.config, torch.float32).to(device)
+    """The result of `analyze_model` for the finished model, with the measurements of its checkpoints."""
+    ids, training = subject.text.ids, subject.training_text.ids if subject.training_text else None
+    model = _loaded(subject.folder)
     say(f"{name}: {ids.numel():,} tokens of {subject.text.name}")
     measured: dict[str, Any] = {"folder": str(subject.folder), "norm": _norm_of(model), "step": subject.step}
     measured |= {"tokens": ids.numel(), "tokens_sha": sha256([str(ids.shape), ids.numpy().tobytes()])[:16]}
@@ -220,26 +200,24 @@ def _looked_at(
     del model
     earlier = [step for step in subject.checkpoints if step != subject.step]
     if measured["plane"] is not None:
-        for point in measured["plane"]:
-            point["step"] = subject.step
-        points: list[Any] = []
+        points: list[dict[str, Any]] = []
         for step in (earlier[i] for i in spaced(len(earlier), checkpoints - 1)):
             say(f"{name}: the information plane at step {step}")
-            then = load_whole(subject.checkpoints[step], None, torch.float32).to(device)
-            points += information_plane(then, ids, step=step, **plane_options(measuring))
-        measured["plane"] = [*map(asdict, points), *measured["plane"]]
+            options = {"step": step, **plane_options(measuring)}
+            points += map(asdict, information_plane(_loaded(subject.checkpoints[step]), ids, **options))
+        measured["plane"] = points + [{**point, "step": subject.step} for point in measured["plane"]]
     measured["start"] = None
     if measured["normality"] is not None and earlier[:1] == [0]:
         say(f"{name}: normality at step 0")
-        then = load_whole(subject.checkpoints[0], None, torch.float32).to(device)
+        skip = tuple(set(PARTS) - {"normality"})
         with bad_input(FloatingPointError, about=f"{name}, step 0: "):
-            start = analyze_model(then, ids, replace(measuring, skip=tuple(set(PARTS) - {"normality"})))
-        measured["start"] = {name: start[name] for name in ("loss", "sites", "normality", "likelihood")}
+            start = analyze_model(_loaded(subject.checkpoints[0]), ids, replace(measuring, skip=skip))
+        measured["start"] = {part: start[part] for part in ("loss", "sites", "normality", "likelihood")}
     return measured
 
 
 def _norm_of(model: Any) -> str:
-    """What a model's norms are called: a norm_type, or the class of most of them."""
+    """The name of a model's norms: a norm_type, or the class of most of them."""
     name = getattr(model.config, "norm_type", None)
     if name is None:
         return Counter(type(norm).__name__ for norm in known_norms(model).values()).most_common(1)[0][0]

@@ -324,6 +324,17 @@ def test_layers_that_share_a_norm(folder):
     assert ("layers.1.input_layernorm", "the norm does not run once for each position") in reasons
 
 
+def test_a_norm_that_does_not_run_is_empty_and_says_why(source, tmp_path):
+    gpt2 = source("gpt2", n_positions=64, add_cross_attention=True)  # whose norm needs an encoder
+    measuring = Measuring(rows=40, draws=1, noise_tokens=64, samples=250)
+    model = analyze([gpt2], tmp_path / "out", tokens=256, measuring=measuring)["models"][gpt2.name]
+    site = "h.0.ln_cross_attn"
+    assert model["sites"][site]["reasons"]["before"] == "the norm has not run"
+    assert model["normality"][site]["after"]["reasons"]["r_squared"] == "0 rows; needs 20"
+    assert model["normality"]["h.0.ln_1"]["after"]["r_squared"] is not None
+    assert "the norm has not run" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_noise_beyond_all_numbers_leaves_cells_empty(folder, tmp_path):
     measuring = Measuring(skip=("normality", "information"), delta=1e38, draws=1, noise_tokens=64)
     record = analyze([folder], tmp_path / "out", tokens=256, measuring=measuring)

@@ -1,9 +1,8 @@
-"""What the pictures of diagnostics share: the axis of depth, names of sites, titles and ticks of panels."""
+"""Parts that the pictures of diagnostics share: the axis of depth, names of sites, titles and ticks of panels."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
@@ -30,22 +29,21 @@ def thinned(count: int, most: int) -> list[int]:
     return [i for i in range(0, count - 1, step) if count - 1 - i > step / 2] + [count - 1]
 
 
-@dataclass(frozen=True)
+def relative(count: int) -> list[float]:
+    """Places from 0, the first of `count`, to 1, the last."""
+    return [i / max(1, count - 1) for i in range(count)]
+
+
 class Depth:
     """The axis of depth that several models share: by the names of their sites, or by relative place from 0 to 1.
 
     Args:
         sites: name of a model → its sites.
-        names: what the sites are called on the axis; empty where models have different ones.
     """
 
-    sites: Mapping[str, Sequence[str]]
-    names: list[str]
-
-    @classmethod
-    def of(cls, sites: Mapping[str, Sequence[str]]) -> "Depth":
+    def __init__(self, sites: Mapping[str, Sequence[str]]) -> None:
         names = [[short_site(site) for site in each] for each in sites.values()]
-        return cls(sites, names[0] if all(each == names[0] for each in names) else [])
+        self.sites, self.names = sites, names[0] if all(each == names[0] for each in names) else []
 
     def places(self, name: str, beside: Sequence[str] = ()) -> list[float]:
         """Where the sites of a model are on the axis, a little aside for each of the models drawn `beside` it."""
@@ -65,11 +63,6 @@ class Depth:
         panels[0].figure.supxlabel(f"norm, {ends}")
 
 
-def relative(count: int) -> list[float]:
-    """Places from 0, the first of `count`, to 1, the last."""
-    return [i / max(1, count - 1) for i in range(count)]
-
-
 def depth_colours() -> Any:
     """A colour map from 0 to 1 without its brightest end, which is not seen on white."""
     from matplotlib import colormaps
@@ -79,26 +72,25 @@ def depth_colours() -> Any:
 
 
 def depth_bar(panels: Sequence[Any], names: Sequence[str] = ()) -> None:
-    """A bar that tells the colours of depth, with the names of the sites where they are given."""
+    """A bar of the colours of depth, with the names of the sites where they are given."""
     from matplotlib.cm import ScalarMappable
 
     bar = panels[0].figure.colorbar(ScalarMappable(cmap=depth_colours()), ax=panels, aspect=40, pad=0.02)
-    named = thinned(len(names), 2 * NAMED)
-    ticks = {relative(len(names))[i]: names[i] for i in named} or {0.0: "first", 1.0: "last"}
+    places = relative(len(names))
+    ticks = {places[i]: names[i] for i in thinned(len(names), 2 * NAMED)} or {0.0: "first", 1.0: "last"}
     bar.set_ticks(list(ticks), labels=list(ticks.values()))
     bar.set_label("norm")
 
 
 def share(panels: Sequence[Any], axes: str) -> None:
     """Give panels the same limits of "x", "y" or "xy". Call it before anything is drawn, or curves are cut off."""
-    first, *others = panels
-    for panel in others:
+    for panel in panels[1:]:
         for axis in axes:
-            getattr(panel, f"share{axis}")(first)
+            getattr(panel, f"share{axis}")(panels[0])
 
 
 def set_title(panel: Any, text: str, columns: int) -> None:
-    """A title over a panel that is one of `columns` across, wrapped so that it does not run into the next panel's."""
+    """A title over a panel that is one of `columns` across, wrapped so that it ends before the next panel's."""
     panel.set_title("\n".join(wrap(text, int(10.5 * WIDTH / columns) - 4)))
 
 
@@ -109,9 +101,8 @@ def outer_ticks(panel: Any, i: int, count: int, columns: int) -> None:
 
 def draw_marked_curve(panel: Any, i: int, places: Sequence[float], values: Sequence[float], name: str) -> None:
     """The i-th curve with a mark at every site."""
-    size = 3.5 if len(places) <= 30 else 1.8
     points = list(zip(places, values, strict=True))
-    draw_curve(panel, i, points, name, marker=MARKS[i % len(MARKS)], markersize=size)
+    draw_curve(panel, i, points, name, marker=MARKS[i % len(MARKS)], markersize=3.5 if len(places) <= 30 else 1.8)
 
 
 def any_finite(values: Sequence[float]) -> bool:

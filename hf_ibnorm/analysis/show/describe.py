@@ -49,7 +49,7 @@ def draw_pictures(record: Mapping[str, Any], folder: Path) -> dict[str, str]:
     noise = {name: noise_of(model) for name, model in models.items() if model["noise"]}
     planes = {name: points_of(model) for name, model in models.items() if model["plane"]}
     channels = "Quantiles of four channels, standardized, against those of the normal distribution; R² is their mean."
-    every = "Every norm, from the first to the last: what goes in and what comes out."
+    every = "Every norm, from the first to the last: its input (before) and its output (after)."
     distance = "How far λ̂ of one Newton step is from the λ of the largest likelihood."
     drawings: dict[str, tuple[Callable[..., bool], Any, str]] = {
         "profiles.png": (pictures.draw_profiles, sites, every),

@@ -1,4 +1,4 @@
-"""The pictures of the information plane; as those of `pictures`, they return whether there was anything to draw."""
+"""The pictures of the information plane: name of a model → its points, drawn as the module `pictures` says."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,36 +18,32 @@ def draw_plane(models: Models, path: Path) -> bool:
     """The information plane: a panel for each model and estimator, a curve through the steps for each site.
 
     Sites are coloured by depth, dark first. A large point is the last step; its bars are 95 % intervals.
-
-    Args:
-        models: name → what `information_plane` or `run_information_plane` returns.
-        path: PNG file.
     """
-    known = _known(models)
+    known, estimators = _known(models)
     if not known:
         return False
-    depth = axes.Depth.of({name: list(dict.fromkeys(each.site for each in models[name])) for name in known})
-    columns = min(3, len(known)) if len(known) > 1 else len(_estimators(known))
-    cells: list[tuple[str, str] | None] = []
-    for estimator in _estimators(known):
-        cells += [(estimator, name) for name in known if any(each.estimator == estimator for each in known[name])]
-        if len(known) > 1:  # each estimator starts a row
-            cells += [None] * (-len(cells) % columns)
-    with panels(path, len(cells), columns, 2.2, MARGIN) as flat:
-        for panel, cell in zip(flat, cells, strict=True):
-            if cell is None:
-                panel.remove()
-        shown = {i: (panel, cell) for i, (panel, cell) in enumerate(zip(flat, cells, strict=True)) if cell}
-        for estimator in _estimators(known):
-            axes.share([panel for panel, cell in shown.values() if cell[0] == estimator], "xy")
-        for i, (panel, (estimator, name)) in shown.items():
-            alike = {j: other[0] == estimator for j, (_, other) in shown.items()}
-            panel.tick_params(labelleft=not (i % columns and alike.get(i - 1)), labelbottom=not alike.get(i + columns))
-            points = [each for each in known[name] if each.estimator == estimator]
-            for site, place in zip(depth.sites[name], axes.relative(len(depth.sites[name])), strict=True):
-                _draw_path(panel, [each for each in points if each.site == site], axes.depth_colours()(place))
-            axes.set_title(panel, f"{ESTIMATOR_NAMES.get(estimator, estimator)}, {name}", columns)
-        axes.depth_bar([panel for panel, _ in shown.values()], depth.names)
+    depth = axes.Depth({name: list(dict.fromkeys(each.site for each in models[name])) for name in known})
+    columns = min(3, len(known)) if len(known) > 1 else len(estimators)
+    count, names_at = 0, dict[str, dict[int, str]]()  # estimator → place of a panel → model
+    for estimator in estimators:
+        start = -(-count // columns) * columns if len(known) > 1 else count  # each estimator starts a row
+        names = [name for name in known if any(each.estimator == estimator for each in known[name])]
+        names_at[estimator] = dict(enumerate(names, start))
+        count = start + len(names)
+    with panels(path, count, columns, 2.2, MARGIN) as flat:
+        shown = [flat[i] for own in names_at.values() for i in own]
+        for panel in set(flat) - set(shown):
+            panel.remove()
+        for estimator, own in names_at.items():
+            axes.share([flat[i] for i in own], "xy")
+            for i, name in own.items():
+                panel = flat[i]
+                panel.tick_params(labelleft=not i % columns or i - 1 not in own, labelbottom=i + columns not in own)
+                for site, place in zip(depth.sites[name], axes.relative(len(depth.sites[name])), strict=True):
+                    points = [each for each in known[name] if (each.estimator, each.site) == (estimator, site)]
+                    _draw_path(panel, points, axes.depth_colours()(place))
+                axes.set_title(panel, f"{ESTIMATOR_NAMES.get(estimator, estimator)}, {name}", columns)
+        axes.depth_bar(shown, depth.names)
         flat[0].figure.supxlabel("I(X;T), nats; large points: last step, bars: 95 % intervals")
         flat[0].figure.supylabel("I(T;Y), nats")
     return True
@@ -60,31 +56,26 @@ def _draw_path(panel: Any, points: Sequence[PlanePoint], colour: Any) -> None:
     x, y = ([getattr(each, field).value for each in points] for field in ("input", "output"))
     panel.plot(x, y, "o-", color=colour, linewidth=1.0, markersize=2)
     panel.plot(x[-1:], y[-1:], "o", color=colour, markersize=5, markeredgecolor="black", markeredgewidth=0.5, zorder=4)
-    for estimate, across in ((points[-1].input, True), (points[-1].output, False)):
-        if estimate.interval is not None:
-            ends = (estimate.interval, y[-1:] * 2) if across else (x[-1:] * 2, estimate.interval)
+    across, along = points[-1].input.interval, points[-1].output.interval
+    for ends in ((across, y[-1:] * 2), (x[-1:] * 2, along)):
+        if None not in ends:
             panel.plot(*ends, color=colour, linewidth=0.8, alpha=0.6, zorder=1)
 
 
 def draw_ib(models: Models, path: Path) -> bool:
-    """The IB value over depth at each model's last step, with its 95 % interval: a panel for each estimator.
-
-    Args: as for `draw_plane`.
-    """
-    last = {name: _last_step(points) for name, points in models.items()}
-    known = _known(last)
+    """The IB value over depth at each model's last step, with its 95 % interval: a panel for each estimator."""
+    last = {name: [each for each in points if each.step == points[-1].step] for name, points in models.items()}
+    known, estimators = _known(last)
     if not known:
         return False
-    depth = axes.Depth.of({name: list(dict.fromkeys(each.site for each in last[name])) for name in known})
-    estimators = _estimators(known)
+    depth = axes.Depth({name: list(dict.fromkeys(each.site for each in last[name])) for name in known})
     betas = ", ".join(sorted({f"{each.beta:g}" for points in known.values() for each in points}))
     with panels(path, len(estimators), min(2, len(estimators)), 3.0, MARGIN) as flat:
         for panel, estimator in zip(flat, estimators, strict=True):
             for name, points in known.items():
-                estimates = {each.site: each.ib for each in points if each.estimator == estimator}
                 i, places = list(models).index(name), depth.places(name, list(models))
-                values = {site: estimate.value for site, estimate in estimates.items() if estimate.value is not None}
-                curve = [values.get(site, math.nan) for site in depth.sites[name]]
+                estimates: dict[str, Any] = {each.site: each.ib for each in points if each.estimator == estimator}
+                curve = [estimates[site].value if site in estimates else math.nan for site in depth.sites[name]]
                 if axes.any_finite(curve):
                     axes.draw_marked_curve(panel, i, places, curve, name)
                 for site, place in zip(depth.sites[name], places, strict=True):
@@ -97,17 +88,8 @@ def draw_ib(models: Models, path: Path) -> bool:
     return True
 
 
-def _known(models: Models) -> dict[str, list[PlanePoint]]:
-    """The points with an estimate, of the models that have such points."""
+def _known(models: Models) -> tuple[dict[str, list[PlanePoint]], list[str]]:
+    """The points with an estimate, of the models that have such points; and their estimators, Rényi's first."""
     known = {name: [each for each in points if each.ib.value is not None] for name, points in models.items()}
-    return {name: points for name, points in known.items() if points}
-
-
-def _estimators(models: Models) -> list[str]:
-    return sorted({each.estimator for points in models.values() for each in points}, reverse=True)
-
-
-def _last_step(points: Sequence[PlanePoint]) -> list[PlanePoint]:
-    """The points of the last step; the points of a model that is no checkpoint have no step."""
-    steps = [-1 if each.step is None else each.step for each in points]
-    return [each for each, step in zip(points, steps, strict=True) if step == max(steps)]
+    known = {name: points for name, points in known.items() if points}
+    return known, sorted({each.estimator for points in known.values() for each in points}, reverse=True)
