@@ -155,7 +155,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         texts = []
         for glob, name, options in run.norms():
-            lam = options.get(str(NORMS[name].ramp)) if name in NORMS else None
+            lam = options.get(str(NORMS[name].contract.ramp)) if name in NORMS else None
             shown = f" λ={lam:g}" if isinstance(lam, int | float) else ""
             texts.append(f"{glob and glob + ': '}{name}{shown}")
         norms.append(", ".join(texts))

@@ -10,6 +10,8 @@ from typing import Any
 from ..base.command import quiet_libraries
 from ..base.errors import UserError
 from ..base.reading import told
+from .families import PREFIX
+from .loading import find_model, load
 
 
 def _sites(arguments: argparse.Namespace) -> None:
@@ -36,25 +38,23 @@ def _sites(arguments: argparse.Namespace) -> None:
 def _on_meta(name: str) -> Any:
     """The model at a directory or on the Hub, without its weights; of a model type, one of its default size."""
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     import hf_ibnorm
 
-    from .loading import find_model, load
-
     if name in CONFIG_MAPPING_NAMES and not Path(name).exists():
-        config, classes = AutoConfig.for_model(name), []
+        config = AutoConfig.for_model(name)
     else:
         config = load("model", AutoConfig, find_model(name))
-        classes = config.architectures or []
-    import transformers
-
-    found = [getattr(transformers, each, None) or getattr(hf_ibnorm, each, None) for each in classes]
+    architecture = (config.architectures or [""])[0]
+    home = hf_ibnorm if architecture.startswith(PREFIX) else transformers
     try:
         with torch.device("meta"):
-            return found[0](config) if found and found[0] else AutoModel.from_config(config)
-    except Exception as error:
+            cls = getattr(home, architecture) if architecture else None
+            return AutoModel.from_config(config) if cls is None else cls(config)
+    except Exception as error:  # of many kinds: an architecture of the checkpoint's own, sizes that do not fit
         raise UserError(f"model: got {name!r}, which cannot be built: {told(error)}") from error
 
 
