@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from ..configuration_ibnorm import STOCK
 from ..modeling_ibnorm import build_site, check_checkpointing, forget_origin, ours, qualified, set_site
-from ..norms import norm_name, resolve_norm_kwargs
-from ..sites import STREAM, Site, contract, discover
+from ..norms import NORMS, NormBase, norm_name, resolve_norm_kwargs
+from ..sites import STREAM, Formula, Site, contract, discover, identify
 from .target import ADAPTER_BASE, State, Target, check_class, chosen_sites, eps_of, factory_of, patterns, relative
 
 _RECORD = "_norms_before"
@@ -102,7 +102,8 @@ def apply_norm(
         RuntimeError: the model is not the architecture it says.
 
     Warns:
-        UserWarning: trained parameters that the new norm has no place for.
+        UserWarning: trained parameters that the new norm has no place for; or a norm that changes what the weights of
+            a checkpoint compute.
     """
     target = Target(model)
     config, chosen = _patched_config(target, norm, sites, kinds, norm_kwargs)
@@ -113,6 +114,13 @@ def apply_norm(
     before = State.of(target)
     _check_parameters([(site, before.norms[site]) for site in norms])
     _warn_of_lost([(site, before.norms[site], new) for site, new in norms.items()])
+    if target.model.name_or_path and any(not _is_identity(before.norms[site], config, site) for site in chosen):
+        warnings.warn(
+            f"{norm} changes what loaded weights compute; NORMS[...].identity_for has options that do not, `hf-ibnorm "
+            "convert --init calibrate` fits the new norms to the old, training by the recipe `heal` adapts the weights",
+            UserWarning,
+            stacklevel=2,
+        )
     for site, new in norms.items():
         _move(before.norms[site], new)
 
@@ -327,6 +335,15 @@ def _check_parameters(norms: list[tuple[str, nn.Module]]) -> None:
                     f"model: the {name} of the norm {site} is computed from other tensors (parametrized or pruned); "
                     "make it a parameter again first (remove_parametrizations, prune.remove)"
                 )
+
+
+def _is_identity(old: nn.Module, config: Any, site: str) -> bool:
+    """Whether the norm that `config` has for a site computes what the stock norm there does."""
+    name, options = config.norm_at(site)
+    if isinstance(old, NormBase) or not isinstance(formula := identify(old), Formula):
+        return False
+    answer = ({}, {}) if name == formula.computes else NORMS[name].identity_for(formula.computes)
+    return answer is not None and answer[0].items() <= options.items()
 
 
 def _move(old: nn.Module, new: nn.Module) -> None:

@@ -140,11 +140,9 @@ def chosen_sites(target: Target, globs: list[str] | None, kinds: str | Collectio
         raise ValueError(f"sites: got no glob; sites are {listed(target)}")
     for glob in globs or ():
         if not any(fnmatchcase(site, glob) for site in target.kinds):
-            others = {site.name: site.problem for site in discover(target.model) if fnmatchcase(site.name, glob)}
-            problem = "".join(f"; {site} stays as it is: {why}" for site, why in [*others.items()][:1])
-            raise ValueError(
-                f"sites: {glob!r} matches no site that can be swapped{problem}; sites are {listed(target)}"
-            )
+            sites = [site for site in discover(target.model) if fnmatchcase(site.name, glob)]
+            reason = f" that can be swapped ({sites[0].name}: {sites[0].problem})" if sites else ""
+            raise ValueError(f"sites: {glob!r} matches no site{reason}; sites are {listed(target)}")
     wanted = wanted or (KINDS if globs is not None else (STREAM,))
     chosen = [
         site
