@@ -29,7 +29,7 @@ def load_corpus(name: str, split: str) -> list[str]:
             four train; sotu: up to 2000 train, 2001-2010 validate, 2011-2021 test.
 
     Returns:
-        One string a document, in the corpus's order.
+        One string a document, in the order of the corpus.
 
     Raises:
         ValueError: no such corpus or split.
@@ -41,7 +41,7 @@ def load_corpus(name: str, split: str) -> list[str]:
     return [row["text"] for row in _rows(name) if CORPORA[name](row) == split]
 
 
-@cache  # a few megabytes; to unpack them takes a tenth of a second, and each split is asked for
+@cache  # a few megabytes, unpacked in a tenth of a second; every split is read from them
 def _rows(name: str) -> tuple[dict[str, Any], ...]:
     packed = resources.files(__package__).joinpath(f"{name}.jsonl.xz").read_bytes()
     return tuple(json.loads(line) for line in lzma.decompress(packed).decode("utf-8").split("\n") if line)
