@@ -13,7 +13,7 @@ def load() -> Library:
 
     Raises:
         FileNotFoundError: they are not built for this source, torch and processor.
-        OSError, AttributeError: what is there is no such library.
+        OSError, AttributeError: the file is no such library.
     """
     path = build.library_path()
     if not path.exists():

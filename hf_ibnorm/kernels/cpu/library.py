@@ -1,4 +1,4 @@
-"""The functions of the compiled `norms.cpp`, over tensors."""
+"""The compiled `norms.cpp`, called with tensors."""
 
 import ctypes
 
@@ -12,7 +12,7 @@ VARIANTS = {"S": 0, "L": 1, "T": 2}
 NOISE_MODES = {"none": 0, "scaled": 1, "unscaled": 2, "dropout": 3}
 MEAN_ABS, RMS, STANDARDIZE_FIRST = 1, 2, 4
 SERIAL = 1 << 14
-"""Elements up to which one thread is faster than waking others."""
+"""Elements up to which one thread is faster than several."""
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -36,17 +36,17 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 class Library:
-    """The functions of a compiled `norms.cpp`, over tensors.
+    """Calls a compiled `norms.cpp` with tensors.
 
     `x` and `grad` are (rows, N) with the elements of a row side by side; `weight` and `bias` are (N,), contiguous, or
     None.
 
     Args:
         library: a compiled `norms.cpp`.
-        key: what it was compiled for.
+        key: names the build.
 
     Raises (at construction):
-        AttributeError: this is no compiled norms.cpp.
+        AttributeError: `library` is no compiled norms.cpp.
     """
 
     def __init__(self, library: ctypes.CDLL, key: str) -> None:
@@ -62,24 +62,22 @@ class Library:
         self.dtypes = DTYPES.keys() if library.hf_ibnorm_has_float16() else DTYPES.keys() - {torch.float16}
 
     def build_name(self) -> str:
-        """What was built, for records of what a result depends on."""
+        """The build, for records of the environment of a result."""
         return f"C++, {torch.backends.cpu.get_cpu_capability()}, build {self._key}"
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
-        """y, and what is kept of each row: (rows, 4) float32."""
+        """y, and the numbers of each row that backward needs: (rows, `STATS`) float32."""
         y, stats = x.new_empty(x.shape), x.new_empty(x.shape[0], STATS, dtype=torch.float32)
         self._call(options, True, x, {"out": y, "stats": stats, "weight": _float(weight), "bias": _float(bias)})
         return y, stats
 
     def backward(self, grad: Tensor, kept: Kept, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The gradient of `x`, and float32 ones of weight and bias where they are asked for."""
-        dx = kept.x.new_empty(kept.x.shape)
-        dweight, dbias = (
-            kept.x.new_empty(kept.x.shape[1], dtype=torch.float32) if needed else None for needed in kept[3:]
-        )
-        out = {"out": dx, "dweight": dweight, "dbias": dbias}
-        tensors = {"grad": grad, "stats": kept.stats, "weight": _float(kept.weight), **out}
-        self._call(options, False, kept.x, tensors)
+        """The gradient of `x`, and float32 gradients of weight and bias where they are needed."""
+        x, stats, weight, *needs = kept
+        dx = x.new_empty(x.shape)
+        dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) if needed else None for needed in needs)
+        tensors = {"grad": grad, "stats": stats, "weight": _float(weight), "out": dx, "dweight": dweight}
+        self._call(options, False, x, {**tensors, "dbias": dbias})
         return dx, dweight, dbias
 
     def _call(self, options: Options, forward: bool, x: Tensor, tensors: dict[str, Tensor | None]) -> None:
@@ -96,7 +94,7 @@ class Library:
             threads=1 if rows * n <= SERIAL else torch.get_num_threads(),
             **{name: _pointer(tensor) for name, tensor in tensors.items()},
         )
-        # `tensors` holds every one of them until the call is over: the pointers keep nothing alive.
+        # Pointers keep no tensor alive; `tensors` does, until the call is over.
         if isinstance(options, IBNormOptions):
             flags = MEAN_ABS * (options.unit == "mean_abs") | RMS * (options.standardize == "rms")
             flags |= STANDARDIZE_FIRST * (options.order == "standardize_first")
@@ -110,7 +108,7 @@ class Library:
             raise MemoryError(f"hf_ibnorm: no memory for the row buffers of a norm of width {n}")
 
     def normals(self, seed: Tensor, rows: int, n: int) -> Tensor:
-        """The standard normals that `seed` stands for: (rows, N) float32."""
+        """The standard normals drawn from `seed`: (rows, N) float32."""
         out = torch.empty(rows, n, dtype=torch.float32)
         if self._normals(out.data_ptr(), seed.data_ptr(), rows, n):
             raise MemoryError(f"hf_ibnorm: no memory for a row of width {n}")

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from .elementary import exponential, log1p_positive
+from .elementary import centre, exponential, load, load_stats, log1p_positive, store, store_stats
 
 
 @triton.jit
 def box_muller(radius_bits, angle_bits):
-    """Two independent standard normals of two independent 32-bit integers, uniform over all of them."""
+    """Two independent standard normals from two independent, uniform 32-bit integers."""
     uniform = ((radius_bits >> 1).to(tl.int32) & 0x7FFFFFFF).to(tl.float32) * 4.656612873077393e-10  # 2^-31
     radius = tl.sqrt(-2.0 * tl.log(uniform + 2.3283064365386963e-10))
     turn = (angle_bits.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * 5.960464477539063e-08  # [-1/2, 1/2)
@@ -32,7 +32,7 @@ def box_muller(radius_bits, angle_bits):
 def normals_of(row, at, n, seed_ptr, normals_ptr, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
     """Standard normals of a row: given ones, or four from each Philox counter of this row and `seed`."""
     if GIVEN:
-        return tl.load(normals_ptr + row * n + at, mask=at < n, other=0.0)
+        return load(normals_ptr, row, n, at, n)
     a, b, c, d = tl.randint4x(tl.load(seed_ptr), row * (BLOCK // 4) + tl.arange(0, BLOCK // 4))
     a, b = box_muller(a, b)
     c, d = box_muller(c, d)
@@ -99,11 +99,7 @@ def forward(
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < n
-    x = tl.load(x_ptr + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x) / n
-    h = tl.where(inside, x - mean, 0.0)
-    rest = tl.sum(h) / n
-    h = tl.where(inside, h - rest, 0.0)
+    mean, rest, h = centre(load(x_ptr, row, x_stride, at, n), inside, n)
     r = 1.0 / tl.sqrt_rn(tl.sum(h * h) / n + eps)
     h = h * r
     ell, d, mean_d, dvar, first, second = newton(h, inside, n)
@@ -116,15 +112,8 @@ def forward(
     if MODE != "none":
         plain, product = noise_scales(p, inside, n, noise, MODE)
         q = p + normals_of(row, at, n, seed_ptr, normals_ptr, GIVEN, BLOCK) * (plain + product * p)
-    if HAS_WEIGHT:
-        q *= tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        q += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * n + at, q.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(stats_ptr + row * 4, mean)
-    tl.store(stats_ptr + row * 4 + 1, rest)
-    tl.store(stats_ptr + row * 4 + 2, r)
-    tl.store(stats_ptr + row * 4 + 3, lam)
+    store(y_ptr, row, at, n, q, weight_ptr, bias_ptr, HAS_WEIGHT, HAS_BIAS)
+    store_stats(stats_ptr, row, mean, rest, r, lam)
 
 
 @triton.jit
@@ -152,7 +141,7 @@ def backward(
     NEEDS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program takes rows that follow each other, and leaves a row of partial sums for dweight and dbias."""
+    """Each program takes consecutive rows, and leaves a row of partial sums for dweight and dbias."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     first_row = program * rows // programs
@@ -162,14 +151,11 @@ def backward(
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
     if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        weight = load(weight_ptr, 0, n, at, n)
     for row in range(first_row, last_row):
-        x = tl.load(x_ptr + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(grad_ptr + row * grad_stride + at, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(stats_ptr + row * 4)
-        rest = tl.load(stats_ptr + row * 4 + 1)
-        r = tl.load(stats_ptr + row * 4 + 2)
-        lam = tl.load(stats_ptr + row * 4 + 3)
+        x = load(x_ptr, row, x_stride, at, n)
+        u = load(grad_ptr, row, grad_stride, at, n)
+        mean, rest, r, lam = load_stats(stats_ptr, row)
         h = tl.where(inside, x - mean - rest, 0.0) * r
         a = tl.abs(h)
         ell, d, mean_d, dvar, first, second = newton(h, inside, n)
@@ -221,7 +207,7 @@ def backward(
 
 @triton.jit
 def draw(out_ptr, seed_ptr, n, BLOCK: tl.constexpr):
-    """The normals that a norm draws for a row."""
+    """Write the standard normals of a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     tl.store(out_ptr + row * n + at, normals_of(row, at, n, seed_ptr, seed_ptr, False, BLOCK), mask=at < n)
