@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from ..checks import nearest, own_norm_files
-from .errors import BAD_INPUT, STOPPED, Stopped, UserError
+from .errors import BAD_INPUT, Stopped, UserError
+from .room import is_out_of_memory
 
 PATIENCE = 5.0
 """Seconds that the other ranks of a launch wait with an error: the launcher ends all ranks when one has ended, and rank
@@ -17,11 +18,9 @@ PATIENCE = 5.0
 
 
 def run_command(main: Callable[[], None], lower: str) -> NoReturn:
-    """Run `main` and exit with the code of its ending. In a launch, only rank 0 prints, or a rank without memory.
+    """Run `main` and exit with the code of its ending; `lower` names the settings to lower where memory runs out.
 
-    Args:
-        main: the command.
-        lower: the settings to lower where memory does not suffice.
+    In a launch, only rank 0 prints, or a rank without memory.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     try:
@@ -32,23 +31,18 @@ def run_command(main: Callable[[], None], lower: str) -> NoReturn:
             if not os.path.isfile(file):
                 raise UserError(f"HF_IBNORM_NORMS: got {file!r}, no such file")
         main()
-    except UserError as error:
+    except (UserError, Stopped) as ending:
         if is_first:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        else:
+            kind = "stopped" if isinstance(ending, Stopped) else "error"
+            print(f"{kind}: {' '.join(str(ending).split())}", file=sys.stderr)
+        elif isinstance(ending, UserError):
             time.sleep(PATIENCE)
-        _leave(error.exit_code)
-    except Stopped as stop:
-        if is_first:
-            print(f"stopped: {stop}", file=sys.stderr)
-        _leave(STOPPED)
+        _leave(ending.exit_code)
     except KeyboardInterrupt:
         _leave(130)
     except BrokenPipeError:  # `... | head` closed our output; point it elsewhere, or Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError) as error:
-        from .room import is_out_of_memory
-
         if not is_out_of_memory(error):
             raise
         print(f"error: out of memory: {' '.join(str(error).split())[:200]}; lower {lower}", file=sys.stderr)
@@ -91,11 +85,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def add_verb(verbs: Any, name: str, go: Callable[[Any], None] | None, about: str) -> OneLineParser:
-    """The parser of a new verb of a command.
+    """The parser of a new verb among argparse's subparsers `verbs`, whose `parser_class` is `OneLineParser`.
 
     Args:
-        verbs: argparse's subparsers, with `parser_class=OneLineParser`.
-        name: the verb.
         go: function of the arguments, kept as their attribute `go`; None for a verb that has verbs itself.
         about: the help, without a capital and a full stop.
     """

@@ -29,6 +29,8 @@ class Stopped(BaseException):
     No Exception, like KeyboardInterrupt: it may come anywhere, and code that catches errors must let it through.
     """
 
+    exit_code = STOPPED
+
 
 @contextmanager
 def bad_input(*kinds: type[Exception], about: str = "") -> Iterator[None]:

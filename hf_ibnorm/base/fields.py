@@ -34,17 +34,12 @@ T = TypeVar("T")
 
 
 def from_mapping(kind: type[T], where: str, content: Any, prefix: str = "") -> T:
-    """An instance of a dataclass from a mapping read from a file; fields left out or null have their defaults.
+    """An instance of a dataclass from the content of a file; fields left out or null have their defaults.
 
-    Args:
-        kind: the dataclass; its annotations say what each field may hold.
-        where: the mapping's name in messages.
-        content: the mapping.
-        prefix: stands before a field's name in messages, such as "norms[0].".
+    Messages call the mapping `where`, and a field `prefix` and its name, such as "norms[0].kwargs".
 
     Raises:
-        UserError: a field is unknown, missing, empty, or not of its type; the message names it, the value and what is
-            allowed.
+        UserError: a field is unknown, missing, empty, or not of the type that the dataclass annotates.
     """
     if not isinstance(content, dict):
         raise UserError(f"{where}: got {content!r}, must be a mapping")

@@ -94,9 +94,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 
     Temporary directories of processes that were killed while they filled `path` are removed first, unless `replace`.
 
-    Args:
-        path: the directory to make; folders above it are made.
-        replace: whether it may take the place of an old one.
+    Folders above `path` are made; with `replace` an old directory there is replaced.
 
     Raises:
         FileExistsError: `path` exists and is not empty, and `replace` is false.
@@ -197,15 +195,10 @@ def check_new_directory(field: str, path: Path, hint: str = "") -> None:
 
 @contextmanager
 def alone_in(folder: Path, complaint: str, timeout: float = 0.0) -> Iterator[None]:
-    """Lock a directory against other processes that call this: they would take this process's files for leftovers.
-
-    Args:
-        folder: the directory; it gets a file `.lock`, which stays.
-        complaint: the error's message.
-        timeout: seconds to wait for another process to leave.
+    """Lock a directory, by a file `.lock` that stays, against processes that would take our files for leftovers.
 
     Raises:
-        UserError: another process is at work in it.
+        UserError: after `timeout` seconds another process still has the lock; `complaint` is the message.
     """
     from filelock import FileLock, Timeout
 

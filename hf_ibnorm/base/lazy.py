@@ -13,11 +13,7 @@ from typing import Any
 def on_demand(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` (PEP 562) of a package that imports a module when one of its names is first used.
 
-    The modules themselves are attributes of the package too.
-
-    Args:
-        package: its full name.
-        homes: module of the package → the public names in it.
+    `homes` is module → public names in it. The modules themselves are attributes of the package too.
     """
     home = {name: module for module, names in homes.items() for name in names}
 
@@ -63,11 +59,8 @@ class _AfterImport(MetaPathFinder):
 def after_import(package: str, then: Mapping[str, Callable[[ModuleType], None]]) -> None:
     """Call functions with modules of `package` as soon as these are imported, or now if they are already.
 
-    No other thread sees a module before its function has, except a module that was imported before this call.
-
-    Args:
-        package: full name of the package; before it is imported, none of its modules is.
-        then: name of a module in the package → the function, which may be called again with the same module.
+    `then` is module in the package → function, which may be called again with the same module. No other thread sees a
+    module before its function has, except a module that was imported before this call.
     """
     named = {f"{package}.{name}": function for name, function in then.items()}
     if package not in sys.modules:

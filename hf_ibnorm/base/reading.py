@@ -44,11 +44,10 @@ def reading(field: str, path: Path | str, *kinds: type[Exception], retry: bool =
         field: the setting that named the file, such as "config".
         path: the file, as the message calls it.
         *kinds: the exceptions that are the file's fault; all by default.
-        retry: whether the same command may succeed later, where the reason may pass by itself.
+        retry: whether a reason that may pass is a `TryAgain`.
 
     Raises:
-        TryAgain: with `retry`, for a reason that may pass.
-        UserError: for any other. A UserError from inside goes on as it is.
+        UserError: for such an exception. A UserError from inside goes on as it is.
     """
     try:
         yield

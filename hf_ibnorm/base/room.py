@@ -29,12 +29,9 @@ def machine_memory() -> int:
 
 
 def check_room(field: str, value: Any, needed: float, for_what: str) -> None:
-    """Raise UserError where more memory is needed than the machine has.
+    """Raise UserError where a setting needs more bytes of memory, at least, than the machine has.
 
-    Args:
-        field, value: the setting that takes so much.
-        needed: bytes, at least.
-        for_what: their use, such as "for the tokens of a step".
+    `for_what` is the use of the bytes, such as "for the tokens of a step".
     """
     if needed > machine_memory():
         raise UserError(
@@ -46,11 +43,7 @@ def check_room(field: str, value: Any, needed: float, for_what: str) -> None:
 def check_disk(field: str, path: Path, needed: float, for_what: str = "", advice: str = "") -> None:
     """Raise OSError where the disk of `path`, which need not exist yet, has less than `needed` bytes free.
 
-    Args:
-        field: the setting that named the path.
-        path, needed: as above.
-        for_what: the use of the bytes, such as " for its checkpoints".
-        advice: ends the message, such as "; make room".
+    `for_what` is the use of the bytes, such as " for its checkpoints"; `advice` ends the message.
     """
     free = shutil.disk_usage(existing_folder(path)).free
     if free < needed:
@@ -58,12 +51,9 @@ def check_disk(field: str, path: Path, needed: float, for_what: str = "", advice
 
 
 def check_model(field: str, config: Any, weights: bool = True) -> None:
-    """Raise UserError where memory cannot hold a model, before it is built.
+    """Raise UserError where memory cannot hold a model of this config, before it is built.
 
-    Args:
-        field: the setting that named the model.
-        config: its Transformers config.
-        weights: whether the weights will be in memory, in 16 bits at least, or only the modules.
+    Counted are its modules and, unless `weights` is false, its weights in 16 bits.
     """
 
     def size(name: str) -> int:

@@ -175,13 +175,7 @@ def _config_of(model: PreTrainedModel, source: Source) -> Any:
 def _changes(
     source: Source, old_norms: Mapping[str, nn.Module], config: Any, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], set[str], dict[str, float]]:
-    """The changes in the tensors of norms.
-
-    Args:
-        source: the source.
-        old_norms: its norms, by site.
-        config: the target's.
-        dtype: of the target's weights; None for the source's.
+    """The changes in the tensors of norms, for the target's config and `dtype` (None keeps the source's).
 
     Returns:
         Added tensors by name; names of dropped tensors; and name of each dropped tensor that was trained → the largest

@@ -37,13 +37,7 @@ NOVEL = "austen_test"
 
 
 def report_conversion(
-    source: str | Path,
-    stages: Mapping[str, str | Path],
-    output: str | Path,
-    *,
-    data: str = DATA,
-    tokens: int = TOKENS,
-    scores: int | None = None,
+    source: str | Path, stages: Mapping[str, str | Path], output: str | Path, **measuring: Any
 ) -> dict[str, Any]:
     """Measure stages of a model, and write `report.md`, `report.json`, `sites.csv` and `report.png`.
 
@@ -54,11 +48,7 @@ def report_conversion(
         source: the model before its conversion, as `convert_checkpoint` takes it.
         stages: name → directory of a model made of it, in the order of the report.
         output: a new directory.
-        data: text to measure on: an embedded corpus, of which the test split is used, or a file (.txt,
-            .jsonl, .parquet).
-        tokens: length of that text in tokens, about.
-        scores: items of each embedded task (the novel is left out); 0 for no scores; None for 50 where
-            `hf_ibnorm[eval]` is installed, and none elsewhere.
+        **measuring: `data`, `tokens` and `scores`, as `_text_and_items` takes them.
 
     Returns:
         The content of `report.json`.
@@ -72,7 +62,7 @@ def report_conversion(
     check_new_directory("output", Path(output))
     with ExitStack() as stack:
         original = read_source(source, stack)
-        text, items = _text_and_items(original, "", data, tokens, scores)
+        text, items = _text_and_items(original, "", **measuring)
         return _report(original, {name: Path(path) for name, path in stages.items()}, Path(output), text, items)
 
 
@@ -81,8 +71,7 @@ def convert_and_report(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Convert a checkpoint, put a report into it, and the report's table into its card.
 
-    Beside a calibrated target, a target of `init` keep is made, measured and removed. `measuring` holds the options of
-    `report_conversion`.
+    Beside a calibrated target, a target of `init` keep is made, measured and removed.
 
     Returns:
         The results of `convert_checkpoint` and `report_conversion`.
@@ -113,7 +102,15 @@ def convert_and_report(
 def _text_and_items(
     source: Source, prefix: str, data: str = DATA, tokens: int = TOKENS, scores: int | None = None
 ) -> tuple[Text, int]:
-    """The text of a report and its number of scored items; `prefix` stands before argument names in errors."""
+    """The text of a report, and the number of items of each embedded task that are scored (the novel is left out).
+
+    Args:
+        source: the source.
+        prefix: stands before argument names in errors.
+        data: an embedded corpus, of which the test split is used, or a file (.txt, .jsonl, .parquet).
+        tokens: length of the text in tokens, about.
+        scores: the number of items; None for 50 where `hf_ibnorm[eval]` is installed, and 0 elsewhere.
+    """
     check_number(f"{prefix}tokens", tokens, LEAST, MOST_TOKENS)
     able = find_spec("lm_eval") is not None
     if scores is None:

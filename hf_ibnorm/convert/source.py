@@ -33,16 +33,7 @@ COPIED = (
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk.
-
-    Args:
-        folder: its directory.
-        title: its name, without the folders above it; a name on the Hub whole.
-        config: its config.
-        family: its family.
-        architecture: its class, stock or ours.
-        shards: its weights.
-    """
+    """A model on disk, called `title`: without the folders above it, or by its whole name on the Hub."""
 
     folder: Path
     title: str

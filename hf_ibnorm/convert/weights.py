@@ -28,13 +28,9 @@ STORED = {name: dtype for dtype, name in _NAMES.items()}
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file.
+    """One safetensors file, whose tensors' bytes begin at `start`.
 
-    Args:
-        path: of the file.
-        tensors: name → entry of the header: `dtype`, `shape`, `data_offsets`.
-        metadata: of the header.
-        start: offset of the tensors' bytes.
+    `tensors` is name → entry of the header: `dtype`, `shape`, `data_offsets`.
     """
 
     path: Path
@@ -68,9 +64,7 @@ class Shard:
 def read_shards(folder: Path, named: str | None = None) -> list[Shard]:
     """The weights of a model directory, in the files that Transformers would read.
 
-    Args:
-        folder: the directory.
-        named: the file or index that the config names, if any; else `model.safetensors`, else the index.
+    These are named by the config, if `named`, or else `model.safetensors`, or those of the index.
 
     Raises:
         ValueError: there are none as safetensors, a part is missing, damaged or outside the folder, or two parts have a
@@ -125,14 +119,12 @@ def rewrite(
     """Write `shard` to `target`; returns the bytes of its tensors. At most a piece of a tensor is in memory at a time.
 
     Args:
-        shard: the source.
-        target: a new file.
         dropped: names of tensors to leave out.
         added: tensors to put in as they are, in place of any of the same name.
         dtype: of the copied floating point tensors; None to keep theirs.
 
     Raises:
-        ValueError: a tensor has numbers that are not finite, or that `dtype` cannot hold.
+        ValueError: as `cast`.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **shard.metadata}}
     contents: list[Iterable[bytes | bytearray]] = []

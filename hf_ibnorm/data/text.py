@@ -23,12 +23,9 @@ MOST = 1 << 26
 
 @dataclass(frozen=True)
 class Text:
-    """Sequences of equal length.
+    """Sequences of equal length: int64 `ids` of shape (rows, length), from a text called `name`.
 
-    Args:
-        name: the source of the text, in words.
-        ids: tokens, int64 of shape (rows, length).
-        bytes: UTF-8 bytes of the text, without the first token of each row.
+    `bytes` are those of the text in UTF-8, without the first token of each row.
     """
 
     name: str

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import functional
 from . import cpu
-from .options import STATS, IBNormOptions, Kept, NormalNormOptions, Options
+from .options import STATS, IBNormOptions, NormalNormOptions, Options
 
 _LIBRARIES: dict[str, Any] = {}
 """Kind of device → its kernels, once loaded: an object with `forward`, `backward`, `normals` and `dtypes`."""
@@ -83,12 +83,11 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Opt
 
 
 def _backward(
-    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, *needs_and_options: Any
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, needs: tuple[bool, bool], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *needs, options = needs_and_options
     _check(x, options, grad=grad, stats=stats, weight=weight)
-    kept = Kept(_rows(x), stats.contiguous(), _contiguous(weight), *needs)
-    grads = library(x.device.type).backward(_rows(grad), kept, _contiguous_in(options))
+    tensors = (_rows(grad), _rows(x), stats.contiguous(), _contiguous(weight))
+    grads = library(x.device.type).backward(*tensors, needs, _contiguous_in(options))
     dx, dweight, dbias = (x.new_empty(0, dtype=torch.float32) if tensor is None else tensor for tensor in grads)
     return torch.ops.aten._unsafe_view(dx, x.shape), dweight, dbias
 
@@ -130,8 +129,8 @@ def _ops_of(name: str, kind: type[Options]) -> tuple[Any, Any]:
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
         return _forward(x, weight, bias, kind(*options))
 
-    def backward(*tensors_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(*tensors_and_options[:6], kind(*tensors_and_options[6:]))
+    def backward(grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        return _backward(grad, x, stats, weight, rest[:2], kind(*rest[2:]))
 
     schema = f"(Tensor x, Tensor? weight, Tensor? bias, {fields}) -> (Tensor, Tensor)"
     op = torch.library.custom_op(f"hf_ibnorm::{name}", forward, mutates_args=(), schema=schema)
@@ -185,7 +184,7 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_stats: None, *, kind: type[Op
     if _is_watched(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):  # from grad(is_grads_batched=True)
         dx, dweight, dbias = _OPS[kind][1](grad, x, stats, weight, needs[1], needs[2], *given)
     else:
-        dx, dweight, dbias = _backward(grad, x, stats, weight, needs[1], needs[2], kind(*given))
+        dx, dweight, dbias = _backward(grad, x, stats, weight, needs[1:], kind(*given))
     dweight = dweight.to(weight.dtype) if needs[1] else None
     return (dx if needs[0] else None, dweight, dbias.to(bias.dtype) if needs[2] else None, *none[3:])
 

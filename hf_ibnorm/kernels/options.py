@@ -34,14 +34,3 @@ class NormalNormOptions(NamedTuple):
 
 
 Options = IBNormOptions | NormalNormOptions
-
-
-class Kept(NamedTuple):
-    """The input of backward beside the gradient: x as (rows, N), stats as (rows, `STATS`), the weight if any, and
-    whether the gradients of weight and bias are needed."""
-
-    x: Tensor
-    stats: Tensor
-    weight: Tensor | None
-    needs_weight: bool
-    needs_bias: bool

@@ -4,7 +4,6 @@ Environments with the same key share a build. It is made in a temporary director
 process, and renamed after a trial: a killed build blocks no other, and half a library is never loaded.
 """
 
-import ctypes
 import os
 import shlex
 import shutil
@@ -55,6 +54,20 @@ def folder() -> Path:
 def library_path() -> Path:
     """The library that this source, torch and processor need, built or not."""
     return folder() / f"norms-{key()}.so"
+
+
+def load() -> Library:
+    """The built kernels.
+
+    Raises:
+        FileNotFoundError: they are not built for this source, torch and processor.
+        OSError, AttributeError: the file is no such library.
+    """
+    path = library_path()
+    if not path.exists():
+        capability = torch.backends.cpu.get_cpu_capability()
+        raise FileNotFoundError(f"not built for torch {torch.__version__} and {capability}")
+    return Library(path, key())
 
 
 def compiler() -> list[str]:
@@ -120,7 +133,7 @@ def _try(library: Path) -> None:
     """Raise BuildError unless the library agrees with the formulas on a small input."""
     x = torch.linspace(-3, 3, 2 * 37).reshape(2, 37)
     try:
-        made = Library(ctypes.CDLL(str(library)), key())
+        made = Library(library, key())
     except (OSError, AttributeError) as error:
         raise BuildError(f"the library just compiled cannot be loaded: {error}") from None
     y, _ = made.forward(x, None, None, IBNormOptions(torch.tensor(2.0), "T", "raw", "layer", "compress_first", 1e-6))

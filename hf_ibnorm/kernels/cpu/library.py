@@ -1,11 +1,12 @@
 """The compiled `norms.cpp`, called with tensors."""
 
 import ctypes
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..options import STATS, IBNormOptions, Kept, Options
+from ..options import STATS, IBNormOptions, Options
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 VARIANTS = {"S": 0, "L": 1, "T": 2}
@@ -41,16 +42,12 @@ class Library:
     `x` and `grad` are (rows, N) with the elements of a row side by side; `weight` and `bias` are (N,), contiguous, or
     None.
 
-    Args:
-        library: a compiled `norms.cpp`.
-        key: names the build.
-
     Raises (at construction):
-        AttributeError: `library` is no compiled norms.cpp.
+        OSError, AttributeError: `path` is no compiled norms.cpp.
     """
 
-    def __init__(self, library: ctypes.CDLL, key: str) -> None:
-        self._key = key
+    def __init__(self, path: Path, key: str) -> None:
+        library, self._key = ctypes.CDLL(str(path)), key
         self._ib_norm, self._normal_norm = library.hf_ibnorm_ib_norm, library.hf_ibnorm_normal_norm
         self._normals, self._elementary = library.hf_ibnorm_normals, library.hf_ibnorm_elementary
         common = ctypes.POINTER(_Common)
@@ -71,9 +68,10 @@ class Library:
         self._call(options, True, x, {"out": y, "stats": stats, "weight": _float(weight), "bias": _float(bias)})
         return y, stats
 
-    def backward(self, grad: Tensor, kept: Kept, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The gradient of `x`, and float32 gradients of weight and bias where they are needed."""
-        x, stats, weight, *needs = kept
+    def backward(
+        self, grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, needs: tuple[bool, bool], options: Options
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The gradient of `x`, and float32 gradients of weight and bias where `needs` says so."""
         dx = x.new_empty(x.shape)
         dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) if needed else None for needed in needs)
         tensors = {"grad": grad, "stats": stats, "weight": _float(weight), "out": dx, "dweight": dweight}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import STATS, IBNormOptions, Kept, Options
+from ..options import STATS, IBNormOptions, Options
 
 dtypes = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -54,11 +54,8 @@ def _on(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _arguments(options: Options, x: Tensor) -> tuple[Any, tuple[Tensor, ...], tuple[float, ...], dict[str, Any]]:
-    """The module of a norm's kernels, and its tensors, numbers and constants among their arguments.
-
-    `x` stands for a missing tensor, which is not read: a kernel takes no null pointer.
-    """
+def _arguments(options: Options) -> tuple[Any, tuple[Tensor | None, ...], tuple[float, ...], dict[str, Any]]:
+    """The module of a norm's kernels, and its tensors, numbers and constants among their arguments."""
     from . import ib_norm, normal_norm
 
     if isinstance(options, IBNormOptions):
@@ -69,45 +66,45 @@ def _arguments(options: Options, x: Tensor) -> tuple[Any, tuple[Tensor, ...], tu
             "STANDARDIZE_FIRST": options.order == "standardize_first",
         }
         return ib_norm, (options.lam,), (options.eps,), constants
-    seed, normals = (x if tensor is None else tensor for tensor in (options.seed, options.normals))
     numbers = (options.noise, options.alpha, options.eps)
-    return normal_norm, (seed, normals), numbers, {"MODE": options.noise_mode, "GIVEN": options.normals is not None}
+    return normal_norm, (options.seed, options.normals), numbers, {"MODE": options.noise_mode}
 
 
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """As `cpu.Library.forward`."""
     rows, n = x.shape
     y, stats = x.new_empty(x.shape), x.new_empty(rows, STATS, dtype=torch.float32)
-    module, tensors, numbers, constants = _arguments(options, x)
-    constants |= {"BLOCK": block_of(n), "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    pointers = (x, y, stats, x if weight is None else weight, x if bias is None else bias, *tensors)
+    module, tensors, numbers, constants = _arguments(options)
+    block = block_of(n)
     if rows:
         with _on(x):
             launch = module.forward[(rows,)]
-            launch(*pointers, x.stride(0), n, *numbers, **constants, num_warps=warps_of(block_of(n), 8))
+            pointers = (x, y, stats, weight, bias, *tensors)
+            launch(*pointers, x.stride(0), n, *numbers, **constants, BLOCK=block, num_warps=warps_of(block, 8))
     return y, stats
 
 
-def backward(grad: Tensor, kept: Kept, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def backward(
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, needs: tuple[bool, bool], options: Options
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `cpu.Library.backward`."""
-    x, stats, weight, *needs = kept
     rows, n = x.shape
-    dx, warps = x.new_empty(x.shape), warps_of(block_of(n), 4)
+    block, dx = block_of(n), x.new_empty(x.shape)
+    warps = warps_of(block, 4)
     # As many programs as run at once: each ends with a row of partial sums.
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     programs = min(rows, processors * 32 // warps)
     # Partial sums are added up in a fixed order: atomic additions would not give the same twice.
     dweight, dbias = (x.new_empty(programs, n, dtype=torch.float32) if needed else None for needed in needs)
-    module, tensors, numbers, constants = _arguments(options, x)
+    module, tensors, numbers, constants = _arguments(options)
     if isinstance(options, IBNormOptions):
         numbers = ()  # eps has no part in its backward
-    constants |= {"BLOCK": block_of(n), "HAS_WEIGHT": weight is not None}
-    constants |= {"NEEDS_WEIGHT": needs[0], "NEEDS_BIAS": needs[1]}
-    pointers = (grad, x, dx, stats, *(stats if each is None else each for each in (weight, dweight, dbias)), *tensors)
     if rows:
         with _on(x):
             launch = module.backward[(programs,)]
-            launch(*pointers, grad.stride(0), x.stride(0), rows, n, *numbers, **constants, num_warps=warps)
+            pointers = (grad, x, dx, stats, weight, dweight, dbias, *tensors)
+            sizes = (grad.stride(0), x.stride(0), rows, n)
+            launch(*pointers, *sizes, *numbers, **constants, BLOCK=block, num_warps=warps)
     return dx, *(None if sums is None else sums.sum(0) for sums in (dweight, dbias))  # type: ignore[return-value]
 
 

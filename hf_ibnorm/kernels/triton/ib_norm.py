@@ -56,8 +56,6 @@ def forward(
     MEAN_ABS: tl.constexpr,
     RMS: tl.constexpr,
     STANDARDIZE_FIRST: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -81,7 +79,7 @@ def forward(
         z = tl.where(inside, f - shift, 0.0)
         r = 1.0 / tl.sqrt_rn(tl.sum(z * z) / n + eps)
         z = z * r
-    store(y_ptr, row, at, n, z, weight_ptr, bias_ptr, HAS_WEIGHT, HAS_BIAS)
+    store(y_ptr, row, at, n, z, weight_ptr, bias_ptr)
     store_stats(stats_ptr, row, mean, rest, shift, r)
 
 
@@ -103,9 +101,6 @@ def backward(
     MEAN_ABS: tl.constexpr,
     RMS: tl.constexpr,
     STANDARDIZE_FIRST: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Each program takes consecutive rows, and leaves a row of partial sums for dweight and dbias."""
@@ -118,7 +113,7 @@ def backward(
     lam_given = tl.load(lam_ptr)
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
-    if HAS_WEIGHT:
+    if weight_ptr is not None:
         weight = load(weight_ptr, 0, n, at, n)
     for row in range(first, last):
         x = load(x_ptr, row, x_stride, at, n)
@@ -132,11 +127,11 @@ def backward(
         z = f - shift
         if not STANDARDIZE_FIRST:
             z = z * r
-        if NEEDS_BIAS:
+        if dbias_ptr is not None:
             dbias += u
-        if NEEDS_WEIGHT:
+        if dweight_ptr is not None:
             dweight += u * z
-        if HAS_WEIGHT:
+        if weight_ptr is not None:
             u = u * weight
         d = u
         if not STANDARDIZE_FIRST:
@@ -154,8 +149,8 @@ def backward(
         if STANDARDIZE_FIRST:
             h = tl.where(inside, c - shift, 0.0)
             dc = r * (dc - h * (tl.sum(dc * h) / n))
-        tl.store(dx_ptr + row * n + at, dc.to(dx_ptr.dtype.element_ty), mask=inside)
-    if NEEDS_WEIGHT:
-        tl.store(dweight_ptr + program * n + at, dweight, mask=inside)
-    if NEEDS_BIAS:
-        tl.store(dbias_ptr + program * n + at, dbias, mask=inside)
+        store(dx_ptr, row, at, n, dc, None, None)
+    if dweight_ptr is not None:
+        store(dweight_ptr, program, at, n, dweight, None, None)
+    if dbias_ptr is not None:
+        store(dbias_ptr, program, at, n, dbias, None, None)

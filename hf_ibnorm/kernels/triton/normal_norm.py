@@ -29,14 +29,16 @@ def box_muller(radius_bits, angle_bits):
 
 
 @triton.jit
-def normals_of(row, at, n, seed_ptr, normals_ptr, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Standard normals of a row: given ones, or four from each Philox counter of this row and `seed`."""
-    if GIVEN:
-        return load(normals_ptr, row, n, at, n)
-    a, b, c, d = tl.randint4x(tl.load(seed_ptr), row * (BLOCK // 4) + tl.arange(0, BLOCK // 4))
-    a, b = box_muller(a, b)
-    c, d = box_muller(c, d)
-    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+def normals_of(row, at, n, seed_ptr, normals_ptr, BLOCK: tl.constexpr):
+    """Standard normals of a row: those given, or else four from each Philox counter of this row and `seed`."""
+    if normals_ptr is not None:
+        normals = load(normals_ptr, row, n, at, n)
+    else:
+        a, b, c, d = tl.randint4x(tl.load(seed_ptr), row * (BLOCK // 4) + tl.arange(0, BLOCK // 4))
+        a, b = box_muller(a, b)
+        c, d = box_muller(c, d)
+        normals = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    return normals
 
 
 @triton.jit
@@ -91,9 +93,6 @@ def forward(
     alpha,
     eps,
     MODE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -111,8 +110,8 @@ def forward(
     q = p
     if MODE != "none":
         plain, product = noise_scales(p, inside, n, noise, MODE)
-        q = p + normals_of(row, at, n, seed_ptr, normals_ptr, GIVEN, BLOCK) * (plain + product * p)
-    store(y_ptr, row, at, n, q, weight_ptr, bias_ptr, HAS_WEIGHT, HAS_BIAS)
+        q = p + normals_of(row, at, n, seed_ptr, normals_ptr, BLOCK) * (plain + product * p)
+    store(y_ptr, row, at, n, q, weight_ptr, bias_ptr)
     store_stats(stats_ptr, row, mean, rest, r, lam)
 
 
@@ -135,10 +134,6 @@ def backward(
     alpha,
     eps,
     MODE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Each program takes consecutive rows, and leaves a row of partial sums for dweight and dbias."""
@@ -150,7 +145,7 @@ def backward(
     inside = at < n
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
-    if HAS_WEIGHT:
+    if weight_ptr is not None:
         weight = load(weight_ptr, 0, n, at, n)
     for row in range(first_row, last_row):
         x = load(x_ptr, row, x_stride, at, n)
@@ -162,11 +157,11 @@ def backward(
         eta = eta_of(h, lam)
         q = eta * ell
         minus_one, value = exponential(q)
-        if NEEDS_BIAS:
+        if dbias_ptr is not None:
             dbias += u
-        if (NEEDS_WEIGHT and MODE != "none") or MODE == "dropout":
-            normals = normals_of(row, at, n, seed_ptr, normals_ptr, GIVEN, BLOCK)
-        if NEEDS_WEIGHT:
+        if (dweight_ptr is not None and MODE != "none") or MODE == "dropout":
+            normals = normals_of(row, at, n, seed_ptr, normals_ptr, BLOCK)
+        if dweight_ptr is not None:
             p = minus_one / eta
             p = tl.where(h < 0, -p, p)
             noisy = p
@@ -174,11 +169,11 @@ def backward(
                 plain, product = noise_scales(p, inside, n, noise, MODE)
                 noisy = p + normals * (plain + product * p)
             dweight += u * noisy
-        if HAS_WEIGHT:
+        if weight_ptr is not None:
             u = u * weight
         if MODE == "dropout":
             u = u * (1.0 + noise * normals)
-        # ∂ψ/∂λ = (q·e^q - expm1(q))/η², which has no digits left near q = 0: there its series
+        # ∂ψ/∂λ = (q·e^q - expm1(q))/η²; near q = 0, where that has no digits left, its series
         series = 1.0 / 5760.0
         series = series * q + 1.0 / 840.0
         series = series * q + 1.0 / 144.0
@@ -198,11 +193,11 @@ def backward(
         dh = u * value * below + A * (both - below) + B * (odd - 2.0 * dvar * both)
         dh = tl.where(inside, dh, 0.0)
         dx = r * (dh - tl.sum(dh) / n - h * (tl.sum(dh * h) / n))
-        tl.store(dx_ptr + row * n + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    if NEEDS_WEIGHT:
-        tl.store(dweight_ptr + program * n + at, dweight, mask=inside)
-    if NEEDS_BIAS:
-        tl.store(dbias_ptr + program * n + at, dbias, mask=inside)
+        store(dx_ptr, row, at, n, dx, None, None)
+    if dweight_ptr is not None:
+        store(dweight_ptr, program, at, n, dweight, None, None)
+    if dbias_ptr is not None:
+        store(dbias_ptr, program, at, n, dbias, None, None)
 
 
 @triton.jit
@@ -210,4 +205,4 @@ def draw(out_ptr, seed_ptr, n, BLOCK: tl.constexpr):
     """Write the standard normals of a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    tl.store(out_ptr + row * n + at, normals_of(row, at, n, seed_ptr, seed_ptr, False, BLOCK), mask=at < n)
+    store(out_ptr, row, at, n, normals_of(row, at, n, seed_ptr, None, BLOCK), None, None)
