@@ -36,10 +36,8 @@ T = TypeVar("T")
 def from_mapping(kind: type[T], where: str, content: Any, prefix: str = "") -> T:
     """An instance of a dataclass from the content of a file; fields left out or null have their defaults.
 
-    Messages call the mapping `where`, and a field `prefix` and its name, such as "norms[0].kwargs".
-
-    Raises:
-        UserError: a field is unknown, missing, empty, or not of the type that the dataclass annotates.
+    UserError where a field is unknown, missing, empty, or not of the type that the dataclass annotates; the message
+    calls the mapping `where`, and a field `prefix` and its name, such as "norms[0].kwargs".
     """
     if not isinstance(content, dict):
         raise UserError(f"{where}: got {content!r}, must be a mapping")

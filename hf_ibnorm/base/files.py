@@ -92,9 +92,8 @@ def sha256_tensors(tensors: Iterable[tuple[str, "Tensor"]]) -> str:
 def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Fill a directory whole or not at all: yields a temporary one beside `path`, flushed and renamed at the end.
 
-    Temporary directories of processes that were killed while they filled `path` are removed first, unless `replace`.
-
-    Folders above `path` are made; with `replace` an old directory there is replaced.
+    Folders above `path` are made. An old directory there is replaced if `replace`; otherwise temporary directories of
+    processes that were killed while they filled `path` are removed first.
 
     Raises:
         FileExistsError: `path` exists and is not empty, and `replace` is false.
@@ -197,8 +196,7 @@ def check_new_directory(field: str, path: Path, hint: str = "") -> None:
 def alone_in(folder: Path, complaint: str, timeout: float = 0.0) -> Iterator[None]:
     """Lock a directory, by a file `.lock` that stays, against processes that would take our files for leftovers.
 
-    Raises:
-        UserError: after `timeout` seconds another process still has the lock; `complaint` is the message.
+    UserError with the message `complaint` where another process has the lock for `timeout` seconds.
     """
     from filelock import FileLock, Timeout
 

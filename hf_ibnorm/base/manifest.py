@@ -25,8 +25,7 @@ def _text(files: dict[str, Any]) -> str:
 def damage(folder: Path) -> str | None:
     """The first damage to a file of the manifest in `folder`, in words; None where there is none.
 
-    Raises:
-        OSError: a file is there and cannot be read, which says nothing about its content: another try may read it.
+    OSError where a file cannot be read, which says nothing about its content: another try may read it.
     """
     name = MANIFEST
     try:

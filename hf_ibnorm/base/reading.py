@@ -92,21 +92,13 @@ def told(error: BaseException) -> str:
 
 
 def read_text(field: str, path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark at its beginning.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The text of a UTF-8 file, without a byte order mark at its beginning; UserError where it cannot be read."""
     with reading(field, path):
         return path.read_text(encoding="utf-8-sig")
 
 
 def read_json(field: str, path: Path, form: Form = dict) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it cannot be read, is no JSON, or is not of this form.
-    """
+    """The content of a JSON file; UserError where it cannot be read, is no JSON, or is not of this form."""
     return _parsed(field, path, form, partial(json.loads, parse_constant=_no_number))
 
 
@@ -116,11 +108,7 @@ def _no_number(constant: str) -> None:
 
 
 def read_yaml(field: str, path: Path, form: Form = dict) -> Any:
-    """The content of a YAML file, as `parse_yaml` reads it.
-
-    Raises:
-        UserError: it cannot be read or parsed, or is not of this form.
-    """
+    """The content of a YAML file; UserError where it cannot be read, `parse_yaml` fails, or it is not of this form."""
     return _parsed(field, path, form, parse_yaml)
 
 

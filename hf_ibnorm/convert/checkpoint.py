@@ -104,12 +104,14 @@ def convert_source(source: Source, target: Path, wanted: Conversion) -> dict[str
     added, dropped, lost = _changes(source, old, model.config, dtype)
     errors = _calibrate(source, model.config, added, wanted) if wanted.init == "calibrate" else None
     check_disk("target", target, 1.01 * source.bytes_in(wanted.dtype))
+    norm = {"type": model.config.norm_type, "kwargs": model.config.norm_kwargs}
+    norm = norm if globs is None else model.config.norm_overrides[-1][1]
     record = {
         "source": source.title,
         "source_architecture": source.architecture.__name__,
         "architecture": config.architectures[0],
         "init": wanted.init,
-        "norm": _norm_record(model.config, globs),
+        "norm": {**norm, "sites": globs},
         **{name: getattr(model.config, name) for name in NORM_FIELDS},
         "dtype": wanted.dtype or "unchanged",
         "tensors_added": sorted(added),
@@ -136,8 +138,7 @@ def convert_source(source: Source, target: Path, wanted: Conversion) -> dict[str
 def _identity_options(norm: str, given: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """Options with which `norm` is the architecture's own norm.
 
-    Raises:
-        ValueError: there are none, they contradict a given option, or the source has other norms already.
+    ValueError where there are none, they contradict a given option, or the source has other norms already.
     """
     name, stock = norm_name(norm, "norm"), source.family.pin.stock
     if isinstance(source.config, source.family.config):
@@ -259,14 +260,6 @@ def _files_left(source: Path) -> list[str]:
     """Files and folders of the source that the target has neither a copy nor another version of."""
     left = [path for path in sorted(source.iterdir()) if not _is_one_of(path, (*COPIED, *_REPLACED))]
     return [f"{path.name}/" if path.is_dir() else path.name for path in left if path.name != TEMPLATES]
-
-
-def _norm_record(config: Any, globs: list[str] | None) -> dict[str, Any]:
-    """The norm of the conversion with all its options, and the globs of its sites; None for all sites."""
-    sites = config.norm_pin.names(config)
-    site = next(site for site in sites if globs is None or any(fnmatchcase(site, glob) for glob in globs))
-    name, options = config.norm_at(site)
-    return {"type": name, "kwargs": options, "sites": globs}
 
 
 def card_text(record: dict[str, Any]) -> str:

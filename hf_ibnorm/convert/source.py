@@ -44,11 +44,7 @@ class Source:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer beside the weights; None where there is none.
-
-        Raises:
-            ValueError: it cannot be read, or has tokens that the embedding has no row for.
-        """
+        """The tokenizer beside the weights, checked against the config; None where there is none."""
         if not has_tokenizer(self.folder):
             return None
         tokenizer = load("source: tokenizer", AutoTokenizer, self.folder)

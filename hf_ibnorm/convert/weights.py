@@ -40,11 +40,7 @@ class Shard:
 
     @classmethod
     def read(cls, path: Path) -> "Shard":
-        """Read the header of `path`.
-
-        Raises:
-            ValueError: it is no whole safetensors file.
-        """
+        """Read the header of `path`; ValueError where it is no whole safetensors file."""
         with reading("source", path):
             with safe_open(path, framework="pt"):  # checks that header and size agree
                 pass

@@ -49,8 +49,7 @@ class BadDocument(UserError):
 def retried(read: Callable[[], Iterator[T]], pause: Callable[[float], Any] = time.sleep) -> Iterator[T]:
     """The items of `read()`; after a `TryAgain` it is called again, and items given before are passed over.
 
-    Raises:
-        TryAgain: after `WAITS` without a new item.
+    The `TryAgain` goes on after `WAITS` without a new item.
     """
     given, waits = 0, iter(WAITS)
     while True:
@@ -73,11 +72,7 @@ def wait_or_raise(error: TryAgain, waits: Iterator[float], pause: Callable[[floa
 
 
 def kind_of(path: Path, about: str = "corpus") -> str:
-    """.txt, .jsonl or .parquet; `about` opens the message.
-
-    Raises:
-        UserError: another kind of file.
-    """
+    """.txt, .jsonl or .parquet; UserError for another kind of file, beginning with `about`."""
     name = path.name.lower()
     for kind in KINDS:
         if name.endswith(tuple(kind + packing for packing in (PACKINGS if kind != ".parquet" else ("",)))):
@@ -90,10 +85,7 @@ def kind_of(path: Path, about: str = "corpus") -> str:
 def read_file(path: Path, field: str = "text", about: str = "corpus") -> Iterator[str | BadDocument]:
     """The documents of one file.
 
-    Args:
-        path: the file.
-        field: the name under which a line or row has its text.
-        about: the setting that errors name.
+    A line or row has its text under the name `field`; `about` is the setting that errors name.
 
     Raises:
         UserError: the file cannot be read, or is damaged.

@@ -24,8 +24,7 @@ def _lacking(device_type: str) -> str | None:
 def _by_formula(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, lam: float | Tensor = 0.0) -> bool:
     """Whether the formulas must run: because they are asked for, the kernels cannot do it, or there are none.
 
-    Raises:
-        RuntimeError: there are no kernels, and `backend` is "fused".
+    RuntimeError where there are none and `backend` is "fused".
     """
     if backend == "reference":
         return True

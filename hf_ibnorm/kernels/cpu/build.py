@@ -57,12 +57,7 @@ def library_path() -> Path:
 
 
 def load() -> Library:
-    """The built kernels.
-
-    Raises:
-        FileNotFoundError: they are not built for this source, torch and processor.
-        OSError, AttributeError: the file is no such library.
-    """
+    """The built kernels; FileNotFoundError where there are none, OSError or AttributeError for a damaged file."""
     path = library_path()
     if not path.exists():
         capability = torch.backends.cpu.get_cpu_capability()
@@ -71,11 +66,7 @@ def load() -> Library:
 
 
 def compiler() -> list[str]:
-    """The C++ compiler's command: $CXX, else the first of c++, g++ and clang++ on the PATH.
-
-    Raises:
-        BuildError: there is none.
-    """
+    """The C++ compiler's command: $CXX, else the first of c++, g++ and clang++ on the PATH; BuildError for none."""
     wanted = shlex.split(os.environ.get("CXX", ""))
     for command in [wanted] if wanted else [[name] for name in COMPILERS]:
         if shutil.which(command[0]):
@@ -85,10 +76,7 @@ def compiler() -> list[str]:
 
 
 def build(force: bool = False) -> tuple[Path, bool]:
-    """Compile the kernels unless they are there.
-
-    Args:
-        force: compile them even if they are there.
+    """Compile the kernels unless they are there; with `force` anyway.
 
     Returns:
         The library, and whether it was compiled now.

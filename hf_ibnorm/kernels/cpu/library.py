@@ -37,25 +37,22 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 class Library:
-    """Calls a compiled `norms.cpp` with tensors.
+    """Calls a compiled `norms.cpp` with tensors; OSError or AttributeError at construction where `path` is none.
 
     `x` and `grad` are (rows, N) with the elements of a row side by side; `weight` and `bias` are (N,), contiguous, or
     None.
-
-    Raises (at construction):
-        OSError, AttributeError: `path` is no compiled norms.cpp.
     """
 
     def __init__(self, path: Path, key: str) -> None:
         library, self._key = ctypes.CDLL(str(path)), key
         self._ib_norm, self._normal_norm = library.hf_ibnorm_ib_norm, library.hf_ibnorm_normal_norm
-        self._normals, self._elementary = library.hf_ibnorm_normals, library.hf_ibnorm_elementary
+        self._normals, self.elementary = library.hf_ibnorm_normals, library.hf_ibnorm_elementary
         common = ctypes.POINTER(_Common)
         self._ib_norm.argtypes = [common, _INT, _INT, _POINTER, _INT]
         self._normal_norm.argtypes = [common, _FLOAT, _INT, _FLOAT, _POINTER, _POINTER, _INT]
         self._normals.argtypes = [_POINTER, _POINTER, _INT64, _INT64]
-        self._elementary.argtypes = [_INT, _POINTER, _POINTER, _INT64]
-        self._elementary.restype = None
+        self.elementary.argtypes = [_INT, _POINTER, _POINTER, _INT64]  # for tests alone
+        self.elementary.restype = None
         self.dtypes = DTYPES.keys() if library.hf_ibnorm_has_float16() else DTYPES.keys() - {torch.float16}
 
     def build_name(self) -> str:
@@ -110,11 +107,4 @@ class Library:
         out = torch.empty(rows, n, dtype=torch.float32)
         if self._normals(out.data_ptr(), seed.data_ptr(), rows, n):
             raise MemoryError(f"hf_ibnorm: no memory for a row of width {n}")
-        return out
-
-    def elementary(self, which: str, x: Tensor) -> Tensor:
-        """log1p (of x >= 0), expm1, exp, tanh or tanh_slope as the kernels compute them, of float32 `x`."""
-        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        names = ("log1p", "expm1", "exp", "tanh", "tanh_slope")
-        self._elementary(names.index(which), x.data_ptr(), out.data_ptr(), x.numel())
         return out

@@ -17,11 +17,7 @@ dtypes = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def check_device() -> None:
-    """Raise unless Triton is installed and compiles for this GPU.
-
-    Raises:
-        ImportError, RuntimeError: naming what is missing.
-    """
+    """Raise ImportError or RuntimeError unless Triton is installed and compiles for this GPU."""
     import triton  # noqa: F401
 
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
