@@ -66,12 +66,9 @@ class Sums:
 
 @torch.no_grad()
 def fit_norms(model: PreTrainedModel, config: Any, ids: Tensor) -> tuple[dict[str, Tensor], Errors]:
-    """Fit the norms of `config` to those of `model`, which they replace.
+    """Fit the norms of `config`, the target's, to those of `model`, which they replace: float32, in eval mode.
 
-    Args:
-        model: the source in eval mode, float32.
-        config: the target's, with the norm of every site.
-        ids: tokens to fit on, int64 of shape (rows, length).
+    `ids` are the tokens to fit on, int64 of shape (rows, length).
 
     Returns:
         Site.parameter → fitted values, float32; and site → error as a fraction of the variance of the old norm's

@@ -31,6 +31,7 @@ from .settings import Conversion
 from .source import COPIED, Source, check_ramped, check_tensors, read_source
 from .weights import INDEX, SINGLE, cast, rewrite
 
+# Files of a source that the target has another version of.
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md", CONVERSION, MANIFEST)
 TEMPLATES = "additional_chat_templates"
 """Folder in which Transformers puts named chat templates."""
@@ -106,6 +107,7 @@ def convert_source(source: Source, target: Path, wanted: Conversion) -> dict[str
     check_disk("target", target, 1.01 * source.bytes_in(wanted.dtype))
     norm = {"type": model.config.norm_type, "kwargs": model.config.norm_kwargs}
     norm = norm if globs is None else model.config.norm_overrides[-1][1]
+    left = [path for path in sorted(source.folder.iterdir()) if not _is_one_of(path, (*COPIED, *_REPLACED))]
     record = {
         "source": source.title,
         "source_architecture": source.architecture.__name__,
@@ -117,7 +119,7 @@ def convert_source(source: Source, target: Path, wanted: Conversion) -> dict[str
         "tensors_added": sorted(added),
         "tensors_dropped": sorted(dropped),
         "lost": lost,
-        "files_left": _files_left(source.folder),
+        "files_left": [f"{path.name}/" if path.is_dir() else path.name for path in left if path.name != TEMPLATES],
         "calibration": None if errors is None else {"data": Path(wanted.data).name, **errors},
         "environment": environment_record(),
     }
@@ -254,12 +256,6 @@ def _copy_rest(source: Path, folder: Path) -> None:
     for path in sorted((source / TEMPLATES).glob("*.jinja")):
         (folder / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, folder / TEMPLATES / path.name)
-
-
-def _files_left(source: Path) -> list[str]:
-    """Files and folders of the source that the target has neither a copy nor another version of."""
-    left = [path for path in sorted(source.iterdir()) if not _is_one_of(path, (*COPIED, *_REPLACED))]
-    return [f"{path.name}/" if path.is_dir() else path.name for path in left if path.name != TEMPLATES]
 
 
 def card_text(record: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..base.errors import bad_input
 from ..base.files import atomic_directory, check_new_directory, write_json, write_text
 from ..base.layout import CONVERSION_REPORT
 from ..checks import MOST_TOKENS, check_number
@@ -54,9 +55,7 @@ def report_conversion(
         The content of `report.json`.
 
     Raises:
-        ValueError, TypeError: an argument, named, or the source is no language model with a tokenizer; nothing is
-            written.
-        OSError: the output exists or cannot be written.
+        ValueError, TypeError, OSError: an argument, named; nothing is written.
         RuntimeError: the suite cannot be run.
     """
     check_new_directory("output", Path(output))
@@ -71,14 +70,8 @@ def convert_and_report(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Convert a checkpoint, put a report into it, and the report's table into its card.
 
-    Beside a calibrated target, a target of `init` keep is made, measured and removed.
-
-    Returns:
-        The results of `convert_checkpoint` and `report_conversion`.
-
-    Raises:
-        ValueError, TypeError, OSError: as those, before anything is written.
-        RuntimeError: the report failed; the target is whole.
+    Beside a calibrated target, a target of `init` keep is made, measured and removed. Results and errors are those of
+    `convert_checkpoint` and `report_conversion`; RuntimeError where only the report failed.
     """
     wanted.check(target)
     with ExitStack() as stack:
@@ -105,7 +98,6 @@ def _text_and_items(
     """The text of a report, and the number of items of each embedded task that are scored (the novel is left out).
 
     Args:
-        source: the source.
         prefix: stands before argument names in errors.
         data: an embedded corpus, of which the test split is used, or a file (.txt, .jsonl, .parquet).
         tokens: length of the text in tokens, about.
@@ -146,10 +138,8 @@ def _report(source: Source, stages: Mapping[str, Path], output: Path, text: Text
     measured: dict[str, Any] = {}
     for name, folder in folders.items():
         model = old if name == SOURCE else _loaded(folder, device)
-        try:
+        with bad_input(ValueError, about=f"{name}: "):
             measured[name] = {"norm": _norm_of(model), **asdict(measure(old, model, text))}
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
     del old, model
     for name, folder in folders.items():
         measured[name]["scores"] = _embedded_scores(folder, items) if items else None
@@ -206,8 +196,8 @@ def _norm_of(model: PreTrainedModel) -> str:
 def _embedded_scores(model: Path, limit: int) -> dict[str, Any]:
     """Scores in the embedded suite, without the novel, on `limit` items a task; RuntimeError where eval fails."""
     with TemporaryDirectory(prefix="hf_ibnorm_") as folder:
-        flags = ["--suite", "embedded", "--skip", NOVEL, "--limit", str(limit), "--batch_size", "32"]
-        flags += ["--overlong", "skip"]  # a short context is no reason for no report
+        # --overlong: a short context is no reason for no report.
+        flags = f"--suite embedded --skip {NOVEL} --overlong skip --limit {limit} --batch_size 32".split()
         flags += ["--model", str(model), "--output", f"{folder}/scores"]
         # -P: an eval.py in the user's folder is not ours.
         done = subprocess.run([sys.executable, "-P", "-m", "eval", "run", *flags], capture_output=True, text=True)

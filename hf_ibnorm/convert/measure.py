@@ -17,35 +17,23 @@ from ..swap.patching import norm_sites
 
 @dataclass(frozen=True)
 class SiteCost:
-    """The cost of a conversion at one norm.
+    """The cost of a conversion at one norm."""
 
-    Args:
-        error: squared difference between its output and the output at the same site of the source, as a fraction of the
-            variance of the latter; None where that variance is 0.
-        row_std: standard deviation over the features, before gain and bias, mean over the tokens: 1 for an IBNorm, a
-            little below 1 for an RMSNorm.
-        least_row_std: the same for the token where it is smallest.
-    """
-
+    # Squared difference between outputs of the source and of the model, each on its own hidden states, as a fraction of
+    # the variance of the source's output; None where that is 0.
     error: float | None
-    row_std: float
-    least_row_std: float
+    # Standard deviation over the features, before gain and bias: 1 for an IBNorm, a little below 1 for an RMSNorm.
+    row_std: float  # mean over the tokens
+    least_row_std: float  # of the token where it is smallest
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a conversion.
+    """The cost of a conversion."""
 
-    Args:
-        bits_per_byte: of held-out text, without each row's first token.
-        kl: Kullback-Leibler divergence of the next-token distribution from the source's, in nats, mean over tokens.
-        top1: share of the tokens at which both models have the same most likely token.
-        sites: site → cost there.
-    """
-
-    bits_per_byte: float
-    kl: float
-    top1: float
+    bits_per_byte: float  # of the text, without each row's first token
+    kl: float  # Kullback-Leibler divergence of the next-token distribution from the source's, nats, mean over tokens
+    top1: float  # share of the tokens at which both models have the same most likely token
     sites: dict[str, SiteCost]
 
 
@@ -65,15 +53,9 @@ def _watched(model: PreTrainedModel) -> Iterator[dict[str, tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def measure(source: PreTrainedModel, model: PreTrainedModel, text: Text) -> Cost:
-    """Compare a model with its source.
+    """Compare a model, which may be the source itself, with its source: both in eval mode and on one device.
 
-    Args:
-        source: the source; both models are in eval mode and on one device.
-        model: the converted model, or the source itself.
-        text: the input of both.
-
-    Raises:
-        ValueError: the model gives numbers that are not finite.
+    ValueError where the model gives numbers that are not finite.
     """
     nll, kl, same, count = 0.0, 0.0, 0, 0
     sums: dict[str, Tensor] = {}

@@ -33,12 +33,7 @@ class Conversion:
     remote_code: bool = False
 
     def check(self, target: Path) -> None:
-        """Check all that can be checked without the source.
-
-        Raises:
-            ValueError, TypeError: an argument, named.
-            OSError: the target exists.
-        """
+        """Raise ValueError, TypeError or OSError for a bad argument, as far as it can be told without the source."""
         from ..data.text import LEAST
 
         check_choice("init", self.init, INITS)

@@ -38,8 +38,7 @@ def draw_text(field: str, data: str, split: str, tokenizer: Any, tokens: int, co
 
     Args:
         field: the setting that errors name.
-        data: an embedded corpus; or a file as `read_file` takes it, of which the first `MOST` characters are read.
-        split: of the corpus; a file is used whole.
+        data: an embedded corpus, of which `split` is used; or a file, of which the first `MOST` characters are.
         tokenizer: the model's.
         tokens: how many in all, about.
         context: the longest sequence that the model takes.

@@ -26,18 +26,12 @@ class Encoder:
     the token as well, as T5's and every model of whole words do, and the next call through Transformers resets it. So
     this encodes with a copy of the tokenizer in which special tokens have names that no text can have.
 
+    `bos` and `eos` are the ids of the tokens that begin and end a text, None for none.
+
     Args:
-        tokenizer: a fast tokenizer of Transformers.
+        tokenizer: a fast tokenizer of Transformers; ValueError for another one.
         add_bos: whether texts begin with its beginning-of-text token; "auto": where the tokenizer begins them with it,
             unless it is also the end-of-text token, which stands before each text anyway.
-
-    Attributes:
-        tokenizer: the same.
-        bos: id of the token that texts begin with; None for none.
-        eos: id of the end-of-text token; None for none.
-
-    Raises:
-        ValueError: the tokenizer is no fast one, or has no beginning-of-text token to add.
     """
 
     def __init__(self, tokenizer: Any, add_bos: bool | str = "auto") -> None:

@@ -92,18 +92,10 @@ def ib_norm(
 def normal_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, backend: str = "auto", **options: Any
 ) -> Tensor:
-    """`hf_ibnorm.functional.normal_norm`, by fused kernels where there are any for `x`.
+    """`hf_ibnorm.functional.normal_norm`, by fused kernels where there are any for `x`; arguments as for `ib_norm`.
 
     The kernels draw their noise from one 64-bit seed, which comes from `generator` or the device's own: other numbers
     than the formula's, equally distributed, and drawn again whenever the generator's state is restored.
-
-    Args:
-        x, weight, bias, **options: as the formula's.
-        backend: "auto"; "fused", an error where the device has no kernels; "reference", the formula.
-
-    Raises:
-        RuntimeError: `backend` is "fused" and there are no kernels for the device.
-        ValueError, TypeError: as the formula.
     """
     given = {**_NORMAL_NORM, **options}
     if len(given) > len(_NORMAL_NORM) or _by_formula(backend, x, weight, bias):

@@ -76,10 +76,7 @@ def compiler() -> list[str]:
 
 
 def build(force: bool = False) -> tuple[Path, bool]:
-    """Compile the kernels unless they are there; with `force` anyway.
-
-    Returns:
-        The library, and whether it was compiled now.
+    """Compile the kernels unless they are there, with `force` anyway; returns the library, and whether it is new.
 
     Raises:
         BuildError: there is no compiler, it failed, or its library does not compute the formulas.

@@ -65,12 +65,13 @@ def centre(x, inside, n):
 
 @triton.jit
 def store(ptr, row, at, n, z, weight_ptr, bias_ptr):
-    """Write a row of weight·z + bias, in the dtype of `ptr`; weight and bias may be None."""
+    """Write a row of weight·z + bias in the dtype of `ptr`; each of the three pointers may be None."""
     if weight_ptr is not None:
         z *= load(weight_ptr, 0, n, at, n)
     if bias_ptr is not None:
         z += load(bias_ptr, 0, n, at, n)
-    tl.store(ptr + row * n + at, z.to(ptr.dtype.element_ty), mask=at < n)
+    if ptr is not None:
+        tl.store(ptr + row * n + at, z.to(ptr.dtype.element_ty), mask=at < n)
 
 
 @triton.jit

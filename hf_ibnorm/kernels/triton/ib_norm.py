@@ -150,7 +150,5 @@ def backward(
             h = tl.where(inside, c - shift, 0.0)
             dc = r * (dc - h * (tl.sum(dc * h) / n))
         store(dx_ptr, row, at, n, dc, None, None)
-    if dweight_ptr is not None:
-        store(dweight_ptr, program, at, n, dweight, None, None)
-    if dbias_ptr is not None:
-        store(dbias_ptr, program, at, n, dbias, None, None)
+    store(dweight_ptr, program, at, n, dweight, None, None)
+    store(dbias_ptr, program, at, n, dbias, None, None)

@@ -194,10 +194,8 @@ def backward(
         dh = tl.where(inside, dh, 0.0)
         dx = r * (dh - tl.sum(dh) / n - h * (tl.sum(dh * h) / n))
         store(dx_ptr, row, at, n, dx, None, None)
-    if dweight_ptr is not None:
-        store(dweight_ptr, program, at, n, dweight, None, None)
-    if dbias_ptr is not None:
-        store(dbias_ptr, program, at, n, dbias, None, None)
+    store(dweight_ptr, program, at, n, dweight, None, None)
+    store(dbias_ptr, program, at, n, dbias, None, None)
 
 
 @triton.jit
