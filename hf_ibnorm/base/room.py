@@ -34,10 +34,8 @@ def check_room(field: str, value: Any, needed: float, for_what: str) -> None:
     `for_what` is the use of the bytes, such as "for the tokens of a step".
     """
     if needed > machine_memory():
-        raise UserError(
-            f"{field}: got {value}, which takes {needed / 1e9:,.0f} GB {for_what}; this machine has "
-            f"{machine_memory() / 1e9:.0f} GB"
-        )
+        room = f"this machine has {machine_memory() / 1e9:.0f} GB"
+        raise UserError(f"{field}: got {value}, which takes {needed / 1e9:,.0f} GB {for_what}; {room}")
 
 
 def check_disk(field: str, path: Path, needed: float, for_what: str = "", advice: str = "") -> None:

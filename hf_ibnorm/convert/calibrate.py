@@ -21,6 +21,7 @@ from ..sites import contract
 
 BATCH = 4
 """Sequences at a time."""
+_AFFINE = ("weight", "bias")
 Errors = dict[str, dict[str, float | None]]
 _Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 """Hidden states, and the other arguments of a block."""
@@ -80,7 +81,10 @@ def fit_norms(model: PreTrainedModel, config: Any, ids: Tensor) -> tuple[dict[st
     base: Any = model.base_model
     pin, old_norm = config.norm_pin, getattr(model.config, "norm_at", lambda site: stock_norm(config))
     sites = [site for site in pin.names(config) if config.norm_at(site) != old_norm(site)]
-    norms = {site: _like(base.get_submodule(site), build_site(config, site).eval()) for site in sites}
+    norms: dict[str, Any] = {site: build_site(config, site).eval() for site in sites}
+    for site, norm in norms.items():
+        affine = {name: value for name, value in base.get_submodule(site).named_parameters() if name in _AFFINE}
+        norm.load_state_dict(affine, strict=False)
     calls = [_first_call(base, pin.blocks, rows) for rows in ids.split(BATCH)]
     teacher = student = [hidden for hidden, _, _ in calls]
     errors: Errors = {}
@@ -98,22 +102,14 @@ def fit_norms(model: PreTrainedModel, config: Any, ids: Tensor) -> tuple[dict[st
         student = [_run(block, hidden, call) for hidden, call in zip(student, calls, strict=True)]
     if pin.final in sites:
         errors |= _fit(pin.final, norms[pin.final], student, map(base.get_submodule(pin.final), teacher))
-    fitted = [(site, name, getattr(norms[site], name, None)) for site in errors for name in ("weight", "bias")]
-    return {f"{site}.{name}": value.detach() for site, name, value in fitted if value is not None}, errors
+    values = [(f"{site}.{name}", value) for site in errors for name, value in norms[site].named_parameters()]
+    return {name: value.detach() for name, value in values if name.rpartition(".")[2] in _AFFINE}, errors
 
 
 def stock_norm(config: Any) -> tuple[str, dict[str, Any]]:
     """Name and options of the stock model's norm, for one of our configs, as `norm_at` gives them."""
     name = config.norm_pin.stock
     return name, resolve_norm_kwargs(name, None, getattr(config, config.norm_eps_field))
-
-
-def _like(old: nn.Module, new: Any) -> Any:
-    """`new` with the gain and bias of `old`, where both have them."""
-    for name in ("weight", "bias"):
-        if getattr(old, name, None) is not None and getattr(new, name, None) is not None:
-            getattr(new, name).copy_(getattr(old, name))
-    return new
 
 
 def _fit(site: str, norm: Any, inputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Errors:

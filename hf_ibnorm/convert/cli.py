@@ -100,13 +100,12 @@ def add_verbs(verbs: Any, words: Sequence[str]) -> None:
         f"the cost in DST/{CONVERSION_REPORT}. Options of the norm are flags --norm_kwargs.NAME VALUE, such as "
         "--norm_kwargs.lam 4.",
     )
-    convert.add_argument("source", metavar="SRC", help="Llama or GPT-2: directory, name on the Hub, or .gguf file")
-    convert.add_argument("target", metavar="DST", help="new directory")
-    convert.add_argument("--norm", required=True, help="the new norm: a norm_type")
-    convert.add_argument(
-        "--sites", action="append", metavar="GLOB", help="only there; may be given again (default: all)"
-    )
-    convert.add_argument(
+    add = convert.add_argument
+    add("source", metavar="SRC", help="Llama or GPT-2: directory, name on the Hub, or .gguf file")
+    add("target", metavar="DST", help="new directory")
+    add("--norm", required=True, help="the new norm: a norm_type")
+    add("--sites", action="append", metavar="GLOB", help="only there; may be given again (default: all)")
+    add(
         "--init",
         choices=INITS,
         default="keep",
@@ -116,15 +115,13 @@ def add_verbs(verbs: Any, words: Sequence[str]) -> None:
     )
     defaults = Conversion.data, Conversion.calibration_tokens
     _add_text(convert, "--data", "--calibration_tokens", "calibrate", "training", *defaults)
-    convert.add_argument("--dtype", choices=DTYPES, help="of all weights (default: theirs)")
-    convert.add_argument("--remote_code", action="store_true", help="put the model's code beside it (default: not)")
-    convert.add_argument(
-        "--no_report", action="store_true", help="only convert: a report loads source and DST (default: report)"
-    )
+    add("--dtype", choices=DTYPES, help="of all weights (default: theirs)")
+    add("--remote_code", action="store_true", help="put the model's code beside it (default: not)")
+    add("--no_report", action="store_true", help="only convert: a report loads source and DST (default: report)")
     _add_measuring(convert, "report_")
     convert.set_defaults(run=_convert, remote_code=False, no_report=False)
     for flag in {word.partition("=")[0] for word in words if word.startswith(f"--{_OPTION}")}:
-        convert.add_argument(flag, type=_json_or_text, help=argparse.SUPPRESS)
+        add(flag, type=_json_or_text, help=argparse.SUPPRESS)
     report = verbs.add_parser(
         "convert_report",
         argument_default=argparse.SUPPRESS,
@@ -132,11 +129,10 @@ def add_verbs(verbs: Any, words: Sequence[str]) -> None:
         description="Measure models beside the model they were made of: bits per byte, KL, agreement, error and width "
         "of every norm's output, embedded scores; table and plot.",
     )
-    report.add_argument("source", metavar="SRC", help="the model before its conversion, as in convert")
-    report.add_argument(
-        "stages", nargs="+", metavar="NAME=DIR", help="models made of it, such as healed=runs/heal/final"
-    )
-    report.add_argument("--output", required=True, metavar="DIR", help="new directory for the report")
+    add = report.add_argument
+    add("source", metavar="SRC", help="the model before its conversion, as in convert")
+    add("stages", nargs="+", metavar="NAME=DIR", help="models made of it, such as healed=runs/heal/final")
+    add("--output", required=True, metavar="DIR", help="new directory for the report")
     _add_measuring(report, "")
     report.set_defaults(run=_report)
 

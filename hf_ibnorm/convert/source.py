@@ -90,7 +90,7 @@ def read_source(source: str | Path, stack: ExitStack) -> Source:
     Raises:
         ValueError: it is no model of a known architecture, is quantized, or parts of it are missing.
     """
-    folder = Path(source)
+    folder, got = Path(source), f"source: got {str(source)!r}"
     title = folder.resolve().name if folder.exists() else str(source)
     if folder.suffix == ".gguf":
         folder = _dequantized(folder, Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))))
@@ -99,19 +99,15 @@ def read_source(source: str | Path, stack: ExitStack) -> Source:
     config = load("source: config.json", AutoConfig, folder)
     check_model("source", config, weights=False)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"source: got {str(source)!r}, which is quantized; load it, dequantize() it, and save that")
+        raise ValueError(f"{got}, which is quantized; load it, dequantize() it, and save that")
     pairs = [(family, pair) for family in FAMILIES for pair in family.stock_classes.items()]
     classes = {cls.__name__: (family, cls) for family, pair in pairs for cls in pair}
     names = config.architectures if isinstance(config.architectures, list) else []
     if not names or names[0] not in classes:
-        raise ValueError(
-            f"source: got {str(source)!r}, a {names[0] if names else config.model_type}; known are "
-            f"{', '.join(stock.__name__ for _, (stock, _) in pairs)}, stock or ours"
-        )
+        known = ", ".join(stock.__name__ for _, (stock, _) in pairs)
+        raise ValueError(f"{got}, a {names[0] if names else config.model_type}; known are {known}, stock or ours")
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"source: got {str(source)!r}, which has an adapter of PEFT: merge it, and save the model anew"
-        )
+        raise ValueError(f"{got}, which has an adapter of PEFT: merge it, and save the model anew")
     shards = read_shards(folder, getattr(config, "transformers_weights", None))
     return Source(folder, title, config, *classes[names[0]], shards)
 
@@ -123,9 +119,8 @@ def _fetched(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*HUB_FILES, *COPIED]))
     except Exception as error:
-        raise ValueError(
-            f"source: got {name!r}, no such directory, and the Hub does not give it: {told(error)}"
-        ) from error
+        why = f"no such directory, and the Hub does not give it: {told(error)}"
+        raise ValueError(f"source: got {name!r}, {why}") from error
 
 
 def _dequantized(file: Path, folder: Path) -> Path:

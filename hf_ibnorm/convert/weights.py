@@ -102,10 +102,8 @@ def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"source: {name} has numbers that are not finite")
     result = value.to(dtype)
     if result.dtype != value.dtype and not result.isfinite().all():
-        raise ValueError(
-            f"dtype: the largest number of {str(dtype).removeprefix('torch.')} is {torch.finfo(dtype).max:g}, "
-            f"but {name} has {float(value.abs().max()):g}"
-        )
+        kind, most, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max, float(value.abs().max())
+        raise ValueError(f"dtype: the largest number of {kind} is {most:g}, but {name} has {largest:g}")
     return result
 
 

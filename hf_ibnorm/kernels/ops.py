@@ -151,9 +151,8 @@ def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Opti
     if normals is None and options.seed is not None:
         rows = math.prod(x.shape[:-1])
         normals = library(x.device.type).normals(options.seed, rows, x.shape[-1]).view(x.shape)
-    return functional.normal_norm_with(
-        x, weight, bias, normals, options.noise, options.noise_mode, options.alpha, options.eps
-    )
+    _, _, noise, mode, alpha, eps = options
+    return functional.normal_norm_with(x, weight, bias, normals, noise, mode, alpha, eps)
 
 
 def _keep(ctx: Any, stats: Tensor, inputs: tuple[Any, ...]) -> None:

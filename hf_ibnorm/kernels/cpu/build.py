@@ -83,11 +83,11 @@ def build(force: bool = False) -> tuple[Path, bool]:
         OSError: the cache directory cannot be written.
     """
     target = library_path()
-    if not force and _works(target):
+    if not force and _problem(target) is None:
         return target, False
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / ".lock"):
-        if not force and _works(target):  # another process was faster
+        if not force and _problem(target) is None:  # another process was faster
             return target, False
         for abandoned in target.parent.glob(".build-*"):  # by killed processes, for we hold the lock
             shutil.rmtree(abandoned, ignore_errors=True)
@@ -98,29 +98,22 @@ def build(force: bool = False) -> tuple[Path, bool]:
             if done.returncode:
                 errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [done.stderr.strip()]
                 raise BuildError(f"{' '.join(command)} failed: {errors[0] or f'exit code {done.returncode}'}")
-            _try(made)
+            if problem := _problem(made):
+                raise BuildError(problem)
             with made.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(made, target)
     return target, True
 
 
-def _works(library: Path) -> bool:
-    """Whether a library is there and not damaged."""
-    try:
-        _try(library)
-    except BuildError:
-        return False
-    return True
-
-
-def _try(library: Path) -> None:
-    """Raise BuildError unless the library agrees with the formulas on a small input."""
+def _problem(library: Path) -> str | None:
+    """Why a library cannot be used; None for one that agrees with the formulas on a small input."""
     x = torch.linspace(-3, 3, 2 * 37).reshape(2, 37)
     try:
         made = Library(library, key())
     except (OSError, AttributeError) as error:
-        raise BuildError(f"the library just compiled cannot be loaded: {error}") from None
+        return f"the library just compiled cannot be loaded: {error}"
     y, _ = made.forward(x, None, None, IBNormOptions(torch.tensor(2.0), "T", "raw", "layer", "compress_first", 1e-6))
-    if not torch.allclose(y, ib_norm(x, variant="T", lam=2.0), atol=1e-5):
-        raise BuildError(f"the library just compiled with {compiler()[0]} computes something else than the formulas")
+    if torch.allclose(y, ib_norm(x, variant="T", lam=2.0), atol=1e-5):
+        return None
+    return f"the library just compiled with {compiler()[0]} computes something else than the formulas"
