@@ -27,8 +27,7 @@ _WORDS: dict[Any, str] = {
     **{PositiveNumber: "a number > 0", Seed: f"a whole number >= 0 and <= {2**31}"},
 }
 
-FILLED = {"filled": True}
-"""Metadata of a field whose list or mapping may not be empty."""
+FILLED = {"filled": True}  # metadata of a field whose list or mapping may not be empty
 
 T = TypeVar("T")
 

@@ -7,15 +7,13 @@ _NUMBER = (float, type(None))
 
 # The directory of a training run.
 CONFIG, ENVIRONMENT, METRICS, NORMS = "config.yaml", "environment.json", "metrics.jsonl", "norms.jsonl"
-CHECKPOINTS, FINAL = "checkpoints", "final"
-"""Folder of the checkpoints `step-N`, and folder of the finished model."""
+CHECKPOINTS, FINAL = "checkpoints", "final"  # folder of the checkpoints `step-N`, and folder of the finished model
 
 RUN_CONFIG_FORM = {
     **{"seed": int, "corpus?": str},
     "model": {"norm_type": str, "norm_kwargs": {"lam?": _NUMBER}, "norm_overrides?": list, "model_type?": str},
 }
-RUN_NORM_FORM = {"type": str, "kwargs": {"lam?": _NUMBER}}
-"""A norm in `norm_overrides`."""
+RUN_NORM_FORM = {"type": str, "kwargs": {"lam?": _NUMBER}}  # a norm in `norm_overrides`
 RUN_ENVIRONMENT_FORM = {
     **{"init_sha": str, "parameters": int, "device": str, "cpu_count": int, "date": str},
     "versions": {"torch": str, "*": (str, type(None))},
@@ -55,8 +53,7 @@ RESULT_FORM = {
 }
 
 # The directory of a converted checkpoint.
-CONVERSION, CONVERSION_REPORT = "conversion.json", "report"
-"""The record of the conversion, and the folder of its report."""
+CONVERSION, CONVERSION_REPORT = "conversion.json", "report"  # record of the conversion, folder of its report
 
 # The directory of a study.
 PLAN, SOURCE, RECIPES, RUNNING = "study.json", "study.yaml", "recipes", "running.json"

@@ -16,10 +16,8 @@ from typing import Any
 from .errors import TryAgain, UserError
 from .room import is_out_of_memory
 
-NODES = 100_000
-"""Values that a YAML file may have, with every alias written out: a few lines of aliases can stand for 10⁹."""
-TOLD = 300
-"""Characters of another library's message that are shown."""
+NODES = 100_000  # values that a YAML file may have, aliases written out: a few lines of aliases can stand for 10⁹
+TOLD = 300  # characters of another library's message that are shown
 
 _NETWORK = ("requests", "urllib3", "httpx", "httpcore", "aiohttp")
 """Packages whose exceptions mean that the network failed, unless they carry a server's answer."""

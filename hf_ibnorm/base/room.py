@@ -13,8 +13,7 @@ from typing import Any
 from .errors import UserError
 from .files import existing_folder
 
-BLOCK = 50_000
-"""Bytes that the Python objects of one block of a model take at least, without its weights."""
+BLOCK = 50_000  # bytes that the Python objects of one block of a model take at least, without its weights
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 

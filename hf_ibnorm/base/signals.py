@@ -8,10 +8,8 @@ from threading import current_thread, main_thread
 from typing import Any
 
 _ORDERS = (signal.SIGTERM, signal.SIGINT)
-_WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
-"""Signals that the end is near; they may come repeatedly, and an order after them."""
-_ECHO = 2.0
-"""Seconds in which a launcher may pass on a signal that the whole process group has got already."""
+_WARNINGS = (signal.SIGHUP, signal.SIGUSR1)  # that the end is near; may come repeatedly, and an order after them
+_ECHO = 2.0  # seconds in which a launcher may pass on a signal that the whole process group has got already
 
 
 class StopSignals:

@@ -19,12 +19,10 @@ from ..modeling_ibnorm import build_site, set_site
 from ..norms import resolve_norm_kwargs
 from ..sites import contract
 
-BATCH = 4
-"""Sequences at a time."""
+BATCH = 4  # sequences at a time
 _AFFINE = ("weight", "bias")
 Errors = dict[str, dict[str, float | None]]
-_Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
-"""Hidden states, and the other arguments of a block."""
+_Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # hidden states, and the other arguments of a block
 
 
 @dataclass

@@ -33,8 +33,7 @@ from .weights import INDEX, SINGLE, cast, rewrite
 
 # Files of a source that the target has another version of.
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md", CONVERSION, MANIFEST)
-TEMPLATES = "additional_chat_templates"
-"""Folder in which Transformers puts named chat templates."""
+TEMPLATES = "additional_chat_templates"  # folder in which Transformers puts named chat templates
 
 
 def convert_checkpoint(

@@ -33,8 +33,7 @@ from .source import Source, read_source
 
 STAGES = {"keep": "swapped", "identity": "identity", "calibrate": "calibrated"}
 """Init of a conversion → name of its result in the report."""
-NOVEL = "austen_test"
-"""Benchmark of the embedded suite that is left out: a whole novel."""
+NOVEL = "austen_test"  # benchmark of the embedded suite that is left out: a whole novel
 
 
 def report_conversion(

@@ -13,10 +13,8 @@ from ..checks import MOST_TOKENS, check_choice, check_number
 
 INITS = ("keep", "identity", "calibrate")
 DTYPES = ("float32", "bfloat16", "float16")
-DATA, TOKENS = "sotu", 8192
-"""The text of a report, and how many tokens of it, by default."""
-SOURCE = "source"
-"""The stage of a report that all others are compared with."""
+DATA, TOKENS = "sotu", 8192  # the text of a report, and how many tokens of it, by default
+SOURCE = "source"  # the stage of a report that all others are compared with
 
 
 @dataclass(frozen=True)

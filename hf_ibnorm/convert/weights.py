@@ -19,11 +19,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
 
 from ..base.reading import read_json, reading
 
-PIECE = 1 << 20
-"""Bytes that are copied at a time; with 16 times as many, writing took several times as long."""
+PIECE = 1 << 20  # bytes that are copied at a time; with 16 times as many, writing took several times as long
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-STORED = {name: dtype for dtype, name in _NAMES.items()}
-"""Floating point dtypes by their names in the format."""
+STORED = {name: dtype for dtype, name in _NAMES.items()}  # floating point dtypes by their names in the format
 
 
 @dataclass(frozen=True)

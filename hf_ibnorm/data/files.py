@@ -28,14 +28,10 @@ from ..base.reading import reading, told
 T = TypeVar("T")
 KINDS = (".txt", ".jsonl", ".parquet")
 PACKINGS = ("", ".gz", ".xz", ".zst")
-PIECE = 1 << 16
-"""Bytes after which a text file is cut at the next empty line."""
-LONGEST_PIECE = 1 << 20
-"""Bytes after which a text without empty lines is cut: at the last line break among them, else the last space."""
-READING = f"2 {PIECE} {LONGEST_PIECE}"
-"""Changes whenever the same bytes give other documents: part of every hash that stands for a text."""
-WAITS = (1, 2, 4, 8, 16, 32)
-"""Seconds between tries after an error that may pass."""
+PIECE = 1 << 16  # bytes after which a text file is cut at the next empty line
+LONGEST_PIECE = 1 << 20  # bytes after which it is cut without one: at their last line break, else their last space
+READING = f"2 {PIECE} {LONGEST_PIECE}"  # changes when the same bytes give other documents: part of every text's hash
+WAITS = (1, 2, 4, 8, 16, 32)  # seconds between tries after an error that may pass
 
 # The words by which the `datasets` library tells splits apart in names of files and folders.
 _OTHER_SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing", "eval", "evaluation")}

@@ -13,12 +13,9 @@ from . import CORPORA, load_corpus
 from .files import BadDocument, read_file, retried
 from .tokens import Encoder, begins_texts
 
-SEQUENCE = 512
-"""Tokens a sequence, at most."""
-LEAST = 256
-"""Tokens that a text must have."""
-MOST = 1 << 26
-"""Characters of a file that are read: memory has to hold them all, for parts of them all are drawn."""
+SEQUENCE = 512  # tokens a sequence, at most
+LEAST = 256  # tokens that a text must have
+MOST = 1 << 26  # characters of a file that are read: memory has to hold them all, for parts of them all are drawn
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-PART = 1 << 16
-"""Characters of a document that are encoded at a time, about: until it is a number, a token takes a hundred bytes."""
-AT_ONCE = 1 << 18
-"""Characters of several documents that are encoded in one call."""
-_UNREACHABLE = "\U0010ffff\U0010fffe"
-"""Two noncharacters of Unicode, which no text interchanges."""
+PART = 1 << 16  # characters of a document in one part, about: until it is a number, a token takes a hundred bytes
+AT_ONCE = 1 << 18  # characters of several documents that are encoded in one call
+_UNREACHABLE = "\U0010ffff\U0010fffe"  # two noncharacters of Unicode, which no text interchanges
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 
 

@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-STATS = 4
-"""float32 numbers of each row that are kept for backward, beside the input."""
+STATS = 4  # float32 numbers of each row that are kept for backward, beside the input
 
 
 class IBNormOptions(NamedTuple):

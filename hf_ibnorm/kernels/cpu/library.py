@@ -12,8 +12,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 VARIANTS = {"S": 0, "L": 1, "T": 2}
 NOISE_MODES = {"none": 0, "scaled": 1, "unscaled": 2, "dropout": 3}
 MEAN_ABS, RMS, STANDARDIZE_FIRST = 1, 2, 4
-SERIAL = 1 << 14
-"""Elements up to which one thread is faster than several."""
+SERIAL = 1 << 14  # elements up to which one thread is faster than several
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
