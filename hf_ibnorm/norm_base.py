@@ -101,7 +101,8 @@ class NormBase(nn.Module):
     * `identity_for`: options with which it computes what a stock norm does
     * `draws_noise`, `updates_state`: whether it draws random numbers, or changes buffers, in training
     * `measures`, `measured`: its diagnostics; `newton`: of a norm with a power transform
-    * `option_defaults`, `takes_model_eps`: defaults of its options; `variant_shown`: what errors call its kind
+    * `option_defaults`, `takes_model_eps`: defaults of its options; `named_options`: those that reports name;
+      `variant_shown`: what errors call its kind
 
     Args:
         normalized_shape: N, the width of the last dimension (an int or a 1-tuple).
@@ -123,6 +124,8 @@ class NormBase(nn.Module):
     """The option that training can ramp, such as "lam"; `hold` keeps it in a buffer of that name. None for none."""
     measures: ClassVar[tuple[Measure, ...]] = ()
     """The diagnostics that `measured` computes."""
+    named_options: ClassVar[tuple[str, ...]] = ()
+    """The options that the report of a conversion names with the norm."""
     takes_model_eps: ClassVar[bool] = True
     """Inside a model, `eps` defaults to the model's own (False: the norm's own default stays)."""
 

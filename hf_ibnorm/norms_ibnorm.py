@@ -63,6 +63,7 @@ class IBNorm(FusedNorm):
     theta: nn.Parameter | None
     formula = staticmethod(ib_norm)
     ramp = "lam"
+    named_options = ("lam", "unit", "standardize")
     measures = (
         Measure("contraction", "variance left by compression", _PAPER, _CONSTANT, percent=True, log=True),
         Measure("saturation", "saturated elements", _PAPER, _CONSTANT, percent=True),

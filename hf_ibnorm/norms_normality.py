@@ -39,6 +39,7 @@ class LayerNormalNorm(FusedNorm):
 
     formula = staticmethod(normal_norm)
     takes_model_eps = False  # for eps sits in the Newton step, too
+    named_options = ("noise", "alpha")
     measures = (
         Measure("lam_hat", "λ̂, mean of the rows", _PAPER, symbol="λ̂", spread=True, bins=_BINS, neutral=1.0),
         Measure("lam_hat.outside", "rows with λ̂ outside [0, 2]", _PAPER, symbol="λ̂ outside [0, 2]", percent=True),

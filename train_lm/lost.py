@@ -46,7 +46,7 @@ def lost_message(where: str, names: Collection[str], norms: dict[str, nn.Module]
             lost[name] = moved
     if not lost:
         return ""
-    words = lost_text({"lost": lost}) if all(map(math.isfinite, lost.values())) else f"{len(lost)} tensors"
+    words = lost_text(lost) if all(map(math.isfinite, lost.values())) else f"{len(lost)} tensors"
     some = [*sorted(lost)[:3], *["..."] * (len(lost) > 3)]
     return f"lost: {words}, for which the model has no place: {', '.join(some)}"
 

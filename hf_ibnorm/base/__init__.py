@@ -1,1 +1,1 @@
-"""What everything else stands on; imports nothing else of this project but `checks`."""
+"""The foundation of all other packages; of this project it imports `checks` alone."""

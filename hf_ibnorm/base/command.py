@@ -9,46 +9,40 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from ..checks import nearest, own_norm_files
-from .errors import BAD_INPUT, STOPPED, Stopped, UserError
+from .errors import BAD_INPUT, Stopped, UserError
+from .room import is_out_of_memory
 
 PATIENCE = 5.0
-"""Seconds that the other ranks of a launch wait with an error: the launcher ends all when one has ended, and rank 0 may
-not have spoken yet."""
+"""Seconds that the other ranks of a launch wait with an error: the launcher ends all ranks when one has ended, and rank
+0 may not have printed its error yet."""
 
 
 def run_command(main: Callable[[], None], lower: str) -> NoReturn:
-    """Run `main` and exit with the code its ending asks for.
+    """Run `main` and exit with the code of its ending; `lower` names the settings to lower where memory runs out.
 
-    Of a launch only rank 0 speaks, but where another rank is out of memory.
-
-    Args:
-        main: the command.
-        lower: what to lower where its memory does not suffice.
+    In a launch, only rank 0 prints, or a rank without memory.
     """
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
-        for word in sys.argv:
-            check_text(word)
+        for word in sys.argv:  # files note the command line, in UTF-8
+            if (raw := word.encode(errors="surrogateescape")) != word.encode(errors="replace"):
+                raise UserError(f"command line: got {raw!r}, must be UTF-8")
         for file in own_norm_files():
             if not os.path.isfile(file):
                 raise UserError(f"HF_IBNORM_NORMS: got {file!r}, no such file")
         main()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        else:
+    except (UserError, Stopped) as ending:
+        if is_first:
+            kind = "stopped" if isinstance(ending, Stopped) else "error"
+            print(f"{kind}: {' '.join(str(ending).split())}", file=sys.stderr)
+        elif isinstance(ending, UserError):
             time.sleep(PATIENCE)
-        _leave(error.exit_code)
-    except Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"stopped: {stop}", file=sys.stderr)
-        _leave(STOPPED)
+        _leave(ending.exit_code)
     except KeyboardInterrupt:
         _leave(130)
     except BrokenPipeError:  # `... | head` closed our output; point it elsewhere, or Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError) as error:
-        from .room import is_out_of_memory
-
         if not is_out_of_memory(error):
             raise
         print(f"error: out of memory: {' '.join(str(error).split())[:200]}; lower {lower}", file=sys.stderr)
@@ -57,29 +51,18 @@ def run_command(main: Callable[[], None], lower: str) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit; as one of several processes without taking the interpreter down in order.
-
-    There, torch's process group may wait for a thread of its own that waits for the interpreter: for ever.
-    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # An ending in order may hang: torch's process group waits for a thread that waits for the interpreter.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def check_text(word: str) -> None:
-    """Raise UserError for a word of the command line that is no UTF-8: no file could hold it, and all are noted."""
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"command line: got {word.encode(errors='surrogateescape')!r}, must be UTF-8") from None
-
-
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, with the nearest flag where one is close.
 
-    Flags must be whole: a shortened one would change its meaning when another flag is added.
+    Flags must be whole: a shortened flag would change its meaning when another flag is added.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -102,13 +85,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def add_verb(verbs: Any, name: str, go: Callable[[Any], None] | None, about: str) -> OneLineParser:
-    """The parser of a new verb of a command.
+    """The parser of a new verb among argparse's subparsers `verbs`, whose `parser_class` is `OneLineParser`.
 
     Args:
-        verbs: argparse's subparsers, with `parser_class=OneLineParser`.
-        name: the verb.
-        go: what to call with the arguments, as their attribute `go` has it; None for a verb that has verbs itself.
-        about: what it does, without a capital and a full stop.
+        go: function of the arguments, kept as their attribute `go`; None for a verb that has verbs itself.
+        about: the help, without a capital and a full stop.
     """
     parser: OneLineParser = verbs.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
     parser.set_defaults(go=go)
@@ -127,6 +108,6 @@ def quiet_libraries() -> None:
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    hub.set_verbosity_error()  # it tells of every try to reach the network
+    hub.set_verbosity_error()  # it warns of every try to reach the network
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Files and what goes into them: atomic writes, hashes, locks. Imports torch where it must."""
+"""Files and their content: atomic writes, hashes, locks. Imports torch only where tensors are hashed."""
 
 import glob
 import hashlib
@@ -16,13 +16,13 @@ from .errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# os.umask sets the mask of the whole process while it reads it: so it is read once, before there are threads.
+# os.umask sets the mask of the whole process while it reads the old one: so it is called before there are threads.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all: a temporary file beside it, flushed, then renamed."""
+    """Write `text` as `write_bytes` does, in UTF-8."""
     write_bytes(path, text.encode())
 
 
@@ -39,11 +39,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-    sync_folder(path.parent)
+    _sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a rename inside `folder` to the disk, where the system can open folders at all."""
+def _sync(folder: Path) -> None:
+    """Flush a rename inside `folder` to the disk, on a system that can open folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -92,19 +92,17 @@ def sha256_tensors(tensors: Iterable[tuple[str, "Tensor"]]) -> str:
 def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Fill a directory whole or not at all: yields a temporary one beside `path`, flushed and renamed at the end.
 
-    Unless it may replace one, those of processes that were killed while they filled `path` are removed first.
-
-    Args:
-        path: the directory to make.
-        replace: whether it may take the place of one that is there.
+    Folders above `path` are made. An old directory there is replaced if `replace`; otherwise temporary directories of
+    processes that were killed while they filled `path` are removed first.
 
     Raises:
         FileExistsError: `path` exists and is not empty, and `replace` is false.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not replace:
         _remove_abandoned(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    held = _lock(temporary)
+    lock = _lock(temporary)
     temporary.chmod(0o777 & ~_UMASK)
     try:
         yield temporary
@@ -114,10 +112,10 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
             elif file.is_dir():
-                sync_folder(file)
-        sync_folder(temporary)
+                _sync(file)
+        _sync(temporary)
         aside = None
-        if os.path.lexists(path) and not _is_empty_folder(path):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
             if not replace:
                 raise FileExistsError(f"{path} is not empty")
             aside = set_aside(path)
@@ -128,32 +126,28 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
-        if held is not None:
-            os.close(held)
-    sync_folder(path.parent)
+        if lock is not None:
+            os.close(lock)
+    _sync(path.parent)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename `path`, whatever it is, at once to a new hidden name beside it, which is returned."""
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")) / path.name
-    os.rename(path, aside)
-    return aside.parent
+    """Move a file, folder or link in one step into a new hidden folder beside it, which is returned."""
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    os.rename(path, aside / path.name)
+    return aside
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link, and not what it leads to."""
+    """Remove a file, a folder with its content, or a link, without the link's target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-
-
 def _lock(folder: Path) -> int | None:
-    """A handle that holds `folder` locked until it is closed or the process ends; None where that cannot be had."""
+    """A handle that locks `folder` until it is closed or the process ends; None where the lock cannot be had."""
     try:
         import fcntl
 
@@ -169,23 +163,23 @@ def _lock(folder: Path) -> int | None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what processes that were killed have left of `path`: temporary directories that nobody holds locked."""
+    """Remove the temporary directories of `path` that no living process has locked."""
     for folder in path.parent.glob(f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}"):
-        if folder.is_dir() and not folder.is_symlink() and (held := _lock(folder)) is not None:
-            with suppress(OSError):  # another's, or another process removes it as well
+        if folder.is_dir() and not folder.is_symlink() and (lock := _lock(folder)) is not None:
+            with suppress(OSError):  # another user's, or another process removes it as well
                 shutil.rmtree(folder)
-            os.close(held)
+            os.close(lock)
 
 
 def existing_folder(path: Path) -> Path:
-    """`path`, or the nearest above it that exists."""
+    """`path`, or the nearest folder above it that exists."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def check_new_directory(field: str, path: Path, hint: str = "") -> None:
     """Raise OSError unless `path` can become a new directory: absent or empty, and something can be written there.
 
-    Nothing is left behind; `field` opens the message, `hint` ends that about a directory that is not empty.
+    Nothing is left behind; `field` opens the message, `hint` ends the message about a directory that is not empty.
     """
     if path.is_dir() and any(path.iterdir()):
         raise FileExistsError(f"{field}: {path} is not empty; name a new directory{hint}")
@@ -200,24 +194,15 @@ def check_new_directory(field: str, path: Path, hint: str = "") -> None:
 
 @contextmanager
 def alone_in(folder: Path, complaint: str, timeout: float = 0.0) -> Iterator[None]:
-    """Keep other processes that ask for the same out of a directory, which would take this one's files for leftovers.
+    """Lock a directory, by a file `.lock` that stays, against processes that would take our files for leftovers.
 
-    Args:
-        folder: the directory; it gets a file `.lock`, which stays.
-        complaint: what is said where another process is at work in it.
-        timeout: seconds to wait for that to end.
-
-    Raises:
-        UserError: another process is at work in it.
+    UserError with the message `complaint` where another process has the lock for `timeout` seconds.
     """
     from filelock import FileLock, Timeout
 
-    held = FileLock(folder / ".lock", timeout=timeout)
     try:
-        held.acquire()
+        lock = FileLock(folder / ".lock", timeout=timeout).acquire()
     except Timeout:
         raise UserError(complaint) from None
-    try:
+    with lock:
         yield
-    finally:
-        held.release()

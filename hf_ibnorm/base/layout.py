@@ -1,23 +1,19 @@
-"""What the folders of the house hold and how their files are called: runs, scores and studies, for writer and reader.
+"""File names and contents of the directories that programs share: runs, scores, conversions and studies.
 
-Each `_FORM` is what `reading.check_form` takes: as much of a file as any reader needs, so that older files pass.
+Each `_FORM` is the form, for `reading.check_form`, of the part of a file that readers need, so that older files pass.
 """
-
-from typing import Any
 
 _NUMBER = (float, type(None))
 
 # The directory of a training run.
 CONFIG, ENVIRONMENT, METRICS, NORMS = "config.yaml", "environment.json", "metrics.jsonl", "norms.jsonl"
-CHECKPOINTS, FINAL = "checkpoints", "final"
-"""Folder with a `step-N` for each checkpoint, and that of the finished model."""
+CHECKPOINTS, FINAL = "checkpoints", "final"  # folder of the checkpoints `step-N`, and folder of the finished model
 
 RUN_CONFIG_FORM = {
     **{"seed": int, "corpus?": str},
     "model": {"norm_type": str, "norm_kwargs": {"lam?": _NUMBER}, "norm_overrides?": list, "model_type?": str},
 }
-RUN_NORM_FORM = {"type": str, "kwargs": {"lam?": _NUMBER}}
-"""A norm of single sites in `norm_overrides`."""
+RUN_NORM_FORM = {"type": str, "kwargs": {"lam?": _NUMBER}}  # a norm in `norm_overrides`
 RUN_ENVIRONMENT_FORM = {
     **{"init_sha": str, "parameters": int, "device": str, "cpu_count": int, "date": str},
     "versions": {"torch": str, "*": (str, type(None))},
@@ -31,7 +27,7 @@ RUN_STEP_FORM = {
 
 # The directory of a model's scores.
 SCORES, SCORES_FOLDER, MANIFEST, RESULTS = "scores.json", "scores", "manifest.json", "results"
-"""The scores, the folder that a run directory has them in, and beside them: what was asked, and all answers."""
+"""The scores, their folder in a run directory, and beside them the request and the folder of all answers."""
 
 SCORES_FORM = {
     "smoke": bool,
@@ -56,18 +52,19 @@ RESULT_FORM = {
     **{"skipped?": str, "definition?": {"tasks": [str]}},
 }
 
+# The directory of a converted checkpoint.
+CONVERSION, CONVERSION_REPORT = "conversion.json", "report"  # record of the conversion, folder of its report
+
 # The directory of a study.
 PLAN, SOURCE, RECIPES, RUNNING = "study.json", "study.yaml", "recipes", "running.json"
-"""The plan, the file that it was made of, the recipes of its conditions, and the names of what runs now."""
+"""The plan, the study's file, the recipes of its conditions, and the names of the jobs that run now."""
 CELLS, CELL_RUN, FAILURE, LOG = "cells", "run", "failure.json", "log.txt"
-"""Folder of all cells; in that of one cell: its run directory, what its last try failed of, what its programs said."""
+"""Folder of all cells; in a cell's folder: its run directory, the error of its last try, the output of its programs."""
 SEARCHES, WINNER, TRIAL = "search", "winner.json", "result.json"
-"""Folder of all searches; in that of one: what it found; in that of one trial: what came out."""
+"""Folder of all searches; in a search's folder the best trial; in a trial's folder its result."""
 
 PLAN_FORM = {"study": dict, "recipes": {"*": str}, "history": list, "command": [str]}
 RUNNING_FORM = [str]
 FAILURE_FORM = {"done": str, "problem": str}
 WINNER_FORM = {"lam": _NUMBER, "learning_rate": _NUMBER}
-TRIAL_FORM: dict[str, Any] = {
-    **{"state": str, "loss": _NUMBER, "lam": float, "learning_rate": float, "validated": list}
-}
+TRIAL_FORM = {"state": str, "loss": _NUMBER, "lam": float, "learning_rate": float, "validated": list}

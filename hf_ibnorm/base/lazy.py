@@ -1,4 +1,4 @@
-"""Imports put off: names of a package on demand, and what is to happen once a module of another library is imported."""
+"""Imports put off: names of a package on demand, and functions called once a module of another library is imported."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +13,10 @@ from typing import Any
 def on_demand(
     package: str, homes: Mapping[str, Sequence[str]], made: Mapping[str, Callable[[str], Any]] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` (PEP 562) of a package that imports its modules when one of their names is used.
+    """`__getattr__` and `__dir__` (PEP 562) of a package that imports a module when one of its names is first used.
 
-    The modules themselves are attributes of the package too, as if it had imported them.
-
-    Args:
-        package: its full name.
-        homes: module of the package → the public names that it has.
-        made: prefix → function that makes what a name with that prefix stands for, from the rest of the name.
+    `homes` is module → public names in it; `made` is prefix → function that makes what a name with that prefix stands
+    for, from the rest of the name. The modules themselves are attributes of the package too.
     """
     home = {name: module for module, names in homes.items() for name in names}
 
@@ -33,7 +29,7 @@ def on_demand(
             value = (made or {})[prefix](name.removeprefix(prefix))
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        setattr(sys.modules[package], name, value)  # so that Python does not ask again
+        setattr(sys.modules[package], name, value)  # Python asks `__getattr__` only once
         return value
 
     def __dir__() -> list[str]:
@@ -43,7 +39,7 @@ def on_demand(
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds what the other finders find, and lets a function see each of some modules when it has been executed."""
+    """Finds modules by the other finders, and calls a function with each module of `then` after its execution."""
 
     def __init__(self, then: Mapping[str, Callable[[ModuleType], None]]) -> None:
         self.then = then
@@ -57,26 +53,23 @@ class _AfterImport(MetaPathFinder):
             return None
         execute = spec.loader.exec_module
 
-        def execute_and_tell(module: ModuleType) -> None:
+        def execute_then_call(module: ModuleType) -> None:
             execute(module)
             self.then[fullname](module)
 
-        spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_then_call  # type: ignore[method-assign]
         return spec
 
 
 def after_import(package: str, then: Mapping[str, Callable[[ModuleType], None]]) -> None:
-    """Call functions with modules of `package`, now where they are imported already, or else as soon as they are.
+    """Call functions with modules of `package` as soon as these are imported, or now if they are already.
 
-    No other thread sees such a module before its function has seen it, but for one that was imported before this call.
-
-    Args:
-        package: full name of the package the modules lie in; imported before them, it tells whether one may be there.
-        then: name of a module in it → what to call with it; may be called again with the same module.
+    `then` is module in the package → function, which may be called again with the same module. No other thread sees a
+    module before its function has, except a module that was imported before this call.
     """
     named = {f"{package}.{name}": function for name, function in then.items()}
     if package not in sys.modules:
         sys.meta_path.insert(0, _AfterImport(named))
-    if package in sys.modules:  # or is by now, in another thread that the finder may have come too late for
+    if package in sys.modules:  # perhaps since a moment: another thread imported it before the finder was there
         for name, function in named.items():
-            function(import_module(name))  # waits for a thread that is importing it just now
+            function(import_module(name))  # waits for a thread that is just importing it

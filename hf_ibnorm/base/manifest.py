@@ -11,22 +11,21 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Note what is in `folder`, in a file of its own; an older one is replaced."""
+    """Write the manifest of `folder` into it; an older manifest is replaced."""
     paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = {name: [(folder / name).stat().st_size, sha256_file(folder / name)] for name in paths if name != MANIFEST}
     write_text(folder / MANIFEST, _text(files))
 
 
 def _text(files: dict[str, Any]) -> str:
-    """Contents of a manifest, which ends in its own hash."""
+    """Content of a manifest, which ends in its own hash."""
     return json.dumps({"files": files, "sha256": sha256([json.dumps(files)])}, indent=2) + "\n"
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files in `folder`; None where every one of the manifest is as it was noted.
+    """The first damage to a file of the manifest in `folder`, in words; None where there is none.
 
-    Raises:
-        OSError: a file is there and cannot be read. That says nothing about its content: another try may read it.
+    OSError where a file cannot be read, which says nothing about its content: another try may read it.
     """
     name = MANIFEST
     try:
@@ -35,8 +34,8 @@ def damage(folder: Path) -> str | None:
         if text != _text(files):
             return f"{name} is damaged"
         for name, (size, digest) in files.items():
-            if (found := (folder / name).stat().st_size) != size:
-                return f"{name} has {found} bytes, not {size}"
+            if (length := (folder / name).stat().st_size) != size:
+                return f"{name} has {length} bytes, not {size}"
             if sha256_file(folder / name) != digest:
                 return f"{name} is damaged"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -49,18 +48,16 @@ def damage(folder: Path) -> str | None:
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether `folder` holds a manifest of ours; others have files of that name, too."""
+    """Whether `folder` holds a manifest of ours; other programs write files of that name too."""
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    except OSError as error:
-        if not is_absent(error):
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and not is_absent(error):
             raise
         return False
     return isinstance(content, dict) and content.keys() == {"files", "sha256"}
 
 
 def is_absent(error: OSError) -> bool:
-    """Whether an error of opening a file means that there is none; a path may also end in a folder or in a ring."""
+    """Whether an error of opening a file means that there is none: the path may end in a folder or a ring of links."""
     return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)

@@ -1,4 +1,4 @@
-"""Files that users wrote, other programs wrote, or something damaged: whatever is wrong with one is said in one line.
+"""Files that may be damaged or wrong, whoever wrote them: every error is one line that names the file.
 
 Imports nothing but the standard library and PyYAML, so that a command can read its files before it loads torch.
 """
@@ -7,30 +7,27 @@ import errno
 import json
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .errors import TryAgain, UserError
 from .room import is_out_of_memory
 
-NODES = 100_000
-"""Values that a YAML file may have, with every alias written out: a few lines of aliases can stand for 10⁹."""
-TOLD = 300
-"""Characters of another library's message that are shown."""
+NODES = 100_000  # values that a YAML file may have, aliases written out: a few lines of aliases can stand for 10⁹
+TOLD = 300  # characters of another library's message that are shown
 
 _NETWORK = ("requests", "urllib3", "httpx", "httpcore", "aiohttp")
-"""What the modules of libraries begin with whose errors, a server's answer apart, are of the network."""
+"""Packages whose exceptions mean that the network failed, unless they carry a server's answer."""
 # Reasons that stay until somebody mends them. All others, such as EIO, ESTALE or ETIMEDOUT, may pass.
-_LASTING = {
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
-}
+_LASTING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Form = Any
-"""What a value has to be: a type or a tuple of them (`float` is any finite number, `int` a whole one, and a bool is
-neither); `[form]`, a list; `{"name": form}`, a mapping that has these, of which names with a `?` at their end may be
-missing, and of which "*" stands for all others."""
+"""The form of a value: a type or a tuple of types (`float` is any finite number, `int` a whole one, neither takes a
+bool); `[form]`, a list; `{"name": form}`, a mapping with these names, in which "name?" may be missing, and "*" stands
+for all other names."""
 _WORDS: dict[Any, str] = {
     **{int: "a whole number", float: "a finite number", str: "text", bool: "true or false"},
     **{dict: "a mapping", list: "a list", type(None): "null"},
@@ -39,17 +36,16 @@ _WORDS: dict[Any, str] = {
 
 @contextmanager
 def reading(field: str, path: Path | str, *kinds: type[Exception], retry: bool = False) -> Iterator[None]:
-    """Around code that reads and parses a file, and nothing else: whatever it raises is the file's fault.
+    """Around code that reads and parses a file, and nothing else: an exception in it is the file's fault.
 
     Args:
-        field: what the file was given as, such as "config".
+        field: the setting that named the file, such as "config".
         path: the file, as the message calls it.
-        *kinds: the exceptions that are; all where none is named.
-        retry: whether the same command may succeed later, where the reason may pass by itself.
+        *kinds: the exceptions that are the file's fault; all by default.
+        retry: whether a reason that may pass is a `TryAgain`.
 
     Raises:
-        TryAgain: with `retry`, for a reason that may pass.
-        UserError: for any other. One from inside goes on as it is.
+        UserError: for such an exception. A UserError from inside goes on as it is.
     """
     try:
         yield
@@ -64,25 +60,23 @@ def reading(field: str, path: Path | str, *kinds: type[Exception], retry: bool =
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same read may succeed later: a network or a disk failed; not: a file is missing, locked, damaged."""
-    found: BaseException | None = error
-    while found is not None:
-        status = getattr(getattr(found, "response", None), "status_code", getattr(found, "status", None))
+    cause: BaseException | None = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", getattr(cause, "status", None))
         if isinstance(status, int):
             return status in (408, 425, 429) or status >= 500
-        if isinstance(found, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        if isinstance(cause, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
             return False
-        if isinstance(found, OSError) and found.errno is not None:
-            return found.errno not in _LASTING
-        if isinstance(found, ConnectionError | TimeoutError):
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.errno not in _LASTING
+        if isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.startswith(_NETWORK):
             return True
-        if type(found).__module__.startswith(_NETWORK):
-            return True
-        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return False
 
 
 def told(error: BaseException) -> str:
-    """What an exception says, in one line of a length to read."""
+    """The message of an exception, in one line of `TOLD` characters at most."""
     match error:
         case RecursionError():
             return "it is nested too deeply"
@@ -96,26 +90,14 @@ def told(error: BaseException) -> str:
 
 
 def read_text(field: str, path: Path) -> str:
-    """A file of UTF-8, without the byte order mark that it may begin with.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The text of a UTF-8 file, without a byte order mark at its beginning; UserError where it cannot be read."""
     with reading(field, path):
         return path.read_text(encoding="utf-8-sig")
 
 
 def read_json(field: str, path: Path, form: Form = dict) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it cannot be read, is no JSON, or is not of this form.
-    """
-    text = read_text(field, path)
-    with reading(field, path):
-        content = json.loads(text, parse_constant=_no_number)
-    check_form(f"{field}: {path}", content, form)
-    return content
+    """The content of a JSON file; UserError where it cannot be read, is no JSON, or is not of this form."""
+    return _parsed(field, path, form, partial(json.loads, parse_constant=_no_number))
 
 
 def _no_number(constant: str) -> None:
@@ -124,15 +106,14 @@ def _no_number(constant: str) -> None:
 
 
 def read_yaml(field: str, path: Path, form: Form = dict) -> Any:
-    """The content of a YAML file, in YAML's safe subset.
+    """The content of a YAML file; UserError where it cannot be read, `parse_yaml` fails, or it is not of this form."""
+    return _parsed(field, path, form, parse_yaml)
 
-    Raises:
-        UserError: it cannot be read, is no YAML, has a name twice in one mapping, has too many values with its aliases
-            written out, or is not of this form.
-    """
+
+def _parsed(field: str, path: Path, form: Form, parse: Callable[[str], Any]) -> Any:
     text = read_text(field, path)
     with reading(field, path):
-        content = parse_yaml(text)
+        content = parse(text)
     check_form(f"{field}: {path}", content, form)
     return content
 
@@ -159,25 +140,20 @@ def parse_yaml(text: str) -> Any:
 
 
 def _values(node: Any, known: dict[int, int]) -> int:
-    """How many values a YAML node stands for."""
-    import yaml
-
+    """The number of values that a YAML node stands for; `known` holds those of nodes counted before, by id."""
     if id(node) in known:
         return known[id(node)]
-    known[id(node)] = NODES + 1  # of one that holds itself, which has no end
+    known[id(node)] = NODES + 1  # while it is counted: a node that holds itself has no end
     children: list[Any] = []
-    if isinstance(node, yaml.SequenceNode):
+    if node.id == "sequence":
         children = node.value
-    elif isinstance(node, yaml.MappingNode):
-        seen = set[str]()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise ValueError(
-                        f"{key.value} stands there twice, the second time in line {key.start_mark.line + 1}"
-                    )
-                seen.add(key.value)
-        children = [value for pair in node.value for value in pair]
+    elif node.id == "mapping":
+        names = set[str]()
+        for key in (key for key, _ in node.value if key.id == "scalar"):
+            if key.value in names:
+                raise ValueError(f"{key.value} stands there twice, the second time in line {key.start_mark.line + 1}")
+            names.add(key.value)
+        children = [part for pair in node.value for part in pair]
     known[id(node)] = 1 + sum(_values(child, known) for child in children)
     return known[id(node)]
 
@@ -188,24 +164,24 @@ def check_form(where: str, value: Any, form: Form) -> None:
         _check_type(where, value, dict)
         for name in value.keys() - form.keys() if "*" in form else ():
             check_form(f"{where}: {name}", value[name], form["*"])
-        for name, each in form.items():
+        for name, part in form.items():
             optional, name = name.endswith("?") or name == "*", name.removesuffix("?")
             if name in value:
-                check_form(f"{where}: {name}", value[name], each)
+                check_form(f"{where}: {name}", value[name], part)
             elif not optional:
                 raise UserError(f"{where} has no {name}")
     elif isinstance(form, list):
         _check_type(where, value, list)
-        for i, each in enumerate(value):
-            check_form(f"{where}: item {i}", each, form[0])
+        for i, item in enumerate(value):
+            check_form(f"{where}: item {i}", item, form[0])
     else:
         _check_type(where, value, *(form if isinstance(form, tuple) else (form,)))
 
 
 def _check_type(where: str, value: Any, *kinds: type) -> None:
     if not any(_is(value, kind) for kind in kinds):
-        got = repr(value)
-        shown = got if len(got) <= 60 else f"{got[:60]}..."
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
         raise UserError(f"{where}: got {shown}, must be {' or '.join(_WORDS[kind] for kind in kinds)}")
 
 

@@ -8,22 +8,20 @@ from threading import current_thread, main_thread
 from typing import Any
 
 _ORDERS = (signal.SIGTERM, signal.SIGINT)
-_WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
-"""What says that the end is near: it may come again and again, and an order after it."""
-_ECHO = 2.0
-"""Seconds in which a launcher may pass on a signal that the whole process group had got already."""
+_WARNINGS = (signal.SIGHUP, signal.SIGUSR1)  # that the end is near; may come repeatedly, and an order after them
+_ECHO = 2.0  # seconds in which a launcher may pass on a signal that the whole process group has got already
 
 
 class StopSignals:
-    """While entered, the first signal ends the program in order, but for warnings it was started to ignore (`nohup`).
+    """While entered, the first signal ends the program in order: its name is in `name`, and `ending` is raised.
 
-    The signal is noted in `name`, and `ending` is raised wherever the program stands. Where `deferred` is set, the
-    program asks for `name` itself at a place where it can stop.
+    With `deferred` set nothing is raised: the program looks at `name` where it can stop. A warning that the program was
+    started to ignore (`nohup`) is ignored.
 
     Args:
         ending: makes the exception that ends the program.
         insist: whether a second SIGTERM or SIGINT ends the process at once, with 128 + its number as exit code. If not,
-            only the first signal counts, and none is heard after it, not even once this is left.
+            all signals after the first are ignored, also after leaving this.
     """
 
     def __init__(self, ending: Callable[[signal.Signals], BaseException], insist: bool = True) -> None:
@@ -36,18 +34,18 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if current_thread() is main_thread():  # elsewhere Python allows no handlers
-            for each in (*_ORDERS, *_WARNINGS):
-                if each in _ORDERS or signal.getsignal(each) is not signal.SIG_IGN:
-                    self._before[each] = signal.signal(each, self._handle)
+            for number in (*_ORDERS, *_WARNINGS):
+                if number in _ORDERS or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.insist or not self.name:
-            for each, handler in self._before.items():
-                signal.signal(each, handler)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise `ending` again where a signal has come: other people's code may have caught it."""
+        """Raise `ending` again after a signal: other people's code may have caught the first exception."""
         if self._first is not None:
             raise self.ending(self._first)
 

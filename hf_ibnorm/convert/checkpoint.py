@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..base.files import atomic_directory, write_json, write_text
+from ..base.layout import CONVERSION
 from ..base.manifest import MANIFEST
 from ..base.reading import reading
 from ..base.room import check_disk, check_room
@@ -23,38 +23,18 @@ from ..modeling_ibnorm import build_site
 from ..norms import NORMS, norm_name
 from ..report.environment import environment_record
 from ..sites import contract
-from ..swap.loading import TOKENIZER_FILES, load, name_tokenizer
+from ..swap.loading import load, name_tokenizer
 from ..swap.patching import apply_norm, norm_sites
 from ..swap.remote_code import add_remote_code
 from ..swap.target import relative_globs
 from .calibrate import Errors, fit_norms, stock_norm
 from .settings import Conversion
-from .source import Source, check_ramped, check_tensors, read_source
-from .weights import INDEX, SINGLE, STORED, cast, rewrite
+from .source import COPIED, Source, check_ramped, check_tensors, read_source
+from .weights import INDEX, SINGLE, cast, rewrite
 
-RECORD = "conversion.json"
-_TAKEN = (
-    *TOKENIZER_FILES,
-    *("merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model"),
-    *("*.tiktoken", "tekken.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
-)
-"""What goes with a model and is copied: tokenizer, generation config, chat template, terms of use."""
-_REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md", RECORD, MANIFEST)
-TEMPLATES = "additional_chat_templates"
-"""Folder in which Transformers puts named chat templates."""
-
-
-@dataclass
-class Change:
-    """What becomes of the tensors: names of those left out, values of those put in."""
-
-    dropped: set[str] = field(default_factory=set)
-    added: dict[str, Tensor] = field(default_factory=dict)
-    lost: dict[str, float] = field(default_factory=dict)
-    """Dropped tensors that were trained → how far the farthest of their values is from where training begins."""
-    exact: set[str] = field(default_factory=set)
-    """Those put in that keep their dtype, whatever the others get."""
+# Files of a source that the target has another version of.
+_REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md", CONVERSION, MANIFEST)
+TEMPLATES = "additional_chat_templates"  # folder in which Transformers puts named chat templates
 
 
 def convert_checkpoint(
@@ -72,8 +52,8 @@ def convert_checkpoint(
 ) -> dict[str, Any]:
     """Write a checkpoint with other norms: config, weights, tokenizer, generation config, chat template.
 
-    Weights stream from file to file, so that memory does not grow with the model. `target` appears when it is whole, or
-    not at all. Where every norm is the architecture's own in the end, the target is a stock checkpoint.
+    Weights stream from file to file, so that memory does not grow with the model. `target` appears whole or not at all.
+    Where every norm is the architecture's own in the end, it is a stock checkpoint.
 
     Args:
         source: a Llama or GPT-2, stock or ours: directory with safetensors, name on the Hub, or a GGUF file, which is
@@ -82,19 +62,19 @@ def convert_checkpoint(
         norm: a name of `hf_ibnorm.NORMS`.
         norm_kwargs: its options; those left out take their defaults, `eps` the model's own.
         sites: globs over names relative to the base model, such as `"layers.0.*"`; None for all.
-        init: `keep`: gains and biases stay, the new norm does what it does at once. `identity`: options that make the
-            new norm the old one, to rounding: lam 0 (ibnorm_s: 1) and the standardization of the architecture
+        init: `keep`: gains and biases stay, and the new norm is at full strength. `identity`: options that make the new
+            norm the old one, to rounding: lam 0 (ibnorm_s: 1) and the standardization of the architecture
             (`layernormalnorm`, GPT-2 only: alpha 0), for λ to be ramped up in training. `calibrate`: gains and biases
-            fitted, norm by norm, so that each gives what the old one gave on some text, in the sense of least squares;
-            this loads the model, in float32.
+            fitted, norm by norm, by least squares to the outputs of the old norm on some text; this loads the model,
+            in float32.
         data: text to calibrate on: an embedded corpus, of which the training split is used, or a file (.txt,
             .jsonl, .parquet).
-        calibration_tokens: how much of it, about.
-        dtype: float32, bfloat16 or float16 for all weights; None for what they have.
+        calibration_tokens: length of that text in tokens, about.
+        dtype: float32, bfloat16 or float16 for all weights; None keeps theirs.
         remote_code: put the model's code into the target (`hf_ibnorm.remote_code`).
 
     Returns:
-        What was done, as it is written to `target/conversion.json`.
+        The record of the conversion, as in `target/conversion.json`.
 
     Raises:
         ValueError, TypeError: an argument or the source, named; nothing is left behind.
@@ -106,59 +86,61 @@ def convert_checkpoint(
         return convert_source(read_source(source, stack), Path(target), wanted)
 
 
-def convert_source(found: Source, target: Path, wanted: Conversion) -> dict[str, Any]:
-    """`convert_checkpoint` of a source that was read, for what was checked."""
-    _ = found.tokenizer  # a bad one makes a bad source, whether it is needed or not
-    with reading("source: config.json", found.folder), torch.device("meta"):
-        model = found.architecture(found.config)
-    check_tensors(found, model)
-    check_ramped(found, model)
+def convert_source(source: Source, target: Path, wanted: Conversion) -> dict[str, Any]:
+    """`convert_checkpoint` for a source that was read and a conversion that was checked."""
+    _ = source.tokenizer  # a bad one makes a bad source, whether it is needed or not
+    with reading("source: config.json", source.folder), torch.device("meta"):
+        model = source.architecture(source.config)
+    check_tensors(source, model)
+    check_ramped(source, model)
     options = dict(wanted.norm_kwargs or {})
     if wanted.init == "identity":
-        options = identity_options(wanted.norm, options, found)
+        options = _identity_options(wanted.norm, options, source)
     old, globs = norm_sites(model.base_model), relative_globs(model, wanted.sites)
     apply_norm(model, wanted.norm, wanted.sites, **options)
-    config = _config_of(model, found)
+    config = _config_of(model, source)
     if wanted.remote_code and config is not model.config:
         raise ValueError("remote_code: got True, but a stock checkpoint needs no code of ours; leave it out")
-    change = _changes(found, old, model.config)
-    errors = _calibrate(found, model.config, change, wanted) if wanted.init == "calibrate" else None
-    check_disk("target", target, 1.01 * _bytes(found, wanted.dtype))
+    dtype = getattr(torch, wanted.dtype) if wanted.dtype else None
+    added, dropped, lost = _changes(source, old, model.config, dtype)
+    errors = _calibrate(source, model.config, added, wanted) if wanted.init == "calibrate" else None
+    check_disk("target", target, 1.01 * source.bytes_in(wanted.dtype))
+    norm = {"type": model.config.norm_type, "kwargs": model.config.norm_kwargs}
+    norm = norm if globs is None else model.config.norm_overrides[-1][1]
+    left = [path for path in sorted(source.folder.iterdir()) if not _is_one_of(path, (*COPIED, *_REPLACED))]
     record = {
-        "source": found.title,
-        "source_architecture": found.architecture.__name__,
+        "source": source.title,
+        "source_architecture": source.architecture.__name__,
         "architecture": config.architectures[0],
         "init": wanted.init,
-        "norm": _norm_record(model.config, globs),
+        "norm": {**norm, "sites": globs},
         **{name: getattr(model.config, name) for name in NORM_FIELDS},
         "dtype": wanted.dtype or "unchanged",
-        "tensors_added": sorted(change.added),
-        "tensors_dropped": sorted(change.dropped),
-        "lost": change.lost,
-        "files_left": files_left(found.folder),
+        "tensors_added": sorted(added),
+        "tensors_dropped": sorted(dropped),
+        "lost": lost,
+        "files_left": [f"{path.name}/" if path.is_dir() else path.name for path in left if path.name != TEMPLATES],
         "calibration": None if errors is None else {"data": Path(wanted.data).name, **errors},
         "environment": environment_record(),
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(target) as folder:
-        if wanted.dtype is not None:
-            config.dtype = getattr(torch, wanted.dtype)
+        if dtype is not None:
+            config.dtype = dtype
         config.save_pretrained(folder)
-        _write_weights(found, change, folder, wanted.dtype)
-        _copy_rest(found.folder, folder)
-        name_tokenizer(folder, found.family.tokenizer_name)
+        _write_weights(source, added, dropped, folder, dtype)
+        _copy_rest(source.folder, folder)
+        name_tokenizer(folder, source.family.tokenizer_name)
         if wanted.remote_code:
             add_remote_code(folder)
-        write_json(folder / RECORD, record)
+        write_json(folder / CONVERSION, record)
         write_text(folder / "README.md", card_text(record))
     return record
 
 
-def identity_options(norm: str, given: Mapping[str, Any], source: Source) -> dict[str, Any]:
+def _identity_options(norm: str, given: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """Options with which `norm` is the architecture's own norm.
 
-    Raises:
-        ValueError: there are none, an option is given that they decide, or the source has other norms already.
+    ValueError where there are none, they contradict a given option, or the source has other norms already.
     """
     name, stock = norm_name(norm, "norm"), source.family.pin.stock
     if isinstance(source.config, source.family.config):
@@ -178,72 +160,72 @@ def identity_options(norm: str, given: Mapping[str, Any], source: Source) -> dic
                 f"norm_kwargs.{option}: got {value!r} with init 'identity', which sets it to {decided.get(option)!r}; "
                 "leave it out, or use init 'keep'"
             )
-    return {**given, **{key: value for key, value in decided.items() if key in entry.defaults}}
+    return {**given, **{option: value for option, value in decided.items() if option in entry.defaults}}
 
 
 def _config_of(model: PreTrainedModel, source: Source) -> Any:
-    """The config to save: a stock one where every norm is what the architecture has."""
+    """The config to save: a stock config where every norm is the architecture's own."""
     config: Any = model.config
-    pin, ours = source.family.pin, type(model)
-    stock = next(stock for stock, cls in source.family.stock_classes.items() if cls is ours)
-    config.architectures = [ours.__name__]
-    if all(config.norm_at(site) == stock_norm(config) for site in pin.names(config)):
-        dropped = (*NORM_FIELDS, "model_type", "architectures", "auto_map")
-        fields = {name: value for name, value in config.to_dict().items() if name not in dropped}
+    config.architectures = [type(model).__name__]
+    if all(config.norm_at(site) == stock_norm(config) for site in source.family.pin.names(config)):
+        left_out = (*NORM_FIELDS, "model_type", "architectures", "auto_map")
+        fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
+        stock = next(stock for stock, cls in source.family.stock_classes.items() if cls is type(model))
         config = source.family.config.__bases__[1](**fields, architectures=[stock.__name__])
     return config
 
 
-def _changes(source: Source, old_norms: Mapping[str, nn.Module], config: Any) -> Change:
-    """Which tensors of norms the target has no place for, and which the source has not."""
-    shards, prefix = source.places, source.prefix
-    change = Change()
+def _changes(
+    source: Source, old_norms: Mapping[str, nn.Module], config: Any, dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], set[str], dict[str, float]]:
+    """The changes in the tensors of norms, for the target's config and `dtype` (None keeps the source's).
+
+    Returns:
+        Added tensors by name; names of dropped tensors; and name of each dropped tensor that was trained → the largest
+        distance of a value from its initial value.
+    """
+    added: dict[str, Tensor] = {}
+    dropped: set[str] = set()
+    lost: dict[str, float] = {}
     for site, old in old_norms.items():
-        new, initial = build_site(config, site), contract(old).initial_values()
-        had, parameters = source.of_norm(site), dict(new.named_parameters())
-        for name, value in new.state_dict().items():
-            key = f"{prefix}{site}.{name}"
-            if name == contract(new).ramp:  # the config says what it is
-                change.added[key] = value
-                change.exact.add(key)
-            elif name not in had:
-                change.added[key] = value.to(source.dtype_at(site)) if name in parameters else value
-        change.dropped |= {f"{prefix}{site}.{name}" for name in set(had) - new.state_dict().keys()}
-        for name in sorted({name for name, _ in old.named_parameters()} - parameters.keys()):
-            key = f"{prefix}{site}.{name}"
-            if moved := float((shards[key].tensor(key).float() - initial[name]).abs().max()):
-                change.lost[key] = moved
-    return change
+        start, new, initial = f"{source.prefix}{site}.", build_site(config, site), contract(old).initial_values()
+        stored, state = source.tensors_at(site), {f"{start}{name}": value for name, value in new.state_dict().items()}
+        parameters = {f"{start}{name}" for name, _ in new.named_parameters()}
+        dropped |= set(stored) - state.keys()
+        for name, value in state.items():
+            if name == f"{start}{contract(new).ramp}":  # of the config's value, and in float32 always
+                added[name] = value
+            elif name not in stored:
+                value = value.to(source.dtype_at(site)) if name in parameters else value
+                added[name] = value if dtype is None else cast(name, value, dtype)
+        for name in sorted({f"{start}{name}" for name, _ in old.named_parameters()} - parameters):
+            distance = (source.places[name].tensor(name).float() - initial[name.removeprefix(start)]).abs().max()
+            if distance:
+                lost[name] = float(distance)
+    return added, dropped, lost
 
 
-def _calibrate(source: Source, config: Any, change: Change, wanted: Conversion) -> dict[str, int | Errors]:
-    """Put fitted gains and biases into `change`; returns on how many tokens, and the errors, site by site."""
+def _calibrate(source: Source, config: Any, added: dict[str, Tensor], wanted: Conversion) -> dict[str, int | Errors]:
+    """Put fitted gains and biases into `added`; returns the number of tokens, and the errors by site."""
     if source.tokenizer is None:
         raise ValueError(f"source: {source.folder} has no tokenizer to calibrate with")
     tokens, context = wanted.calibration_tokens, config.max_position_embeddings
     ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, context).ids
-    # Of a block: inputs of the source and of the target, outputs of both.
+    # Of one block: inputs of the source and of the target, outputs of both.
     needed = 4 * 4 * ids.numel() * config.hidden_size
     check_room("calibration_tokens", tokens, needed, f"for the hidden states of {ids.numel():,} tokens")
     model = load("source", source.architecture, source.folder, dtype=torch.float32).eval()
     fitted, errors = fit_norms(model, config, ids)
     for name, value in fitted.items():
-        key, site = f"{source.prefix}{name}", name.rpartition(".")[0]
-        change.added[key] = value if wanted.dtype else cast(key, value, source.dtype_at(site))
+        dtype = getattr(torch, wanted.dtype) if wanted.dtype else source.dtype_at(name.rpartition(".")[0])
+        added[f"{source.prefix}{name}"] = cast(f"{source.prefix}{name}", value, dtype)
     return {"tokens": ids.numel(), "sites": errors}
 
 
-def _bytes(source: Source, dtype: str | None) -> int:
-    """Bytes of the source's tensors in `dtype`, as they are stored where that is None."""
-    if dtype is None:
-        return source.bytes
-    sizes = [(entry["data_offsets"], entry["dtype"]) for shard in source.shards for entry in shard.tensors.values()]
-    width = getattr(torch, dtype).itemsize
-    return sum((end - begin) // STORED[kind].itemsize * width for (begin, end), kind in sizes if kind in STORED)
-
-
-def _write_weights(source: Source, change: Change, folder: Path, dtype: str | None) -> None:
-    """The weights in as many parts, new tensors beside others of their norm, and the index."""
+def _write_weights(
+    source: Source, added: Mapping[str, Tensor], dropped: set[str], folder: Path, dtype: torch.dtype | None
+) -> None:
+    """The weights in as many files as the source's, new tensors beside others of their norm, and the index."""
     homes = {name.rpartition(".")[0]: shard for name, shard in source.places.items()}
     places: dict[str, str] = {}
     written, count = 0, len(source.shards)
@@ -251,14 +233,13 @@ def _write_weights(source: Source, change: Change, folder: Path, dtype: str | No
     if count > 1 and (len(set(files)) < count or SINGLE in files):  # out of several folders
         files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for shard, file in zip(source.shards, files, strict=True):
-        added = {
-            name: value if dtype is None or name in change.exact else cast(name, value, getattr(torch, dtype))
-            for name, value in sorted(change.added.items())
+        added_here = {
+            name: value
+            for name, value in sorted(added.items())
             if source.places.get(name, homes.get(name.rpartition(".")[0], source.shards[-1])) is shard
         }
-        written += rewrite(shard, folder / file, change.dropped, added, getattr(torch, dtype) if dtype else None)
-        kept = (shard.tensors.keys() - change.dropped) | added.keys()
-        places |= dict.fromkeys(sorted(kept), file)
+        written += rewrite(shard, folder / file, dropped, added_here, dtype)
+        places |= dict.fromkeys((shard.tensors.keys() - dropped) | added_here.keys(), file)
     if count > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": written}, "weight_map": dict(sorted(places.items()))})
 
@@ -268,36 +249,22 @@ def _is_one_of(path: Path, globs: Collection[str]) -> bool:
 
 
 def _copy_rest(source: Path, folder: Path) -> None:
-    """What goes with a model, and nothing else: anything may lie beside it, and the target may be published."""
+    """Copy the other files of a model, and nothing else: anything may lie beside them, and targets are published."""
     for path in sorted(source.iterdir()):
-        if _is_one_of(path, _TAKEN):
+        if _is_one_of(path, COPIED):
             shutil.copyfile(path, folder / path.name)
     for path in sorted((source / TEMPLATES).glob("*.jinja")):
         (folder / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, folder / TEMPLATES / path.name)
 
 
-def files_left(source: Path) -> list[str]:
-    """What lies in the source's folder that the target has neither a copy nor another version of."""
-    left = [path for path in sorted(source.iterdir()) if not _is_one_of(path, (*_TAKEN, *_REPLACED))]
-    return [f"{path.name}/" if path.is_dir() else path.name for path in left if path.name != TEMPLATES]
-
-
-def _norm_record(config: Any, globs: list[str] | None) -> dict[str, Any]:
-    """The norm that was asked for, with all its options, and the globs of its sites; None for all."""
-    sites = config.norm_pin.names(config)
-    site = next(site for site in sites if globs is None or any(fnmatchcase(site, glob) for glob in globs))
-    name, options = config.norm_at(site)
-    return {"type": name, "kwargs": options, "sites": globs}
-
-
 def card_text(record: dict[str, Any]) -> str:
-    """What the target is, for its README.md."""
+    """The target's README.md."""
     name, norm = record["source"], record["norm"]
     ours = record["architecture"].startswith("IBNorm")
     where = f"at {', '.join(f'`{glob}`' for glob in norm['sites'])} " if norm["sites"] else ""
-    stayed = record["architecture"] == record["source_architecture"] and not ours
-    if stayed or record["init"] == "identity":
+    same = record["architecture"] == record["source_architecture"] and not ours
+    if same or record["init"] == "identity":
         worth = "to rounding it computes what its source does"
     else:
         worth = "expect it to be worse than its source"
@@ -308,16 +275,13 @@ def card_text(record: dict[str, Any]) -> str:
         f"{'an' if ours else 'a'} {record['architecture']}: its norms {where}are `{norm['type']}` with "
         f"`{json.dumps(norm['kwargs'])}`. Made by `hf-ibnorm convert --init {record['init']}`; no "
         f"weight of another layer was changed, and nothing was trained: {worth}.",
-        *([f"Lost in this: {lost_text(record)}."] if record["lost"] else []),
+        *([f"Lost in this: {lost_text(record['lost'])}."] if record["lost"] else []),
         f"{'Load it after `import hf_ibnorm`. ' if ours else ''}The licence of the source goes on to apply.",
     ]
     return "\n\n".join(lines) + "\n"
 
 
-def lost_text(record: dict[str, Any]) -> str:
-    """The trained tensors that a conversion dropped, in words; empty where there are none."""
-    lost = record["lost"]
-    if not lost:
-        return ""
+def lost_text(lost: Mapping[str, float]) -> str:
+    """Dropped tensors that were trained, in words; `lost` is as in the record of a conversion, and not empty."""
     kinds = sorted({name.rpartition(".")[2] for name in lost})
     return f"{len(lost)} trained tensors ({', '.join(kinds)}), values up to {max(lost.values()):.3g} from their start"

@@ -1,4 +1,4 @@
-"""What a conversion cost: each stage of a model beside the model it was made of, as numbers, table and plot."""
+"""The cost of a conversion: the stages of a model beside their source, as numbers, table and plot."""
 
 import math
 import subprocess
@@ -15,36 +15,31 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..base.errors import bad_input
 from ..base.files import atomic_directory, check_new_directory, write_json, write_text
+from ..base.layout import CONVERSION_REPORT
 from ..checks import MOST_TOKENS, check_number
 from ..data.text import LEAST, Text, draw_text
+from ..norms import NORMS
 from ..report.document import Document, machine, readings
 from ..report.environment import environment_record
 from ..report.runs import read_scores
 from ..report.tables import Table, csv_text, number_cell, score_cell
 from ..swap.loading import load
-from .checkpoint import Source, card_text, convert_source, read_source
+from .checkpoint import card_text, convert_source
 from .measure import measure
-from .settings import DATA, NAME, SOURCE, TOKENS, Conversion
+from .settings import DATA, SOURCE, TOKENS, Conversion
+from .source import Source, read_source
 
 STAGES = {"keep": "swapped", "identity": "identity", "calibrate": "calibrated"}
-"""What a model is called in its report, by how it was made."""
-NOVEL = "austen_test"
-"""Benchmark of the embedded suite that is left out: a whole novel."""
-NAMED = ("lam", "unit", "standardize", "noise", "alpha")
-"""Options of a norm that its row names."""
+"""Init of a conversion → name of its result in the report."""
+NOVEL = "austen_test"  # benchmark of the embedded suite that is left out: a whole novel
 
 
 def report_conversion(
-    source: str | Path,
-    stages: Mapping[str, str | Path],
-    output: str | Path,
-    *,
-    data: str = DATA,
-    tokens: int = TOKENS,
-    scores: int | None = None,
+    source: str | Path, stages: Mapping[str, str | Path], output: str | Path, **measuring: Any
 ) -> dict[str, Any]:
-    """Measure what a model lost on its way, and write `report.md`, `report.json`, `sites.csv` and `report.png`.
+    """Measure stages of a model, and write `report.md`, `report.json`, `sites.csv` and `report.png`.
 
     Each stage is loaded in float32 beside the source, on the GPU where there is one, and runs on held-out text; scores
     of the embedded suite come from a process of `python -m eval` each.
@@ -53,33 +48,59 @@ def report_conversion(
         source: the model before its conversion, as `convert_checkpoint` takes it.
         stages: name → directory of a model made of it, in the order of the report.
         output: a new directory.
-        data: text to measure on: an embedded corpus, of which the test split is used, or a file (.txt,
-            .jsonl, .parquet).
-        tokens: how much of it, about.
-        scores: items of each embedded task (the novel is left out); 0 for no scores; None for 50 where
-            `hf_ibnorm[eval]` is installed, and none elsewhere.
+        **measuring: `data`, `tokens` and `scores`, as `_text_and_items` takes them.
 
     Returns:
         The content of `report.json`.
 
     Raises:
-        ValueError, TypeError: an argument, named, or the source is no language model with a tokenizer; nothing is
-            written.
-        OSError: the output exists or cannot be written.
+        ValueError, TypeError, OSError: an argument, named; nothing is written.
         RuntimeError: the suite cannot be run.
     """
     check_new_directory("output", Path(output))
     with ExitStack() as stack:
         original = read_source(source, stack)
-        text, scored = text_and_items(original, data, tokens, scores)
-        return _write(original, {name: Path(path) for name, path in stages.items()}, Path(output), text, scored)
+        text, items = _text_and_items(original, "", **measuring)
+        return _report(original, {name: Path(path) for name, path in stages.items()}, Path(output), text, items)
 
 
-def text_and_items(source: Source, data: str, tokens: int, scores: int | None, prefix: str = "") -> tuple[Text, int]:
-    """Text to measure on, and how many items are scored; `prefix` is what errors put before an argument's name.
+def convert_and_report(
+    source: str | Path, target: Path, wanted: Conversion, **measuring: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Convert a checkpoint, put a report into it, and the report's table into its card.
 
-    Raises:
-        ValueError, TypeError: as `report_conversion`.
+    Beside a calibrated target, a target of `init` keep is made, measured and removed. Results and errors are those of
+    `convert_checkpoint` and `report_conversion`; RuntimeError where only the report failed.
+    """
+    wanted.check(target)
+    with ExitStack() as stack:
+        original = read_source(source, stack)
+        text, items = _text_and_items(original, "report_", **measuring)
+        record = convert_source(original, target, wanted)
+        stages = {STAGES[wanted.init]: target}
+        try:
+            if wanted.init == "calibrate":
+                kept = Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))) / "kept"
+                convert_source(original, kept, replace(wanted, init="keep"))
+                stages = {STAGES["keep"]: kept, **stages}
+            report = _report(original, stages, target / CONVERSION_REPORT, text, items)
+            cost = f"## What it cost\n\n{stage_table(report).markdown()}\n`{CONVERSION_REPORT}/` has more.\n"
+            write_text(target / "README.md", f"{card_text(record)}\n{cost}")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RuntimeError(f"{target} is whole, its report is not: {error}") from error
+    return record, report
+
+
+def _text_and_items(
+    source: Source, prefix: str, data: str = DATA, tokens: int = TOKENS, scores: int | None = None
+) -> tuple[Text, int]:
+    """The text of a report, and the number of items of each embedded task that are scored (the novel is left out).
+
+    Args:
+        prefix: stands before argument names in errors.
+        data: an embedded corpus, of which the test split is used, or a file (.txt, .jsonl, .parquet).
+        tokens: length of the text in tokens, about.
+        scores: the number of items; None for 50 where `hf_ibnorm[eval]` is installed, and 0 elsewhere.
     """
     check_number(f"{prefix}tokens", tokens, LEAST, MOST_TOKENS)
     able = find_spec("lm_eval") is not None
@@ -96,14 +117,13 @@ def text_and_items(source: Source, data: str, tokens: int, scores: int | None, p
 
 
 def _check_language_model(field: str, model: Source) -> None:
-    """Raise ValueError where a model has no logits."""
     kind = model.architecture.__name__
     if not kind.endswith(("ForCausalLM", "LMHeadModel")):
         raise ValueError(f"{field}: got a {kind}; only a language model can be measured (--no_report)")
 
 
-def _write(source: Source, stages: Mapping[str, Path], output: Path, text: Text, scored: int) -> dict[str, Any]:
-    """`report_conversion` of a source that was read, with what was prepared."""
+def _report(source: Source, stages: Mapping[str, Path], output: Path, text: Text, items: int) -> dict[str, Any]:
+    """`report_conversion` for a source that was read, on a text that was drawn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with ExitStack() as stack:
         for name, folder in stages.items():
@@ -117,84 +137,43 @@ def _write(source: Source, stages: Mapping[str, Path], output: Path, text: Text,
     measured: dict[str, Any] = {}
     for name, folder in folders.items():
         model = old if name == SOURCE else _loaded(folder, device)
-        try:
+        with bad_input(ValueError, about=f"{name}: "):
             measured[name] = {"norm": _norm_of(model), **asdict(measure(old, model, text))}
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
     del old, model
     for name, folder in folders.items():
-        measured[name]["scores"] = embedded_scores(folder, scored) if scored else None
+        measured[name]["scores"] = _embedded_scores(folder, items) if items else None
     made = environment_record()
     record = {
         "source": source.title,
         "text": text.name,
         "tokens": text.ids.numel(),
         "bytes": text.bytes,
-        "scored": scored,
+        "scored": items,
         "stages": measured,
         "environment": {name: made[name] for name in ("date", "device", "cpu_count", "versions", "git_revision")},
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(output) as folder:
         write_json(folder / "report.json", record)
-        write_text(folder / "sites.csv", _sites_csv(record))
+        stage_sites = [(name, *item) for name, stage in measured.items() for item in stage["sites"].items()]
+        rows = [{"stage": name, "site": site, **cost} for name, site, cost in stage_sites]
+        write_text(folder / "sites.csv", csv_text(list(rows[0]), rows))
         picture = folder / "report.png" if find_spec("matplotlib") else None
         if picture:
             draw_sites(record, picture)
-        describe(record, picture).write(folder / "report.md")
+        _document(record, picture).write(folder / "report.md")
     return record
 
 
-def convert_and_report(
-    source: str | Path,
-    target: Path,
-    wanted: Conversion,
-    *,
-    data: str = DATA,
-    tokens: int = TOKENS,
-    scores: int | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Convert a checkpoint, and put a report into it and its table into its card.
-
-    Where it is calibrated, one that is only swapped is made besides, to be measured, and removed.
-
-    Returns:
-        What `convert_checkpoint` and `report_conversion` return.
-
-    Raises:
-        ValueError, TypeError, OSError: as those, before anything is written.
-        RuntimeError: the report failed; the target is whole.
-    """
-    wanted.check(target)
-    with ExitStack() as stack:
-        original = read_source(source, stack)
-        text, scored = text_and_items(original, data, tokens, scores, prefix="report_")
-        record = convert_source(original, target, wanted)
-        stages = {STAGES[wanted.init]: target}
-        try:
-            if wanted.init == "calibrate":
-                kept = Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))) / "kept"
-                convert_source(original, kept, replace(wanted, init="keep"))
-                stages = {STAGES["keep"]: kept, **stages}
-            report = _write(original, stages, target / NAME, text, scored)
-            cost = f"## What it cost\n\n{stage_table(report).markdown()}\n`{NAME}/` has more.\n"
-            write_text(target / "README.md", f"{card_text(record)}\n{cost}")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise RuntimeError(f"{target} is whole, its report is not: {error}") from error
-    return record, report
-
-
 def _check_stage(name: str, stage: Source, source: Source, length: int) -> None:
-    """Raise ValueError where a stage is no model that can have been made of the source, or takes no `length` tokens."""
+    """Raise ValueError where a stage cannot have been made of the source, or takes no sequence of `length` tokens."""
     if stage.family is not source.family:
         kinds = stage.architecture.__name__, source.architecture.__name__
         raise ValueError(f"stages: {name} is a {kinds[0]}, the source a {kinds[1]}")
     _check_language_model(f"stages: {name}", stage)
     for fact in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if getattr(stage.config, fact) != getattr(source.config, fact):
-            raise ValueError(
-                f"stages: {name} has {fact} {getattr(stage.config, fact)}, the source {getattr(source.config, fact)}"
-            )
+        values = getattr(stage.config, fact), getattr(source.config, fact)
+        if values[0] != values[1]:
+            raise ValueError(f"stages: {name} has {fact} {values[0]}, the source {values[1]}")
     if (context := stage.config.max_position_embeddings) < length:
         raise ValueError(f"stages: {name} has a context of {context} tokens, the text's sequences have {length}")
 
@@ -208,15 +187,16 @@ def _norm_of(model: PreTrainedModel) -> str:
     """The norm of a model in words."""
     if (name := getattr(model.config, "norm_type", None)) is None:
         return "the architecture's own"
-    options = "".join(f", {key} {value}" for key, value in model.config.norm_kwargs.items() if key in NAMED)
+    named = NORMS[name].contract.named_options
+    options = "".join(f", {key} {value}" for key, value in model.config.norm_kwargs.items() if key in named)
     return f"{name}{options}{' (with overrides)' if model.config.norm_overrides else ''}"
 
 
-def embedded_scores(model: Path, limit: int) -> dict[str, Any]:
+def _embedded_scores(model: Path, limit: int) -> dict[str, Any]:
     """Scores in the embedded suite, without the novel, on `limit` items a task; RuntimeError where eval fails."""
     with TemporaryDirectory(prefix="hf_ibnorm_") as folder:
-        flags = ["--suite", "embedded", "--skip", NOVEL, "--limit", str(limit), "--batch_size", "32"]
-        flags += ["--overlong", "skip"]  # a short context is no reason for no report
+        # --overlong: a short context is no reason for no report.
+        flags = f"--suite embedded --skip {NOVEL} --overlong skip --limit {limit} --batch_size 32".split()
         flags += ["--model", str(model), "--output", f"{folder}/scores"]
         # -P: an eval.py in the user's folder is not ours.
         done = subprocess.run([sys.executable, "-P", "-m", "eval", "run", *flags], capture_output=True, text=True)
@@ -248,25 +228,8 @@ def mean_score(scores: Mapping[str, Any]) -> float | None:
     return fmean(normalized) if normalized else None
 
 
-def _score_table(record: Mapping[str, Any]) -> Table:
-    """A row for each stage, a column for each embedded task."""
-    scores = {name: stage["scores"] for name, stage in record["stages"].items()}
-    tasks = [name for name in scores[SOURCE] if name != NOVEL]
-    rows = [[name, *(score_cell(row[each]) for each in tasks)] for name, row in scores.items()]
-    return Table(["stage", *tasks], rows)
-
-
-def _sites_csv(record: Mapping[str, Any]) -> str:
-    rows = [
-        {"stage": name, "site": site, **cost}
-        for name, stage in record["stages"].items()
-        for site, cost in stage["sites"].items()
-    ]
-    return csv_text(list(rows[0]), rows)
-
-
-def describe(record: Mapping[str, Any], picture: Path | None) -> Document:
-    """The report on a record, with the picture that `draw_sites` drew of it, if any."""
+def _document(record: Mapping[str, Any], picture: Path | None) -> Document:
+    """The report in words, with the picture of `draw_sites`, if any."""
     document = Document(f"What became of {record['source']}", made=[f"Made on {machine(record['environment'])}."])
     document.table(stage_table(record))
     document.paragraph(
@@ -276,7 +239,10 @@ def describe(record: Mapping[str, Any], picture: Path | None) -> Document:
     if picture:
         document.picture(picture, "output error and narrowest row of every site")
     if record["scored"]:
-        document.table(_score_table(record))
+        scores = {name: stage["scores"] for name, stage in record["stages"].items()}
+        tasks = [name for name in scores[SOURCE] if name != NOVEL]
+        rows = [[name, *(score_cell(row[task]) for task in tasks)] for name, row in scores.items()]
+        document.table(Table(["stage", *tasks], rows))
         document.paragraph(
             f"The first {record['scored']} items of each task of the embedded suite, by `python -m eval run`; the "
             "novel is left out. Means are over normalized scores, 0 for guessing and 100 for no mistake."
@@ -285,7 +251,7 @@ def describe(record: Mapping[str, Any], picture: Path | None) -> Document:
 
 
 def draw_sites(record: Mapping[str, Any], path: Path) -> None:
-    """Output error, and the narrowest row, of every site of every stage but the source."""
+    """Draw output error and narrowest row of every site, a curve for each stage of a report."""
     from ..report.plots import above, draw_curve, panels
 
     with panels(path, 2, 2, 3.2) as (errors, widths):
@@ -299,7 +265,7 @@ def draw_sites(record: Mapping[str, Any], path: Path) -> None:
             errors.set_yscale("log")
         errors.set_title("output error, fraction of the source's variance")
         widths.set_yscale("log")
-        # Or rows as wide as the source's would be drawn as if they differed.
+        # An axis of more than a decade, on which curves as good as equal to the source's look equal.
         widths.set_ylim(min(0.1, widths.get_ylim()[0]), max(2.0, widths.get_ylim()[1]))
         widths.set_title("standard deviation of the narrowest row")
         errors.figure.supxlabel("norm, from the embedding to the output")

@@ -1,6 +1,6 @@
-"""What can be said of a conversion and its report, for the command's help and for the code that carries it out.
+"""Settings of a conversion and its report, for the command's help and for the code that carries it out.
 
-Imports no torch: the help needs all of this, and nothing else.
+Imports no torch: the help is printed without it.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,17 +13,13 @@ from ..checks import MOST_TOKENS, check_choice, check_number
 
 INITS = ("keep", "identity", "calibrate")
 DTYPES = ("float32", "bfloat16", "float16")
-DATA, TOKENS = "sotu", 8192
-"""What is measured on where nothing is said: a text, and how much of it."""
-NAME = "report"
-"""Folder of the report inside a converted checkpoint."""
-SOURCE = "source"
-"""Name of the model that all others are compared with."""
+DATA, TOKENS = "sotu", 8192  # the text of a report, and how many tokens of it, by default
+SOURCE = "source"  # the stage of a report that all others are compared with
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is to be done, as `convert_checkpoint` documents it."""
+    """The arguments of `convert_checkpoint`, without source and target."""
 
     norm: str
     norm_kwargs: Mapping[str, Any] | None = None
@@ -35,12 +31,7 @@ class Conversion:
     remote_code: bool = False
 
     def check(self, target: Path) -> None:
-        """Check what needs no look at the source.
-
-        Raises:
-            ValueError, TypeError: an argument, named.
-            OSError: the target is there.
-        """
+        """Raise ValueError, TypeError or OSError for a bad argument, as far as it can be told without the source."""
         from ..data.text import LEAST
 
         check_choice("init", self.init, INITS)

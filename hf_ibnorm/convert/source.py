@@ -1,5 +1,6 @@
 """The source of a conversion: a model on disk or on the Hub, stock or ours, read and checked."""
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,57 +11,40 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..base.reading import told
 from ..base.room import check_model
 from ..modeling_ibnorm import agree, ramped_norms
 from ..norms import ramped_options
 from ..swap.families import FAMILIES, Family
-from ..swap.loading import check_tokenizer, has_tokenizer, load
+from ..swap.loading import HUB_FILES, TOKENIZER_FILES, check_tokenizer, has_tokenizer, load
 from ..swap.patching import norm_sites
 from .weights import STORED, Shard, read_shards
 
-_HUB = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+COPIED = (
+    *TOKENIZER_FILES,
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model"),
+    *("*.tiktoken", "tekken.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+)
+"""Files that a conversion copies: tokenizer, generation config, chat template, terms of use."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk.
-
-    Args:
-        folder: where it is.
-        name: as the user named it.
-        config: its config.
-        family: which it belongs to.
-        architecture: its class, stock or ours.
-        shards: its weights.
-    """
+    """A model on disk, called `title`: without the folders above it, or by its whole name on the Hub."""
 
     folder: Path
-    name: str
+    title: str
     config: Any
     family: Family
     architecture: type[PreTrainedModel]
     shards: list[Shard]
 
-    @property
-    def title(self) -> str:
-        """What it is called, without the folders that it lies in; a name on the Hub whole."""
-        path = Path(self.name)
-        return path.resolve().name if path.exists() else self.name
-
-    @property
-    def bytes(self) -> int:
-        """Size of its weights."""
-        return sum(shard.path.stat().st_size for shard in self.shards)
-
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer beside the weights; None where there is none.
-
-        Raises:
-            ValueError: it cannot be read, or has tokens that the embedding has no row for.
-        """
+        """The tokenizer beside the weights, checked against the config; None where there is none."""
         if not has_tokenizer(self.folder):
             return None
         tokenizer = load("source: tokenizer", AutoTokenizer, self.folder)
@@ -69,39 +53,45 @@ class Source:
 
     @cached_property
     def places(self) -> dict[str, Shard]:
-        """Name of a tensor → the part that has it."""
+        """Name of a tensor → the file with it."""
         return {name: shard for shard in self.shards for name in shard.tensors}
 
     @cached_property
     def prefix(self) -> str:
-        """What the names of the base model's tensors begin with.
+        """The beginning of the names of the base model's tensors.
 
-        A language model's may be named as those of the base model alone: Transformers adds the prefix when it loads.
+        The file of a language model may lack it: Transformers adds the prefix when it loads.
         """
         prefix = f"{self.architecture.base_model_prefix}."
         return prefix if any(name.startswith(prefix) for name in self.places) else ""
 
-    def of_norm(self, site: str) -> list[str]:
-        """The names of what the weights hold of a norm, relative to it."""
-        start = f"{self.prefix}{site}."
-        return [name.removeprefix(start) for name in self.places if name.startswith(start)]
+    def tensors_at(self, site: str) -> list[str]:
+        """The names of the tensors of a norm."""
+        return [name for name in self.places if name.startswith(f"{self.prefix}{site}.")]
 
     def dtype_at(self, site: str) -> torch.dtype:
-        """In which a norm's parameters are stored; where there are none, those of the rest."""
-        here = [f"{self.prefix}{site}.{name}" for name in self.of_norm(site)]
-        # A ramped option is in float32 whatever the rest is in.
-        others = (name for name in [*here, *self.places] if name.rpartition(".")[2] not in ramped_options())
-        kinds = (self.places[name].tensors[name]["dtype"] for name in others)
+        """The dtype in which a norm's parameters are stored; of a norm without parameters, that of the first tensor."""
+        ramped = ramped_options()  # always in float32
+        names = [name for name in [*self.tensors_at(site), *self.places] if name.rpartition(".")[2] not in ramped]
+        kinds = (self.places[name].tensors[name]["dtype"] for name in names)
         return next(STORED[kind] for kind in kinds if kind in STORED)
+
+    def bytes_in(self, dtype: str | None) -> int:
+        """Bytes of the weights in `dtype`; None for their files as they are."""
+        if dtype is None:
+            return sum(shard.path.stat().st_size for shard in self.shards)
+        entries = (entry for shard in self.shards for entry in shard.tensors.values() if entry["dtype"] in STORED)
+        return getattr(torch, dtype).itemsize * sum(math.prod(entry["shape"]) for entry in entries)
 
 
 def read_source(source: str | Path, stack: ExitStack) -> Source:
-    """The model to convert; what has to be made or fetched for it lasts as long as `stack`.
+    """Read the model to convert; a temporary directory for it lasts as long as `stack`.
 
     Raises:
         ValueError: it is no model of a known architecture, is quantized, or parts of it are missing.
     """
-    folder = Path(source)
+    folder, got = Path(source), f"source: got {str(source)!r}"
+    title = folder.resolve().name if folder.exists() else str(source)
     if folder.suffix == ".gguf":
         folder = _dequantized(folder, Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))))
     elif not folder.is_dir():
@@ -109,37 +99,28 @@ def read_source(source: str | Path, stack: ExitStack) -> Source:
     config = load("source: config.json", AutoConfig, folder)
     check_model("source", config, weights=False)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"source: got {str(source)!r}, which is quantized; load it, dequantize() it, and save that")
-    classes = {
-        cls.__name__: (family, cls) for family in FAMILIES for pair in family.stock_classes.items() for cls in pair
-    }
+        raise ValueError(f"{got}, which is quantized; load it, dequantize() it, and save that")
+    pairs = [(family, pair) for family in FAMILIES for pair in family.stock_classes.items()]
+    classes = {cls.__name__: (family, cls) for family, pair in pairs for cls in pair}
     names = config.architectures if isinstance(config.architectures, list) else []
     if not names or names[0] not in classes:
-        stock = [cls.__name__ for family in FAMILIES for cls in family.stock_classes]
-        raise ValueError(
-            f"source: got {str(source)!r}, a {names[0] if names else config.model_type}; known are {', '.join(stock)}, "
-            "stock or ours"
-        )
-    family, architecture = classes[names[0]]
+        known = ", ".join(stock.__name__ for _, (stock, _) in pairs)
+        raise ValueError(f"{got}, a {names[0] if names else config.model_type}; known are {known}, stock or ours")
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"source: got {str(source)!r}, which has an adapter of PEFT: merge it, and save the model anew"
-        )
+        raise ValueError(f"{got}, which has an adapter of PEFT: merge it, and save the model anew")
     shards = read_shards(folder, getattr(config, "transformers_weights", None))
-    return Source(folder, str(source), config, family, architecture, shards)
+    return Source(folder, title, config, *classes[names[0]], shards)
 
 
 def _fetched(name: str) -> Path:
     """The files of a model on the Hub."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(
-            f"source: got {name!r}, no such directory, and the Hub does not give it: {str(error).splitlines()[0][:200]}"
-        ) from error
+        return Path(snapshot_download(name, allow_patterns=[*HUB_FILES, *COPIED]))
+    except Exception as error:
+        why = f"no such directory, and the Hub does not give it: {told(error)}"
+        raise ValueError(f"source: got {name!r}, {why}") from error
 
 
 def _dequantized(file: Path, folder: Path) -> Path:
@@ -148,11 +129,9 @@ def _dequantized(file: Path, folder: Path) -> Path:
         raise ValueError(f"source: got {str(file)!r}, which needs gguf: pip install 'hf_ibnorm[gguf]'")
     if not file.is_file():
         raise ValueError(f"source: got {str(file)!r}, no such file")
-    from transformers import AutoModelForCausalLM
-
     quantized = load("source", AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = load("source", AutoTokenizer, file.parent, gguf_file=file.name)
-    # One that came from GGUF cannot be saved; its weights can.
+    # Transformers refuses to save a model that came from GGUF: its weights go into a new one.
     config = quantized.config
     del config.quantization_config
     with torch.device("meta"):
@@ -168,22 +147,23 @@ def _dequantized(file: Path, folder: Path) -> Path:
 
 
 def check_tensors(source: Source, model: PreTrainedModel) -> None:
-    """Raise ValueError where the weights are not those of the config: one is missing, or of another shape."""
+    """Raise ValueError where the weights do not fit the config: a tensor is missing, or of another shape."""
     model.tie_weights()
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    bare = "" if source.prefix else f"{source.architecture.base_model_prefix}."
-    there = {id(value) for name, value in parameters.items() if name.removeprefix(bare) in source.places}
+    absent = "" if source.prefix else f"{source.architecture.base_model_prefix}."
+    stored = {id(value) for name, value in parameters.items() if name.removeprefix(absent) in source.places}
     for name, value in parameters.items():
-        name = name.removeprefix(bare)
-        if name not in source.places:
-            if id(value) not in there:  # not even under the name of one that it is tied to
+        name = name.removeprefix(absent)
+        entry = source.places[name].tensors[name] if name in source.places else None
+        if entry is None:
+            if id(value) not in stored:  # nor is a tensor that it is tied to
                 raise ValueError(f"source: {source.folder} has no {name}")
-        elif (kind := source.places[name].tensors[name]["dtype"]) not in STORED:
-            raise ValueError(f"source: {source.folder} has a {name} of {kind}, must be one of {', '.join(STORED)}")
-        elif (shape := source.places[name].tensors[name]["shape"]) != list(value.shape):
-            raise ValueError(
-                f"source: {source.folder} has a {name} of shape {shape}, its config makes it {list(value.shape)}"
-            )
+        elif entry["dtype"] not in STORED:
+            kinds = f"{entry['dtype']}, must be one of {', '.join(STORED)}"
+            raise ValueError(f"source: {source.folder} has a {name} of {kinds}")
+        elif entry["shape"] != list(value.shape):
+            shapes = f"{entry['shape']}, its config makes it {list(value.shape)}"
+            raise ValueError(f"source: {source.folder} has a {name} of shape {shapes}")
 
 
 def check_ramped(source: Source, model: PreTrainedModel) -> None:
@@ -194,5 +174,5 @@ def check_ramped(source: Source, model: PreTrainedModel) -> None:
                 raise ValueError(f"source: {source.folder} has {name}, its config no norm with a {option} there")
     for site, norm, value in ramped_norms(model) if isinstance(source.config, source.family.config) else ():
         name = f"{source.prefix}{site}.{norm.ramp}"
-        if name in source.places and not agree(value, held := source.places[name].tensor(name)):
-            raise ValueError(f"source: {source.folder} has {held.item():g} as {name}, its config {value:g}")
+        if name in source.places and not agree(value, stored := source.places[name].tensor(name)):
+            raise ValueError(f"source: {source.folder} has {stored.item():g} as {name}, its config {value:g}")

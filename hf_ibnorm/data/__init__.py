@@ -2,22 +2,19 @@
 
 import json
 import lzma
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from typing import Any
 
+from ..checks import check_choice
+
 SPLITS = ("train", "validation", "test")
-
-
-def _austen(row: dict[str, Any]) -> str:
-    return {"Northanger Abbey": "validation", "Persuasion": "test"}.get(row["title"], "train")
-
-
-def _sotu(row: dict[str, Any]) -> str:
-    return "train" if row["year"] <= 2000 else "validation" if row["year"] <= 2010 else "test"
-
-
-CORPORA = {"austen": _austen, "sotu": _sotu}
+# Corpus → the split of one of its rows.
+CORPORA: dict[str, Callable[[dict[str, Any]], str]] = {
+    "austen": lambda row: {"Northanger Abbey": "validation", "Persuasion": "test"}.get(row["title"], "train"),
+    "sotu": lambda row: "train" if row["year"] <= 2000 else "validation" if row["year"] <= 2010 else "test",
+}
 
 
 def load_corpus(name: str, split: str) -> list[str]:
@@ -29,19 +26,17 @@ def load_corpus(name: str, split: str) -> list[str]:
             four train; sotu: up to 2000 train, 2001-2010 validate, 2011-2021 test.
 
     Returns:
-        One string a document, in the corpus's order.
+        One string a document, in the order of the corpus.
 
     Raises:
         ValueError: no such corpus or split.
     """
-    if name not in CORPORA:
-        raise ValueError(f"corpus: got {name!r}, allowed are {', '.join(CORPORA)}")
-    if split not in SPLITS:
-        raise ValueError(f"split: got {split!r}, allowed are {', '.join(SPLITS)}")
+    check_choice("corpus", name, tuple(CORPORA))
+    check_choice("split", split, SPLITS)
     return [row["text"] for row in _rows(name) if CORPORA[name](row) == split]
 
 
-@cache  # a few megabytes; to unpack them takes a tenth of a second, and each split is asked for
+@cache  # a few megabytes, unpacked in a tenth of a second; every split is read from them
 def _rows(name: str) -> tuple[dict[str, Any], ...]:
     packed = resources.files(__package__).joinpath(f"{name}.jsonl.xz").read_bytes()
     return tuple(json.loads(line) for line in lzma.decompress(packed).decode("utf-8").split("\n") if line)

@@ -1,8 +1,8 @@
-"""Text in files: which files a name stands for, and the documents in them. All text of the house is read here.
+"""Text files: the files that a name stands for, and the documents in them. All text files are read here.
 
 A file is .txt (documents of some 64 KiB, cut at empty lines), .jsonl (one document a line) or .parquet (one a row); the
-first two may be packed as .gz, .xz or .zst. A document that cannot be read is given in its place as a `BadDocument`, so
-that one bad line need not be the end of all the others. A byte order mark at the beginning of a file is no text.
+first two may be packed as .gz, .xz or .zst. A byte order mark at the beginning of a file is no text. In the place of a
+document that cannot be read comes a `BadDocument`, so that one bad line does not end the reading.
 """
 
 import gzip
@@ -28,16 +28,12 @@ from ..base.reading import reading, told
 T = TypeVar("T")
 KINDS = (".txt", ".jsonl", ".parquet")
 PACKINGS = ("", ".gz", ".xz", ".zst")
-PIECE = 1 << 16
-"""Bytes after which a text file is cut at the next empty line."""
-LONGEST_PIECE = 1 << 20
-"""Bytes after which it is cut where there is no empty line: at the last line break of them, else the last space."""
-READING = f"2 {PIECE} {LONGEST_PIECE}"
-"""Changes with every change of what is read from the same bytes: part of every hash that stands for a text."""
-WAITS = (1, 2, 4, 8, 16, 32)
-"""Seconds between the tries to read what could not be read for a reason that may pass."""
+PIECE = 1 << 16  # bytes after which a text file is cut at the next empty line
+LONGEST_PIECE = 1 << 20  # bytes after which it is cut without one: at their last line break, else their last space
+READING = f"2 {PIECE} {LONGEST_PIECE}"  # changes when the same bytes give other documents: part of every text's hash
+WAITS = (1, 2, 4, 8, 16, 32)  # seconds between tries after an error that may pass
 
-# As the `datasets` library tells splits apart by the names of files and folders.
+# The words by which the `datasets` library tells splits apart in names of files and folders.
 _OTHER_SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing", "eval", "evaluation")}
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -47,10 +43,9 @@ class BadDocument(UserError):
 
 
 def retried(read: Callable[[], Iterator[T]], pause: Callable[[float], Any] = time.sleep) -> Iterator[T]:
-    """What `read()` gives; where that ends with `TryAgain` it is called again, and what was given is passed over.
+    """The items of `read()`; after a `TryAgain` it is called again, and items given before are passed over.
 
-    Raises:
-        TryAgain: after `WAITS` without anything new.
+    The `TryAgain` goes on after `WAITS` without a new item.
     """
     given, waits = 0, iter(WAITS)
     while True:
@@ -64,7 +59,7 @@ def retried(read: Callable[[], Iterator[T]], pause: Callable[[float], Any] = tim
 
 
 def wait_or_raise(error: TryAgain, waits: Iterator[float], pause: Callable[[float], Any]) -> None:
-    """Wait for as long as `waits` says next, with a word; raise `error` where it says nothing more."""
+    """Wait for the next of `waits`, with a word on stderr; raise `error` after the last."""
     seconds = next(waits, None)
     if seconds is None:
         raise error
@@ -73,14 +68,10 @@ def wait_or_raise(error: TryAgain, waits: Iterator[float], pause: Callable[[floa
 
 
 def kind_of(path: Path, about: str = "corpus") -> str:
-    """.txt, .jsonl or .parquet.
-
-    Raises:
-        UserError: another kind of file.
-    """
+    """.txt, .jsonl or .parquet; UserError for another kind of file, beginning with `about`."""
     name = path.name.lower()
     for kind in KINDS:
-        if any(name.endswith(kind + packing) for packing in (PACKINGS if kind != ".parquet" else ("",))):
+        if name.endswith(tuple(kind + packing for packing in (PACKINGS if kind != ".parquet" else ("",)))):
             return kind
     raise UserError(
         f"{about}: got {path}, allowed are {', '.join(KINDS)}, alone or followed by {', '.join(PACKINGS[1:])}"
@@ -90,10 +81,7 @@ def kind_of(path: Path, about: str = "corpus") -> str:
 def read_file(path: Path, field: str = "text", about: str = "corpus") -> Iterator[str | BadDocument]:
     """The documents of one file.
 
-    Args:
-        path: the file.
-        field: where a line or row has its text.
-        about: the field that errors name.
+    A line or row has its text under the name `field`; `about` is the setting that errors name.
 
     Raises:
         UserError: the file cannot be read, or is damaged.
@@ -113,7 +101,11 @@ def read_file(path: Path, field: str = "text", about: str = "corpus") -> Iterato
         with _open(path) as file:
             if file.peek(len(BOM_UTF8)).startswith(BOM_UTF8):
                 file.read(len(BOM_UTF8))
-            yield from _pieces(file, path, about) if kind == ".txt" else _lines(file, path, field, about)
+            parts = _pieces(file) if kind == ".txt" else ((f"line {i}", line) for i, line in enumerate(file, 1))
+            for place, raw in parts:
+                document = _document(raw, kind, field, f"{path}, {place},", about)
+                if document is not None:
+                    yield document
 
 
 def _open(path: Path) -> Any:
@@ -131,96 +123,85 @@ def _open(path: Path) -> Any:
     return path.open("rb")
 
 
-def _pieces(file: Any, path: Path, about: str) -> Iterator[str | BadDocument]:
-    """The pieces of a text file; together they are all of it."""
-    piece, place = bytearray(), 0
+def _document(raw: bytes, kind: str, field: str, where: str, about: str) -> str | BadDocument | None:
+    """The text in a piece or line of a file; None for an empty line of JSON."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadDocument(f"{about}: {where} cannot be read: {error}")
+    if kind == ".txt":
+        return text
+    try:
+        return text_of(json.loads(text), field, where, about) if text.strip() else None
+    except (ValueError, RecursionError) as error:
+        return BadDocument(f"{about}: {where} is no JSON: {told(error)}")
+
+
+def _pieces(file: Any) -> Iterator[tuple[str, bytes]]:
+    """The pieces that make up a text file, each with its place in it."""
+    piece, start = bytearray(), 0
     while line := file.readline(LONGEST_PIECE - len(piece)):
         piece += line
         if len(piece) >= LONGEST_PIECE:
-            end = _cut(piece)
+            length = _cut(piece)
         elif len(piece) >= PIECE and line.endswith(b"\n") and not line.strip():
-            end = len(piece)
+            length = len(piece)
         else:
             continue
-        yield _decoded(bytes(piece[:end]), f"{path}, bytes {place:,} to {place + end:,},", about)
-        place += end
-        del piece[:end]
+        yield f"bytes {start:,} to {start + length:,}", bytes(piece[:length])
+        start += length
+        del piece[:length]
     if piece:
-        yield _decoded(bytes(piece), f"{path}, from byte {place:,} on,", about)
+        yield f"from byte {start:,} on", bytes(piece)
 
 
 def _cut(piece: bytearray) -> int:
-    """Where a piece without an empty line is cut: after its last line break, before its last space, or at its end, but
-    never within a character."""
-    if (end := piece.rfind(b"\n") + 1) >= PIECE:
-        return end
-    if (end := piece.rfind(b" ")) >= PIECE:
-        return end
+    """The length at which a piece without an empty line is cut: after its last line break, before its last space, or at
+    its end, but never within a character."""
+    for length in (piece.rfind(b"\n") + 1, piece.rfind(b" ")):
+        if length >= PIECE:
+            return length
     end = len(piece)
     while end > len(piece) - 4 and piece[end - 1] & 0xC0 == 0x80:
         end -= 1
     return end - 1 if piece[end - 1] >= 0xC0 else len(piece)
 
 
-def _decoded(raw: bytes, where: str, about: str) -> str | BadDocument:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return BadDocument(f"{about}: {where} cannot be read: {error}")
-
-
-def _lines(file: Any, path: Path, field: str, about: str) -> Iterator[str | BadDocument]:
-    for number, raw in enumerate(file, 1):
-        where = f"{path}, line {number},"
-        line = _decoded(raw, where, about)
-        if isinstance(line, BadDocument):
-            yield line
-        elif line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield BadDocument(f"{about}: {where} is no JSON: {told(error)}")
-            else:
-                yield text_of(row, field, where, about)
-
-
 def _rows(path: Path, field: str, about: str) -> Iterator[str | BadDocument]:
     import pyarrow.parquet as pq
 
-    number = 0
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         if field not in (columns := file.schema_arrow.names):
             raise UserError(f"text_field: got {field!r}, {path} has {', '.join(columns)}")
-        for batch in file.iter_batches(batch_size=128, columns=[field]):
-            for cell in batch.column(0):
-                number += 1
-                try:
-                    row = {field: cell.as_py()}
-                except UnicodeDecodeError as error:
-                    yield BadDocument(f"{about}: {path}, row {number}, cannot be read: {error}")
-                else:
-                    yield text_of(row, field, f"{path}, row {number},", about)
+        cells = (cell for batch in file.iter_batches(batch_size=128, columns=[field]) for cell in batch.column(0))
+        for number, cell in enumerate(cells, 1):
+            try:
+                row = {field: cell.as_py()}
+            except UnicodeDecodeError as error:
+                yield BadDocument(f"{about}: {path}, row {number}, cannot be read: {error}")
+            else:
+                yield text_of(row, field, f"{path}, row {number},", about)
 
 
 def text_of(row: Any, field: str, where: str, about: str = "corpus") -> str | BadDocument:
-    """The text of a line or row; `where` it stands is what a `BadDocument` says."""
+    """The text of a line or row; `where` is the place that a `BadDocument` names."""
     text = row.get(field) if isinstance(row, dict) else None
-    if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape
-            return BadDocument(f"{about}: {where} is no text: {error}")
-        return text
-    has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    return BadDocument(f"text_field: got {field!r}, {where} has no string there (it has {has})")
+    if not isinstance(text, str):
+        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        return BadDocument(f"text_field: got {field!r}, {where} has no string there (it has {has})")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape
+        return BadDocument(f"{about}: {where} is no text: {error}")
+    return text
 
 
-def find_files(name: str, about: str = "corpus") -> dict[str, list[Path]]:
+def find_files(name: str) -> dict[str, list[Path]]:
     """The text files that a name stands for, by split: "train", "validation", "test".
 
-    A file is a file of "train", whatever it is called. Those of a folder, and those that a glob matches, are told apart
-    by the words in their names below the folder, or below what no star stands in, as `datasets` does. Links are
-    followed; names that begin with a dot are matched by such patterns only.
+    A single file belongs to "train", whatever its name. Files of a folder, and files that a glob matches, are told
+    apart as `datasets` does, by the words in their paths below the folder, or below the part of the glob without stars.
+    Links are followed; a name that begins with a dot is matched only by a pattern that does.
 
     Returns:
         Split → its files, ordered by name; empty where there is no such file or folder, or no glob matches.
@@ -231,59 +212,58 @@ def find_files(name: str, about: str = "corpus") -> dict[str, list[Path]]:
     path = Path(os.path.expanduser(name))
     if path.is_file():
         return {"train": [path]}
-    if path.is_dir():
-        root, pattern = path, tuple[str, ...](("**", "*"))
-    elif _MAGIC.search(str(path)):
-        parts = path.parts
-        first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
-        root, pattern = Path(*parts[:first]), parts[first:]
+    root, pattern = path, tuple[str, ...](("**", "*"))
+    if not path.is_dir():
+        first = next((i for i, part in enumerate(path.parts) if _MAGIC.search(part)), len(path.parts))
+        root, pattern = Path(*path.parts[:first]), path.parts[first:]
+        if not pattern or not root.is_dir():
+            return {}
         if pattern[-1] == "**":
             pattern = (*pattern, "*")
-        if not root.is_dir():
-            return {}
-    else:
-        return {}
-    found: dict[str, list[Path]] = {}
-    for each in sorted(set(_matched(root, pattern, (), about))):
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(set(_matched(root, pattern, ()))):
         if path.is_dir():
             try:
-                kind_of(each)
+                kind_of(file)
             except UserError:
                 continue
-        found.setdefault(split_of(str(each.relative_to(root))), []).append(each)
-    return found
+        splits.setdefault(split_of(str(file.relative_to(root))), []).append(file)
+    return splits
 
 
 def split_of(name: str) -> str:
-    """The split that the words in a file's name say: "train" where they say nothing."""
+    """The split that the words in a file's name stand for; "train" where they stand for none."""
     words = set(re.split(r"[^a-z]+", name.lower()))
     return next((split for split, marks in _OTHER_SPLITS.items() if words & set(marks)), "train")
 
 
-def _matched(folder: Path, pattern: tuple[str, ...], above: tuple[str, ...], about: str) -> Iterator[Path]:
-    """The files below `folder` whose names match `pattern`, a glob for each folder on the way; `**` for any number."""
+def _matched(folder: Path, pattern: tuple[str, ...], above: tuple[str, ...]) -> Iterator[Path]:
+    """The files below `folder` that match `pattern`: a glob for each level of folders, `**` for any number of levels.
+
+    `above` holds the real paths of the folders that the same `**` has matched.
+    """
     first, rest = pattern[0], pattern[1:]
-    with reading(about, folder, OSError, retry=True):
+    with reading("corpus", folder, OSError, retry=True):
         real = os.path.realpath(folder)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     if first == "**":
         if real in above:
-            raise UserError(f"{about}: {folder} leads back to a folder that it is in")
+            raise UserError(f"corpus: {folder} leads back to a folder that it is in")
         if rest:
-            yield from _matched(folder, rest, (), about)
+            yield from _matched(folder, rest, ())
     for entry in entries:
         if not fnmatchcase(entry.name, "*" if first == "**" else first):
             continue
         if entry.name.startswith(".") and not first.startswith("."):
             continue
         path = folder / entry.name
-        with reading(about, path, OSError, retry=True):
-            is_folder, is_there = entry.is_dir(), path.exists()
-        if not is_there:
-            raise UserError(f"{about}: {path} is a link that leads nowhere; remove it, or mend it")
+        with reading("corpus", path, OSError, retry=True):
+            is_folder, exists = entry.is_dir(), path.exists()
+        if not exists:
+            raise UserError(f"corpus: {path} is a link that leads nowhere; remove it, or mend it")
         if is_folder and first == "**":
-            yield from _matched(path, pattern, (*above, real), about)
+            yield from _matched(path, pattern, (*above, real))
         elif is_folder and rest:
-            yield from _matched(path, rest, (), about)
+            yield from _matched(path, rest, ())
         elif not rest and first != "**" and entry.is_file():
             yield path

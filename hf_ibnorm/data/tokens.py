@@ -9,36 +9,26 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-PART = 1 << 16
-"""Characters of a document that are encoded at a time, about: one token takes a hundred bytes and more until it is a
-number."""
-AT_ONCE = 1 << 18
-"""Characters that are encoded in one call, of several documents."""
-_UNREACHABLE = "\U0010ffff\U0010fffe"
-"""Two noncharacters of Unicode, which no text interchanges."""
+PART = 1 << 16  # characters of a document in one part, about: until it is a number, a token takes a hundred bytes
+AT_ONCE = 1 << 18  # characters of several documents that are encoded in one call
+_UNREACHABLE = "\U0010ffff\U0010fffe"  # two noncharacters of Unicode, which no text interchanges
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 
 
 class Encoder:
-    """Turns texts into ids that mean text alone.
+    """Turns texts into ids, and what looks like a special token into ids of its characters.
 
     A tokenizer takes the characters of a special token, such as `</s>`, for that token: a document that quotes it would
-    end there. `encode_special_tokens` of the `tokenizers` library does not undo this where the model's own vocabulary
-    has the token as well, as T5's and every model of whole words do, and the next call through Transformers takes it
-    back. So this encodes with a copy of the tokenizer in which special tokens have names that no text can have.
+    end there. `encode_special_tokens` of the `tokenizers` library does not help where the model's own vocabulary has
+    the token as well, as T5's and every model of whole words do, and the next call through Transformers resets it. So
+    this encodes with a copy of the tokenizer in which special tokens have names that no text can have.
+
+    `bos` and `eos` are the ids of the tokens that begin and end a text, None for none.
 
     Args:
-        tokenizer: a fast tokenizer of Transformers.
-        add_bos: whether texts begin with its beginning-of-text token; "auto": where it begins them with one itself,
-            which is not also the end-of-text token that stands before them anyway.
-
-    Attributes:
-        tokenizer: the same.
-        bos: id of the token that texts begin with; None for none.
-        eos: id of its end-of-text token; None where it has none.
-
-    Raises:
-        ValueError: it is no fast tokenizer, or has no such token to add.
+        tokenizer: a fast tokenizer of Transformers; ValueError for another one.
+        add_bos: whether texts begin with its beginning-of-text token; "auto": where the tokenizer begins them with it,
+            unless it is also the end-of-text token, which stands before each text anyway.
     """
 
     def __init__(self, tokenizer: Any, add_bos: bool | str = "auto") -> None:
@@ -54,9 +44,9 @@ class Encoder:
     def backend(self) -> Tokenizer:
         """The copy that encodes: without truncation and padding, and with special tokens that no text holds."""
         content = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        named = {str(token) for token in self.tokenizer.all_special_tokens}
-        special = named | {token["content"] for token in content["added_tokens"] if token["special"]}
-        # A single character may be all that spells itself: a padding token "!" stays the word that it is.
+        special = {str(token) for token in self.tokenizer.all_special_tokens}
+        special |= {token["content"] for token in content["added_tokens"] if token["special"]}
+        # A token of one character keeps its name: where "!" is the padding token, only "!" spells that word.
         hidden = {token: _UNREACHABLE + token for token in special if len(token) > 1}
         for token in content["added_tokens"]:
             token["content"] = hidden.get(token["content"], token["content"])
@@ -68,7 +58,7 @@ class Encoder:
         if model.get("unk_token") is not None:
             model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
         if "merges" in model:
-            model["merges"] = [pair for pair in model["merges"] if not hidden.keys() & _involved(pair)]
+            model["merges"] = [pair for pair in model["merges"] if not hidden.keys() & {*pair, "".join(pair)}]
         content["truncation"] = content["padding"] = None
         copy = Tokenizer.from_str(json.dumps(content))
         copy.encode_special_tokens = True
@@ -76,44 +66,44 @@ class Encoder:
 
     @cached_property
     def drops_space(self) -> bool:
-        """Whether a space between words is part of neither side: then "a b" is "a" and "b", set side by side."""
+        """Whether a space between words is part of neither word: then "a b" has the tokens of "a" and of "b"."""
         whole, *sides = (self.backend.encode(text, add_special_tokens=False).ids for text in ("a b", "a", "b"))
         return bool(whole == sides[0] + sides[1])
 
     @property
     def key(self) -> list[str]:
-        """What its ids depend on."""
+        """Strings that change with the ids of any text."""
         return [self.tokenizer.backend_tokenizer.to_str(), f"bos {self.bos} eos {self.eos} text 2"]
 
     def documents(self, texts: list[str]) -> np.ndarray:
         """`texts` as one array of ids, uint32 of shape (n,), each text between `bos`, if any, and `eos`.
 
-        The backend is called directly: a novel in one call would only draw a warning about the context length. It does
-        not hold the interpreter's lock, so that threads encode side by side.
+        The backend is called directly: Transformers would warn of a novel's length. It does not hold the interpreter's
+        lock, so that threads encode side by side.
         """
-        begin, end = ([] if each is None else [np.array([each], dtype=np.uint32)] for each in (self.bos, self.eos))
-        found: list[list[np.ndarray]] = [[*begin] for _ in texts]
-        for calls in self._calls(texts):
-            encoded = self.backend.encode_batch_fast([part for _, part in calls], add_special_tokens=False)
-            for (i, _), each in zip(calls, encoded, strict=True):
-                found[i].append(np.array(each.ids, dtype=np.uint32))
-        return np.concatenate([array for each in found for array in (*each, *end)])
+        begin, end = ([] if token is None else [np.array([token], np.uint32)] for token in (self.bos, self.eos))
+        arrays: list[list[np.ndarray]] = [[*begin] for _ in texts]
+        for parts in self._calls(texts):
+            encoded = self.backend.encode_batch_fast([part for _, part in parts], add_special_tokens=False)
+            for (i, _), encoding in zip(parts, encoded, strict=True):
+                arrays[i].append(np.array(encoding.ids, np.uint32))
+        return np.concatenate([array for of_text in arrays for array in (*of_text, *end)])
 
     def _calls(self, texts: list[str]) -> Iterator[list[tuple[int, str]]]:
-        """Parts of `texts`, each with the number of its text, as many together as are encoded in one call."""
-        calls, size = list[tuple[int, str]](), 0
+        """(number of its text, part), in lists that are encoded in one call each."""
+        parts, size = list[tuple[int, str]](), 0
         for i, text in enumerate(texts):
             for part in self._parts(text):
-                calls.append((i, part))
+                parts.append((i, part))
                 size += len(part)
                 if size >= AT_ONCE:
-                    yield calls
-                    calls, size = [], 0
-        if calls:
-            yield calls
+                    yield parts
+                    parts, size = [], 0
+        if parts:
+            yield parts
 
     def _parts(self, text: str) -> Iterator[str]:
-        """A long text cut between two words, where the tokens of the parts are those of the whole."""
+        """A text, cut between two words where it is long, so that the tokens of the parts are those of the whole."""
         start = 0
         while len(text) - start > PART + PART // 8:
             between = _BETWEEN_WORDS.search(text, start + PART, start + PART + PART // 8)
@@ -121,12 +111,6 @@ class Encoder:
             yield text[start:end]
             start = end + (between is not None and self.drops_space)
         yield text[start:] if start else text
-
-
-def _involved(merge: str | list[str]) -> set[str]:
-    """The two sides of a merge, which older files have in one string, and what it makes."""
-    sides = merge.split(" ") if isinstance(merge, str) else merge
-    return {*sides, "".join(sides)}
 
 
 def begins_texts(tokenizer: Any) -> bool:

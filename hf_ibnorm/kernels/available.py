@@ -1,6 +1,6 @@
 """Whether there are kernels for a kind of device, and why not.
 
-Apart from the norms, which are marked for torch.compile: to mark a function imports torch._dynamo, as long as torch.
+Apart from `fused`, which imports torch._dynamo to mark a function for torch.compile: as long as importing torch.
 """
 
 import functools
@@ -10,17 +10,11 @@ import os
 from . import ops
 
 _log = logging.getLogger(__name__)
-_REASONS: dict[str, str | None] = {}
 
 
+@functools.cache
 def lacking(device_type: str) -> str | None:
     """Why there are no kernels for a kind of device ("cpu", "cuda"), or None where there are."""
-    if device_type not in _REASONS:
-        _REASONS[device_type] = _reason(device_type)
-    return _REASONS[device_type]
-
-
-def _reason(device_type: str) -> str | None:
     try:
         ops.library(device_type)
     except FileNotFoundError as error:
@@ -31,7 +25,7 @@ def _reason(device_type: str) -> str | None:
 
 
 def describe(device_type: str) -> str:
-    """What runs the norms on a kind of device, in a line: the kernels and their build, or "reference" and why."""
+    """The norms' backend on a kind of device, in a line: the kernels and their build, or "reference" and why."""
     reason = lacking(device_type)
     return f"fused ({ops.library(device_type).build_name()})" if reason is None else f"reference ({reason})"
 
@@ -46,5 +40,5 @@ def warn_once(device_type: str, reason: str) -> None:
 def forget() -> None:
     """Look for kernels again at the next use, and warn again where there are none: after they have been built."""
     ops.forget()
-    _REASONS.clear()
+    lacking.cache_clear()
     warn_once.cache_clear()

@@ -1,7 +1,7 @@
-"""The fused norms as torch ops: `torch.ops.hf_ibnorm.*`, with what autograd and torch.compile need to know of them.
+"""The fused norms as torch ops `torch.ops.hf_ibnorm.*`, with gradients for autograd and shapes for torch.compile.
 
-An op runs the kernels of its input's device. Its backward keeps the input and `STATS` numbers a row, and is an op too;
-where it is to be differentiated itself (create_graph), the formulas of `hf_ibnorm.functional` are.
+An op runs the kernels of its input's device. It keeps the input and `STATS` numbers a row for its backward, which is an
+op too; second derivatives (create_graph) come from the formulas of `hf_ibnorm.functional`.
 """
 
 import math
@@ -14,17 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import functional
 from . import cpu
-from .options import STATS, IBNormOptions, Kept, NormalNormOptions, Options
+from .options import STATS, IBNormOptions, NormalNormOptions, Options
 
 _LIBRARIES: dict[str, Any] = {}
-"""What has `forward`, `backward`, `normals` and `dtypes` for a kind of device, once it is loaded."""
+"""Kind of device → its kernels, once loaded: an object with `forward`, `backward`, `normals` and `dtypes`."""
 
 
 def library(device_type: str) -> Any:
     """The kernels for a kind of device ("cpu" or "cuda").
 
     Raises:
-        OSError, AttributeError, ImportError, RuntimeError: there are none, for this reason.
+        OSError, AttributeError, ImportError, RuntimeError: there are none; the message says why.
     """
     if device_type not in _LIBRARIES:
         if device_type == "cpu":
@@ -45,13 +45,13 @@ def forget() -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` as (rows, N), the elements of a row side by side; a copy only where its strides ask for one."""
+    """`x` as (rows, N), the elements of a row side by side; a copy only where its strides need one."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _check(x: Tensor, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless kernels may read the tensors: they trust these shapes."""
+def _check(x: Tensor, options: Options, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors have the shapes, dtypes and device that kernels trust in."""
     if not x.ndim or not x.shape[-1]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, must be (..., N) with N >= 1")
     if x.dtype not in library(x.device.type).dtypes:
@@ -66,8 +66,8 @@ def _check(x: Tensor, **tensors: Tensor | None) -> None:
         "grad": (x.shape, x.dtype),
         "stats": ((x.numel() // row[0], STATS), float32),
     }
-    for name, tensor in tensors.items():
-        if tensor is None:
+    for name, tensor in {**tensors, **options._asdict()}.items():
+        if not isinstance(tensor, Tensor):
             continue
         shape, dtype = wanted[name]
         if tensor.shape != shape or tensor.device != x.device or tensor.dtype != (dtype or tensor.dtype):
@@ -76,32 +76,27 @@ def _check(x: Tensor, **tensors: Tensor | None) -> None:
 
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
-    _check(x, weight=weight, bias=bias, **_tensors(options))
+    _check(x, options, weight=weight, bias=bias)
     weight, bias = _contiguous(weight), _contiguous(bias)
-    y, stats = library(x.device.type).forward(_rows(x), weight, bias, _with_rows(options))
+    y, stats = library(x.device.type).forward(_rows(x), weight, bias, _contiguous_in(options))
     return torch.ops.aten._unsafe_view(y, x.shape), stats  # no view for autograd: y may be changed in place
 
 
 def _backward(
-    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, *needs_and_options: Any
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, needs: tuple[bool, bool], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *needs, options = needs_and_options
-    _check(x, grad=grad, stats=stats, weight=weight, **_tensors(options))
-    kept = Kept(_rows(x), stats.contiguous(), _contiguous(weight), *needs)
-    grads = library(x.device.type).backward(_rows(grad), kept, _with_rows(options))
-    dx, dweight, dbias = (x.new_empty(0, dtype=torch.float32) if each is None else each for each in grads)
+    _check(x, options, grad=grad, stats=stats, weight=weight)
+    tensors = (_rows(grad), _rows(x), stats.contiguous(), _contiguous(weight))
+    grads = library(x.device.type).backward(*tensors, needs, _contiguous_in(options))
+    dx, dweight, dbias = (x.new_empty(0, dtype=torch.float32) if tensor is None else tensor for tensor in grads)
     return torch.ops.aten._unsafe_view(dx, x.shape), dweight, dbias
-
-
-def _tensors(options: Options) -> dict[str, Tensor | None]:
-    return {name: value for name, value in options._asdict().items() if isinstance(value, Tensor)}
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _with_rows(options: Options) -> Options:
+def _contiguous_in(options: Options) -> Options:
     if isinstance(options, NormalNormOptions) and options.normals is not None:
         return options._replace(normals=options.normals.contiguous())
     return options
@@ -129,22 +124,19 @@ def _ops_of(name: str, kind: type[Options]) -> tuple[Any, Any]:
     Both take the fields of `kind` after their tensors. The backward gives the gradients of x, and in float32 of weight
     and bias, empty where they are not needed.
     """
-    given = ", ".join(f"{_SCHEMA[each]} {field}" for field, each in get_type_hints(kind).items())
+    fields = ", ".join(f"{_SCHEMA[type_]} {field}" for field, type_ in get_type_hints(kind).items())
 
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
         return _forward(x, weight, bias, kind(*options))
 
-    def backward(*tensors_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(*tensors_and_options[:6], kind(*tensors_and_options[6:]))
+    def backward(grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        return _backward(grad, x, stats, weight, rest[:2], kind(*rest[2:]))
 
-    taken = f"Tensor x, Tensor? weight, Tensor? bias, {given}"
-    op = torch.library.custom_op(
-        f"hf_ibnorm::{name}", forward, mutates_args=(), schema=f"({taken}) -> (Tensor, Tensor)"
-    )
-    taken = f"Tensor grad, Tensor x, Tensor stats, Tensor? weight, bool needs_weight, bool needs_bias, {given}"
-    op_backward = torch.library.custom_op(
-        f"hf_ibnorm::{name}_backward", backward, mutates_args=(), schema=f"({taken}) -> (Tensor, Tensor, Tensor)"
-    )
+    schema = f"(Tensor x, Tensor? weight, Tensor? bias, {fields}) -> (Tensor, Tensor)"
+    op = torch.library.custom_op(f"hf_ibnorm::{name}", forward, mutates_args=(), schema=schema)
+    schema = "(Tensor grad, Tensor x, Tensor stats, Tensor? weight, bool needs_weight, bool needs_bias, "
+    schema += f"{fields}) -> (Tensor, Tensor, Tensor)"
+    op_backward = torch.library.custom_op(f"hf_ibnorm::{name}_backward", backward, mutates_args=(), schema=schema)
     op.register_fake(_fake_forward)
     op_backward.register_fake(_fake_backward)
     op.register_autograd(partial(_gradients, kind=kind), setup_context=_setup)
@@ -152,20 +144,19 @@ def _ops_of(name: str, kind: type[Options]) -> tuple[Any, Any]:
 
 
 def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
-    """What an op computes, by the formulas: differentiable to any order."""
+    """The output of an op by the formula, differentiable to any order."""
     if isinstance(options, IBNormOptions):
         return functional.ib_norm(x, weight, bias, **options._asdict())
     normals = options.normals
     if normals is None and options.seed is not None:
         rows = math.prod(x.shape[:-1])
         normals = library(x.device.type).normals(options.seed, rows, x.shape[-1]).view(x.shape)
-    return functional.normal_norm_with(
-        x, weight, bias, normals, options.noise, options.noise_mode, options.alpha, options.eps
-    )
+    _, _, noise, mode, alpha, eps = options
+    return functional.normal_norm_with(x, weight, bias, normals, noise, mode, alpha, eps)
 
 
 def _keep(ctx: Any, stats: Tensor, inputs: tuple[Any, ...]) -> None:
-    """Save for the backward pass: x, weight, bias and options of an op, and what it keeps of each row."""
+    """Save x, weight, bias and options of an op for the backward pass, and `stats` of each row."""
     x, weight, bias, *options = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, stats, *(value if isinstance(value, Tensor) else None for value in options))
@@ -185,14 +176,14 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_stats: None, *, kind: type[Op
     given = [value if tensor is None else tensor for value, tensor in zip(ctx.values, tensors, strict=True)]
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        inputs = [each for each, needed in zip((x, weight, bias), needs, strict=True) if needed]
+        inputs = [tensor for tensor, needed in zip((x, weight, bias), needs, strict=True) if needed]
         y = formula(x, weight, bias, kind(*given))
         grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
         return (*(next(grads) if needed else None for needed in needs), *none[3:])
-    if _seen(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):  # of autograd.grad(is_grads_batched=True)
+    if _is_watched(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):  # from grad(is_grads_batched=True)
         dx, dweight, dbias = _OPS[kind][1](grad, x, stats, weight, needs[1], needs[2], *given)
     else:
-        dx, dweight, dbias = _backward(grad, x, stats, weight, needs[1], needs[2], kind(*given))
+        dx, dweight, dbias = _backward(grad, x, stats, weight, needs[1:], kind(*given))
     dweight = dweight.to(weight.dtype) if needs[1] else None
     return (dx if needs[0] else None, dweight, dbias.to(bias.dtype) if needs[2] else None, *none[3:])
 
@@ -205,9 +196,9 @@ _OPS: dict[type[Options], Any] = {
 }
 
 
-def _seen(x: Tensor) -> bool:
-    """Whether somebody watches for ops: torch.compile, a dispatch mode (selective checkpointing's), vmap; or `x` has no
-    values for a kernel to read."""
+def _is_watched(x: Tensor) -> bool:
+    """Whether torch must see an op: for torch.compile, a dispatch mode (selective checkpointing's), vmap, or an `x`
+    without values."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -217,7 +208,7 @@ def _seen(x: Tensor) -> bool:
 
 
 class _Direct(torch.autograd.Function):
-    """An op without torch's dispatcher, which takes Python longer than a small norm takes the processor."""
+    """An op without torch's dispatcher, which takes longer than a small norm."""
 
     @staticmethod
     def forward(
@@ -234,7 +225,7 @@ class _Direct(torch.autograd.Function):
 
 
 def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
-    """y: by the op where somebody sees ops, else by the same kernels and gradients at once."""
-    if _seen(x):
+    """y: by the op where torch must see it, else directly by the same kernels and gradients."""
+    if _is_watched(x):
         return _OPS[type(options)][0](x, weight, bias, *options)[0]
     return _Direct.apply(x, weight, bias, type(options), *options)

@@ -1,11 +1,10 @@
-"""What a kernel is told besides its tensors: the options of `hf_ibnorm.functional`, resolved."""
+"""The options of kernels: those of `hf_ibnorm.functional`, resolved."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-STATS = 4
-"""float32 numbers that are kept of each row for backward, beside the input."""
+STATS = 4  # float32 numbers of each row that are kept for backward, beside the input
 
 
 class IBNormOptions(NamedTuple):
@@ -20,10 +19,9 @@ class IBNormOptions(NamedTuple):
 
 
 class NormalNormOptions(NamedTuple):
-    """As in `functional.normal_norm`, but that noise is resolved.
+    """As in `functional.normal_norm`, with noise as `resolve_noise` gives it.
 
-    `noise_mode` may be "none"; with "dropout", `noise` is sqrt((1 - keep_prob)/keep_prob). Normals are drawn from
-    `seed`, int64 of shape (1,), or given as `normals`, float32 of the input's shape.
+    Normals are drawn from `seed`, int64 of shape (1,), or given as `normals`, float32 of the input's shape.
     """
 
     seed: Tensor | None
@@ -35,14 +33,3 @@ class NormalNormOptions(NamedTuple):
 
 
 Options = IBNormOptions | NormalNormOptions
-
-
-class Kept(NamedTuple):
-    """What kernels need for backward beside the gradient: x as (rows, N), (rows, `STATS`) numbers, the weight if any,
-    and whether the gradients of weight and bias are asked for."""
-
-    x: Tensor
-    stats: Tensor
-    weight: Tensor | None
-    needs_weight: bool
-    needs_bias: bool

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from contextlib import nullcontext
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -460,6 +461,25 @@ def test_a_name_the_hub_does_not_give_is_one_line(tmp_path, command):
     code, _, error = command(main, "convert", "nobody/nothing", str(tmp_path / "new"), "--norm", "ibnorm_l")
     assert code == 2
     assert error.startswith("error: source: got 'nobody/nothing', no such directory, and the Hub does not give it")
+
+
+def test_terms_of_use_come_along_from_the_hub_too(source, tmp_path, monkeypatch):
+    folder, terms = source("llama"), ("LICENSE.md", "LICENCE", "NOTICE.txt", "USE_POLICY.md")
+    for name in (*terms, "more.bin"):
+        (folder / name).write_text("of the author")
+
+    def download(name, allow_patterns):
+        (tmp_path / "downloaded").mkdir()
+        for path in folder.iterdir():
+            if any(fnmatchcase(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, tmp_path / "downloaded")
+        return str(tmp_path / "downloaded")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    record = convert_checkpoint("author/model", tmp_path / "new", "ibnorm_l")
+    assert (record["source"], record["files_left"]) == ("author/model", [])
+    assert {path.name for path in (tmp_path / "new").iterdir()} >= {*terms, "tokenizer.json", "chat_template.jinja"}
+    assert not (tmp_path / "downloaded" / "more.bin").exists()
 
 
 def test_options_of_a_norm_belong_to_convert(command):

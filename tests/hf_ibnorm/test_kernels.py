@@ -14,7 +14,7 @@ from hf_ibnorm.functional import ORDERS, STANDARDIZE, UNITS, newton_lambda
 from hf_ibnorm.kernels import cpu
 from hf_ibnorm.kernels.cpu.library import SERIAL
 from hf_ibnorm.kernels.ops import formula
-from hf_ibnorm.kernels.options import STATS, IBNormOptions, Kept, NormalNormOptions
+from hf_ibnorm.kernels.options import STATS, IBNormOptions, NormalNormOptions
 
 # The interpreter computes in numpy, which warns of every NaN and infinity.
 pytestmark = pytest.mark.filterwarnings(
@@ -130,16 +130,18 @@ class Kernels:
         options = self.here(options)
         x, weight, bias, grad = map(self.here, rows)
         y, stats = self.library.forward(x, weight, bias, options)
-        gradients = self.library.backward(grad, Kept(x, stats, weight, needs_weight, needs_bias), options)
+        gradients = self.library.backward(grad, x, stats, weight, (needs_weight, needs_bias), options)
         names = ("y", "dx", "dweight", "dbias")
         return {name: each.cpu() for name, each in zip(names, (y, *gradients), strict=True) if each is not None}
 
     def elementary(self, which, x):
         """log1p, expm1 or exp, and the CPU's tanh and tanh_slope, of float32 `x`."""
-        if self.library is not gpu:
-            return self.library.elementary(which, x)
         x, block = self.here(x), 1 << 17 if self.interpreted else 1024
         out = torch.empty_like(x)
+        if self.library is not gpu:
+            names = ("log1p", "expm1", "exp", "tanh", "tanh_slope")
+            self.library.elementary(names.index(which), x.data_ptr(), out.data_ptr(), x.numel())
+            return out
         evaluate[(triton.cdiv(x.numel(), block),)](x, out, x.numel(), WHICH=which, BLOCK=block)
         return out.cpu()
 

@@ -22,8 +22,8 @@ IB = [
     for variant in "SLT"
     for flag in (False, True)
 ]
-NORMAL = [dict(MODE=mode, GIVEN=False) for mode in ("none", "scaled", "unscaled", "dropout")]
-NORMAL.append(dict(MODE="scaled", GIVEN=True))
+NORMAL = [dict(MODE=mode, normals_ptr=None) for mode in ("none", "scaled", "unscaled", "dropout")]
+NORMAL.append(dict(MODE="scaled", seed_ptr=None))
 
 
 def kind(name, dtype, constants):
@@ -53,13 +53,9 @@ for capability in (80, 90):
         for block in (1024,) if dtype == "*fp16" else (1024, 4096):
             for module, forms in ((ib_norm, IB), (normal_norm, NORMAL)):
                 for form in forms:
-                    shared = {**form, "BLOCK": block, "HAS_WEIGHT": True}
-                    both = {
-                        "forward": (module.forward, {"HAS_BIAS": True}, 8),
-                        "backward": (module.backward, {"NEEDS_WEIGHT": True, "NEEDS_BIAS": True}, 4),
-                    }
-                    for way, (function, more, each) in both.items():
-                        size = spilled(function, dtype, {**shared, **more}, capability, warps_of(block, each))
+                    both = {"forward": (module.forward, 8), "backward": (module.backward, 4)}
+                    for way, (function, each) in both.items():
+                        size = spilled(function, dtype, {**form, "BLOCK": block}, capability, warps_of(block, each))
                         record.append([capability, dtype, block, way, form, size])
 print(json.dumps(record))
 """

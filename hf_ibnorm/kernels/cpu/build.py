@@ -1,11 +1,9 @@
 """Compiling the CPU kernels, once for a machine, into the user's cache directory.
 
-Builds are shared by every environment that the key allows, made under a lock that its owner's death releases, in a
-temporary directory, and renamed when they have been tried: whatever is killed when, the next build is not in the way of
-anything, and nothing half made is ever loaded.
+Environments with the same key share a build. It is made in a temporary directory, under a lock that ends with its
+process, and renamed after a trial: a killed build blocks no other, and half a library is never loaded.
 """
 
-import ctypes
 import os
 import shlex
 import shutil
@@ -16,10 +14,15 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from ...base.files import sha256
+from ...functional import ib_norm
+from ..options import IBNormOptions
+from .library import Library
+
 SOURCE = Path(__file__).with_name("norms.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-# By torch.backends.cpu.get_cpu_capability(), which ATEN_CPU_CAPABILITY can lower. Nothing else is asked of the
-# processor: -march=native would break where a cache directory is shared by machines.
+# By torch.backends.cpu.get_cpu_capability(), which ATEN_CPU_CAPABILITY can lower. Not by -march=native: machines that
+# share a cache directory may have different processors.
 INSTRUCTIONS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"],
@@ -38,15 +41,12 @@ def flags() -> list[str]:
 
 def key() -> str:
     """Name of the build that this source, torch and processor need."""
-    # From the package's own files only when it is asked for: they import this package.
-    from ...base.files import sha256
-
     abi = f"{torch.compiled_with_cxx11_abi()}"
     return sha256([torch.__version__, abi, torch.backends.cpu.get_cpu_capability(), *flags(), SOURCE.read_bytes()])[:16]
 
 
 def folder() -> Path:
-    """Where builds are kept: $HF_IBNORM_KERNELS, else hf_ibnorm/kernels in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of builds: $HF_IBNORM_KERNELS, else hf_ibnorm/kernels in $XDG_CACHE_HOME or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("HF_IBNORM_KERNELS") or f"{home}/hf_ibnorm/kernels").expanduser()
 
@@ -56,12 +56,17 @@ def library_path() -> Path:
     return folder() / f"norms-{key()}.so"
 
 
-def compiler() -> list[str]:
-    """The C++ compiler's command: $CXX, else the first of c++, g++ and clang++ on the PATH.
+def load() -> Library:
+    """The built kernels; FileNotFoundError where there are none, OSError or AttributeError for a damaged file."""
+    path = library_path()
+    if not path.exists():
+        capability = torch.backends.cpu.get_cpu_capability()
+        raise FileNotFoundError(f"not built for torch {torch.__version__} and {capability}")
+    return Library(path, key())
 
-    Raises:
-        BuildError: there is none.
-    """
+
+def compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, else the first of c++, g++ and clang++ on the PATH; BuildError for none."""
     wanted = shlex.split(os.environ.get("CXX", ""))
     for command in [wanted] if wanted else [[name] for name in COMPILERS]:
         if shutil.which(command[0]):
@@ -71,27 +76,21 @@ def compiler() -> list[str]:
 
 
 def build(force: bool = False) -> tuple[Path, bool]:
-    """Compile the kernels unless they are there.
-
-    Args:
-        force: compile them anyway.
-
-    Returns:
-        The library, and whether it was compiled now.
+    """Compile the kernels unless they are there, with `force` anyway; returns the library, and whether it is new.
 
     Raises:
-        BuildError: there is no compiler, it failed, or what it made computes something else than the formulas.
+        BuildError: there is no compiler, it failed, or its library does not compute the formulas.
         OSError: the cache directory cannot be written.
     """
     target = library_path()
-    if not force and _works(target):
+    if not force and _problem(target) is None:
         return target, False
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / ".lock"):
-        if not force and _works(target):  # another process was faster
+        if not force and _problem(target) is None:  # another process was faster
             return target, False
-        for left in target.parent.glob(".build-*"):  # by one that was killed: we hold the lock
-            shutil.rmtree(left, ignore_errors=True)
+        for abandoned in target.parent.glob(".build-*"):  # by killed processes, for we hold the lock
+            shutil.rmtree(abandoned, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as temporary:
             made = Path(temporary) / target.name
             command = [*compiler(), *flags(), "-o", str(made), str(SOURCE)]
@@ -99,33 +98,22 @@ def build(force: bool = False) -> tuple[Path, bool]:
             if done.returncode:
                 errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [done.stderr.strip()]
                 raise BuildError(f"{' '.join(command)} failed: {errors[0] or f'exit code {done.returncode}'}")
-            _try(made)
+            if problem := _problem(made):
+                raise BuildError(problem)
             with made.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(made, target)
     return target, True
 
 
-def _works(library: Path) -> bool:
-    """Whether a library is there and can be used: one that was damaged is built anew."""
-    try:
-        _try(library)
-    except BuildError:
-        return False
-    return True
-
-
-def _try(library: Path) -> None:
-    """Raise BuildError unless the library agrees with the formulas on a small input."""
-    from ...functional import ib_norm
-    from ..options import IBNormOptions
-    from .library import Library
-
+def _problem(library: Path) -> str | None:
+    """Why a library cannot be used; None for one that agrees with the formulas on a small input."""
     x = torch.linspace(-3, 3, 2 * 37).reshape(2, 37)
     try:
-        made = Library(ctypes.CDLL(str(library)), key())
+        made = Library(library, key())
     except (OSError, AttributeError) as error:
-        raise BuildError(f"the library just compiled cannot be loaded: {error}") from None
+        return f"the library just compiled cannot be loaded: {error}"
     y, _ = made.forward(x, None, None, IBNormOptions(torch.tensor(2.0), "T", "raw", "layer", "compress_first", 1e-6))
-    if not torch.allclose(y, ib_norm(x, variant="T", lam=2.0), atol=1e-5):
-        raise BuildError(f"the library just compiled with {compiler()[0]} computes something else than the formulas")
+    if torch.allclose(y, ib_norm(x, variant="T", lam=2.0), atol=1e-5):
+        return None
+    return f"the library just compiled with {compiler()[0]} computes something else than the formulas"

@@ -1,18 +1,18 @@
-"""The functions of the compiled `norms.cpp`, over tensors."""
+"""The compiled `norms.cpp`, called with tensors."""
 
 import ctypes
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..options import STATS, IBNormOptions, Kept, Options
+from ..options import STATS, IBNormOptions, Options
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 VARIANTS = {"S": 0, "L": 1, "T": 2}
 NOISE_MODES = {"none": 0, "scaled": 1, "unscaled": 2, "dropout": 3}
 MEAN_ABS, RMS, STANDARDIZE_FIRST = 1, 2, 4
-SERIAL = 1 << 14
-"""Elements up to which one thread is faster than waking others."""
+SERIAL = 1 << 14  # elements up to which one thread is faster than several
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -36,50 +36,42 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 class Library:
-    """The functions of a compiled `norms.cpp`, over tensors.
+    """Calls a compiled `norms.cpp` with tensors; OSError or AttributeError at construction where `path` is none.
 
     `x` and `grad` are (rows, N) with the elements of a row side by side; `weight` and `bias` are (N,), contiguous, or
     None.
-
-    Args:
-        library: a compiled `norms.cpp`.
-        key: what it was compiled for.
-
-    Raises (at construction):
-        AttributeError: this is no compiled norms.cpp.
     """
 
-    def __init__(self, library: ctypes.CDLL, key: str) -> None:
-        self._key = key
+    def __init__(self, path: Path, key: str) -> None:
+        library, self._key = ctypes.CDLL(str(path)), key
         self._ib_norm, self._normal_norm = library.hf_ibnorm_ib_norm, library.hf_ibnorm_normal_norm
-        self._normals, self._elementary = library.hf_ibnorm_normals, library.hf_ibnorm_elementary
+        self._normals, self.elementary = library.hf_ibnorm_normals, library.hf_ibnorm_elementary
         common = ctypes.POINTER(_Common)
         self._ib_norm.argtypes = [common, _INT, _INT, _POINTER, _INT]
         self._normal_norm.argtypes = [common, _FLOAT, _INT, _FLOAT, _POINTER, _POINTER, _INT]
         self._normals.argtypes = [_POINTER, _POINTER, _INT64, _INT64]
-        self._elementary.argtypes = [_INT, _POINTER, _POINTER, _INT64]
-        self._elementary.restype = None
+        self.elementary.argtypes = [_INT, _POINTER, _POINTER, _INT64]  # for tests alone
+        self.elementary.restype = None
         self.dtypes = DTYPES.keys() if library.hf_ibnorm_has_float16() else DTYPES.keys() - {torch.float16}
 
     def build_name(self) -> str:
-        """What was built, for records of what a result depends on."""
+        """The build, for records of the environment of a result."""
         return f"C++, {torch.backends.cpu.get_cpu_capability()}, build {self._key}"
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
-        """y, and what is kept of each row: (rows, 4) float32."""
+        """y, and the numbers of each row that backward needs: (rows, `STATS`) float32."""
         y, stats = x.new_empty(x.shape), x.new_empty(x.shape[0], STATS, dtype=torch.float32)
         self._call(options, True, x, {"out": y, "stats": stats, "weight": _float(weight), "bias": _float(bias)})
         return y, stats
 
-    def backward(self, grad: Tensor, kept: Kept, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The gradient of `x`, and float32 ones of weight and bias where they are asked for."""
-        dx = kept.x.new_empty(kept.x.shape)
-        dweight, dbias = (
-            kept.x.new_empty(kept.x.shape[1], dtype=torch.float32) if needed else None for needed in kept[3:]
-        )
-        out = {"out": dx, "dweight": dweight, "dbias": dbias}
-        tensors = {"grad": grad, "stats": kept.stats, "weight": _float(kept.weight), **out}
-        self._call(options, False, kept.x, tensors)
+    def backward(
+        self, grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, needs: tuple[bool, bool], options: Options
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The gradient of `x`, and float32 gradients of weight and bias where `needs` says so."""
+        dx = x.new_empty(x.shape)
+        dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) if needed else None for needed in needs)
+        tensors = {"grad": grad, "stats": stats, "weight": _float(weight), "out": dx, "dweight": dweight}
+        self._call(options, False, x, {**tensors, "dbias": dbias})
         return dx, dweight, dbias
 
     def _call(self, options: Options, forward: bool, x: Tensor, tensors: dict[str, Tensor | None]) -> None:
@@ -96,7 +88,7 @@ class Library:
             threads=1 if rows * n <= SERIAL else torch.get_num_threads(),
             **{name: _pointer(tensor) for name, tensor in tensors.items()},
         )
-        # `tensors` holds every one of them until the call is over: the pointers keep nothing alive.
+        # Pointers keep no tensor alive; `tensors` does, until the call is over.
         if isinstance(options, IBNormOptions):
             flags = MEAN_ABS * (options.unit == "mean_abs") | RMS * (options.standardize == "rms")
             flags |= STANDARDIZE_FIRST * (options.order == "standardize_first")
@@ -110,15 +102,8 @@ class Library:
             raise MemoryError(f"hf_ibnorm: no memory for the row buffers of a norm of width {n}")
 
     def normals(self, seed: Tensor, rows: int, n: int) -> Tensor:
-        """The standard normals that `seed` stands for: (rows, N) float32."""
+        """The standard normals drawn from `seed`: (rows, N) float32."""
         out = torch.empty(rows, n, dtype=torch.float32)
         if self._normals(out.data_ptr(), seed.data_ptr(), rows, n):
             raise MemoryError(f"hf_ibnorm: no memory for a row of width {n}")
-        return out
-
-    def elementary(self, which: str, x: Tensor) -> Tensor:
-        """log1p (of x >= 0), expm1, exp, tanh or tanh_slope as the kernels compute them, of float32 `x`."""
-        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        names = ("log1p", "expm1", "exp", "tanh", "tanh_slope")
-        self._elementary(names.index(which), x.data_ptr(), out.data_ptr(), x.numel())
         return out

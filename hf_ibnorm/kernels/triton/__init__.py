@@ -1,4 +1,4 @@
-"""The GPU kernels: Triton, one program a row forward, one a block of rows backward.
+"""The GPU kernels: Triton, one program a row forward, one program for consecutive rows backward.
 
 Imported at their first use only: Triton takes its time, and a machine without a GPU never needs it.
 """
@@ -11,17 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import STATS, IBNormOptions, Kept, NormalNormOptions, Options
+from ..options import STATS, IBNormOptions, Options
 
 dtypes = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def check_device() -> None:
-    """Raise unless Triton is installed and this GPU is one it compiles for.
-
-    Raises:
-        ImportError, RuntimeError: naming what is missing.
-    """
+    """Raise ImportError or RuntimeError unless Triton is installed and compiles for this GPU."""
     import triton  # noqa: F401
 
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
@@ -29,7 +25,7 @@ def check_device() -> None:
 
 
 def build_name() -> str:
-    """What is compiled, for records of what a result depends on."""
+    """Version and source of the kernels, for records of the environment of a result."""
     import triton
 
     source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
@@ -37,15 +33,15 @@ def build_name() -> str:
 
 
 def block_of(n: int) -> int:
-    """Elements a program holds: the power of 2 that a row of width `n` fits into."""
+    """Elements of a program: the power of 2 that a row of width `n` fits into."""
     return max(16, 1 << (n - 1).bit_length())
 
 
 def warps_of(block: int, each: int) -> int:
     """Warps of a program whose threads hold `each` elements.
 
-    8 forward and 4 backward: more elements do not fit into a thread's registers (what the compiler spills is seen
-    without a GPU, `tests/hf_ibnorm/test_kernels_triton.py`).
+    8 forward and 4 backward: more elements do not fit into a thread's registers (the compiler reports spilled registers
+    without a GPU, too: `tests/hf_ibnorm/test_kernels_triton.py`).
     """
     return max(4, min(32, block // (32 * each)))
 
@@ -54,81 +50,62 @@ def _on(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _ib_flags(options: IBNormOptions) -> dict[str, Any]:
-    return {
-        "VARIANT": options.variant,
-        "MEAN_ABS": options.unit == "mean_abs" and options.variant != "S",  # a linear f is the same in every unit
-        "RMS": options.standardize == "rms",
-        "STANDARDIZE_FIRST": options.order == "standardize_first",
-    }
+def _arguments(options: Options) -> tuple[Any, tuple[Tensor | None, ...], tuple[float, ...], dict[str, Any]]:
+    """The module of a norm's kernels, and its tensors, numbers and constants among their arguments."""
+    from . import ib_norm, normal_norm
 
-
-def _noise(options: NormalNormOptions, stand_in: Tensor) -> tuple[Tensor, Tensor]:
-    """Seed and normals; `stand_in`, which is not read, for what there is none of: a kernel takes no null pointer."""
-    return (
-        stand_in if options.seed is None else options.seed,
-        stand_in if options.normals is None else options.normals,
-    )
-
-
-def _normal_flags(options: NormalNormOptions) -> dict[str, Any]:
-    return {"MODE": options.noise_mode, "GIVEN": options.normals is not None}
+    if isinstance(options, IBNormOptions):
+        constants = {
+            "VARIANT": options.variant,
+            "MEAN_ABS": options.unit == "mean_abs" and options.variant != "S",  # a linear f is the same in every unit
+            "RMS": options.standardize == "rms",
+            "STANDARDIZE_FIRST": options.order == "standardize_first",
+        }
+        return ib_norm, (options.lam,), (options.eps,), constants
+    numbers = (options.noise, options.alpha, options.eps)
+    return normal_norm, (options.seed, options.normals), numbers, {"MODE": options.noise_mode}
 
 
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
-    """y, and what is kept of each row: (rows, 4) float32. As `cpu.Library.forward`."""
-    from . import ib_norm, normal_norm
-
+    """As `cpu.Library.forward`."""
     rows, n = x.shape
     y, stats = x.new_empty(x.shape), x.new_empty(rows, STATS, dtype=torch.float32)
+    module, tensors, numbers, constants = _arguments(options)
     block = block_of(n)
-    shared: dict[str, Any] = {"BLOCK": block, "num_warps": warps_of(block, 8)}
-    shared |= {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    pointers = (x, y, stats, x if weight is None else weight, x if bias is None else bias)
-    if not rows:
-        return y, stats
-    with _on(x):
-        if isinstance(options, IBNormOptions):
-            launch = ib_norm.forward[(rows,)]
-            launch(*pointers, options.lam, x.stride(0), n, options.eps, **_ib_flags(options), **shared)
-        else:
-            numbers = (options.noise, options.alpha, options.eps)
-            launch = normal_norm.forward[(rows,)]
-            launch(*pointers, *_noise(options, x), x.stride(0), n, *numbers, **_normal_flags(options), **shared)
+    if rows:
+        with _on(x):
+            launch = module.forward[(rows,)]
+            pointers = (x, y, stats, weight, bias, *tensors)
+            launch(*pointers, x.stride(0), n, *numbers, **constants, BLOCK=block, num_warps=warps_of(block, 8))
     return y, stats
 
 
-def backward(grad: Tensor, kept: Kept, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradient of `x`, and float32 ones of weight and bias where they are asked for. As `cpu.Library.backward`."""
-    from . import ib_norm, normal_norm
-
-    x, stats, weight, needs_weight, needs_bias = kept
+def backward(
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, needs: tuple[bool, bool], options: Options
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `cpu.Library.backward`."""
     rows, n = x.shape
     block, dx = block_of(n), x.new_empty(x.shape)
     warps = warps_of(block, 4)
     # As many programs as run at once: each ends with a row of partial sums.
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     programs = min(rows, processors * 32 // warps)
-    # A sum over partials in a fixed order: atomic additions would not be the same twice.
-    needs = (needs_weight, needs_bias)
-    dweight, dbias = (x.new_empty(programs, n, dtype=torch.float32) if each else None for each in needs)
-    shared: dict[str, Any] = {"BLOCK": block, "num_warps": warps, "HAS_WEIGHT": weight is not None}
-    shared |= {"NEEDS_WEIGHT": needs_weight, "NEEDS_BIAS": needs_bias}
-    pointers = (grad, x, dx, stats, *(stats if each is None else each for each in (weight, dweight, dbias)))
-    sizes = (grad.stride(0), x.stride(0), rows, n)
+    # Partial sums are added up in a fixed order: atomic additions would not give the same twice.
+    dweight, dbias = (x.new_empty(programs, n, dtype=torch.float32) if needed else None for needed in needs)
+    module, tensors, numbers, constants = _arguments(options)
+    if isinstance(options, IBNormOptions):
+        numbers = ()  # eps has no part in its backward
     if rows:
         with _on(x):
-            if isinstance(options, IBNormOptions):
-                ib_norm.backward[(programs,)](*pointers, options.lam, *sizes, **_ib_flags(options), **shared)
-            else:
-                numbers = (options.noise, options.alpha, options.eps)
-                launch = normal_norm.backward[(programs,)]
-                launch(*pointers, *_noise(options, x), *sizes, *numbers, **_normal_flags(options), **shared)
-    return dx, *(None if each is None else each.sum(0) for each in (dweight, dbias))  # type: ignore[return-value]
+            launch = module.backward[(programs,)]
+            pointers = (grad, x, dx, stats, weight, dweight, dbias, *tensors)
+            sizes = (grad.stride(0), x.stride(0), rows, n)
+            launch(*pointers, *sizes, *numbers, **constants, BLOCK=block, num_warps=warps)
+    return dx, *(None if sums is None else sums.sum(0) for sums in (dweight, dbias))  # type: ignore[return-value]
 
 
 def normals(seed: Tensor, rows: int, n: int) -> Tensor:
-    """The standard normals that `seed` stands for: (rows, N) float32."""
+    """As `cpu.Library.normals`."""
     from . import normal_norm
 
     out = seed.new_empty(rows, n, dtype=torch.float32)

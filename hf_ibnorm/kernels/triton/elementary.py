@@ -1,4 +1,4 @@
-"""Elementary functions of the Triton kernels: float32, to a few units in the last place.
+"""Functions that the Triton kernels share: rows read and written, log and exp in float32 to a few last digits.
 
 Triton's own log and exp are the GPU's approximations, whose error is absolute near 1: `log(1 + u)` would have no digits
 left for small u, where most activations are. Polynomials and reductions are those of `../cpu/norms.cpp`.
@@ -46,3 +46,44 @@ def exponential(q):
     value = half * p + half
     minus_one = half * p + (half - 0.5)
     return minus_one + minus_one, value + value
+
+
+@triton.jit
+def load(ptr, row, stride, at, n):
+    """A row in float32, with zeros beyond its end."""
+    return tl.load(ptr + row * stride + at, mask=at < n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def centre(x, inside, n):
+    """mean(x), the mean that rounding leaves, and x less both: exactly 0 for a constant row."""
+    mean = tl.sum(x) / n
+    c = tl.where(inside, x - mean, 0.0)
+    rest = tl.sum(c) / n
+    return mean, rest, tl.where(inside, c - rest, 0.0)
+
+
+@triton.jit
+def store(ptr, row, at, n, z, weight_ptr, bias_ptr):
+    """Write a row of weight·z + bias in the dtype of `ptr`; each of the three pointers may be None."""
+    if weight_ptr is not None:
+        z *= load(weight_ptr, 0, n, at, n)
+    if bias_ptr is not None:
+        z += load(bias_ptr, 0, n, at, n)
+    if ptr is not None:
+        tl.store(ptr + row * n + at, z.to(ptr.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def store_stats(ptr, row, first, second, third, fourth):
+    """Keep four numbers of a row for backward."""
+    tl.store(ptr + row * 4, first)
+    tl.store(ptr + row * 4 + 1, second)
+    tl.store(ptr + row * 4 + 2, third)
+    tl.store(ptr + row * 4 + 3, fourth)
+
+
+@triton.jit
+def load_stats(ptr, row):
+    """The numbers that `store_stats` kept."""
+    return tl.load(ptr + row * 4), tl.load(ptr + row * 4 + 1), tl.load(ptr + row * 4 + 2), tl.load(ptr + row * 4 + 3)

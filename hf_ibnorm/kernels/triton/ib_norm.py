@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .elementary import exponential, log1p_positive
+from .elementary import centre, exponential, load, load_stats, log1p_positive, store, store_stats
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def compress(c, lam, VARIANT: tl.constexpr):
 
 @triton.jit
 def lam_in_unit(c, lam, n, MEAN_ABS: tl.constexpr):
-    """lam over a = mean|c| where that is the unit (f of lam/a is a·f_lam(c/a)), and a; else lam and 1."""
+    """lam/a and a = mean|c| where that is the unit (f for lam/a is a·f_lam(c/a)); else lam and 1."""
     a = 1.0
     if MEAN_ABS:
         a = tl.sum(tl.abs(c)) / n
@@ -56,19 +56,14 @@ def forward(
     MEAN_ABS: tl.constexpr,
     RMS: tl.constexpr,
     STANDARDIZE_FIRST: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < n
-    x = tl.load(x_ptr + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
+    x = load(x_ptr, row, x_stride, at, n)
     lam = tl.load(lam_ptr)
-    mean = tl.sum(x) / n
-    c = tl.where(inside, x - mean, 0.0)
-    rest = tl.sum(c) / n
-    c = tl.where(inside, c - rest, 0.0)
+    mean, rest, c = centre(x, inside, n)
     if STANDARDIZE_FIRST:
         h = x if RMS else c
         r = 1.0 / tl.sqrt_rn(tl.sum(h * h) / n + eps)
@@ -84,15 +79,8 @@ def forward(
         z = tl.where(inside, f - shift, 0.0)
         r = 1.0 / tl.sqrt_rn(tl.sum(z * z) / n + eps)
         z = z * r
-    if HAS_WEIGHT:
-        z *= tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * n + at, z.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(stats_ptr + row * 4, mean)
-    tl.store(stats_ptr + row * 4 + 1, rest)
-    tl.store(stats_ptr + row * 4 + 2, shift)
-    tl.store(stats_ptr + row * 4 + 3, r)
+    store(y_ptr, row, at, n, z, weight_ptr, bias_ptr)
+    store_stats(stats_ptr, row, mean, rest, shift, r)
 
 
 @triton.jit
@@ -113,12 +101,9 @@ def backward(
     MEAN_ABS: tl.constexpr,
     RMS: tl.constexpr,
     STANDARDIZE_FIRST: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program takes rows that follow each other, and leaves a row of partial sums for dweight and dbias."""
+    """Each program takes consecutive rows, and leaves a row of partial sums for dweight and dbias."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     first = program * rows // programs
@@ -128,15 +113,12 @@ def backward(
     lam_given = tl.load(lam_ptr)
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        weight = load(weight_ptr, 0, n, at, n)
     for row in range(first, last):
-        x = tl.load(x_ptr + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(grad_ptr + row * grad_stride + at, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(stats_ptr + row * 4)
-        rest = tl.load(stats_ptr + row * 4 + 1)
-        shift = tl.load(stats_ptr + row * 4 + 2)
-        r = tl.load(stats_ptr + row * 4 + 3)
+        x = load(x_ptr, row, x_stride, at, n)
+        u = load(grad_ptr, row, grad_stride, at, n)
+        mean, rest, shift, r = load_stats(stats_ptr, row)
         c = tl.where(inside, x - mean - rest, 0.0)
         if STANDARDIZE_FIRST:
             c = c * r
@@ -145,11 +127,11 @@ def backward(
         z = f - shift
         if not STANDARDIZE_FIRST:
             z = z * r
-        if NEEDS_BIAS:
+        if dbias_ptr is not None:
             dbias += u
-        if NEEDS_WEIGHT:
+        if dweight_ptr is not None:
             dweight += u * z
-        if HAS_WEIGHT:
+        if weight_ptr is not None:
             u = u * weight
         d = u
         if not STANDARDIZE_FIRST:
@@ -167,8 +149,6 @@ def backward(
         if STANDARDIZE_FIRST:
             h = tl.where(inside, c - shift, 0.0)
             dc = r * (dc - h * (tl.sum(dc * h) / n))
-        tl.store(dx_ptr + row * n + at, dc.to(dx_ptr.dtype.element_ty), mask=inside)
-    if NEEDS_WEIGHT:
-        tl.store(dweight_ptr + program * n + at, dweight, mask=inside)
-    if NEEDS_BIAS:
-        tl.store(dbias_ptr + program * n + at, dbias, mask=inside)
+        store(dx_ptr, row, at, n, dc, None, None)
+    store(dweight_ptr, program, at, n, dweight, None, None)
+    store(dbias_ptr, program, at, n, dbias, None, None)

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from .elementary import exponential, log1p_positive
+from .elementary import centre, exponential, load, load_stats, log1p_positive, store, store_stats
 
 
 @triton.jit
 def box_muller(radius_bits, angle_bits):
-    """Two independent standard normals of two independent 32-bit integers, uniform over all of them."""
+    """Two independent standard normals from two independent, uniform 32-bit integers."""
     uniform = ((radius_bits >> 1).to(tl.int32) & 0x7FFFFFFF).to(tl.float32) * 4.656612873077393e-10  # 2^-31
     radius = tl.sqrt(-2.0 * tl.log(uniform + 2.3283064365386963e-10))
     turn = (angle_bits.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * 5.960464477539063e-08  # [-1/2, 1/2)
@@ -29,14 +29,16 @@ def box_muller(radius_bits, angle_bits):
 
 
 @triton.jit
-def normals_of(row, at, n, seed_ptr, normals_ptr, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Standard normals of a row: given ones, or four from each Philox counter of this row and `seed`."""
-    if GIVEN:
-        return tl.load(normals_ptr + row * n + at, mask=at < n, other=0.0)
-    a, b, c, d = tl.randint4x(tl.load(seed_ptr), row * (BLOCK // 4) + tl.arange(0, BLOCK // 4))
-    a, b = box_muller(a, b)
-    c, d = box_muller(c, d)
-    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+def normals_of(row, at, n, seed_ptr, normals_ptr, BLOCK: tl.constexpr):
+    """Standard normals of a row: those given, or else four from each Philox counter of this row and `seed`."""
+    if normals_ptr is not None:
+        normals = load(normals_ptr, row, n, at, n)
+    else:
+        a, b, c, d = tl.randint4x(tl.load(seed_ptr), row * (BLOCK // 4) + tl.arange(0, BLOCK // 4))
+        a, b = box_muller(a, b)
+        c, d = box_muller(c, d)
+        normals = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    return normals
 
 
 @triton.jit
@@ -91,19 +93,12 @@ def forward(
     alpha,
     eps,
     MODE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < n
-    x = tl.load(x_ptr + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x) / n
-    h = tl.where(inside, x - mean, 0.0)
-    rest = tl.sum(h) / n
-    h = tl.where(inside, h - rest, 0.0)
+    mean, rest, h = centre(load(x_ptr, row, x_stride, at, n), inside, n)
     r = 1.0 / tl.sqrt_rn(tl.sum(h * h) / n + eps)
     h = h * r
     ell, d, mean_d, dvar, first, second = newton(h, inside, n)
@@ -115,16 +110,9 @@ def forward(
     q = p
     if MODE != "none":
         plain, product = noise_scales(p, inside, n, noise, MODE)
-        q = p + normals_of(row, at, n, seed_ptr, normals_ptr, GIVEN, BLOCK) * (plain + product * p)
-    if HAS_WEIGHT:
-        q *= tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        q += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * n + at, q.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(stats_ptr + row * 4, mean)
-    tl.store(stats_ptr + row * 4 + 1, rest)
-    tl.store(stats_ptr + row * 4 + 2, r)
-    tl.store(stats_ptr + row * 4 + 3, lam)
+        q = p + normals_of(row, at, n, seed_ptr, normals_ptr, BLOCK) * (plain + product * p)
+    store(y_ptr, row, at, n, q, weight_ptr, bias_ptr)
+    store_stats(stats_ptr, row, mean, rest, r, lam)
 
 
 @triton.jit
@@ -146,13 +134,9 @@ def backward(
     alpha,
     eps,
     MODE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program takes rows that follow each other, and leaves a row of partial sums for dweight and dbias."""
+    """Each program takes consecutive rows, and leaves a row of partial sums for dweight and dbias."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     first_row = program * rows // programs
@@ -161,26 +145,23 @@ def backward(
     inside = at < n
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        weight = load(weight_ptr, 0, n, at, n)
     for row in range(first_row, last_row):
-        x = tl.load(x_ptr + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(grad_ptr + row * grad_stride + at, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(stats_ptr + row * 4)
-        rest = tl.load(stats_ptr + row * 4 + 1)
-        r = tl.load(stats_ptr + row * 4 + 2)
-        lam = tl.load(stats_ptr + row * 4 + 3)
+        x = load(x_ptr, row, x_stride, at, n)
+        u = load(grad_ptr, row, grad_stride, at, n)
+        mean, rest, r, lam = load_stats(stats_ptr, row)
         h = tl.where(inside, x - mean - rest, 0.0) * r
         a = tl.abs(h)
         ell, d, mean_d, dvar, first, second = newton(h, inside, n)
         eta = eta_of(h, lam)
         q = eta * ell
         minus_one, value = exponential(q)
-        if NEEDS_BIAS:
+        if dbias_ptr is not None:
             dbias += u
-        if (NEEDS_WEIGHT and MODE != "none") or MODE == "dropout":
-            normals = normals_of(row, at, n, seed_ptr, normals_ptr, GIVEN, BLOCK)
-        if NEEDS_WEIGHT:
+        if (dweight_ptr is not None and MODE != "none") or MODE == "dropout":
+            normals = normals_of(row, at, n, seed_ptr, normals_ptr, BLOCK)
+        if dweight_ptr is not None:
             p = minus_one / eta
             p = tl.where(h < 0, -p, p)
             noisy = p
@@ -188,11 +169,11 @@ def backward(
                 plain, product = noise_scales(p, inside, n, noise, MODE)
                 noisy = p + normals * (plain + product * p)
             dweight += u * noisy
-        if HAS_WEIGHT:
+        if weight_ptr is not None:
             u = u * weight
         if MODE == "dropout":
             u = u * (1.0 + noise * normals)
-        # ∂ψ/∂λ = (q·e^q - expm1(q))/η², which has no digits left near q = 0: there its series
+        # ∂ψ/∂λ = (q·e^q - expm1(q))/η²; near q = 0, where that has no digits left, its series
         series = 1.0 / 5760.0
         series = series * q + 1.0 / 840.0
         series = series * q + 1.0 / 144.0
@@ -212,16 +193,14 @@ def backward(
         dh = u * value * below + A * (both - below) + B * (odd - 2.0 * dvar * both)
         dh = tl.where(inside, dh, 0.0)
         dx = r * (dh - tl.sum(dh) / n - h * (tl.sum(dh * h) / n))
-        tl.store(dx_ptr + row * n + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    if NEEDS_WEIGHT:
-        tl.store(dweight_ptr + program * n + at, dweight, mask=inside)
-    if NEEDS_BIAS:
-        tl.store(dbias_ptr + program * n + at, dbias, mask=inside)
+        store(dx_ptr, row, at, n, dx, None, None)
+    store(dweight_ptr, program, at, n, dweight, None, None)
+    store(dbias_ptr, program, at, n, dbias, None, None)
 
 
 @triton.jit
 def draw(out_ptr, seed_ptr, n, BLOCK: tl.constexpr):
-    """The normals that a norm draws for a row."""
+    """Write the standard normals of a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    tl.store(out_ptr + row * n + at, normals_of(row, at, n, seed_ptr, seed_ptr, False, BLOCK), mask=at < n)
+    store(out_ptr, row, at, n, normals_of(row, at, n, seed_ptr, None, BLOCK), None, None)
