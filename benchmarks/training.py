@@ -216,7 +216,7 @@ def pauses() -> None:
             result = original(self, *args)
             into.append(time.perf_counter() - began)
             if name == "snapshot":
-                sizes.append(result.bytes)
+                sizes.append(sum(each.nbytes for each in [*result.model.parameters(), *result.tensors.values()]))
             return result
 
         setattr(cls, name, wrapped)

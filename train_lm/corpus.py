@@ -1,7 +1,6 @@
 """Where text comes from: the embedded corpora, local files, and any dataset of the `datasets` library.
 
-All of them are `Documents`: read from the beginning again and again, or streamed in the part that belongs to one
-process.
+All of them are `Documents`: read from the beginning again and again, or streamed.
 """
 
 import dataclasses
@@ -10,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hf_ibnorm.base.errors import TryAgain, UserError
 from hf_ibnorm.base.files import sha256, sha256_file
@@ -35,19 +36,17 @@ from .progress import silent
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-_BAD = "\0bad"  # key of a row of a stream under which it says why there is no text in it
-
-
-NO_BAD: Mapping[str, Any] = {"count": 0, "first": ""}  # what `Documents.bad` is where every document can be read
+_BAD = "\0bad"  # key of a row of a stream whose value says why the row has no text
+NO_BAD: Mapping[str, Any] = {"count": 0, "first": ""}  # `Documents.bad` where every document can be read
 
 
 class Documents:
     """The documents of one split, in a fixed order."""
 
     fingerprint: str | None = None  # hash of the text and its order; None where only reading everything would tell
-    field = "text"  # where a row has its text
-    allowed = 0  # how many documents of a pass may be such that they cannot be read; they are left out
-    bad = NO_BAD  # how many those of the last pass were, and what was wrong with the first one
+    field = "text"  # the field of a row that has the text
+    allowed = 0  # how many documents of a pass may be left out because they cannot be read
+    bad = NO_BAD  # how many were left out of the last pass, and what was wrong with the first of them
 
     def read(self) -> Iterator[str | BadDocument]:
         """Every document from the beginning.
@@ -59,7 +58,7 @@ class Documents:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[str]:
-        """The texts from the beginning; what cannot be read for a reason that may pass is tried again.
+        """The texts from the beginning; a read that fails for a reason that may pass is tried again.
 
         Raises:
             UserError: they cannot be read, or more than `allowed` of them are bad.
@@ -74,14 +73,10 @@ class Documents:
                 self.bad = {"count": self.bad["count"] + 1, "first": self.bad["first"] or str(document)}
 
     def confirm(self) -> None:
-        """Check that what was read is what `fingerprint` stands for.
+        """Raise UserError where the source has changed since `fingerprint` was computed."""
 
-        Raises:
-            UserError: it has changed meanwhile.
-        """
-
-    def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
-        """This process's part, with the position in it as `state_dict()`; `seed` draws the order of files."""
+    def stream(self, seed: tuple[int, int]) -> "IterableDataset":
+        """The documents as rows, with the position among them as `state_dict()`; `seed` draws the order of files."""
         raise NotImplementedError
 
     def rows(self, dataset: "IterableDataset") -> Iterator[dict[str, Any]]:
@@ -110,8 +105,8 @@ class Texts(Documents):
     def read(self) -> Iterator[str | BadDocument]:
         return iter(self.texts)
 
-    def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
-        return _split(_generated(_rows_of_texts, list(self.texts), None), process, processes)
+    def stream(self, seed: tuple[int, int]) -> "IterableDataset":
+        return _generated(_rows_of_texts, list(self.texts), "text")
 
 
 @dataclass
@@ -139,11 +134,9 @@ class Files(Documents):
             if _identity(path) != then:
                 raise UserError(f"corpus: {path} has changed while it was read; start again when it no longer does")
 
-    def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
-        import numpy as np
-
+    def stream(self, seed: tuple[int, int]) -> "IterableDataset":
         shuffled = [str(self.paths[i]) for i in np.random.default_rng(seed).permutation(len(self.paths))]
-        return _split(_generated(_rows_of_files, shuffled, self.field), process, processes)
+        return _generated(_rows_of_files, shuffled, self.field)
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -177,8 +170,9 @@ class Named(Documents):
             kind = TryAgain if may_pass(error) else UserError
             raise kind(f"corpus: the dataset cannot be read: {told(error)}") from error
 
-    def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
-        return _split(self.dataset, process, processes)
+    def stream(self, seed: tuple[int, int]) -> "IterableDataset":
+        stream: IterableDataset = self.dataset
+        return stream
 
 
 @dataclass
@@ -202,28 +196,21 @@ class HeldOut(Documents):
         self.documents.confirm()
 
 
-def _generated(rows: Callable[..., Iterator[dict[str, str]]], items: list[str], field: str | None) -> "IterableDataset":
-    """Rows as an IterableDataset whose shards are `items`."""
+def _generated(rows: Callable[..., Iterator[dict[str, str]]], items: list[str], field: str) -> "IterableDataset":
+    """The `rows` of all `items` as an IterableDataset, which has an item as a shard."""
     from datasets import IterableDataset
 
     return IterableDataset.from_generator(rows, gen_kwargs={"items": items, "field": field})
 
 
-def _rows_of_texts(items: list[str], field: None) -> Iterator[dict[str, str]]:
-    return ({"text": text} for text in items)
+def _rows_of_texts(items: list[str], field: str) -> Iterator[dict[str, str]]:
+    return ({field: text} for text in items)
 
 
 def _rows_of_files(items: list[str], field: str) -> Iterator[dict[str, str]]:
     for path in items:
         for text in read_file(Path(path), field):
             yield {_BAD: str(text)} if isinstance(text, BadDocument) else {field: text}
-
-
-def _split(dataset: "IterableDataset", process: int, processes: int) -> "IterableDataset":
-    """This process's shards where they can be dealt out evenly, else one of every `processes` documents."""
-    from datasets.distributed import split_dataset_by_node
-
-    return split_dataset_by_node(dataset, process, processes)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""The run directory: taken possession of, and the files in it that stand beside the checkpoints."""
+"""The run directory: taking possession of it, and its files beside the checkpoints."""
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import yaml
-from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import UserError, bad_input
@@ -19,26 +19,38 @@ from .metrics import MetricsFile
 from .push import is_repo
 from .resume import record_of
 from .settings import TrainConfig, harmless_settings
-from .setup import Setup
 from .start import Start, alone_in_run
 from .state import State
 
 
 def begin_writing(state: State, start: Start, stack: ExitStack) -> None:
-    """Take possession of the run directory and, for a new run, write what is known before the first step."""
-    config, checkpoint = state.setup.config, start.checkpoint()
-    run_dir = Path(config.run_dir)
+    """Take possession of the run directory, and write everything that is known before the first step."""
+    setup, checkpoint = state.setup, start.checkpoint
+    config, run_dir = setup.config, Path(setup.config.run_dir)
     with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
-        check_space(run_dir, state.setup.skeleton, config, resumed=checkpoint is not None)
+        check_space(run_dir, setup.skeleton, config, resumed=checkpoint is not None)
+        now = environment_record() | {"num_processes": state.accelerator.num_processes}
         if checkpoint is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not start.locked:
                 stack.enter_context(alone_in_run(run_dir))
                 if (run_dir / layout.CONFIG).exists():
                     raise UserError(f"run_dir: {run_dir} has become that of another run; name a new directory")
-            write_run_files(run_dir, state.setup, state.accelerator)
+            write_text(run_dir / layout.CONFIG, yaml.safe_dump(config.as_recipe(), sort_keys=False))
+            record = now | {
+                **setup.hashes,
+                "parameters": sum(parameter.numel() for parameter in setup.skeleton.parameters()),
+                "flops_per_token": setup.flops_per_token,
+                "mixed_precision": config.mixed_precision,
+                "on_hub": names_on_hub(config),
+                "harmless_settings": harmless_settings(),
+                **setup.task.record(),
+            }
         else:
-            note_resume(run_dir, state.step, state.accelerator)
+            record = record_of(run_dir) or now
+            noted = {name: now[name] for name in ("date", "device", "versions", "num_processes", "command")}
+            record["resumed"] = [*record.get("resumed", []), {"step": state.step, **noted}]
+        write_json(run_dir / layout.ENVIRONMENT, record)
         (run_dir / layout.CHECKPOINTS).mkdir(exist_ok=True)
         state.metrics = MetricsFile(run_dir / layout.METRICS, checkpoint.metrics if checkpoint else b"")
         stack.callback(state.metrics.close)
@@ -59,39 +71,15 @@ def check_space(run_dir: Path, model: nn.Module, config: TrainConfig, resumed: b
         check_disk("run_dir", run_dir, needed, " for its checkpoints", "; make room or lower keep_last")
 
 
-def write_run_files(run_dir: Path, setup: Setup, accelerator: Accelerator) -> None:
-    """Everything about a new run that is known before its first step."""
-    write_text(run_dir / layout.CONFIG, yaml.safe_dump(setup.config.as_recipe(), sort_keys=False))
-    record = environment_record() | {
-        **setup.hashes,
-        "parameters": sum(parameter.numel() for parameter in setup.skeleton.parameters()),
-        "flops_per_token": setup.flops_per_token,
-        "num_processes": accelerator.num_processes,
-        "mixed_precision": setup.config.mixed_precision,
-        "on_hub": names_on_hub(setup.config),
-        "harmless_settings": harmless_settings(),
-    }
-    write_json(run_dir / layout.ENVIRONMENT, record | setup.task.record)
-
-
 def names_on_hub(config: TrainConfig) -> list[str]:
     """Repositories, NAMESPACE/NAME, that the run loads from; on another machine the same name may be that of a path."""
     names = (config.corpus, config.validation_corpus, config.tokenizer, config.model.init_from, config.teacher)
     return sorted({name for name in names if name and not Path(name).exists() and is_repo(name)})
 
 
-def note_resume(run_dir: Path, step: int, accelerator: Accelerator) -> None:
-    """Add a line about this resume to `environment.json`."""
-    path = run_dir / layout.ENVIRONMENT
-    now = environment_record() | {"num_processes": accelerator.num_processes}
-    record = record_of(run_dir) or now
-    noted = {"step": step, **{name: now[name] for name in ("date", "device", "versions", "num_processes", "command")}}
-    write_json(path, {**record, "resumed": [*record.get("resumed", []), noted]})
-
-
-def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Save model and tokenizer as one directory that `from_pretrained` loads, whole or not at all."""
+def save_model(path: Path, model: PreTrainedModel, processor: Any) -> None:
+    """Save a model and its tokenizer as one directory that `from_pretrained` loads, whole or not at all."""
     with atomic_directory(path) as directory:
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        processor.save_pretrained(directory)
         write_manifest(directory)

@@ -1,1 +1,85 @@
-"""Tasks that a model is trained on, one a module; what a task must have is what `language.LanguageTask` has."""
+"""What the training loop knows of a task. Each task is one file here, whose `open_task` `setup.py` calls."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_ibnorm.base.errors import UserError
+
+from ..settings import TrainConfig
+from ..start import Start
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The part of a step's data that this process trains on."""
+
+    parts: list[tuple[Tensor, Tensor]]  # inputs and targets of each micro-batch
+    tokens: int  # targets that count, over all processes
+    sha: str  # hash of the data: of all processes or of this one, see `Batches.shared_sha`
+    bad: int = 0  # documents that this process has left out so far, because they cannot be read
+
+
+class Batches(Protocol):
+    """The batches of a run, one a step, and the position of the next one."""
+
+    shared_sha: bool  # whether `Batch.sha` is the hash of the data of all processes
+
+    def next(self) -> Batch:
+        """The next batch; UserError where there is none, as `trouble` says, and the position stays as it was."""
+
+    def trouble(self, stop: Callable[[], bool] = lambda: False) -> UserError | None:
+        """Why there will be no next batch; waits until that is known, or `stop()` says that no batch is needed."""
+
+    def state(self) -> dict[str, Any]:
+        """The position of the next batch, as JSON can hold it."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on at a position that `state` gave. Only before the first batch."""
+
+    def close(self) -> None:
+        """End the threads."""
+
+
+class Task(Protocol):
+    """Data, model, loss and validation of a run. `make_model` comes first, then `read_data`, then everything else."""
+
+    config: TrainConfig  # `make_model` sets the fields of the model that were left open
+    processor: Any  # the tokenizer or image processor, which is saved beside every model
+    batches: Batches
+    hash_names: ClassVar[Mapping[str, str]]  # key of `hashes` → what messages call the hashed thing
+
+    def make_model(self, start: Start) -> tuple[PreTrainedModel, Any]:
+        """The model in float32, and the config it begins with: the model's own may have λ in the middle of a ramp."""
+
+    def hashes(self) -> dict[str, str | None]:
+        """Hashes of everything that decides the batches and the loss; None for a stream, which nothing has read yet."""
+
+    def read_data(self) -> None:
+        """Make the batches; UserError where the data cannot be read, or there is none."""
+
+    def record(self) -> dict[str, Any]:
+        """The entries of `environment.json` about the data."""
+
+    def summary(self) -> str:
+        """The training data and the steps on it, in a few words."""
+
+    def flops_per_token(self, model: PreTrainedModel) -> float:
+        """Floating point operations that training `model` on one token takes, a teacher's included."""
+
+    def blank_part(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the shape of a micro-batch, on the device."""
+
+    def loss(self, model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The loss to minimize, and the teacher's divergence in it (None without one): sums over targets that count.
+
+        Args:
+            model: in training mode.
+            part: inputs and targets of a micro-batch, on the model's device.
+        """
+
+    def evaluate(self, model: nn.Module, asked_to_stop: Callable[[], bool]) -> float | None:
+        """Mean loss over the validation data; None where a process was asked to stop before all of it was seen."""
