@@ -13,28 +13,32 @@ from hf_ibnorm.report.tables import Table, number_cell, score_cell
 
 FAMILY_NAMES = {"llama": "Llama", "gpt2": "GPT-2"}
 COMPUTE_OPTIMAL = 20
-"""Tokens per parameter, about, that spend a given amount of computation best (Hoffmann et al., 2022)."""
+"""Tokens per parameter, about, at which a given amount of computation is spent best (Hoffmann et al., 2022)."""
 HASHES = {"training text": "train_sha", "validation text": "validation_sha", "tokenizer": "tokenizer_sha"}
 PACKAGES = ("hf_ibnorm", "torch", "transformers", "accelerate", "python")
 
 
 def model_card(run: Run, repo: str | None = None, remote_code: bool = False) -> str:
-    """The card, as the text of a `README.md` that stands beside the model and `loss.png`.
+    """The card of a finished run: a `README.md`, with YAML front matter, that stands beside the model and `loss.png`.
 
-    It names no path of the machine: only the last part of one that a corpus, tokenizer or checkpoint came from.
-
-    Args:
-        run: a finished run, with its scores where there are any.
-        repo: repository on the Hub, NAMESPACE/NAME, that the model is loaded from; None for a directory.
-        remote_code: whether the code of the model lies beside it.
-
-    Returns:
-        Markdown with YAML front matter; the same run gives the same text.
+    The same run gives the same text. Of a path on this machine, such as a corpus came from, it has the last part only.
+    `repo`, NAMESPACE/NAME, is where the model is loaded from, None for a directory; with `remote_code`, its code lies
+    beside it.
     """
     name = repo.split("/")[-1] if repo else run.name
     model = run.config["model"]
-    results = _results(run.scores) if run.scores and not run.scores["smoke"] else []
-    # What the run loaded from the Hub: only where it ran could a name be told from a directory.
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=benchmark,
+            dataset_name=benchmark,
+            metric_type=row["details"]["metric"],
+            metric_value=row["raw"],
+        )
+        for benchmark, row in (run.scores["benchmarks"].items() if run.scores and not run.scores["smoke"] else ())
+        if row["raw"] is not None
+    ]
+    # Names that the run loaded from the Hub: only where it ran could a name be told from a directory.
     on_hub = run.environment.get("on_hub", [])
     data = ModelCardData(
         library_name="transformers",
@@ -57,23 +61,8 @@ def model_card(run: Run, repo: str | None = None, remote_code: bool = False) -> 
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
-def _results(scores: dict[str, Any]) -> list[EvalResult]:
-    """Scores as the front matter's `model-index` has them."""
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=name,
-            dataset_name=name,
-            metric_type=row["details"]["metric"],
-            metric_value=row["raw"],
-        )
-        for name, row in scores["benchmarks"].items()
-        if row["raw"] is not None
-    ]
-
-
 def _facts(run: Run) -> dict[str, Any]:
-    """What `card.md` says of a run."""
+    """The variables of `card.md` that come from a run."""
     config, environment, last = run.config, run.environment, run.metrics[-1]
     model_type, known = config["model"]["model_type"], environment.get("train_tokens")
     processes = environment.get("num_processes", 1)
@@ -81,6 +70,7 @@ def _facts(run: Run) -> dict[str, Any]:
     seen = last["tokens"] / environment["parameters"]
     versions = {name: environment["versions"].get(name) for name in PACKAGES}
     notes = run.scores.get("notes", []) if run.scores else []
+    path = r"(?<![\w:/.])~?/(?:[^\s/'\"]+/)+([^\s/'\"]*)"  # an absolute one; its last part is group 1
     return {
         "family": FAMILY_NAMES.get(model_type, model_type),
         "config": config,
@@ -96,7 +86,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "scores": run.scores,
         "table": _score_table(run.scores).markdown() if run.scores else "",
-        "notes": [_without_paths(note) for note in notes if not note.startswith("SMOKE")],
+        "notes": [re.sub(path, r"\1", note) for note in notes if not note.startswith("SMOKE")],
         "tokens_per_parameter": f"{seen:.2g}",
         "optimal": COMPUTE_OPTIMAL,
         "undertrained": not config["model"].get("init_from") and seen < COMPUTE_OPTIMAL,
@@ -114,7 +104,7 @@ def _score_table(scores: dict[str, Any]) -> Table:
 
 
 def _norm(name: str, options: dict[str, Any]) -> str:
-    """A norm with its options; which kernels compute it is no matter."""
+    """A norm with its options, the choice of its kernels apart."""
     shown = ", ".join(
         f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in options.items()
@@ -130,13 +120,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
-def _without_paths(text: str) -> str:
-    """`text` with the last part of every absolute path in place of the path."""
-    return re.sub(r"(?<![\w:/.])~?/(?:[^\s/'\"]+/)+([^\s/'\"]*)", r"\1", text)
-
-
 def _code(value: object) -> str:
-    """Any text as inline code on one line, backticks in it or not."""
+    """Any text, with backticks or without, as inline code on one line."""
     text = " ".join(str(value).split())
     fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
     space = " " if text[:1] == "`" or text[-1:] == "`" else ""
@@ -144,5 +129,5 @@ def _code(value: object) -> str:
 
 
 def _plain(value: object) -> str:
-    """Any text on one line, with nothing in it that Markdown would take for markup."""
+    """Any text on one line, with Markdown's own characters escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|!&])", r"\\\1", " ".join(str(value).split()))

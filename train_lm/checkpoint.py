@@ -174,11 +174,9 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in `path`.
+    """The checkpoint in `path`; OSError where a file in it cannot be read.
 
-    Raises:
-        ValueError: a file in it is missing or damaged, or it was written by a later release; the message says which.
-        OSError: a file in it cannot be read.
+    ValueError where a file is missing or damaged, or the checkpoint was written by a later release.
     """
     if problem := damage(path):
         raise ValueError(problem)

@@ -8,7 +8,6 @@ everything between the reader of the source and the last batch.
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
@@ -23,25 +22,10 @@ from hf_ibnorm.data.tokens import Encoder
 
 from .cache import take_chunk, too_many
 from .corpus import Documents
-from .tasks import Batch, Batches
+from .tasks import Batch, Batches, StepShape
 
 IGNORE = -100  # target of a position that counts in no loss, as in torch's cross entropy
 BUFFER_CHARACTERS = 1 << 26  # of the documents in a shuffle buffer, at most: checkpoints hold the buffer too
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """How the sequences of a step are divided among processes and micro-batches."""
-
-    per_device: int  # sequences of a micro-batch
-    micro_batches: int  # of one process in one step
-    processes: int = 1
-    process: int = 0  # the index of this process
-
-    @property
-    def sequences(self) -> int:
-        """Sequences of one step, over all processes."""
-        return self.per_device * self.micro_batches * self.processes
 
 
 class PackedTokens:
@@ -111,36 +95,7 @@ def _sha(inputs: Tensor, targets: Tensor) -> str:
     return sha256([inputs.numpy().tobytes(), targets.numpy().tobytes()])[:16]
 
 
-class _MadeAhead(Batches):
-    """Batches whose next one a thread makes while a step computes: reads, cuts and hashes it."""
-
-    _position: Any  # of the next batch
-
-    def __init__(self, shape: StepShape) -> None:
-        self.shape = shape
-        self._maker = ThreadPoolExecutor(1)
-        self._coming: Future[tuple[Batch, Any]] | None = None
-
-    def _make(self, position: Any) -> tuple[Batch, Any]:
-        """The batch at `position`, and the position after it."""
-        raise NotImplementedError
-
-    def _begun(self) -> Future[tuple[Batch, Any]]:
-        if self._coming is None:
-            self._coming = self._maker.submit(self._make, self._position)
-        return self._coming
-
-    def next(self) -> Batch:
-        batch, self._position = self._begun().result()
-        self._coming = None
-        self._begun()
-        return batch
-
-    def close(self) -> None:
-        self._maker.shutdown(cancel_futures=True)
-
-
-class PackedData(_MadeAhead):
+class PackedData(Batches):
     """A finite corpus, read in an order that depends on the seed alone; `bad` documents were left out of it.
 
     The position is a place in that order, equal on every process and for every number of processes.
@@ -150,11 +105,11 @@ class PackedData(_MadeAhead):
 
     def __init__(self, packed: PackedTokens, seed: int, shape: StepShape, bad: int = 0) -> None:
         super().__init__(shape)
-        self.packed, self._position = packed, 0
+        self.packed, self.position = packed, 0
         self._bad = 0 if shape.process else bad  # every process has left out the same documents
         self._order = BlockOrder(packed.blocks, seed)
 
-    def _make(self, position: int) -> tuple[Batch, int]:
+    def make(self, position: int) -> tuple[Batch, int]:
         indices = self._order.take(position, self.shape.sequences)
         inputs, targets = self.packed.batch(indices)
         mine = split_batch(np.arange(len(indices)), self.shape)
@@ -162,17 +117,14 @@ class PackedData(_MadeAhead):
         batch = Batch(parts, int((targets != IGNORE).sum()), _sha(inputs, targets), self._bad)
         return batch, position + self.shape.sequences
 
-    def trouble(self, stop: Callable[[], bool] = lambda: False) -> UserError | None:
-        return None
-
     def state(self) -> dict[str, Any]:
-        return {"place": self._position}
+        return {"place": self.position}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._position = state["place"]
+        self.position = state["place"]
 
 
-class StreamedData(_MadeAhead):
+class StreamedData(Batches):
     """An endless stream of documents: each process reads its part, shuffles it in a buffer, tokenizes and packs it.
 
     A pass over the part gives every document once: the buffer is emptied before the next pass begins. Threads read and
@@ -205,7 +157,7 @@ class StreamedData(_MadeAhead):
         self._buffer: list[str] = []
         self._characters = 0
         # The tokens that the last batch has left, of which the first is an input only, and the state of the reader.
-        self._position = np.array([encoder.eos], dtype=np.uint32), self._snapshot()
+        self.position = np.array([encoder.eos], dtype=np.uint32), self._snapshot()
         # One thread reads, so that the order of documents is that of the source; several tokenize.
         self._reader, self._encoders = ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
         self._ahead: deque[Future[tuple[Future[np.ndarray], dict[str, Any]]]] = deque()
@@ -213,11 +165,11 @@ class StreamedData(_MadeAhead):
         self._closed = Event()
 
     def trouble(self, stop: Callable[[], bool] = lambda: False) -> UserError | None:
-        """As of every task. Its reason: a part without documents, a document that cannot be read, or (TryAgain) a
-        network or a disk that fails."""
+        """Of a stream: a part without documents, a document that cannot be read, or (TryAgain) a network or a disk that
+        fails."""
         while not stop():
             try:
-                error = self._begun().exception(timeout=0.1)
+                error = self.coming().exception(timeout=0.1)
             except TimeoutError:
                 continue
             if error is None or isinstance(error, UserError):
@@ -225,7 +177,7 @@ class StreamedData(_MadeAhead):
             raise error
         return None
 
-    def _make(self, position: tuple[np.ndarray, dict[str, Any]]) -> tuple[Batch, tuple[np.ndarray, dict[str, Any]]]:
+    def make(self, position: tuple[np.ndarray, dict[str, Any]]) -> tuple[Batch, tuple[np.ndarray, dict[str, Any]]]:
         tokens, reader = position
         shape, size = self.shape, self.block_size
         sequences = shape.per_device * shape.micro_batches
@@ -246,7 +198,7 @@ class StreamedData(_MadeAhead):
         return batch, (tokens[needed - 1 :], reader)  # the last target is the next input
 
     def state(self) -> dict[str, Any]:
-        tokens, reader = self._position
+        tokens, reader = self.position
         return {**reader, "tokens": tokens.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -258,8 +210,8 @@ class StreamedData(_MadeAhead):
         self._buffer = list(state["buffer"])
         self._characters = sum(map(len, self._buffer))
         # Not a new snapshot: a reader tells its position only once it has read.
-        reader = {name: state[name] for name in self._position[1]}
-        self._position = np.array(state["tokens"], dtype=np.uint32), reader
+        reader = {name: state[name] for name in self.position[1]}
+        self.position = np.array(state["tokens"], dtype=np.uint32), reader
 
     def close(self) -> None:
         self._closed.set()
@@ -288,11 +240,7 @@ class StreamedData(_MadeAhead):
         return self._encoders.submit(self.encoder.documents, texts), self._snapshot()
 
     def _row(self) -> dict[str, Any] | None:
-        """The next row of the source, None at its end; tried again where the reason of a failure may pass.
-
-        Raises:
-            TryAgain: after the last try.
-        """
+        """The next row of the source, None at its end; tried again where a failure may pass, and TryAgain at last."""
         waits = iter(WAITS)
         while True:
             try:

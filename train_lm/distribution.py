@@ -1,8 +1,8 @@
 """How a run is spread over processes, as the launcher was told: one process, DDP, FSDP2 or DeepSpeed's ZeRO; all of it
 Accelerate's.
 
-The rest of the program sees whole tensors: what is sharded is put together here, tensor by tensor, and cut up again, so
-that a checkpoint is the same files however the run that wrote it was spread, and can be gone on from in another way.
+The rest of the program sees whole tensors: sharded tensors are put together here, one by one, and cut up again. So the
+files of a checkpoint do not depend on how its run was spread, and a run spread in another way can go on from it.
 """
 
 import math
@@ -31,31 +31,33 @@ from transformers.integrations import unset_hf_deepspeed_config
 from hf_ibnorm.base.errors import UserError
 
 from . import zero
-from .settings import TrainConfig
+from .settings import TrainConfig, allow
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate as this loop needs it."""
+    """Accelerate as the loop needs it; UserError where the launcher or the settings ask for more than is done here."""
+    cuda, timeout = torch.cuda.is_available(), timedelta(seconds=config.ddp_timeout)
     check_precision(config.mixed_precision)
-    check_launcher()
+    allow("launcher: parallelism_config", _launched("USE_PARALLELISM_CONFIG", "false"), ["false"])
+    in_recipe = "; set compile in the recipe"
+    allow("launcher: dynamo_backend", _launched("DYNAMO_BACKEND", "no"), ["no"], instead=in_recipe)
     plugin = sharding(config.mixed_precision)
-    if plugin is not None and config.trainable == "lora":
-        raise UserError("trainable: got lora, allowed with FSDP: all, norms")
-    deepspeed = zero.plugin(config) if zero.launched() else None
-    cpu, timeout = not torch.cuda.is_available(), timedelta(seconds=config.ddp_timeout)
-    if deepspeed is not None and cpu:
+    if plugin is not None:
+        allow("trainable", config.trainable, ["all", "norms"], " with FSDP")
+    deepspeed = zero.plugin(config) if _launched("USE_DEEPSPEED", "false") == "true" else None
+    if deepspeed is not None and not cuda:
         zero.meet_on_cpu(timeout)
-    if config.deterministic and torch.cuda.is_available():
+    if config.deterministic and cuda:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Nothing here reads what was never written.
+        # No code here reads memory before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     accelerator = Accelerator(
         # Without it two processes without a GPU would not find each other and train two models into one directory.
-        cpu=cpu and deepspeed is None,
+        cpu=not cuda and deepspeed is None,
         # The loop sums over micro-batches itself; a launcher's setting would divide the loss a second time.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        mixed_precision=config.mixed_precision if deepspeed is None else "no",  # then DeepSpeed sees to it
+        mixed_precision=config.mixed_precision if deepspeed is None else "no",  # DeepSpeed has its own
         fsdp_plugin=plugin,
         deepspeed_plugin=deepspeed,
         kwargs_handlers=[
@@ -68,7 +70,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.run_dir,
     )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # On a CPU Accelerate drops its plugin without a word, but what it does with one works there as well.
+        # On a CPU Accelerate drops its plugin without a word, but its code for the plugin works there as well.
         for state in (PartialState._shared_state, AcceleratorState._shared_state):
             state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
@@ -81,45 +83,36 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def check_launcher() -> None:
-    """Refuse what a launcher may have been told and this program does not do."""
-    for variable, setting, allowed in (
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism_config", "false"),
-        ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend", "no"),
-    ):
-        if (value := os.environ.get(variable, allowed).lower()) != allowed:
-            instead = "; set compile in the recipe" if "dynamo" in setting else ""
-            raise UserError(f"launcher: {setting}: got {value}, allowed: {allowed}{instead}")
+def _launched(name: str, default: str) -> str:
+    """What the launcher has noted in the environment."""
+    return os.environ.get(f"ACCELERATE_{name}", default).lower()
 
 
 def check_precision(wanted: str) -> None:
-    """Refuse a precision that would not be had, or that the launcher was told differently."""
+    """Raise UserError for a precision that this machine lacks, or that the launcher contradicts."""
     if wanted == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision: got 'fp16', which needs a GPU; allowed here are no, bf16")
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launched = _launched("MIXED_PRECISION", "no")
     if launched not in ("no", wanted):
         raise UserError(f"mixed_precision: got {wanted!r}, but the launcher was given {launched!r}; set both alike")
 
 
 def sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
-    """FSDP as the launcher's config file describes it; None where it asks for none."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    """FSDP as the launcher's config file describes it; None where the file does not ask for it."""
+    if _launched("USE_FSDP", "false") != "true":
         return None
     plugin = FullyShardedDataParallelPlugin()  # reads what the launcher put into the environment
     for setting, value, allowed in (
-        ("fsdp_version", plugin.fsdp_version, (2,)),
-        ("fsdp_cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, (False,)),
-        ("fsdp_activation_checkpointing", plugin.activation_checkpointing, (False,)),
-        ("fsdp_offload_params", isinstance(plugin.cpu_offload, CPUOffloadPolicy), (False,)),
-        ("mixed_precision", precision, ("no", "bf16")),
+        ("fsdp_version", plugin.fsdp_version, [2]),
+        ("fsdp_cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, [False]),
+        ("fsdp_activation_checkpointing", plugin.activation_checkpointing, [False]),
+        ("fsdp_offload_params", isinstance(plugin.cpu_offload, CPUOffloadPolicy), [False]),
+        ("mixed_precision", precision, ["no", "bf16"]),
     ):
-        if value not in allowed:
-            instead = "; set gradient_checkpointing in the recipe" if "activation" in setting else ""
-            raise UserError(
-                f"launcher: {setting}: got {value}, allowed with FSDP: {', '.join(map(str, allowed))}{instead}"
-            )
-    # Everything in float32, and autocast like elsewhere (`Spread`). Told of bfloat16, FSDP2 would gather that and keep
-    # hidden states in it: another arithmetic than the other ways of spreading, in which a gain near 1 hardly moves.
+        instead = "; set gradient_checkpointing in the recipe" if "activation" in setting else ""
+        allow(f"launcher: {setting}", value, allowed, " with FSDP", instead)
+    # Everything in float32, and autocast as elsewhere (`Spread`). Told of bfloat16, FSDP2 would gather weights and keep
+    # hidden states in it: another arithmetic than that of the other ways, in which a gain near 1 hardly moves.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return plugin
 
@@ -133,11 +126,11 @@ class Spread:
         self.model, self.accelerator = model, accelerator
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.deepspeed:
-            self.kind = f"zero{zero.stage(model)}"
+            self.kind = f"zero{model.zero_optimization_stage()}"
             zero.begin(model)
         elif accelerator.distributed_type == DistributedType.FSDP:
             self.kind = "fsdp2"
-            if accelerator.mixed_precision == "bf16":  # which Accelerate sees to in every other way of spreading
+            if accelerator.mixed_precision == "bf16":  # in every other way of spreading Accelerate does this
                 autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
                 model.forward = convert_outputs_to_fp32(autocast(model.forward))
         else:
@@ -151,7 +144,7 @@ class Spread:
     def part_of_step(self, last: bool) -> AbstractContextManager[None]:
         """Around the passes of a micro-batch: gradients are summed over processes with the `last` one.
 
-        Where they are sharded they are summed each time: put off, they would lie there whole.
+        Sharded gradients are summed with each: put off, they would lie in memory whole.
         """
         return nullcontext() if last or self.kind != "ddp" else self.accelerator.no_sync(self.model)
 
@@ -163,9 +156,9 @@ class Spread:
             self.accelerator.backward(loss * factor)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Clip the gradients to `max_norm`, 0 for not at all; returns the norm that they had.
+        """Clip the gradients to `max_norm`, 0 for not at all; returns their norm before.
 
-        DeepSpeed does not do so without making the step as well, or skipping it where they are not finite.
+        DeepSpeed does not clip without making the step as well, or skipping it where gradients are not finite.
         """
         if self.deepspeed:
             return zero.step(self.model)
@@ -189,16 +182,14 @@ class Spread:
         if self.deepspeed:
             zero.restore_optimizer(self.model, tensors)
             return
-        parameters = dict(model.named_parameters())
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-        places = {name: i for i, name in enumerate(ordered)}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            kind, _, name = key.partition("/")
-            if name in places and kind not in ("start", "apart"):
-                held = laid_out(value, parameters[name]) if value.ndim else value  # every process counts all steps
-                state.setdefault(places[name], {})[kind] = held
+        for i, parameter in enumerate(trained):
+            saved = {kind: tensors.get(f"{kind}/{names[id(parameter)]}") for kind in ("step", *zero.MOMENTS)}
+            held = {kind: value for kind, value in saved.items() if value is not None}
+            # The step, a scalar, is whole on every process.
+            state[i] = {kind: laid_out(value, parameter) if value.ndim else value for kind, value in held.items()}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -211,7 +202,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def on_host(tensor: Tensor, keep: bool) -> Tensor | None:
-    """A copy of all of `tensor` in main memory where `keep` is true; the others only help to put it together."""
+    """A copy of all of `tensor` in main memory where `keep` is true, else None. Every process must call this."""
     tensor = whole(tensor)
     return tensor.to("cpu", copy=True) if keep else None
 
@@ -234,8 +225,7 @@ def my_part(value: Tensor, like: Tensor) -> Tensor:
 def reshard(model: nn.Module) -> None:
     """Free the parameters that FSDP2 has left gathered after a forward pass without a backward pass.
 
-    They are copies of the last unit's, in the arithmetic's precision and unknown to the optimizer: a checkpoint would
-    hold these copies.
+    They are copies of the last unit's parameters, which the optimizer does not know, and a checkpoint would hold them.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -19,7 +19,7 @@ from hf_ibnorm.base.room import check_model
 from .architecture import build_model_config, names_in
 from .model import read_config, speed_up, starting_config
 from .settings import TrainConfig
-from .tasks.language import LOW, Teacher, token_loss
+from .tasks.language import LOW, training_loss
 from .throughput import flops_per_token
 from .trainable import freeze
 
@@ -57,12 +57,8 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
     The operators are those of a CPU, whose attention keeps no scores, as on a GPU. `compile`, which may save memory, is
     left out.
 
-    Args:
-        config: a validated run, as `spread_over` returns it.
-        gradients_stay: whether gradients have memory of their own all the time, as in DDP's buckets.
-
-    Raises:
-        ValueError, TypeError: the model cannot be built, or adapters are to be trained.
+    `config` is a validated run, as `spread_over` returns it; with `gradients_stay` gradients have memory of their own
+    all the time, as in DDP's buckets. ValueError or TypeError where the model cannot be built, or has adapters.
     """
     if config.trainable == "lora":
         raise ValueError("trainable: got 'lora', which cannot be planned (peft needs values); all and norms can")
@@ -81,14 +77,13 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         model.forward = convert_outputs_to_fp32(torch.autocast("cpu", low, enabled=low is not None)(model.forward))
         base = live.peak = live.now
         with torch.no_grad():
-            _pass(model, None, config.per_device_eval_batch_size, config.block_size)
+            _pass(model, None, config, config.per_device_eval_batch_size)
         validation, gradients = live.peak - base, sum(each.nbytes for each in model.parameters() if each.requires_grad)
         if gradients_stay or config.gradient_accumulation_steps > 1:
             for each in model.parameters():
                 each.grad = torch.zeros_like(each) if each.requires_grad else None
         live.peak = live.now
-        taught_by = None if teacher is None else Teacher(teacher, config)
-        _pass(model, taught_by, config.per_device_train_batch_size, config.block_size)
+        _pass(model, teacher, config, config.per_device_train_batch_size)
         training = live.peak - base
         activations = max(training - gradients, validation - (0 if gradients_stay else gradients))
         count = sum(each.numel() for each in model.parameters())
@@ -107,10 +102,10 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         )
 
 
-def _pass(model: PreTrainedModel, teacher: Teacher | None, sequences: int, size: int) -> None:
+def _pass(model: PreTrainedModel, teacher: PreTrainedModel | None, config: TrainConfig, sequences: int) -> None:
     """The forward pass of a batch of so many sequences and, where there are gradients, the backward pass."""
-    inputs, targets = torch.zeros((2, sequences, size), dtype=torch.int64)
-    loss = token_loss(model, inputs, targets) if teacher is None else teacher.loss(model, inputs, targets)[0]
+    inputs, targets = torch.zeros((2, sequences, config.block_size), dtype=torch.int64)
+    loss, _ = training_loss(model, teacher, config, inputs, targets)
     if torch.is_grad_enabled():
         loss.backward()
 

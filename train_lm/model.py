@@ -92,15 +92,9 @@ def refuse_lost(field: str, where: str, lost: list[str]) -> None:
 
 
 def lost_message(where: str, names: Collection[str], norms: dict[str, nn.Module]) -> str:
-    """A line about the tensors of a checkpoint that its model has no place for, in the words of a conversion.
+    """A line about the tensors `names` of a checkpoint that have no place in the model, in the words of a conversion.
 
-    Args:
-        where: directory or name of the checkpoint.
-        names: of these tensors.
-        norms: site → norm of the checkpoint as it is before training; a tensor that still has its value is no loss.
-
-    Returns:
-        The line; "" where nothing is lost.
+    `norms` are the checkpoint's own by site, as before training: a tensor with the same value is no loss. "" for none.
     """
     initial = {f"{site}.{name}": value for site, norm in norms.items() for name, value in norm.state_dict().items()}
     shards: dict[str, Shard] = {}

@@ -11,7 +11,7 @@ from .settings import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained that decays matrices only."""
+    """AdamW over the parameters that are trained, with weight decay on matrices only."""
     kept = set(no_decay_parameter_names(model))
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     groups = [

@@ -1,6 +1,6 @@
 """`python -m train_lm.push RUN`: a model card for a finished run and, if a repository is named, the model on the Hub.
 
-The card, `README.md` and `loss.png`, is written into `RUN/final`. What is uploaded is on a list: weights as
+The card, `README.md` and `loss.png`, is written into `RUN/final`. Only listed files are uploaded: weights as
 safetensors, config, tokenizer, card and the model's code; never a pickle.
 """
 
@@ -67,10 +67,10 @@ def push(
     Args:
         run_dir: run directory of train_lm.
         repo: repository, NAMESPACE/NAME, made where there is none; None for the card only.
-        public: whether everybody may see it. One that is there keeps its visibility, and into a public one nothing is
-            pushed without this.
+        public: whether everybody may see the repository. One that exists keeps its visibility, and into a public one
+            nothing is pushed without this.
         scores: directory with a `scores.json`; None for `run_dir/scores`, if there is any.
-        say: told what is done.
+        say: gets a line about each thing done.
 
     Raises:
         UserError: the run is not finished, or its model is not whole or not as it was saved, before anything is
@@ -87,7 +87,8 @@ def push(
             raise ValueError(f"run: {final} {problem}")
     with bad_input(OSError, about=f"run: {final} cannot be written: "):
         plot_losses([run], final / "loss.png")
-        write_text(final / "README.md", model_card(run, repo, remote_code=_has_code(final)))
+        has_code = "auto_map" in read_json("run", final / "config.json")
+        write_text(final / "README.md", model_card(run, repo, remote_code=has_code))
     card = f"card: {final / 'README.md'}"
     if repo is None:
         say(f"{card}; nothing is pushed without a repository (--repo)")
@@ -103,27 +104,20 @@ def push(
         url = _upload(final, repo, public, say)
     except UserError:
         raise
-    except Exception as error:  # of the network, the Hub, its answers: all end the same way
+    except Exception as error:  # of the network, the Hub, its answers: each ends in the same way
         raise UserError(
             f"repo: {repo} has not got the model, {_reason(error)}; it is in {final} with its card; again: {again}"
         ) from error
     say(f"pushed: {url}")
 
 
-def _has_code(final: Path) -> bool:
-    return "auto_map" in read_json("run", final / "config.json")
-
-
 def _upload(final: Path, repo: str, public: bool, say: Callable[[str], None]) -> str:
-    """Upload in one commit; returns the address of the repository.
+    """Upload in one commit; returns the address of the repository. UserError where it is public against the wish.
 
-    Weights of an earlier push that are not among these go: loading would prefer one whole file to new parts.
-
-    Raises:
-        UserError: the repository is public, and that was not asked for.
+    Weights of an earlier push that are not among these are deleted: loading would prefer one whole file to new parts.
     """
     files = {path.name: path for path in sorted(final.iterdir()) if path.is_file() and path.name[0] != "."}
-    files.pop(MANIFEST, None)  # of this folder; the Hub has hashes of its own
+    files.pop(MANIFEST, None)  # hashes of this folder; the Hub has its own
     kept = {name: path for name, path in files.items() if among(name, UPLOADED)}
     if left := sorted(files.keys() - kept.keys()):
         say(f"not pushed: {', '.join(left)} (not among what a model needs)")
@@ -145,12 +139,11 @@ def _upload(final: Path, repo: str, public: bool, say: Callable[[str], None]) ->
 
 def _reason(error: Exception) -> str:
     """Why the Hub did not take the model, on one line."""
-    if isinstance(error.__cause__, HfHubHTTPError):
-        error = error.__cause__
-    if isinstance(error, HfHubHTTPError):
-        said = f" ({error.server_message})" if error.server_message else ""
-        hint = HINTS.get(error.response.status_code)
-        return f"the Hub answered {error.response.status_code}{said}{f': {hint}' if hint else ''}"
+    answer = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+    if isinstance(answer, HfHubHTTPError):
+        message = f" ({answer.server_message})" if answer.server_message else ""
+        hint = HINTS.get(answer.response.status_code)
+        return f"the Hub answered {answer.response.status_code}{message}{f': {hint}' if hint else ''}"
     line = (str(error).strip().splitlines() or [""])[0]
     return f"{constants.ENDPOINT} cannot be used: {type(error).__name__}: {line}"
 

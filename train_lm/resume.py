@@ -29,20 +29,15 @@ def check_finished(config: TrainConfig, run_dir: Path, start: Start, processes: 
                 built = build_model_config(config, start.saved["model"]["vocab_size"])
             else:
                 built = starting_config(config, run_dir / layout.FINAL, start.saved)[1]
-        check_settings(resolved(config, built), start, processes, {}, {})
+        check_settings(resolved(config, built), start, processes, {})
 
 
 def check_settings(
-    config: TrainConfig, start: Start, processes: int, hashes: Mapping[str, str | None], hash_names: Mapping[str, str]
+    config: TrainConfig, start: Start, processes: int, hashes: Mapping[str, tuple[str, str | None]]
 ) -> None:
     """Raise UserError where the result of going on would not be the result of a run never interrupted.
 
-    Args:
-        config: the settings to go on with, every field resolved.
-        start: where the run goes on.
-        processes: their number now.
-        hashes: name → hash of everything that decides the batches and the loss, as `state.json` has them.
-        hash_names: name → what messages call the hashed thing.
+    `config` has every field resolved; `hashes` are those of `Task.hashes` and of the initial model.
     """
     checkpoint = start.checkpoint
     if start.saved is not None:
@@ -53,11 +48,10 @@ def check_settings(
     if checkpoint is None:
         return
     state = checkpoint.state
-    for name, value in hashes.items():
-        if value != state["hashes"][name]:
+    for key, (name, sha) in hashes.items():
+        if sha != state["hashes"][key]:
             raise UserError(
-                f"resume: the {hash_names[name]} is not what the run began with ({name}); put it back, or begin a new "
-                "run"
+                f"resume: the {name} is not what the run began with ({key}); put it back, or begin a new run"
             )
     if config.streaming and processes != state["num_processes"]:
         raise UserError(
@@ -80,10 +74,7 @@ def check_settings(
 def changed_fields(then: dict[str, Any], now: dict[str, Any], processes: tuple[int, int]) -> list[str]:
     """The settings that a resumed run may not change and has changed: "field was X, got Y" for each.
 
-    Args:
-        then: `as_recipe()` of the run.
-        now: `as_recipe()` of the settings to go on with.
-        processes: number of processes then and now. Where it changed, a step may be divided in another way.
+    `then` and `now` are from `as_recipe()`. With another number of `processes`, a step may be divided in another way.
     """
     # A field that an earlier release lacked had the value that is its default now, but for BOS, which it never added.
     known = {**flat_settings(TrainConfig("").as_recipe()), "add_bos": False}

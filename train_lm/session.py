@@ -179,7 +179,7 @@ def begin(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Sessio
     device = device_name(accelerator)
     peak = peak_flops(device, config.mixed_precision)
     progress.say(headline(setup, device if peak else f"{device} (peak FLOP/s unknown, so no MFU)"))
-    stack.enter_context(progress)
+    stack.enter_context(progress.bar)
     if state.step < config.max_steps:
         raise_together(setup.task.batches.trouble(), accelerator)
     return Session(config, setup, state, model, checkpointer, progress, signals, accelerator, peak)

@@ -59,11 +59,12 @@ def _set_up(config: TrainConfig, accelerator: Accelerator, start: Start, say: Ca
     with bad_input():
         freeze(model, config)
     init_sha = checkpoint.state["hashes"]["init_sha"] if checkpoint else shared_weights_sha(model)
-    hashes = {"init_sha": init_sha, **task.hashes()}
-    check_settings(config, start, accelerator.num_processes, hashes, {"init_sha": "initial model", **task.hash_names})
+    named = {"init_sha": ("initial model", init_sha), **task.hashes()}
+    check_settings(config, start, accelerator.num_processes, named)
     task.read_data()
     with bad_input():
         lams = scheduled_lams(config, model, model_config)
         skeleton = skeleton_of(model)
         add_adapters(model, config)
+    hashes = {key: sha for key, (_, sha) in named.items()}
     return Setup(config, model, skeleton, task, hashes, lams, task.flops_per_token(skeleton))

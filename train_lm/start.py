@@ -53,9 +53,8 @@ def alone_in_run(run_dir: Path) -> AbstractContextManager[None]:
 def find_start(config: TrainConfig, run_dir: Path, stack: ExitStack) -> Start:
     """Where the run in `run_dir` begins. A run that is there is locked until `stack` closes.
 
-    Raises:
-        UserError: the directory is not new and not to be resumed, holds something else, cannot be read or written, or
-            another run is at work in it; `final`, or every checkpoint after step 0, is damaged.
+    UserError where the directory is not new and not to be resumed, holds something else, cannot be read or written, or
+    another run is at work in it; and where `final`, or every checkpoint after step 0, is damaged.
     """
     final = run_dir / layout.FINAL
     begun = run_dir.is_dir() and any(path.name[0] != "." for path in run_dir.iterdir())

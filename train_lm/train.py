@@ -80,7 +80,7 @@ def run_steps(session: Session) -> None:
         # Asked before the state changes: if the next batch cannot be made, this is the last step.
         trouble = batches.trouble(session.asked_to_stop) if step < config.max_steps else None
         gathered = exchange(session, batch, [*sums, norm, moved], stop=session.asked_to_stop() or trouble is not None)
-        finite = update(session, gathered.is_finite)
+        finite = update(session, math.isfinite(gathered.loss) and math.isfinite(gathered.grad_norm))
         if finite and waiting is not None:
             # Before a kill there may be time to write one checkpoint of this size, and a newer one comes below.
             if not gathered.stop or checkpointer.keeps(waiting.step):
@@ -133,10 +133,6 @@ class Gathered(NamedTuple):
     stop: bool  # whether a process is to stop
     batch_sha: str  # hash of the batch of all processes
     bad: int  # documents left out so far, because they cannot be read
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def exchange(session: Session, batch: Batch, numbers: Iterable[Tensor], stop: bool) -> Gathered:

@@ -1,7 +1,7 @@
 """The part of a model that is trained: all of it, its norms, or its norms and peft's LoRA adapters (arXiv 2106.09685).
 
-Adapters are merged into what is saved as a model: that loads without peft. What a checkpoint needs besides, to go on
-with the adapters as they are, is `apart`.
+A model is saved with its adapters merged into the weights: it loads without peft. To go on with the adapters, a
+checkpoint holds them and the weights under them as well (`apart`).
 """
 
 import warnings
@@ -22,7 +22,7 @@ _ADAPTER = ".lora_"
 
 
 def freeze(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Leave only the norms to be trained, unless everything is."""
+    """Let only the norms be trained, unless the settings say all."""
     if config.trainable == "all":
         return
     model.requires_grad_(False)
@@ -34,9 +34,9 @@ def freeze(model: PreTrainedModel, config: TrainConfig) -> None:
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Put LoRA adapters on linear layers of the blocks, in place, if they are to be trained; they begin as nothing.
+    """Put LoRA adapters on linear layers of the blocks, in place, if the settings ask for them.
 
-    Their initial values depend on the seed only.
+    They change nothing yet; their initial values depend on the seed only.
     """
     if config.trainable != "lora":
         return
@@ -54,7 +54,7 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> None:
     settings = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=list(targets))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(config.seed)
-        warnings.simplefilter("ignore", UserWarning)  # GPT-2's matrices are transposed, which peft sees by itself
+        warnings.simplefilter("ignore", UserWarning)  # about GPT-2's transposed matrices, which peft handles
         inject_adapter_in_model(settings, model)
     for parameter in trained:  # peft freezes all but its own
         parameter.requires_grad_(True)
@@ -72,7 +72,7 @@ def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def apart(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters, and the weights they are merged into: a merged one cannot be taken apart to the bit."""
+    """The adapters' parameters, and the weights they are merged into: after a merge neither is known to the bit."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()

@@ -1,8 +1,9 @@
 """What the training loop knows of a task. Each task is one file here, whose `open_task` `setup.py` calls."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,6 +12,21 @@ from hf_ibnorm.base.errors import UserError
 
 from ..settings import TrainConfig
 from ..start import Start
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """How the sequences of a step are divided among processes and micro-batches."""
+
+    per_device: int  # sequences of a micro-batch
+    micro_batches: int  # of one process in one step
+    processes: int = 1
+    process: int = 0  # the index of this process
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one step, over all processes."""
+        return self.per_device * self.micro_batches * self.processes
 
 
 @dataclass(frozen=True)
@@ -23,25 +39,49 @@ class Batch:
     bad: int = 0  # documents that this process has left out so far, because they cannot be read
 
 
-class Batches(Protocol):
-    """The batches of a run, one a step, and the position of the next one."""
+class Batches:
+    """The batches of a run, one a step. A thread makes the next batch, and hashes it, while a step computes."""
 
     shared_sha: bool  # whether `Batch.sha` is the hash of the data of all processes
+    position: Any  # of the next batch
 
-    def next(self) -> Batch:
-        """The next batch; UserError where there is none, as `trouble` says, and the position stays as it was."""
+    def __init__(self, shape: StepShape) -> None:
+        self.shape = shape
+        self._maker = ThreadPoolExecutor(1)
+        self._coming: Future[tuple[Batch, Any]] | None = None
 
-    def trouble(self, stop: Callable[[], bool] = lambda: False) -> UserError | None:
-        """Why there will be no next batch; waits until that is known, or `stop()` says that no batch is needed."""
+    def make(self, position: Any) -> tuple[Batch, Any]:
+        """The batch at `position`, and the position after it. Called in the thread."""
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """The position of the next batch, as JSON can hold it."""
+        raise NotImplementedError
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on at a position that `state` gave. Only before the first batch."""
+        raise NotImplementedError
+
+    def coming(self) -> Future[tuple[Batch, Any]]:
+        """The next batch, which is being made."""
+        if self._coming is None:
+            self._coming = self._maker.submit(self.make, self.position)
+        return self._coming
+
+    def next(self) -> Batch:
+        """The next batch; UserError where there is none, as `trouble` says, and the position stays as it was."""
+        batch, self.position = self.coming().result()
+        self._coming = None
+        self.coming()
+        return batch
+
+    def trouble(self, stop: Callable[[], bool] = lambda: False) -> UserError | None:
+        """Why there will be no next batch; waits until that is known, or `stop()` says that no batch is needed."""
+        return None
 
     def close(self) -> None:
         """End the threads."""
+        self._maker.shutdown(cancel_futures=True)
 
 
 class Task(Protocol):
@@ -50,13 +90,12 @@ class Task(Protocol):
     config: TrainConfig  # `make_model` sets the fields of the model that were left open
     processor: Any  # the tokenizer or image processor, which is saved beside every model
     batches: Batches
-    hash_names: ClassVar[Mapping[str, str]]  # key of `hashes` → what messages call the hashed thing
 
     def make_model(self, start: Start) -> tuple[PreTrainedModel, Any]:
         """The model in float32, and the config it begins with: the model's own may have λ in the middle of a ramp."""
 
-    def hashes(self) -> dict[str, str | None]:
-        """Hashes of everything that decides the batches and the loss; None for a stream, which nothing has read yet."""
+    def hashes(self) -> dict[str, tuple[str, str | None]]:
+        """Key in `environment.json` → name and hash, of all that decides batches and loss; a stream has no hash."""
 
     def read_data(self) -> None:
         """Make the batches; UserError where the data cannot be read, or there is none."""

@@ -1,10 +1,10 @@
 """The language task: text as batches of tokens, the loss of a batch, and the mean loss over the validation text."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from ..corpus import CorpusOptions, Documents, HeldOut, open_corpus, overlap
 from ..data import IGNORE, PackedData, PackedTokens, StepShape, StreamedData
 from ..distribution import reshard
 from ..model import load_teacher, make_model, read_config, starting_config
-from ..progress import ReadingProgress
+from ..progress import with_progress
 from ..settings import TrainConfig
 from ..start import Start
 from ..throughput import flops_per_token
@@ -40,28 +40,6 @@ _COMPUTED = 2 * 257
 _ENTRY = 100  # bytes of an entry of a tokenizer's vocabulary, at least
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A model whose logits are distilled (arXiv 1503.02531), beside the text; it draws no random numbers."""
-
-    model: PreTrainedModel  # in float32 and eval mode, without gradients, whole on each process
-    config: TrainConfig
-
-    def loss(self, student: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss to minimize, and the divergence in it, neither weighted nor scaled: sums over targets that count."""
-        logits = student(input_ids=inputs, use_cache=False).logits
-        weight, temperature = self.config.distillation_weight, self.config.distillation_temperature
-        return distillation_loss(logits, self.logits(inputs), targets, weight, temperature)
-
-    @torch.no_grad()
-    def logits(self, inputs: Tensor) -> Tensor:
-        """The teacher's logits, computed in the student's precision."""
-        low = LOW.get(self.config.mixed_precision)
-        with torch.autocast(inputs.device.type, low, enabled=low is not None):
-            logits: Tensor = self.model(input_ids=inputs, use_cache=False).logits
-        return logits
-
-
 @dataclass
 class LanguageTask(Task):
     """Next-token prediction; parts of a batch are int64 of shape (batch, block_size), losses are in nats."""
@@ -72,15 +50,9 @@ class LanguageTask(Task):
     texts: dict[str, Documents]  # "train" and "validation"
     processor: PreTrainedTokenizerFast
     encoder: Encoder
-    teacher: Teacher | None = None
+    teacher: PreTrainedModel | None = None  # in float32 and eval mode, without gradients, whole on each process
     batches: PackedData | StreamedData = field(init=False)
     validation: PackedTokens = field(init=False)
-    hash_names: ClassVar[Mapping[str, str]] = {
-        "tokenizer_sha": "tokenizer",
-        "train_sha": "training text",
-        "validation_sha": "validation text",
-        "teacher_sha": "teacher",
-    }
 
     def make_model(self, start: Start) -> tuple[PreTrainedModel, Any]:
         model, model_config = make_model(self.config, self.processor, start)
@@ -88,14 +60,17 @@ class LanguageTask(Task):
         if self.config.teacher is not None:
             with bad_input():
                 teacher: Any = load_teacher(self.config, self.config.teacher, self.processor)
-            self.teacher = Teacher(teacher.to(self.accelerator.device), self.config)
+            self.teacher = teacher.to(self.accelerator.device)
         return model, model_config
 
-    def hashes(self) -> dict[str, str | None]:
-        hashes: dict[str, str | None] = {"tokenizer_sha": sha256(self.encoder.key)}
-        hashes |= {f"{split}_sha": documents.fingerprint for split, documents in self.texts.items()}
+    def hashes(self) -> dict[str, tuple[str, str | None]]:
+        hashes: dict[str, tuple[str, str | None]] = {
+            "tokenizer_sha": ("tokenizer", sha256(self.encoder.key)),
+            "train_sha": ("training text", self.texts["train"].fingerprint),
+            "validation_sha": ("validation text", self.texts["validation"].fingerprint),
+        }
         if self.teacher is not None:
-            hashes["teacher_sha"] = sha256_tensors(self.teacher.model.named_parameters())
+            hashes["teacher_sha"] = "teacher", sha256_tensors(self.teacher.named_parameters())
         return hashes
 
     def read_data(self) -> None:
@@ -154,7 +129,7 @@ class LanguageTask(Task):
         return f"{tokens} of {self.config.corpus}, {self.config.max_steps:,} steps of {step:,}"
 
     def flops_per_token(self, model: PreTrainedModel) -> float:
-        return flops_per_token(model, self.config.block_size, None if self.teacher is None else self.teacher.model)
+        return flops_per_token(model, self.config.block_size, self.teacher)
 
     def blank_part(self) -> tuple[Tensor, Tensor]:
         shape = (self.config.per_device_train_batch_size, self.config.block_size)
@@ -162,9 +137,7 @@ class LanguageTask(Task):
         return tokens, tokens
 
     def loss(self, model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        if self.teacher is None:
-            return token_loss(model, *part), None
-        return self.teacher.loss(model, *part)
+        return training_loss(model, self.teacher, self.config, *part)
 
     def evaluate(self, model: nn.Module, asked_to_stop: Callable[[], bool]) -> float | None:
         return evaluate(model, self.validation, self.config, self.accelerator, asked_to_stop)
@@ -173,10 +146,8 @@ class LanguageTask(Task):
 def open_task(config: TrainConfig, start: Start, accelerator: Accelerator, say: Callable[[str], None]) -> LanguageTask:
     """The text of a run, opened and not read yet, and its tokenizer, which may be trained now.
 
-    `say` gets a line about whatever takes long, and about text that is left out.
-
-    Raises:
-        UserError: the machine cannot hold a step; the model cannot be built; there is no such text or tokenizer.
+    `say` gets a line about whatever takes long, and about text that is left out. UserError where the machine cannot
+    hold a step, the model cannot be built, or there is no such text or tokenizer.
     """
     check_sizes(config, accelerator.num_processes)
     with bad_input():
@@ -251,8 +222,8 @@ def _new_tokenizer(config: TrainConfig, cache: Cache, documents: Documents) -> P
     limit = config.tokenizer_documents or (STREAMED_TOKENIZER_DOCUMENTS if config.streaming else None)
 
     def trained() -> str:
-        progress = ReadingProgress(cache.say, "training a tokenizer")
-        text = train_tokenizer(progress.each(islice(documents, limit)), config.tokenizer_vocab_size)
+        texts = with_progress(islice(documents, limit), cache.say, "training a tokenizer")
+        text = train_tokenizer(texts, config.tokenizer_vocab_size)
         documents.confirm()
         return text
 
@@ -261,6 +232,29 @@ def _new_tokenizer(config: TrainConfig, cache: Cache, documents: Documents) -> P
     else:
         text = cache.text("tokenizer", [documents.fingerprint, str(config.tokenizer_vocab_size), str(limit)], trained)
     return wrap_tokenizer(text, config.model.max_position_embeddings or config.block_size)
+
+
+def training_loss(
+    student: nn.Module, teacher: PreTrainedModel | None, config: TrainConfig, inputs: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The loss to minimize, and the divergence from a teacher in it, neither weighted nor scaled; None without one.
+
+    Both are sums over the targets that count. The teacher's logits are distilled (arXiv 1503.02531) beside the text.
+    """
+    if teacher is None:
+        return token_loss(student, inputs, targets), None
+    logits = student(input_ids=inputs, use_cache=False).logits
+    weight, temperature = config.distillation_weight, config.distillation_temperature
+    # The teacher's logits have no name here: in the loss they take memory only as long as it needs them.
+    return distillation_loss(logits, _taught(teacher, config, inputs), targets, weight, temperature)
+
+
+@torch.no_grad()
+def _taught(teacher: PreTrainedModel, config: TrainConfig, inputs: Tensor) -> Tensor:
+    """The teacher's logits, computed in the student's precision."""
+    low = LOW.get(config.mixed_precision)
+    with torch.autocast(inputs.device.type, low, enabled=low is not None):
+        return teacher(input_ids=inputs, use_cache=False).logits
 
 
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -280,10 +274,7 @@ def evaluate(
     """Mean loss in nats over every token of a whole split, in eval mode: dropout and noise norms are quiet.
 
     Every process takes equally many batches, some of padding: where the model is sharded, all must run it together.
-    None where a process was asked to stop meanwhile.
-
-    Raises:
-        RuntimeError: a part of the model stays in training mode.
+    None where a process was asked to stop meanwhile. RuntimeError where a part of the model stays in training mode.
     """
     model.eval()
     if loud := [name for name, module in accelerator.unwrap_model(model).named_modules() if module.training]:
