@@ -29,7 +29,7 @@ def build_model_config(config: TrainConfig, vocab_size: int | None = None, eos_t
     model = config.model
     rows = model.vocab_size or vocab_size or config.tokenizer_vocab_size
     check_vocabulary(rows, vocab_size)
-    family: Any = next(each for each in FAMILIES if each.stock_model_type == model.model_type).config
+    family: Any = next(family for family in FAMILIES if family.stock_model_type == model.model_type).config
     stock = family()
     if model.num_key_value_heads not in (None, model.num_attention_heads) and not hasattr(stock, "num_key_value_heads"):
         has = f"{model.model_type} has no grouped heads"

@@ -69,7 +69,7 @@ def copy_model(model: PreTrainedModel, value: Callable[[Tensor], Tensor]) -> Pre
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` whose tensors have shapes and no values, to be filled by `copy_model`."""
-    return copy_model(model, lambda each: torch.empty_like(each, device="meta", requires_grad=False))
+    return copy_model(model, lambda tensor: torch.empty_like(tensor, device="meta", requires_grad=False))
 
 
 def process_state(data: dict[str, Any]) -> dict[str, Any]:
@@ -237,11 +237,11 @@ class Checkpointer:
     def _prune(self, step: int) -> None:
         # Checkpoints of later steps stay: a run that went back to this one may need none of them, but must not lose
         # this one to them.
-        past = [each for each in steps_in(self.folder) if each <= step and each not in self.damaged]
-        for each in past[: -self.keep_last]:
-            if not self.keeps(each):
+        past = [old for old in steps_in(self.folder) if old <= step and old not in self.damaged]
+        for old in past[: -self.keep_last]:
+            if not self.keeps(old):
                 # Renamed first: a kill in the middle of the removal must not leave half a checkpoint.
-                remove(set_aside(self.folder / layout.checkpoint_name(each)))
+                remove(set_aside(self.folder / layout.checkpoint_name(old)))
 
 
 def clear_leftovers(run_dir: Path) -> None:

@@ -192,7 +192,7 @@ class StreamedData(Batches):
         tokens = np.concatenate(chunks)
         block = torch.from_numpy(tokens[:needed].astype(np.int64))
         inputs, targets = block[:-1].view(sequences, size), block[1:].view(sequences, size)
-        split = (_pinned(each).split(shape.per_device) for each in (inputs, targets))
+        split = (_pinned(side).split(shape.per_device) for side in (inputs, targets))
         parts = list(zip(*split, strict=True))
         batch = Batch(parts, shape.sequences * size, _sha(inputs, targets), reader["bad"][1])
         return batch, (tokens[needed - 1 :], reader)  # the last target is the next input

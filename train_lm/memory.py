@@ -18,10 +18,10 @@ from hf_ibnorm.base.room import check_model
 
 from .architecture import build_model_config, names_in
 from .model import read_config, speed_up, starting_config
+from .optim import freeze
 from .settings import TrainConfig
 from .tasks.language import LOW, training_loss
 from .throughput import flops_per_token
-from .trainable import freeze
 
 # Transformers' attention without a mask: by itself it leaves the mask out only where it can see that nothing is padded.
 # Tensors without values do not show that, and a mask of length times length would be counted.
@@ -71,26 +71,27 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         taught, teacher = 0, None
         if config.teacher is not None:
             teacher = _built(read_config("teacher", config.teacher)).eval().requires_grad_(False)
-            taught = sum(each.nbytes for each in [*teacher.parameters(), *teacher.buffers()])
+            taught = sum(tensor.nbytes for tensor in [*teacher.parameters(), *teacher.buffers()])
         flops = flops_per_token(model, config.block_size, teacher)
         # As Accelerate wraps a model.
         model.forward = convert_outputs_to_fp32(torch.autocast("cpu", low, enabled=low is not None)(model.forward))
         base = live.peak = live.now
         with torch.no_grad():
             _pass(model, None, config, config.per_device_eval_batch_size)
-        validation, gradients = live.peak - base, sum(each.nbytes for each in model.parameters() if each.requires_grad)
+        validation = live.peak - base
+        gradients = sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)
         if gradients_stay or config.gradient_accumulation_steps > 1:
-            for each in model.parameters():
-                each.grad = torch.zeros_like(each) if each.requires_grad else None
+            for tensor in model.parameters():
+                tensor.grad = torch.zeros_like(tensor) if tensor.requires_grad else None
         live.peak = live.now
         _pass(model, teacher, config, config.per_device_train_batch_size)
         training = live.peak - base
         activations = max(training - gradients, validation - (0 if gradients_stay else gradients))
-        count = sum(each.numel() for each in model.parameters())
+        count = sum(tensor.numel() for tensor in model.parameters())
         block = model.base_model.get_submodule(f"{model.config.norm_pin.blocks}.0")
-        in_block = sum(each.numel() for each in block.parameters())
+        in_block = sum(tensor.numel() for tensor in block.parameters())
         return StepMemory(
-            weights=4 * count + sum(each.nbytes for each in model.buffers()),
+            weights=4 * count + sum(tensor.nbytes for tensor in model.buffers()),
             gradients=gradients,
             optimizer=2 * gradients,
             activations=activations + taught,
@@ -138,9 +139,9 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for each in tree_iter(result):
-            if isinstance(each, Tensor):
-                self._count(each.untyped_storage())
+        for leaf in tree_iter(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:

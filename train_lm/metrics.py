@@ -59,7 +59,7 @@ def finite_or_none(row: dict[str, Any]) -> dict[str, Any]:
 
 def check_trackers(names: list[str]) -> None:
     """Raise UserError for a tracker that is not installed: Accelerate would leave it out without a word."""
-    available = {str(each) for each in get_available_trackers()}
+    available = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in available:
             raise UserError(f"log_with: got {name!r}, which is not installed: pip install {name.replace('_', '-')}")
@@ -75,7 +75,7 @@ def start_trackers(accelerator: Accelerator, run_dir: Path, config: TrainConfig,
     with bad_input(Exception, about="log_with: a tracker cannot start: "):
         # Made here: Accelerate would name its folder after the project.
         board = TensorBoardTracker("tensorboard", str(run_dir), purge_step=step + 1)
-        accelerator.log_with = [board if str(each) == "tensorboard" else each for each in accelerator.log_with]
+        accelerator.log_with = [board if str(name) == "tensorboard" else name for name in accelerator.log_with]
         if "wandb" in map(str, accelerator.log_with) and accelerator.is_main_process:
             # W&B keeps its curves after `step`, and takes no step twice; a resumed run logs the same numbers again.
             options["wandb"] = {"id": wandb_id(run_dir), "resume": "allow"}
@@ -140,8 +140,8 @@ def gather_norms(statistics: ModelStatistics, accelerator: Accelerator) -> dict[
 def _short(cell: Any) -> Any:
     """A cell without entries that are long, empty or not finite, which JSON does not know; numbers to 6 digits."""
     if isinstance(cell, dict):
-        short = {key: _short(each) for key, each in cell.items() if key not in _LEFT_OUT}
-        return {key: each for key, each in short.items() if each is not None}
+        short = {key: _short(value) for key, value in cell.items() if key not in _LEFT_OUT}
+        return {key: value for key, value in short.items() if value is not None}
     if isinstance(cell, float):
         return float(f"{cell:.6g}") if math.isfinite(cell) else None
     return cell

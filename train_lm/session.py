@@ -1,4 +1,4 @@
-"""A run under way: everything the loop works with, put together before the first step."""
+"""A run under way and its directory: everything the loop works with, put together before the first step."""
 
 import math
 from contextlib import ExitStack, suppress
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
@@ -15,24 +16,25 @@ from torch import nn
 from hf_ibnorm.base import layout
 from hf_ibnorm.base.command import require_extra
 from hf_ibnorm.base.errors import UserError, bad_input
+from hf_ibnorm.base.files import atomic_directory, write_json, write_text
+from hf_ibnorm.base.manifest import write_manifest
+from hf_ibnorm.base.room import check_disk
 from hf_ibnorm.base.signals import StopSignals
-from hf_ibnorm.report.environment import cpu_name
+from hf_ibnorm.report.environment import cpu_name, environment_record
 from hf_ibnorm.report.runs import SKIPPED_SHARE
 
 from .architecture import build_model_config
 from .checkpoint import Checkpointer
-from .directory import begin_writing, save_model
 from .distribution import Spread, make_accelerator
-from .metrics import check_trackers, curves, start_trackers
+from .metrics import MetricsFile, check_trackers, curves, start_trackers
 from .model import speed_up
 from .optim import build_optimizer, lam_fraction, learning_rate
 from .progress import Progress
-from .push import push
-from .resume import check_finished
-from .settings import TrainConfig
-from .setup import Setup, set_up
-from .start import agree_on_start, check_same, raise_together, together
-from .state import State
+from .push import is_repo, push
+from .resume import check_finished, record_of
+from .settings import TrainConfig, harmless_settings
+from .start import Start, agree_on_start, alone_in_run, check_same, raise_together, together
+from .state import Setup, State, set_up
 from .tasks import Task
 from .throughput import peak_flops
 
@@ -124,8 +126,11 @@ class Session:
         final = run_dir / layout.FINAL
         finished = self.state.model_on_host()
         if finished is not None:
-            with bad_input(OSError, SafetensorError, about=f"run_dir: {final} cannot be written: "):
-                save_model(final, finished, self.setup.task.processor)
+            unwritten = bad_input(OSError, SafetensorError, about=f"run_dir: {final} cannot be written: ")
+            with unwritten, atomic_directory(final) as folder:
+                finished.save_pretrained(folder)
+                self.setup.task.processor.save_pretrained(folder)
+                write_manifest(folder)
             self.progress.say(f"finished: {final}{skipped}")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process and config.push_to_hub is not None:
@@ -196,6 +201,60 @@ def check_config(config: TrainConfig) -> None:
         require_extra("train", "matplotlib")
     if config.trainable == "lora":
         require_extra("train", "peft")
+
+
+def begin_writing(state: State, start: Start, stack: ExitStack) -> None:
+    """Take possession of the run directory, and write everything that is known before the first step."""
+    setup, checkpoint = state.setup, start.checkpoint
+    config, run_dir = setup.config, Path(setup.config.run_dir)
+    with bad_input(OSError, about=f"run_dir: {run_dir} cannot be written: "):
+        check_space(run_dir, setup.skeleton, config, resumed=checkpoint is not None)
+        now = environment_record() | {"num_processes": state.accelerator.num_processes}
+        if checkpoint is None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not start.locked:
+                stack.enter_context(alone_in_run(run_dir))
+                if (run_dir / layout.CONFIG).exists():
+                    raise UserError(f"run_dir: {run_dir} has become that of another run; name a new directory")
+            write_text(run_dir / layout.CONFIG, yaml.safe_dump(config.as_recipe(), sort_keys=False))
+            record = now | {
+                **setup.hashes,
+                "parameters": sum(parameter.numel() for parameter in setup.skeleton.parameters()),
+                "flops_per_token": setup.flops_per_token,
+                "mixed_precision": config.mixed_precision,
+                "on_hub": names_on_hub(config),
+                "harmless_settings": harmless_settings(),
+                **setup.task.record(),
+            }
+        else:
+            record = record_of(run_dir) or now
+            noted = {name: now[name] for name in ("date", "device", "versions", "num_processes", "command")}
+            record["resumed"] = [*record.get("resumed", []), {"step": state.step, **noted}]
+        write_json(run_dir / layout.ENVIRONMENT, record)
+        (run_dir / layout.CHECKPOINTS).mkdir(exist_ok=True)
+        state.metrics = MetricsFile(run_dir / layout.METRICS, checkpoint.metrics if checkpoint else b"")
+        stack.callback(state.metrics.close)
+        watched_so_far = checkpoint.norms if checkpoint else b""
+        if config.watch_norms or watched_so_far:
+            state.norms = MetricsFile(run_dir / layout.NORMS, watched_so_far)
+            stack.callback(state.norms.close)
+        else:
+            (run_dir / layout.NORMS).unlink(missing_ok=True)  # of steps after the checkpoint
+
+
+def check_space(run_dir: Path, model: nn.Module, config: TrainConfig, resumed: bool) -> None:
+    """Refuse a run whose checkpoints have no room on the disk."""
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    kept = config.keep_last + 1 if config.checkpoint_every and not resumed else 1
+    needed = 3 * weights * kept + 2 * weights  # AdamW has two numbers for each weight; step 0 and the final model none
+    with bad_input(OSError):
+        check_disk("run_dir", run_dir, needed, " for its checkpoints", "; make room or lower keep_last")
+
+
+def names_on_hub(config: TrainConfig) -> list[str]:
+    """Repositories, NAMESPACE/NAME, that the run loads from; on another machine the same name may be that of a path."""
+    names = (config.corpus, config.validation_corpus, config.tokenizer, config.model.init_from, config.teacher)
+    return sorted({name for name in names if name and not Path(name).exists() and is_repo(name)})
 
 
 def settle_buckets(model: nn.Module, task: Task, accelerator: Accelerator) -> None:

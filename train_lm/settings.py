@@ -221,12 +221,12 @@ class TrainConfig:
         """Raise ValueError or TypeError, naming the field, the value and what is allowed, for a bad number or name."""
         checked: tuple[tuple[str, TrainConfig | ModelConfig], ...] = (("", self), ("model.", self.model))
         for prefix, settings in checked:
-            for each in fields(settings):
-                value, bounds = getattr(settings, each.name), each.metadata.get("bounds")
-                if bounds and (value is not None or each.default is not None):
+            for declared in fields(settings):
+                value, bounds = getattr(settings, declared.name), declared.metadata.get("bounds")
+                if bounds and (value is not None or declared.default is not None):
                     low, high, high_allowed = bounds
-                    check_number(f"{prefix}{each.name}", value, low, high, high_allowed=high_allowed)
-        check_choice("model.model_type", self.model.model_type, tuple(each.stock_model_type for each in FAMILIES))
+                    check_number(f"{prefix}{declared.name}", value, low, high, high_allowed=high_allowed)
+        check_choice("model.model_type", self.model.model_type, tuple(family.stock_model_type for family in FAMILIES))
         for name in self.log_with:
             check_choice("log_with", name, TRACKERS)
         if self.push_to_hub is not None:
@@ -309,4 +309,4 @@ def allow(field: str, value: object, allowed: list[Any], where: str = "", instea
 
 def harmless_settings() -> list[str]:
     """Names of the settings that change no result."""
-    return [each.name for each in fields(TrainConfig) if each.metadata.get("harmless")]
+    return [declared.name for declared in fields(TrainConfig) if declared.metadata.get("harmless")]

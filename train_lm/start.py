@@ -127,8 +127,8 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def check_same(tensors: Iterable[tuple[str, Tensor]], what: str, accelerator: Accelerator) -> None:
-    """Raise UserError, which begins with `what`, on every process unless the named tensors are the same on all.
+def check_same(tensors: Iterable[tuple[str, Tensor]], subject: str, accelerator: Accelerator) -> None:
+    """Raise UserError about the `subject` on every process unless the named tensors are the same on all.
 
     Replicas would drift apart without a word.
     """
@@ -136,7 +136,7 @@ def check_same(tensors: Iterable[tuple[str, Tensor]], what: str, accelerator: Ac
         return
     shas: list[str] = gather_object([sha256_tensors(tensors)])
     if others := [str(i) for i, sha in enumerate(shas) if sha != shas[0]]:
-        raise UserError(f"{what} on process {', '.join(others)} are not those of process 0; they must be the same")
+        raise UserError(f"{subject} on process {', '.join(others)} are not those of process 0; they must be the same")
 
 
 def agree_on_start(config: TrainConfig, run_dir: Path, accelerator: Accelerator, stack: ExitStack) -> Start:

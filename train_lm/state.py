@@ -1,27 +1,90 @@
-"""The changing state of a run, which a checkpoint holds: counts, optimizer, random generators, position in the data."""
+"""Task and model of a run (`Setup`), and all that changes from step to step, as a checkpoint holds it (`State`)."""
 
+import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.report.environment import numerics_record
 from hf_ibnorm.sites import is_norm
 
-from .checkpoint import Checkpoint, Checkpointer, Snapshot, copy_model, process_state, restore_random_states
+from .checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    Snapshot,
+    copy_model,
+    process_state,
+    restore_random_states,
+    skeleton_of,
+)
 from .distribution import Spread, mine, my_part, on_host, whole
 from .metrics import MetricsFile, finite_or_none
-from .setup import Setup
-from .start import check_same, together
-from .trainable import apart, merged
+from .model import scheduled_lams, shared_weights_sha
+from .optim import add_adapters, apart, freeze, merged
+from .resume import check_settings
+from .settings import TrainConfig
+from .start import Start, check_same, together
+from .tasks import Task
+from .tasks.language import open_task
+
+
+@dataclass
+class Setup:
+    """The model of a run and the task it is trained on."""
+
+    config: TrainConfig  # with every field resolved
+    model: PreTrainedModel
+    skeleton: PreTrainedModel  # the model without values, neither wrapped, sharded nor compiled, and without adapters
+    task: Task
+    hashes: dict[str, str | None]
+    lams: dict[str, tuple[float, float]]  # site → λ at the start and at the end of its schedule
+    flops_per_token: float
+
+    def set_lam_fraction(self, fraction: float) -> None:
+        """Set every λ to where it is after this fraction of its way."""
+        for site, (start, end) in self.lams.items():
+            for model in (self.model, self.skeleton):
+                norm: Any = model.base_model.get_submodule(site)
+                norm.set_ramped((1 - fraction) * start + fraction * end)
+
+
+def set_up(config: TrainConfig, accelerator: Accelerator, start: Start, say: Callable[[str], None]) -> Setup:
+    """Task and model: the same on every process and, norms apart, for every norm.
+
+    `say` gets a line about whatever takes long, and about text that is left out.
+    """
+
+    def make() -> Setup:
+        task, checkpoint = open_task(config, start, accelerator, say), start.checkpoint
+        model, model_config = task.make_model(start)
+        with bad_input():
+            freeze(model, task.config)
+        init_sha = checkpoint.state["hashes"]["init_sha"] if checkpoint else shared_weights_sha(model)
+        named = {"init_sha": ("initial model", init_sha), **task.hashes()}
+        check_settings(task.config, start, accelerator.num_processes, named)
+        task.read_data()
+        with bad_input():
+            lams = scheduled_lams(task.config, model, model_config)
+            skeleton = skeleton_of(model)
+            add_adapters(model, task.config)
+        hashes = {key: sha for key, (_, sha) in named.items()}
+        return Setup(task.config, model, skeleton, task, hashes, lams, task.flops_per_token(skeleton))
+
+    setup = together(accelerator, make)
+    if len({json.dumps(hashes, sort_keys=True) for hashes in gather_object([setup.hashes])}) > 1:
+        raise UserError("corpus: the processes have different text, tokenizers, initial weights or teachers")
+    return setup
 
 
 class State:
@@ -73,8 +136,8 @@ class State:
         copies: dict[str, Any] = {name: on_host(tensor, keep=first) for name, tensor in merged(self.setup.model)}
         if not first:
             return None
-        names = {id(each): name for name, each in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
-        return copy_model(skeleton, lambda each: copies[names[id(each)]])
+        names = {id(tensor): name for name, tensor in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
+        return copy_model(skeleton, lambda tensor: copies[names[id(tensor)]])
 
     def snapshot(self, checkpointer: Checkpointer) -> Snapshot | None:
         """A copy of everything that a checkpoint holds, on the first process; the others send it their part.

@@ -63,13 +63,13 @@ def flops_per_token(model: "PreTrainedModel", block_size: int, teacher: "PreTrai
     multiplied with; the output layer counts even where it is tied to them. Not torch's FlopCounterMode: it counts
     rotary angles too, and needs a forward pass, which Transformers' mask does not allow on the meta device.
     """
-    frozen = sum(2.0 * each.numel() for each in _matrices(model) if not each.requires_grad)
+    frozen = sum(2.0 * matrix.numel() for matrix in _matrices(model) if not matrix.requires_grad)
     own = 3.0 * _forward_flops(model, block_size) - frozen
     return own if teacher is None else own + _forward_flops(teacher, block_size)
 
 
 def _forward_flops(model: "PreTrainedModel", block_size: int) -> float:
-    weights = sum(each.numel() for each in _matrices(model))
+    weights = sum(matrix.numel() for matrix in _matrices(model))
     return 2.0 * weights + 4.0 * model.config.num_hidden_layers * model.config.hidden_size * block_size
 
 
@@ -77,7 +77,7 @@ def _matrices(model: "PreTrainedModel") -> list["Tensor"]:
     """The weights of matrix products."""
     from torch import nn
 
-    lookups = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = {id(p): p for p in model.parameters() if p.ndim == 2 and id(p) not in lookups}
     output = model.get_output_embeddings()
     matrices[id(output.weight)] = output.weight

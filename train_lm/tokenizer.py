@@ -81,13 +81,7 @@ def for_language_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
 
     T5 marks the gaps it learns to fill with 100 tokens that no text holds (`<extra_id_0>`, ...), and ends every text it
     encodes with `</s>`. Embedding rows for these tokens would never be trained; and a text does not go on after `</s>`,
-    so that scores of prompts that end with it would mean nothing.
-
-    Args:
-        tokenizer: a fast tokenizer with an `eos_token`.
-
-    Returns:
-        A tokenizer that gives the same ids for the text itself, and no others.
+    so that scores of prompts that end with it would mean nothing. The ids of the text itself stay the same.
 
     Raises:
         UserError: the parts cannot be taken out; or an id is so large that to write the vocabulary, with all ids below,
@@ -122,7 +116,7 @@ def for_language_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
 def _without(processor: dict[str, Any], token: str | None) -> dict[str, Any]:
     """A tokenizer's post-processor that does not add `token`."""
     if processor["type"] == "Sequence":
-        return {**processor, "processors": [_without(each, token) for each in processor["processors"]]}
+        return {**processor, "processors": [_without(part, token) for part in processor["processors"]]}
     if processor["type"] != "TemplateProcessing":
         return processor
     templates = {

@@ -16,16 +16,16 @@ from hf_ibnorm import convert_checkpoint
 from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.report.runs import Run
 from train_lm import zero
-from train_lm.card import model_card
 from train_lm.config import read_command_line
 from train_lm.data import IGNORE
 from train_lm.distribution import make_accelerator
 from train_lm.memory import step_memory
+from train_lm.optim import add_adapters, freeze, merged
 from train_lm.plan import main as plan
+from train_lm.push import model_card
 from train_lm.tasks.language import distillation_loss
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 from train_lm.train import train
-from train_lm.trainable import add_adapters, freeze, merged
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 

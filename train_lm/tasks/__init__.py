@@ -1,4 +1,4 @@
-"""What the training loop knows of a task. Each task is one file here, whose `open_task` `setup.py` calls."""
+"""What the training loop knows of a task. Each task is one file here, whose `open_task` `state.py` calls."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -300,14 +300,12 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor]:
     """(1 - weight) · cross-entropy + weight · T² · KL(teacher ‖ student), and that KL, in nats.
 
-    KL is taken between both distributions at temperature T; T² keeps its gradient as large whatever T is.
+    KL is taken between both distributions at temperature T > 0; T² keeps its gradient as large whatever T is.
 
     Args:
         logits: the student's, (batch, length, vocabulary).
         taught: the teacher's, of the same shape, without gradients.
-        targets: ids of the next tokens, (batch, length); those that are `IGNORE` count in neither term.
-        weight: in [0, 1].
-        temperature: T > 0.
+        targets: ids of the next tokens, (batch, length); `IGNORE` counts in neither term.
 
     Returns:
         Two scalars in float32, sums over the targets that count; the second without gradients.
