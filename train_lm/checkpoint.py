@@ -1,13 +1,13 @@
 """Checkpoints: everything a run needs to go on to the bit, in a directory that is whole or not there.
 
     step-40/
-        model/                  weights in float32, config, tokenizer: what `from_pretrained` loads
+        model/                  weights in float32, config, tokenizer, for `from_pretrained`
         training.safetensors    AdamW's moments by parameter; the norms' gains at the start; adapters, and the
                                 weights that they are merged into in model/
         process-00000.jsonl.gz  random states and data position, one file a process
         metrics.jsonl.gz        the run's metrics so far
         norms.jsonl.gz          the run's statistics of its norms so far, where it took any (`watch_norms`)
-        state.json              step, settings, hashes, what the bits depend on
+        state.json              step, settings, hashes, versions and device
         manifest.json           size and SHA-256 of every other file (`hf_ibnorm.base.manifest`)
 
 A checkpoint is copied in memory while training waits, and written by a thread while training goes on: into a temporary
@@ -189,8 +189,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 class Checkpointer:
     """Writes checkpoints in a thread, one at a time, and prunes old ones.
 
-    `newest` is the step of the newest whole one; those at the steps `damaged` do not count until they are written
-    again. The last `keep_last` up to the one just written are kept, multiples of `keep_every`, and step 0.
+    `newest` is the step of the newest whole checkpoint; checkpoints of the steps `damaged` do not count until they are
+    written again. The last `keep_last` up to the one just written are kept, multiples of `keep_every`, and step 0.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class Documents:
     fingerprint: str | None = None  # hash of the text and its order; None where only reading everything would tell
     field = "text"  # the field of a row that has the text
     allowed = 0  # how many documents of a pass may be left out because they cannot be read
-    bad = NO_BAD  # how many were left out of the last pass, and what was wrong with the first of them
+    bad = NO_BAD  # number of documents left out of the last pass, and the error of the first
 
     def read(self) -> Iterator[str | BadDocument]:
         """Every document from the beginning."""
@@ -244,7 +244,7 @@ def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Doc
 
 
 def _of_split(name: str, files: dict[str, list[Path]], role: str, say: Callable[[str], object]) -> list[Path]:
-    """The files for `role`; `say` gets a line about those that are not trained on."""
+    """The files for `role`; `say` gets a line about files that are not trained on."""
     if role == "alone":  # files that were named to be validated on, whatever their names say
         return next(filter(None, (files.get(split) for split in ("validation", "train", "test"))), [])
     others = {split: files[split] for split in ("validation", "test") if files.get(split)}

@@ -1,7 +1,7 @@
 """Tokens to batches: packing, the order in which training reads, and the position in that order.
 
-A finite corpus is one array of tokens. What step k reads is a function of the seed and of the number of blocks read
-before: the position is one number. A stream is read, shuffled and tokenized while training goes on: the position is
+A finite corpus is one array of tokens. The blocks of step k depend on the seed and on the number of blocks read before:
+the position is one number. A stream is read, shuffled and tokenized while training goes on: the position is
 everything between the reader of the source and the last batch.
 """
 

@@ -84,7 +84,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _launched(name: str, default: str) -> str:
-    """What the launcher has noted in the environment."""
+    """A setting of the launcher, from the environment."""
     return os.environ.get(f"ACCELERATE_{name}", default).lower()
 
 
@@ -101,7 +101,7 @@ def sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
     """FSDP as the launcher's config file describes it; None where the file does not ask for it."""
     if _launched("USE_FSDP", "false") != "true":
         return None
-    plugin = FullyShardedDataParallelPlugin()  # reads what the launcher put into the environment
+    plugin = FullyShardedDataParallelPlugin()  # reads the launcher's settings from the environment
     for setting, value, allowed in (
         ("fsdp_version", plugin.fsdp_version, [2]),
         ("fsdp_cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, [False]),
@@ -194,7 +194,7 @@ class Spread:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a part. Every process must call this, for the same tensors."""
+    """All of a tensor that may be sharded over processes. Every process must call this, for the same tensors."""
     if zero.is_part(tensor):
         return zero.whole(tensor)
     held: Any = tensor.detach()

@@ -76,7 +76,7 @@ def load_start(family: Family, where: str, model_config: Any) -> tuple[PreTraine
 
 
 def load_weights(field: str, cls: Any, where: str, **options: Any) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """A model of class `cls` in float32; names of its weights that `where` lacks, and of those only `where` has."""
+    """A model of class `cls` in float32; names of its weights that `where` lacks, and of weights only `where` has."""
     check_model(field, options.get("config") or load(field, AutoConfig, where))
     model, loading = load(field, cls, where, dtype=torch.float32, output_loading_info=True, **options)
     if bad := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
@@ -156,7 +156,7 @@ def read_config(field: str, where: str | Path) -> Any:
 
 
 def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any] | None) -> tuple[Family, Any]:
-    """Family and config of the checkpoint `where`, with the norms of the run, of which `saved` are earlier settings."""
+    """Family and config of the checkpoint `where`, with the run's norms; `saved` are its settings when it began."""
     own = read_config("model.init_from", where)
     family = family_of(own.model_type, "model.init_from")
     model = config.model

@@ -1,5 +1,5 @@
-"""What is trained, all of a model, its norms, or its norms and peft's LoRA adapters (arXiv 2106.09685); and how: AdamW,
-and the schedules of the learning rate and λ.
+"""The trained part of a model, which is all of it, its norms, or its norms and peft's LoRA adapters (arXiv 2106.09685);
+AdamW over that part; and the schedules of the learning rate and λ.
 
 A model is saved with its adapters merged into the weights: it loads without peft. To go on with the adapters, a
 checkpoint holds them and the weights under them as well (`apart`).

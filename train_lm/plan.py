@@ -41,7 +41,7 @@ class Way:
 
 ALONE = "one process"
 _WHOLE, _PARTS = (False,) * 3, (True,) * 3
-_GATHERED = "buffers: weights and gradients of two blocks and of what is in none"
+_GATHERED = "buffers: weights and gradients of two blocks and of all outside of blocks"
 _COPIED = "4 + (4 + 12)/N, a copy of the weights among them; buffers: two buckets of gradients"
 WAYS = {
     ALONE: Way(_WHOLE, 8, "4 + 4 + 8 bytes a parameter"),
@@ -260,7 +260,7 @@ def _print(recipe: str, plan: Plan, words: list[str]) -> None:
     config, cluster, device = plan.config, plan.cluster, plan.cluster.device
     step = plan.count(config, plan.ways[0])
     parameters, trained = step.parameters, step.trained
-    part = "" if trained == parameters else f" ({trained:,} trained: of those alone are gradients and optimizer)"
+    part = "" if trained == parameters else f" ({trained:,} trained: only these have gradients and optimizer)"
     size, times = config.per_device_train_batch_size, config.gradient_accumulation_steps
     print(
         f"{recipe}: {parameters:,} parameters{part}; {cluster.gpus} × {cluster.name} of {device.memory:g} GB, "
@@ -284,7 +284,7 @@ def _print(recipe: str, plan: Plan, words: list[str]) -> None:
     kept = 1 + bool(config.checkpoint_every) * config.keep_last
     kept += config.max_steps // config.keep_every if config.keep_every else 0
     print(
-        "activations: most of what else is alive in a micro-batch or a batch of validation, counted without compile\n"
+        "activations: the most of all else that is alive in a micro-batch or in validation, counted without compile\n"
         f"time: {cluster.mfu:.0%} of {device.flops(config.mixed_precision) / 1e12:g} TFLOP/s, memory of "
         f"{device.bandwidth:g} GB/s, {cluster.link / 1e9:g} GB/s between GPUs: assumed\n"
         f"checkpoint: {whole:.3g} GB on disk, and in main memory of the first process while it is written;\n"

@@ -131,7 +131,7 @@ def _upload(final: Path, repo: str, public: bool, say: Callable[[str], None]) ->
     files.pop(MANIFEST, None)  # hashes of this folder; the Hub has its own
     kept = {name: path for name, path in files.items() if among(name, UPLOADED)}
     if left := sorted(files.keys() - kept.keys()):
-        say(f"not pushed: {', '.join(left)} (not among what a model needs)")
+        say(f"not pushed: {', '.join(left)} (not among the files that a model needs)")
     disable_progress_bars()
     api = HfApi()
     url = api.create_repo(repo, private=not public, exist_ok=True)

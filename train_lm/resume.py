@@ -1,4 +1,4 @@
-"""Checks before a resume: settings, data and software must be those with which the run was begun."""
+"""Checks before a resume: settings, data and software must be the same as when the run began."""
 
 import json
 import math

@@ -211,4 +211,4 @@ def _write_pieces(path: Path, pieces: Iterator[tuple[str, bytes]]) -> None:
             with (folder / name).open("ab") as file:
                 file.write(piece)
         if harm := damage(folder):
-            raise OSError(f"what was sent is not whole: {harm}")
+            raise OSError(f"the copy is not whole: {harm}")

@@ -40,7 +40,7 @@ def plugin(config: TrainConfig) -> DeepSpeedPlugin:
     ):
         allow(f"launcher: {setting}", os.environ.get(variable, "none"), ["none"])
     allow("launcher: mixed_precision", config.mixed_precision, ["no", "bf16"], " with DeepSpeed")
-    made = DeepSpeedPlugin(zero3_init_flag=False)  # reads what the launcher put into the environment
+    made = DeepSpeedPlugin(zero3_init_flag=False)  # reads the launcher's settings from the environment
     allow("launcher: zero_stage", made.zero_stage, [2, 3])
     if config.compile and made.zero_stage == 3:
         raise UserError("compile: got true, allowed with DeepSpeed's ZeRO-3: false; its hooks break blocks into pieces")

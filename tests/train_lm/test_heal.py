@@ -420,4 +420,4 @@ def test_the_recipe_is_planned_without_what_cannot_train_it(sources, command):
     assert (code, err) == (0, "")
     assert "fsdp2" in out
     assert "deepspeed" not in out
-    assert "320 trained: of those alone are gradients and optimizer" in out
+    assert "320 trained: only these have gradients and optimizer" in out

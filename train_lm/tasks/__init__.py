@@ -1,4 +1,4 @@
-"""What the training loop knows of a task. Each task is one file here, whose `open_task` `state.py` calls."""
+"""The interface between the training loop and a task. Each task is one file here; `state.py` calls its `open_task`."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -113,11 +113,9 @@ class Task(Protocol):
         """Inputs and targets of the shape of a micro-batch, on the device."""
 
     def loss(self, model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The loss to minimize, and the teacher's divergence in it (None without one): sums over targets that count.
+        """The loss of a micro-batch, and the teacher's divergence in it (None without one): sums over its targets.
 
-        Args:
-            model: in training mode.
-            part: inputs and targets of a micro-batch, on the model's device.
+        `model` is in training mode; `part` has inputs and targets, on the model's device.
         """
 
     def evaluate(self, model: nn.Module, asked_to_stop: Callable[[], bool]) -> float | None:

@@ -285,7 +285,7 @@ def evaluate(
     share = np.arange(accelerator.process_index, -(-data.blocks // processes) * processes, processes)
     for start in range(0, len(share), size):
         if accelerator.gather(torch.tensor([asked_to_stop()], device=accelerator.device)).any():
-            reshard(model)  # or the snapshot that follows would miss what the optimizer knows by its parts
+            reshard(model)  # or the snapshot that follows would miss the parts of the optimizer's state
             return None
         batch = data.batch(share[start : start + size])
         inputs, targets = (tensor.to(accelerator.device) for tensor in batch)
