@@ -155,7 +155,7 @@ class Plan:
         if WAYS[way].parts[0]:
             buffers += 2 * 4 * (step.outside + 2 * step.block)
         if way.startswith("deepspeed"):
-            from .zero import BUCKET
+            from .distribution import BUCKET
 
             buffers += 2 * 4 * min(BUCKET, step.parameters)
         return Estimate(

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from safetensors import SafetensorError
 from torch import nn
 
@@ -25,7 +25,7 @@ from hf_ibnorm.report.runs import SKIPPED_SHARE
 
 from .architecture import build_model_config
 from .checkpoint import Checkpointer
-from .distribution import Spread, make_accelerator
+from .distribution import Spread, Zero, make_accelerator
 from .metrics import MetricsFile, check_trackers, curves, start_trackers
 from .model import speed_up
 from .optim import build_optimizer, lam_fraction, learning_rate
@@ -75,7 +75,7 @@ class Session:
         assert row is not None
         if state.step % self.config.eval_every == 0 or state.step == self.config.max_steps:
             # Not through DDP, which would broadcast buffers.
-            model = self.model if state.spread.deepspeed else self.setup.model
+            model = self.model if isinstance(state.spread, Zero) else self.setup.model
             loss = None if stop else self.setup.task.evaluate(model, self.asked_to_stop)
             if loss is None:
                 return False
@@ -166,7 +166,8 @@ def begin(config: TrainConfig, signals: StopSignals, stack: ExitStack) -> Sessio
         check_same(setup.model.named_parameters(), f"{prefix}weights before the first step", accelerator)
     speed_up(setup.model, config)
     model, optimizer = accelerator.prepare(setup.model, build_optimizer(setup.model, config))
-    state = State(setup, Spread(model, accelerator), optimizer, accelerator)
+    spread = Zero if accelerator.distributed_type == DistributedType.DEEPSPEED else Spread
+    state = State(setup, spread(model, accelerator), optimizer, accelerator)
     settle_buckets(model, setup.task, accelerator)
     set_seed(config.seed, device_specific=True)  # from here on only norms and dropout draw: differently on each process
     progress.say(*state.restore(checkpoint) if checkpoint else ())

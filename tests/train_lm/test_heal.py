@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from hf_ibnorm import convert_checkpoint
 from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.report.runs import Run
-from train_lm import zero
 from train_lm.config import read_command_line
 from train_lm.data import IGNORE
-from train_lm.distribution import make_accelerator
+from train_lm.distribution import deepspeed_plugin, make_accelerator
 from train_lm.memory import step_memory
 from train_lm.optim import add_adapters, freeze, merged
 from train_lm.plan import main as plan
@@ -370,7 +369,7 @@ def test_the_recipe_heals(sources, tmp_path):
 )
 def test_deepspeed_is_refused_by_name(flags, message):
     with pytest.raises(UserError) as caught:
-        zero.plugin(config("unused", "--model.init_from", "x", *flags))
+        deepspeed_plugin(config("unused", "--model.init_from", "x", *flags))
     assert str(caught.value) == message
 
 
