@@ -68,8 +68,8 @@ def material(shape: str, folder: Path) -> tuple[Any, Any]:
     from accelerate import Accelerator
 
     from train_lm.config import read_command_line
-    from train_lm.setup import set_up
     from train_lm.start import Start
+    from train_lm.state import set_up
 
     config = read_command_line(flags_of(shape, folder / "run"))
     run = set_up(config, Accelerator(cpu=True), Start(None, None, False, []), print)
@@ -216,7 +216,7 @@ def pauses() -> None:
             result = original(self, *args)
             into.append(time.perf_counter() - began)
             if name == "snapshot":
-                sizes.append(result.bytes)
+                sizes.append(sum(each.nbytes for each in [*result.model.parameters(), *result.tensors.values()]))
             return result
 
         setattr(cls, name, wrapped)

@@ -31,7 +31,7 @@ MODULES = (
     *("torch.distributed.run", "torch.utils.tensorboard", "transformers.models.gpt2.modeling_gpt2"),
     *("transformers.models.llama.modeling_llama", "lm_eval.evaluator", "lm_eval.models.huggingface"),
     *("hf_ibnorm.analysis.survey", "hf_ibnorm.convert.cost", "hf_ibnorm.swap.families", "hf_ibnorm.kernels.fused"),
-    *("hf_ibnorm.modeling_ibnorm_gpt2", "hf_ibnorm.modeling_ibnorm_llama", "train_lm.card"),
+    *("hf_ibnorm.modeling_ibnorm_gpt2", "hf_ibnorm.modeling_ibnorm_llama", "train_lm.push"),
     *("eval.runner", "eval.study.run", "train_lm.plan", "train_lm.train"),
 )
 READ_ON_IMPORT = ("HF_", "TRANSFORMERS_", "TRITON_", "PYTHONHASHSEED", "MPL")

@@ -1,8 +1,8 @@
 """A cache that runs share: trained tokenizers, tokens, hashes of files.
 
-Every entry is named by a hash of all that it was made from, so that nothing in the cache is ever out of date; it is
-written to a temporary place and renamed, so that it is whole or not there; and a lock lets concurrent runs wait for
-the one that makes it instead of making it twice.
+Every entry is named by a hash of everything it was made from, so that no entry is ever out of date; it is written to a
+temporary place and renamed, so that it is whole or not there; and concurrent runs wait, by a lock, for the run that
+makes it.
 """
 
 import hashlib
@@ -28,26 +28,26 @@ from hf_ibnorm.base.reading import reading
 from hf_ibnorm.data.files import BadDocument, retried
 from hf_ibnorm.data.tokens import Encoder
 
-from .progress import ReadingProgress, silent
+from .progress import with_progress
 
 CHUNK = 1 << 18  # characters that are tokenized at a time, more only where one document has more
-VERIFIED = 1 << 30  # bytes of tokens up to which every start checks their hash; of more, it checks their number
-LARGE = 1 << 33  # bytes of a file whose hash takes so long that one is told of it
+VERIFIED = 1 << 30  # bytes of tokens up to which every start checks their hash; of more, only their number
+LARGE = 1 << 33  # bytes of a file whose hash takes so long that it is announced
 SETTLED = 3 * 10**9
-"""Nanoseconds after which a change of a file has another time than the one before: some systems count in 2 s."""
+"""Nanoseconds after which two changes of a file have different times: some systems count in steps of 2 s."""
 WAITED = 1.0, 60.0
-"""Seconds after which one hears for whom a lock is waited for, and between then and hearing it again."""
+"""Seconds until the first line about waiting for a lock, and between two such lines."""
 DTYPES = ("<u2", "<u4")
 
 
 class Cache:
-    """A folder of entries that any number of runs share; `say` is told, in a line, what takes long.
+    """A folder of entries that any number of runs share; `say` gets a line about whatever takes long.
 
     Without a name it is $HF_IBNORM_CACHE, or else hf_ibnorm in $XDG_CACHE_HOME or ~/.cache; it is made if it is not
     there. UserError where it cannot be made or written.
     """
 
-    def __init__(self, folder: str | None, say: Callable[[str], None] = silent) -> None:
+    def __init__(self, folder: str | None, say: Callable[[str], object] = lambda line: None) -> None:
         self.say = say
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         wanted = folder or os.environ.get("HF_IBNORM_CACHE") or f"{home}/hf_ibnorm"
@@ -62,7 +62,7 @@ class Cache:
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
-        """Keep other processes from making the entry `path`; who waits hears for whom."""
+        """Keep other processes from making the entry `path`; a process that waits says for whom."""
         lock, owner = FileLock(f"{path}.lock"), path.with_name(f".{path.name}.owner")
         for wait in chain(WAITED, repeat(WAITED[-1])):
             try:
@@ -76,7 +76,7 @@ class Cache:
                 self.say(f"cache_dir: waiting for {who}, which makes {path}")
         try:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            with suppress(OSError):  # a full disk may have every entry that is asked for
+            with suppress(OSError):  # a full disk may have every entry that this run needs
                 owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}", encoding="utf-8")
             yield
         finally:
@@ -121,18 +121,15 @@ class Cache:
     def tokens(self, fingerprint: str, encoder: Encoder, documents: Iterable[str], threads: int) -> np.ndarray:
         """`documents` as one memory-mapped array of token ids, each document followed by the end-of-text token.
 
-        Args:
-            fingerprint: hash of `documents`, which are read only where there is no such entry yet.
-            encoder: with an end-of-text token.
-            documents: texts. Of `Documents`, those that cannot be read are left out, as many as it allows; how many
-                they are is in its `bad` then, read now or not.
-            threads: that tokenize side by side.
+        They are read only where there is no entry for their hash `fingerprint` yet. Of `Documents`, as many bad ones as
+        they allow are left out; `bad` then says how many, whether they were read now or by an earlier run.
 
         Raises:
-            UserError: no text, too much of it unreadable, text that has changed meanwhile, or no room for its tokens.
+            UserError: there is no document, one cannot be read, the text has changed meanwhile, or there is no room
+                for its tokens.
         """
         path = self.folder / f"tokens-{sha256([fingerprint, *encoder.key])}"
-        entry = _open_tokens(path)  # whole or not there: that needs no lock
+        entry = _open_tokens(path)  # an entry is whole or not there: that needs no lock
         if entry is None:
             with self._errors(), self._locked(path):
                 entry = _open_tokens(path)
@@ -150,11 +147,15 @@ class Cache:
         return tokens
 
     def _write_tokens(self, folder: Path, encoder: Encoder, documents: Iterable[str], threads: int) -> None:
+        def readable() -> Iterator[str]:
+            with reading("corpus", "it", OSError, retry=True):  # such an error is the source's and not the cache's
+                yield from documents
+
+        texts = with_progress(readable(), self.say, "tokenizing")
         dtype = np.dtype(DTYPES[max(encoder.tokenizer.get_vocab().values()) >= 1 << 16])
         digest, count = hashlib.sha256(), 0
-        progress = ReadingProgress(self.say, "tokenizing")
         with (folder / "tokens.bin").open("wb") as file:
-            for ids in encode_all(encoder, progress.each(_readable(documents)), threads):
+            for ids in encode_all(encoder, texts, threads):
                 raw = ids.astype(dtype).tobytes()
                 file.write(raw)
                 digest.update(raw)
@@ -183,14 +184,8 @@ def identity(path: Path) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _readable(documents: Iterable[str]) -> Iterator[str]:
-    """`documents`, whose errors are theirs and not the cache's."""
-    with reading("corpus", "it", OSError, retry=True):
-        yield from documents
-
-
 def _open_tokens(path: Path) -> tuple[np.ndarray, dict[str, Any]] | None:
-    """The tokens in an entry, and what was left out of it; None where it is missing or damaged."""
+    """The tokens of an entry, and the record of its bad documents; None where the entry is missing or damaged."""
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         if meta.pop("self") != _sha_of(meta):
@@ -219,7 +214,7 @@ def take_chunk(texts: Iterator[str]) -> list[str]:
 
 
 def encode_all(encoder: Encoder, documents: Iterable[str], threads: int) -> Iterator[np.ndarray]:
-    """Token ids of `documents`, in their order, some at a time; `threads` tokenize ahead of what is read."""
+    """Token ids of `documents`, in their order, a chunk at a time; `threads` tokenize ahead of the caller."""
     texts = iter(documents)
     ahead: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -1,13 +1,13 @@
 """Checkpoints: everything a run needs to go on to the bit, in a directory that is whole or not there.
 
     step-40/
-        model/                  weights in float32, config, tokenizer: what `from_pretrained` loads
+        model/                  weights in float32, config, tokenizer, for `from_pretrained`
         training.safetensors    AdamW's moments by parameter; the norms' gains at the start; adapters, and the
                                 weights that they are merged into in model/
         process-00000.jsonl.gz  random states and data position, one file a process
         metrics.jsonl.gz        the run's metrics so far
-        norms.jsonl.gz          what the run has seen of its norms so far, where it looked (`watch_norms`)
-        state.json              step, settings, hashes, what the bits depend on
+        norms.jsonl.gz          the run's statistics of its norms so far, where it took any (`watch_norms`)
+        state.json              step, settings, hashes, versions and device
         manifest.json           size and SHA-256 of every other file (`hf_ibnorm.base.manifest`)
 
 A checkpoint is copied in memory while training waits, and written by a thread while training goes on: into a temporary
@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import bad_input
@@ -41,42 +41,35 @@ from hf_ibnorm.base.files import atomic_directory, remove, set_aside, write_json
 from hf_ibnorm.base.manifest import damage, write_manifest
 
 FORMAT = 1
-METRICS, NORMS = "metrics.jsonl.gz", "norms.jsonl.gz"
+STATE, TENSORS, PROCESS = "state.json", "training.safetensors", "process-{:05}.jsonl.gz"
+METRICS, NORMS = f"{layout.METRICS}.gz", f"{layout.NORMS}.gz"
 
 
 @dataclass
 class Snapshot:
-    """A copy in memory of all that goes into a checkpoint; training may go on at once."""
+    """A copy in memory of everything that goes into a checkpoint; training may go on at once."""
 
     step: int
     model: PreTrainedModel  # on the CPU, as all tensors here
-    tokenizer: PreTrainedTokenizerFast
+    processor: Any  # the tokenizer, saved beside the model
     tensors: dict[str, Tensor]  # contents of `training.safetensors`
-    processes: list[dict[str, Any]]  # what `process_state` gives on each process
+    processes: list[dict[str, Any]]  # `process_state` of each process
     state: dict[str, Any]  # contents of `state.json`
     metrics: Callable[[], bytes]  # reads `metrics.jsonl` as it was
     norms: Callable[[], bytes] = lambda: b""  # the same of `norms.jsonl`
 
-    @property
-    def bytes(self) -> int:
-        """Size of its tensors."""
-        tensors = [*self.model.parameters(), *self.tensors.values()]
-        return sum(each.numel() * each.element_size() for each in tensors)
-
 
 def copy_model(model: PreTrainedModel, value: Callable[[Tensor], Tensor]) -> PreTrainedModel:
     """A copy of `model` with ties kept; `value` gives the copy of each of its tensors, and is asked once for each."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(each): _like(each, value(each)) for each in tensors})
+    copies = {id(buffer): value(buffer) for buffer in model.buffers()}
+    for parameter in model.parameters():
+        copies[id(parameter)] = nn.Parameter(value(parameter), parameter.requires_grad)
+    return copy.deepcopy(model, copies)
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` whose tensors have shapes and no values, to be filled by `copy_model`."""
-    return copy_model(model, lambda each: torch.empty_like(each, device="meta", requires_grad=False))
-
-
-def _like(tensor: Tensor, value: Tensor) -> Tensor:
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    return copy_model(model, lambda tensor: torch.empty_like(tensor, device="meta", requires_grad=False))
 
 
 def process_state(data: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +86,7 @@ def process_state(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore_random_states(state: dict[str, Any]) -> None:
-    """Set every random generator of this process as `process_state` found it."""
+    """Set every random generator of this process to the state in which `process_state` found it."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     numpy_state = state["numpy"]
@@ -112,41 +105,26 @@ def _decode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def checkpoint_name(step: int) -> str:
-    return f"step-{step}"
-
-
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
     """Write a checkpoint into `folder`, whole or not at all; one of the same step is replaced."""
-    path = folder / checkpoint_name(snapshot.step)
+    path = folder / layout.checkpoint_name(snapshot.step)
     with atomic_directory(path, replace=True) as directory:
-        snapshot.model.save_pretrained(directory / "model")
-        snapshot.tokenizer.save_pretrained(directory / "model")
-        save_file(snapshot.tensors, directory / "training.safetensors")
+        snapshot.model.save_pretrained(directory / layout.MODEL)
+        snapshot.processor.save_pretrained(directory / layout.MODEL)
+        save_file(snapshot.tensors, directory / TENSORS)
         for i, state in enumerate(snapshot.processes):
-            _write_process(directory / _process_file(i), state)
+            data = {key: value for key, value in state["data"].items() if key != "buffer"}
+            with gzip.open(directory / PROCESS.format(i), "wt", compresslevel=1, encoding="utf-8") as file:
+                file.write(json.dumps({**state, "data": data}) + "\n")
+                # One by one: encoding the whole shuffle buffer in one call would not let training go on meanwhile.
+                for text in state["data"].get("buffer", ()):
+                    file.write(json.dumps(text) + "\n")
         for name, content in ((METRICS, snapshot.metrics()), (NORMS, snapshot.norms())):
             if content or name == METRICS:
                 (directory / name).write_bytes(gzip.compress(content, compresslevel=1, mtime=0))
-        write_json(directory / "state.json", {"format": FORMAT, "step": snapshot.step, **snapshot.state})
+        write_json(directory / STATE, {"format": FORMAT, "step": snapshot.step, **snapshot.state})
         write_manifest(directory)
-    write_text(folder / "latest", f"{path.name}\n")
-
-
-def _process_file(process: int) -> str:
-    return f"process-{process:05}.jsonl.gz"
-
-
-def _write_process(path: Path, state: dict[str, Any]) -> None:
-    """One process's state in the first line, then one line for each document of its shuffle buffer.
-
-    One by one, since encoding all of them in one call would not let training go on meanwhile.
-    """
-    data = {key: value for key, value in state["data"].items() if key != "buffer"}
-    with gzip.open(path, "wt", compresslevel=1, encoding="utf-8") as file:
-        file.write(json.dumps({**state, "data": data}) + "\n")
-        for text in state["data"].get("buffer", ()):
-            file.write(json.dumps(text) + "\n")
+    write_text(folder / layout.LATEST, f"{path.name}\n")
 
 
 @dataclass(frozen=True)
@@ -163,17 +141,13 @@ class Checkpoint:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Contents of `training.safetensors`.
-
-        Raises:
-            UserError: it cannot be read, though it was whole a moment ago.
-        """
-        with bad_input(OSError, SafetensorError, about=f"resume: {self.path}/training.safetensors cannot be read: "):
-            return load_file(self.path / "training.safetensors")
+        """Contents of `training.safetensors`; UserError where it cannot be read any more."""
+        with bad_input(OSError, SafetensorError, about=f"resume: {self.path / TENSORS} cannot be read: "):
+            return load_file(self.path / TENSORS)
 
     def process(self, process: int) -> dict[str, Any]:
-        """What `process_state` gave on one process."""
-        with gzip.open(self.path / _process_file(process), "rt", encoding="utf-8") as file:
+        """`process_state` of one process."""
+        with gzip.open(self.path / PROCESS.format(process), "rt", encoding="utf-8") as file:
             content: dict[str, Any] = json.loads(next(file))
             content["data"]["buffer"] = [json.loads(line) for line in file]
         return content
@@ -195,19 +169,18 @@ def steps_in(folder: Path) -> list[int]:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
+    pattern = layout.checkpoint_name(r"(\d+)")
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(pattern, name)))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in `path`.
+    """The checkpoint in `path`; OSError where a file in it cannot be read.
 
-    Raises:
-        ValueError: a file in it is missing or damaged, or it was written by a later release; the message says which.
-        OSError: a file in it cannot be read.
+    ValueError where a file is missing or damaged, or the checkpoint was written by a later release.
     """
     if problem := damage(path):
         raise ValueError(problem)
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
     if state["format"] != FORMAT:
         raise ValueError(f"its format is {state['format']}, this release reads {FORMAT}")
     return Checkpoint(path, state)
@@ -216,8 +189,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 class Checkpointer:
     """Writes checkpoints in a thread, one at a time, and prunes old ones.
 
-    `newest` is the step of the newest whole one; those at the steps `damaged` do not count until they are written
-    again. The last `keep_last` up to the one just written are kept, multiples of `keep_every`, and step 0.
+    `newest` is the step of the newest whole checkpoint; checkpoints of the steps `damaged` do not count until they are
+    written again. The last `keep_last` up to the one just written are kept, multiples of `keep_every`, and step 0.
     """
 
     def __init__(
@@ -234,7 +207,7 @@ class Checkpointer:
         return "" if self.error is None else f"run_dir: a checkpoint could not be written: {self.error}"
 
     def write(self, snapshot: Snapshot | None, prune: bool = True) -> None:
-        """Begin to write, once the one before is done; None for nothing. With `prune`, older ones may go then."""
+        """Begin to write, once the write before has ended; None for nothing. With `prune`, older ones may go then."""
         self.wait()
         if snapshot is not None:
             self._thread = Thread(target=self._write, args=(snapshot, prune), name="checkpoint")
@@ -252,7 +225,7 @@ class Checkpointer:
             self.newest = snapshot.step
             self.damaged.discard(snapshot.step)
             if prune:
-                with suppress(OSError):  # what cannot be removed now can be after the next one
+                with suppress(OSError):  # a folder that cannot be removed now can be after the next write
                     self._prune(snapshot.step)
         except BaseException as error:
             self.error = error
@@ -262,19 +235,19 @@ class Checkpointer:
         return step == 0 or (bool(self.keep_every) and step % self.keep_every == 0)
 
     def _prune(self, step: int) -> None:
-        """Remove what is not to be kept. Later steps than this one stay: a run that went back may need none of them,
-        but they must not make it lose the checkpoint it went back to."""
-        past = [each for each in steps_in(self.folder) if each <= step and each not in self.damaged]
-        for each in past[: -self.keep_last]:
-            if not self.keeps(each):
+        # Checkpoints of later steps stay: a run that went back to this one may need none of them, but must not lose
+        # this one to them.
+        past = [old for old in steps_in(self.folder) if old <= step and old not in self.damaged]
+        for old in past[: -self.keep_last]:
+            if not self.keeps(old):
                 # Renamed first: a kill in the middle of the removal must not leave half a checkpoint.
-                remove(set_aside(self.folder / checkpoint_name(each)))
+                remove(set_aside(self.folder / layout.checkpoint_name(old)))
 
 
 def clear_leftovers(run_dir: Path) -> None:
     """Remove the temporary files, and the checkpoints half removed, of a run that was killed."""
-    names = (layout.CONFIG, layout.ENVIRONMENT, layout.METRICS, layout.NORMS, layout.FINAL)
-    leftovers = [path for name in names for path in run_dir.glob(f".{name}.*")]
-    leftovers += [path for name in ("step-*", "latest") for path in (run_dir / layout.CHECKPOINTS).glob(f".{name}.*")]
-    for path in leftovers:
+    names = [layout.CONFIG, layout.ENVIRONMENT, layout.METRICS, layout.NORMS, layout.FINAL]
+    patterns = [f".{name}.*" for name in names]
+    patterns += [f"{layout.CHECKPOINTS}/.{name}.*" for name in (layout.checkpoint_name("*"), layout.LATEST)]
+    for path in [path for pattern in patterns for path in run_dir.glob(pattern)]:
         remove(path)

@@ -1,7 +1,6 @@
 """Where text comes from: the embedded corpora, local files, and any dataset of the `datasets` library.
 
-All of them are `Documents`: read from the beginning again and again, or streamed in the part that belongs to one
-process.
+All of them are `Documents`: read from the beginning again and again, or streamed.
 """
 
 import dataclasses
@@ -10,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hf_ibnorm.base.errors import TryAgain, UserError
 from hf_ibnorm.base.files import sha256, sha256_file
@@ -30,40 +31,29 @@ from hf_ibnorm.data.files import (
 )
 
 from .cache import identity, too_many
-from .progress import silent
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-_BAD = "\0bad"  # key of a row of a stream under which it says why there is no text in it
-
-
-NO_BAD: Mapping[str, Any] = {"count": 0, "first": ""}  # what `Documents.bad` is where every document can be read
+_BAD = "\0bad"  # key of a row of a stream that has no text: its value says why
+NO_BAD: Mapping[str, Any] = {"count": 0, "first": ""}  # `Documents.bad` where every document can be read
 
 
 class Documents:
-    """The documents of one split, in a fixed order."""
+    """The documents of one split, in a fixed order; where they cannot be read, a method raises UserError, or TryAgain
+    for a reason that may pass."""
 
     fingerprint: str | None = None  # hash of the text and its order; None where only reading everything would tell
-    field = "text"  # where a row has its text
-    allowed = 0  # how many documents of a pass may be such that they cannot be read; they are left out
-    bad = NO_BAD  # how many those of the last pass were, and what was wrong with the first one
+    field = "text"  # the field of a row that has the text
+    allowed = 0  # how many documents of a pass may be left out because they cannot be read
+    bad = NO_BAD  # number of documents left out of the last pass, and the error of the first
 
     def read(self) -> Iterator[str | BadDocument]:
-        """Every document from the beginning.
-
-        Raises:
-            UserError: they cannot be read.
-            TryAgain: for a reason that may pass.
-        """
+        """Every document from the beginning."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[str]:
-        """The texts from the beginning; what cannot be read for a reason that may pass is tried again.
-
-        Raises:
-            UserError: they cannot be read, or more than `allowed` of them are bad.
-        """
+        """The texts from the beginning; reads are tried again, and up to `allowed` bad documents left out."""
         self.bad = NO_BAD
         for document in retried(self.read):
             if not isinstance(document, BadDocument):
@@ -74,23 +64,14 @@ class Documents:
                 self.bad = {"count": self.bad["count"] + 1, "first": self.bad["first"] or str(document)}
 
     def confirm(self) -> None:
-        """Check that what was read is what `fingerprint` stands for.
+        """Raise UserError where the source has changed since `fingerprint` was computed."""
 
-        Raises:
-            UserError: it has changed meanwhile.
-        """
-
-    def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
-        """This process's part, with the position in it as `state_dict()`; `seed` draws the order of files."""
+    def stream(self, seed: tuple[int, int]) -> "IterableDataset":
+        """The documents as rows, with the position among them as `state_dict()`; `seed` draws the order of files."""
         raise NotImplementedError
 
     def rows(self, dataset: "IterableDataset") -> Iterator[dict[str, Any]]:
-        """The rows of a `stream`, from where it stands.
-
-        Raises:
-            UserError: they cannot be read.
-            TryAgain: for a reason that may pass.
-        """
+        """The rows of a `stream`, or of a part of it, from its position on."""
         return iter(dataset)
 
     def text(self, row: dict[str, Any]) -> str | BadDocument:
@@ -110,8 +91,8 @@ class Texts(Documents):
     def read(self) -> Iterator[str | BadDocument]:
         return iter(self.texts)
 
-    def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
-        return _split(_generated(_rows_of_texts, list(self.texts), None), process, processes)
+    def stream(self, seed: tuple[int, int]) -> "IterableDataset":
+        return _generated(_rows_of_texts, list(self.texts), "text")
 
 
 @dataclass
@@ -126,29 +107,29 @@ class Files(Documents):
 
     def __post_init__(self) -> None:
         kinds = [kind_of(path) for path in self.paths]
-        self._identities = list(map(_identity, self.paths))
+        self._identities = self._identify()
         self.shas = [self.hash_file(path) for path in self.paths]
         self.fingerprint = sha256([self.field, READING, *kinds, *self.shas])
+
+    def _identify(self) -> dict[Path, tuple[int, ...]]:
+        identities = {}
+        for path in self.paths:
+            with reading("corpus", path, OSError, retry=True):
+                identities[path] = identity(path)
+        return identities
 
     def read(self) -> Iterator[str | BadDocument]:
         for path in self.paths:
             yield from read_file(path, self.field)
 
     def confirm(self) -> None:
-        for path, then in zip(self.paths, self._identities, strict=True):
-            if _identity(path) != then:
+        for path, now in self._identify().items():
+            if now != self._identities[path]:
                 raise UserError(f"corpus: {path} has changed while it was read; start again when it no longer does")
 
-    def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
-        import numpy as np
-
+    def stream(self, seed: tuple[int, int]) -> "IterableDataset":
         shuffled = [str(self.paths[i]) for i in np.random.default_rng(seed).permutation(len(self.paths))]
-        return _split(_generated(_rows_of_files, shuffled, self.field), process, processes)
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    with reading("corpus", path, OSError, retry=True):
-        return identity(path)
+        return _generated(_rows_of_files, shuffled, self.field)
 
 
 @dataclass
@@ -158,7 +139,7 @@ class Named(Documents):
     dataset: Any
     field: str
     allowed: int = 0
-    content: str | None = None  # hash of the content of its files; else what `datasets` knows it by is taken
+    content: str | None = None  # hash of the content of its files; without it the library's own fingerprint stands in
 
     def __post_init__(self) -> None:
         columns = self.dataset.column_names
@@ -177,8 +158,8 @@ class Named(Documents):
             kind = TryAgain if may_pass(error) else UserError
             raise kind(f"corpus: the dataset cannot be read: {told(error)}") from error
 
-    def stream(self, process: int, processes: int, seed: tuple[int, int]) -> "IterableDataset":
-        return _split(self.dataset, process, processes)
+    def stream(self, seed: tuple[int, int]) -> "IterableDataset":
+        return self.dataset
 
 
 @dataclass
@@ -202,15 +183,15 @@ class HeldOut(Documents):
         self.documents.confirm()
 
 
-def _generated(rows: Callable[..., Iterator[dict[str, str]]], items: list[str], field: str | None) -> "IterableDataset":
-    """Rows as an IterableDataset whose shards are `items`."""
+def _generated(rows: Callable[..., Iterator[dict[str, str]]], items: list[str], field: str) -> "IterableDataset":
+    """The `rows` of all `items` as an IterableDataset, in which an item is a shard."""
     from datasets import IterableDataset
 
     return IterableDataset.from_generator(rows, gen_kwargs={"items": items, "field": field})
 
 
-def _rows_of_texts(items: list[str], field: None) -> Iterator[dict[str, str]]:
-    return ({"text": text} for text in items)
+def _rows_of_texts(items: list[str], field: str) -> Iterator[dict[str, str]]:
+    return ({field: text} for text in items)
 
 
 def _rows_of_files(items: list[str], field: str) -> Iterator[dict[str, str]]:
@@ -219,43 +200,33 @@ def _rows_of_files(items: list[str], field: str) -> Iterator[dict[str, str]]:
             yield {_BAD: str(text)} if isinstance(text, BadDocument) else {field: text}
 
 
-def _split(dataset: "IterableDataset", process: int, processes: int) -> "IterableDataset":
-    """This process's shards where they can be dealt out evenly, else one of every `processes` documents."""
-    from datasets.distributed import split_dataset_by_node
-
-    return split_dataset_by_node(dataset, process, processes)
-
-
 @dataclass(frozen=True)
 class CorpusOptions:
     """How to read a corpus."""
 
     subset: str | None  # configuration of a dataset
-    field: str  # where a row has its text
-    streaming: bool  # whether a dataset is read as it is needed, and not loaded first
+    field: str  # the field of a row that has the text
+    streaming: bool  # whether a dataset is read while it is used, and not loaded first
     hash_file: Callable[[Path], str]  # content hash of a file
-    allowed: int = 0  # how many documents of a pass may be such that they cannot be read
-    say: Callable[[str], None] = silent  # is told, in a line, which files are left out
+    allowed: int = 0  # how many documents of a pass may be left out because they cannot be read
+    say: Callable[[str], object] = lambda line: None  # gets a line about files that are left out
 
 
 def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Documents | None:
-    """One split of a corpus; None where it has nothing to validate on.
+    """One split of a corpus; None where the corpus has nothing to validate on, UserError where it cannot be read.
 
     Args:
         name: an embedded corpus; a file, glob or folder of files; a dataset saved by `datasets`; or a dataset's name.
-        role: "train"; "validation", of what has other splits too; or "alone", of what is only validated on.
-        split: what a dataset calls that.
-        options: how to read it.
-
-    Raises:
-        UserError: there is no such corpus, or it cannot be read.
+        role: "train"; "validation", the split of a corpus that has others too; or "alone", of a validation corpus.
+        split: the dataset's own name of the split.
+        options: how to read the corpus.
     """
     if name in CORPORA:
         return Texts(load_corpus(name, "train" if role == "train" else "validation"))
     path = Path(os.path.expanduser(name))
     if not name.strip():
         raise UserError(f"corpus: got {name!r}, must name a corpus")
-    with reading("corpus", name[:100]):  # which may be too long for a path, hold a zero byte, or be closed to us
+    with reading("corpus", name[:100]):  # a name may be too long for a path, hold a zero byte, or be closed to us
         notes = [(path / file).is_file() for file in ("dataset_dict.json", "state.json", "dataset_info.json")]
     if notes[0] or all(notes[1:]):
         return _saved(path, role, split, options)
@@ -272,13 +243,9 @@ def open_corpus(name: str, role: str, split: str, options: CorpusOptions) -> Doc
     return open_dataset(name, role, split, options)
 
 
-def _of_split(name: str, files: dict[str, list[Path]], role: str, say: Callable[[str], None]) -> list[Path]:
-    """The files for `role`, with a word about those that do not train.
-
-    Raises:
-        UserError: there is none to train on.
-    """
-    if role == "alone":  # all that is there, whatever its name: it was named to be validated on
+def _of_split(name: str, files: dict[str, list[Path]], role: str, say: Callable[[str], object]) -> list[Path]:
+    """The files for `role`; `say` gets a line about files that are not trained on."""
+    if role == "alone":  # files that were named to be validated on, whatever their names say
         return next(filter(None, (files.get(split) for split in ("validation", "train", "test"))), [])
     others = {split: files[split] for split in ("validation", "test") if files.get(split)}
     named = "; ".join(f"{split}: {_listed(paths)}" for split, paths in others.items())
@@ -289,11 +256,8 @@ def _of_split(name: str, files: dict[str, list[Path]], role: str, say: Callable[
         )
     if role == "train" and named:
         say(f"corpus: by their names these files of {name} are not trained on: {named}")
-    if (
-        role == "train"
-        and files["train"] == [Path(os.path.expanduser(name))]
-        and (split := split_of(Path(name).name)) != role
-    ):
+    split = split_of(Path(name).name)
+    if role == "train" and split != "train" and files["train"] == [Path(os.path.expanduser(name))]:
         say(f"WARNING: corpus: {name} is trained on, while its name says {split}")
     return files.get(role, [])
 
@@ -304,7 +268,7 @@ def _listed(paths: list[Path]) -> str:
 
 
 def overlap(train: Documents, validation: Documents) -> str:
-    """The validation text that is training text too, in words for a warning; empty where none is known to be."""
+    """The validation text that is training text too, in words for a warning; "" where none is known."""
     if train.fingerprint is not None and train.fingerprint == validation.fingerprint:
         return "all of it"
     if isinstance(train, Files) and isinstance(validation, Files):
@@ -323,7 +287,7 @@ def _saved(path: Path, role: str, split: str, options: CorpusOptions) -> Documen
         dataset = dataset[split]
     elif role != "train":
         return None
-    # What `datasets` knows it by is a note beside the files, which stays when they are replaced.
+    # The library's own fingerprint is a note beside the files, which stays when they are replaced.
     content = dataset.cache_files and sha256(options.hash_file(Path(file["filename"])) for file in dataset.cache_files)
     if options.streaming:
         dataset = dataset.to_iterable_dataset()
@@ -331,6 +295,7 @@ def _saved(path: Path, role: str, split: str, options: CorpusOptions) -> Documen
 
 
 def open_dataset(name: str, role: str, split: str, options: CorpusOptions) -> Documents | None:
+    """`open_corpus` for the name of a dataset on the Hub, or of one that `datasets` finds otherwise."""
     from datasets import get_dataset_split_names, load_dataset
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -341,7 +306,7 @@ def open_dataset(name: str, role: str, split: str, options: CorpusOptions) -> Do
         dataset = load_dataset(name, options.subset, split=split, streaming=options.streaming)
     except UserError:
         raise
-    except Exception as error:  # of many kinds: not found, offline, gated, a configuration that is not there
+    except Exception as error:  # of many kinds: not found, offline, gated, an unknown configuration
         again = may_pass(error) and not isinstance(error, OfflineModeIsEnabled)
         raise (TryAgain if again else UserError)(
             f"corpus: got {name!r}, no embedded corpus ({', '.join(CORPORA)}), no file or folder, and no dataset that "

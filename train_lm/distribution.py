@@ -1,8 +1,9 @@
 """How a run is spread over processes, as the launcher was told: one process, DDP, FSDP2 or DeepSpeed's ZeRO; all of it
 Accelerate's.
 
-The rest of the program sees whole tensors: what is sharded is put together here, tensor by tensor, and cut up again, so
-that a checkpoint is the same files however the run that wrote it was spread, and can be gone on from in another way.
+The rest of the program sees whole tensors: sharded tensors are put together here, one by one, and cut up again. So the
+files of a checkpoint do not depend on how its run was spread, and a run spread in another way can go on from it.
+DeepSpeed is imported in functions: most runs never need it.
 """
 
 import math
@@ -13,9 +14,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
@@ -28,34 +32,40 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
+from hf_ibnorm.base.command import require_extra
 from hf_ibnorm.base.errors import UserError
 
-from . import zero
-from .settings import TrainConfig
+from .settings import TrainConfig, allow
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 50_000_000  # gradients that DeepSpeed reduces at a time: its own 500 million take 2 GB beside the model
+PERSISTENT = 100_000  # ZeRO-3 leaves parameters of fewer elements whole, norms above all; DeepSpeed's own default
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate as this loop needs it."""
+    """Accelerate as the loop needs it; UserError where the launcher or the settings ask for more than is done here."""
+    cuda, timeout = torch.cuda.is_available(), timedelta(seconds=config.ddp_timeout)
     check_precision(config.mixed_precision)
-    check_launcher()
+    allow("launcher: parallelism_config", _launched("USE_PARALLELISM_CONFIG", "false"), ["false"])
+    in_recipe = "; set compile in the recipe"
+    allow("launcher: dynamo_backend", _launched("DYNAMO_BACKEND", "no"), ["no"], instead=in_recipe)
     plugin = sharding(config.mixed_precision)
-    if plugin is not None and config.trainable == "lora":
-        raise UserError("trainable: got lora, allowed with FSDP: all, norms")
-    deepspeed = zero.plugin(config) if zero.launched() else None
-    cpu, timeout = not torch.cuda.is_available(), timedelta(seconds=config.ddp_timeout)
-    if deepspeed is not None and cpu:
-        zero.meet_on_cpu(timeout)
-    if config.deterministic and torch.cuda.is_available():
+    if plugin is not None:
+        allow("trainable", config.trainable, ["all", "norms"], " with FSDP")
+    deepspeed = deepspeed_plugin(config) if _launched("USE_DEEPSPEED", "false") == "true" else None
+    if deepspeed is not None and not cuda:
+        meet_on_cpu(timeout)
+    if config.deterministic and cuda:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Nothing here reads what was never written.
+        # No code here reads memory before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     accelerator = Accelerator(
         # Without it two processes without a GPU would not find each other and train two models into one directory.
-        cpu=cpu and deepspeed is None,
+        cpu=not cuda and deepspeed is None,
         # The loop sums over micro-batches itself; a launcher's setting would divide the loss a second time.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        mixed_precision=config.mixed_precision if deepspeed is None else "no",  # then DeepSpeed sees to it
+        mixed_precision=config.mixed_precision if deepspeed is None else "no",  # DeepSpeed has its own
         fsdp_plugin=plugin,
         deepspeed_plugin=deepspeed,
         kwargs_handlers=[
@@ -68,7 +78,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.run_dir,
     )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # On a CPU Accelerate drops its plugin without a word, but what it does with one works there as well.
+        # On a CPU Accelerate drops its plugin without a word, but its code for the plugin works there as well.
         for state in (PartialState._shared_state, AcceleratorState._shared_state):
             state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
@@ -81,47 +91,80 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def check_launcher() -> None:
-    """Refuse what a launcher may have been told and this program does not do."""
-    for variable, setting, allowed in (
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism_config", "false"),
-        ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend", "no"),
-    ):
-        if (value := os.environ.get(variable, allowed).lower()) != allowed:
-            instead = "; set compile in the recipe" if "dynamo" in setting else ""
-            raise UserError(f"launcher: {setting}: got {value}, allowed: {allowed}{instead}")
+def _launched(name: str, default: str) -> str:
+    """A setting of the launcher, from the environment."""
+    return os.environ.get(f"ACCELERATE_{name}", default).lower()
 
 
 def check_precision(wanted: str) -> None:
-    """Refuse a precision that would not be had, or that the launcher was told differently."""
+    """Raise UserError for a precision that this machine lacks, or that the launcher contradicts."""
     if wanted == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision: got 'fp16', which needs a GPU; allowed here are no, bf16")
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launched = _launched("MIXED_PRECISION", "no")
     if launched not in ("no", wanted):
         raise UserError(f"mixed_precision: got {wanted!r}, but the launcher was given {launched!r}; set both alike")
 
 
 def sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
-    """FSDP as the launcher's config file describes it; None where it asks for none."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    """FSDP as the launcher's config file describes it; None where the file does not ask for it."""
+    if _launched("USE_FSDP", "false") != "true":
         return None
-    plugin = FullyShardedDataParallelPlugin()  # reads what the launcher put into the environment
+    plugin = FullyShardedDataParallelPlugin()  # reads the launcher's settings from the environment
     for setting, value, allowed in (
-        ("fsdp_version", plugin.fsdp_version, (2,)),
-        ("fsdp_cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, (False,)),
-        ("fsdp_activation_checkpointing", plugin.activation_checkpointing, (False,)),
-        ("fsdp_offload_params", isinstance(plugin.cpu_offload, CPUOffloadPolicy), (False,)),
-        ("mixed_precision", precision, ("no", "bf16")),
+        ("fsdp_version", plugin.fsdp_version, [2]),
+        ("fsdp_cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, [False]),
+        ("fsdp_activation_checkpointing", plugin.activation_checkpointing, [False]),
+        ("fsdp_offload_params", isinstance(plugin.cpu_offload, CPUOffloadPolicy), [False]),
+        ("mixed_precision", precision, ["no", "bf16"]),
     ):
-        if value not in allowed:
-            instead = "; set gradient_checkpointing in the recipe" if "activation" in setting else ""
-            raise UserError(
-                f"launcher: {setting}: got {value}, allowed with FSDP: {', '.join(map(str, allowed))}{instead}"
-            )
-    # Everything in float32, and autocast like elsewhere (`Spread`). Told of bfloat16, FSDP2 would gather that and keep
-    # hidden states in it: another arithmetic than the other ways of spreading, in which a gain near 1 hardly moves.
+        instead = "; set gradient_checkpointing in the recipe" if "activation" in setting else ""
+        allow(f"launcher: {setting}", value, allowed, " with FSDP", instead)
+    # Everything in float32, and autocast as elsewhere (`Spread`). Told of bfloat16, FSDP2 would gather weights and keep
+    # hidden states in it: another arithmetic than that of the other ways, in which a gain near 1 hardly moves.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return plugin
+
+
+def deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin:
+    """DeepSpeed as the launcher's config file and the recipe describe it."""
+    allow("trainable", config.trainable, ["all"], " with DeepSpeed")
+    if config.teacher is not None:
+        raise UserError(f"teacher: got {config.teacher!r}, allowed with DeepSpeed: null")
+    require_extra("deepspeed", "deepspeed")
+    for variable, setting in (
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "deepspeed_config_file"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "offload_optimizer_device"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "offload_param_device"),
+    ):
+        allow(f"launcher: {setting}", os.environ.get(variable, "none"), ["none"])
+    allow("launcher: mixed_precision", config.mixed_precision, ["no", "bf16"], " with DeepSpeed")
+    made = DeepSpeedPlugin(zero3_init_flag=False)  # reads the launcher's settings from the environment
+    allow("launcher: zero_stage", made.zero_stage, [2, 3])
+    if config.compile and made.zero_stage == 3:
+        raise UserError("compile: got true, allowed with DeepSpeed's ZeRO-3: false; its hooks break blocks into pieces")
+    made.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": 1,  # the loop sums over micro-batches itself
+        "gradient_clipping": config.max_grad_norm,
+    }
+    sharded = {"reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": PERSISTENT}
+    made.deepspeed_config["zero_optimization"] |= sharded
+    if config.mixed_precision == "bf16":
+        # Autocast over float32 weights, as elsewhere; no module's gradients are summed in bfloat16. DeepSpeed's `bf16`
+        # would make the weights bfloat16, gains included.
+        settings = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        made.deepspeed_config["torch_autocast"] = settings
+    return made
+
+
+def meet_on_cpu(timeout: timedelta) -> None:
+    """Let processes without a GPU find each other; told of a CPU, Accelerate would leave DeepSpeed out."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for inference, and compiled when first looked for
+    PartialState(cpu=True, timeout=timeout)
 
 
 class Spread:
@@ -131,13 +174,9 @@ class Spread:
 
     def __init__(self, model: Any, accelerator: Accelerator) -> None:
         self.model, self.accelerator = model, accelerator
-        self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        if self.deepspeed:
-            self.kind = f"zero{zero.stage(model)}"
-            zero.begin(model)
-        elif accelerator.distributed_type == DistributedType.FSDP:
+        if accelerator.distributed_type == DistributedType.FSDP:
             self.kind = "fsdp2"
-            if accelerator.mixed_precision == "bf16":  # which Accelerate sees to in every other way of spreading
+            if accelerator.mixed_precision == "bf16":  # in every other way of spreading Accelerate does this
                 autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
                 model.forward = convert_outputs_to_fp32(autocast(model.forward))
         else:
@@ -151,30 +190,20 @@ class Spread:
     def part_of_step(self, last: bool) -> AbstractContextManager[None]:
         """Around the passes of a micro-batch: gradients are summed over processes with the `last` one.
 
-        Where they are sharded they are summed each time: put off, they would lie there whole.
+        Sharded gradients are summed with each: put off, they would lie in memory whole.
         """
         return nullcontext() if last or self.kind != "ddp" else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor, factor: float, last: bool) -> None:
         """Add the gradients of `factor` times `loss`, averaged over processes."""
-        if self.deepspeed:
-            zero.backward(self.model, loss, factor, last)
-        else:
-            self.accelerator.backward(loss * factor)
+        self.accelerator.backward(loss * factor)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Clip the gradients to `max_norm`, 0 for not at all; returns the norm that they had.
-
-        DeepSpeed does not do so without making the step as well, or skipping it where they are not finite.
-        """
-        if self.deepspeed:
-            return zero.step(self.model)
+        """Clip the gradients to `max_norm`, 0 for not at all; returns their norm before."""
         return whole(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm or math.inf))
 
     def optimizer_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Tensor]:
         """Copies of the optimizer's state on the CPU, named kind/parameter; none unless `keep`. All must call this."""
-        if self.deepspeed:
-            return zero.optimizer_tensors(self.model, keep)
         copies = {
             f"{kind}/{name}": on_host(value, keep)
             for name, parameter in model.named_parameters()
@@ -186,56 +215,126 @@ class Spread:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
     ) -> None:
         """Give the optimizer the state that `optimizer_tensors` took, of a model spread in this way or another."""
-        if self.deepspeed:
-            zero.restore_optimizer(self.model, tensors)
-            return
-        parameters = dict(model.named_parameters())
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-        places = {name: i for i, name in enumerate(ordered)}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            kind, _, name = key.partition("/")
-            if name in places and kind not in ("start", "apart"):
-                held = laid_out(value, parameters[name]) if value.ndim else value  # every process counts all steps
-                state.setdefault(places[name], {})[kind] = held
+        for i, parameter in enumerate(trained):
+            saved = {kind: tensors.get(f"{kind}/{names[id(parameter)]}") for kind in ("step", *MOMENTS)}
+            held = {kind: value for kind, value in saved.items() if value is not None}
+            # The step, a scalar, is whole on every process.
+            state[i] = {kind: laid_out(value, parameter) if value.ndim else value for kind, value in held.items()}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+class Zero(Spread):
+    """The same with DeepSpeed's ZeRO-2 or ZeRO-3, whose engine the model is.
+
+    The engine keeps AdamW's state in flat parts that belong to no parameter, and under ZeRO-3 leaves parameters empty
+    between uses. This class uses names that DeepSpeed does not document; the tests ran with 0.19.8.
+    """
+
+    def __init__(self, model: Any, accelerator: Accelerator) -> None:
+        self.model, self.accelerator, zero = model, accelerator, model.optimizer
+        self.stage = model.zero_optimization_stage()
+        self.kind = f"zero{self.stage}"
+        self.adamw = zero.optimizer
+        # AdamW's tensors: this process's part of each group of parameters, flat. Their state is zeros from the start:
+        # otherwise ZeRO-2 links parameters to their moments when the first group has some, and later groups never.
+        self.flat = list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+        for part in self.flat:
+            moments = {kind: torch.zeros_like(part) for kind in MOMENTS}
+            self.adamw.state[part] = {"step": torch.zeros((), device=part.device), **moments}
+        if self.stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def backward(self, loss: Tensor, factor: float, last: bool) -> None:
+        self.model.set_gradient_accumulation_boundary(last)
+        # The engine looks at gradients only. The factor makes them NaN where the loss is not finite, and the engine
+        # skips the step on all processes.
+        self.model.backward(loss * (factor + 0 * loss.detach()))
+
+    def clip(self, max_norm: float) -> Tensor:
+        # The engine clips, steps and clears gradients in one call. The norm is infinite where it skipped the step.
+        self.model.step()
+        return torch.as_tensor(self.model.get_global_grad_norm(), dtype=torch.float32, device=self.model.device)
+
+    def optimizer_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        tensors: dict[str, Tensor] = {}
+        steps = self.adamw.state[self.flat[0]]["step"]
+        for name, parameter in self.model.module.named_parameters():
+            moments = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
+            values = {"step": steps, **moments} if keep else {}
+            tensors |= {f"{kind}/{name}": value.to("cpu", copy=True) for kind, value in values.items()}
+        return tensors
+
+    def restore_optimizer(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+    ) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        steps = next((value for name, value in tensors.items() if name.startswith("step/")), None)
+        if steps is None:
+            return  # taken before the first step
+        for part in self.flat:
+            self.adamw.state[part]["step"].fill_(steps.item())
+        for name, parameter in self.model.module.named_parameters():
+            for kind in MOMENTS:
+                value = tensors[f"{kind}/{name}"].to(self.model.device)
+                if self.stage < 3:
+                    safe_set_full_optimizer_state(parameter, value, kind)
+                    continue
+                # The call for whole values fails where a parameter does not divide by the number of processes.
+                own = my_part(value, parameter)
+                padded = F.pad(own, (0, parameter.ds_tensor.numel() - len(own)))
+                safe_set_local_optimizer_state(parameter, padded, kind)
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a part. Every process must call this, for the same tensors."""
-    if zero.is_part(tensor):
-        return zero.whole(tensor)
+    """All of a tensor that may be sharded over processes. Every process must call this, for the same tensors."""
+    if _is_part(tensor):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(tensor)
     held: Any = tensor.detach()
     return held.full_tensor() if isinstance(held, DTensor) else held
 
 
+def _is_part(tensor: Tensor) -> bool:
+    """Whether `tensor` is a parameter that ZeRO-3 holds in parts."""
+    return hasattr(tensor, "ds_id")
+
+
 def on_host(tensor: Tensor, keep: bool) -> Tensor | None:
-    """A copy of all of `tensor` in main memory where `keep` is true; the others only help to put it together."""
+    """A copy of all of `tensor` in main memory where `keep` is true, else None. Every process must call this."""
     tensor = whole(tensor)
     return tensor.to("cpu", copy=True) if keep else None
 
 
-def mine(tensor: Tensor) -> Tensor:
-    """The part of `tensor` that this process holds."""
-    if zero.is_part(tensor):
-        return zero.own(tensor)
+def mine(tensor: Any) -> Tensor:
+    """The part of `tensor` that this process holds; flat, without padding, under ZeRO-3."""
+    if _is_part(tensor):
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        start = torch.distributed.get_rank() * tensor.ds_tensor.numel()
+        return safe_get_local_fp32_param(tensor).flatten()[: max(0, tensor.ds_numel - start)]
     held: Any = tensor.detach()
     return held.to_local() if isinstance(held, DTensor) else held
 
 
-def my_part(value: Tensor, like: Tensor) -> Tensor:
+def my_part(value: Tensor, like: Any) -> Tensor:
     """The part of `value`, which every process has whole, that this process holds of the parameter `like`."""
-    if zero.is_part(like):
-        return zero.own_part(value.to(like.device), like)
+    if _is_part(like):
+        size = like.ds_tensor.numel()
+        return value.to(like.device).flatten()[torch.distributed.get_rank() * size :][:size]
     return mine(laid_out(value.to(like.device), like))
 
 
 def reshard(model: nn.Module) -> None:
     """Free the parameters that FSDP2 has left gathered after a forward pass without a backward pass.
 
-    They are copies of the last unit's, in the arithmetic's precision and unknown to the optimizer: a checkpoint would
-    hold these copies.
+    They are copies of the last unit's parameters, which the optimizer does not know, and a checkpoint would hold them.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

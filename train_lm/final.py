@@ -1,4 +1,4 @@
-"""`final`, the model that a training leaves: whether it is still the one that was saved."""
+"""Whether `final`, the model that a training leaves, is still the model that was saved."""
 
 import fnmatch
 import json
@@ -18,12 +18,9 @@ def among(name: str, globs: tuple[str, ...]) -> bool:
 
 
 def flaw(final: Path) -> str | None:
-    """Why a model's folder cannot be loaded, or is not what its training saved; None where all is well.
+    """Why a model's folder cannot be loaded, or is not as its training saved it; None where all is well.
 
-    Without a manifest, as the release before left it, only what every file must have is looked at.
-
-    Raises:
-        OSError: a file in it cannot be read.
+    An earlier release left no manifest: then each file is only checked for its form. OSError where one cannot be read.
     """
     if not final.is_dir():
         return "is no folder"

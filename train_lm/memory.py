@@ -1,4 +1,4 @@
-"""How much of a device's memory a training step takes, counted without computing it: on tensors that have no values."""
+"""How much of a device's memory a training step takes, counted by running the step on tensors without values."""
 
 import warnings
 import weakref
@@ -18,13 +18,13 @@ from hf_ibnorm.base.room import check_model
 
 from .architecture import build_model_config, names_in
 from .model import read_config, speed_up, starting_config
+from .optim import freeze
 from .settings import TrainConfig
-from .tasks.language import LOW, Teacher, token_loss
-from .throughput import flops_per_token, forward_flops_per_token
-from .trainable import freeze
+from .tasks.language import LOW, training_loss
+from .throughput import flops_per_token
 
-# Transformers' attention without a mask: it leaves that out by itself where it sees that nothing is padded, but tensors
-# without values do not show it, and a mask of length times length would be counted.
+# Transformers' attention without a mask: by itself it leaves the mask out only where it can see that nothing is padded.
+# Tensors without values do not show that, and a mask of length times length would be counted.
 _ATTENTION = "sdpa_without_mask"
 AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
 
@@ -36,13 +36,13 @@ class StepMemory:
     weights: int  # in float32, as all that follows; with buffers
     gradients: int
     optimizer: int  # AdamW's two numbers a trained parameter
-    # All else: what the backward pass needs, logits, weights that autocast has cast, temporaries; or what a batch of
-    # validation takes, if that is more; and a teacher's weights.
+    # Tensors kept for the backward pass, logits, weights that autocast has cast, temporaries; or the memory of a
+    # validation batch, if that is more; and a teacher's weights.
     activations: int
-    parameters: int  # from here on numbers
+    parameters: int  # from here on numbers of parameters
     trained: int
-    block: int  # of one block
-    outside: int  # of no block: embeddings, output layer, last norm
+    block: int  # in one block
+    outside: int  # in no block: embeddings, output layer, last norm
     flops_per_token: float  # a teacher's included
 
     @property
@@ -52,17 +52,13 @@ class StepMemory:
 
 
 def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory:
-    """Run a step of the real model on tensors without values, noting the most bytes that were alive at a time.
+    """Run a step of the real model on tensors without values, and count the most bytes that are alive at a time.
 
-    The operators are a CPU's, whose attention keeps no scores, like a GPU's. `compile`, which may save memory, is left
-    out.
+    The operators are those of a CPU, whose attention keeps no scores, as on a GPU. `compile`, which may save memory, is
+    left out.
 
-    Args:
-        config: a validated run, as `spread_over` leaves it.
-        gradients_stay: whether gradients have memory of their own all the time, as in DDP's buckets.
-
-    Raises:
-        ValueError, TypeError: the model cannot be built, or adapters are to be trained.
+    `config` is a validated run, as `spread_over` returns it; with `gradients_stay` gradients have memory of their own
+    all the time, as in DDP's buckets. ValueError or TypeError where the model cannot be built, or has adapters.
     """
     if config.trainable == "lora":
         raise ValueError("trainable: got 'lora', which cannot be planned (peft needs values); all and norms can")
@@ -71,32 +67,31 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         warnings.simplefilter("ignore")
         model = _model(config)
         freeze(model, config)
-        flops = flops_per_token(model, config.block_size)
         speed_up(model, replace(config, compile=False))
-        teacher, taught = None, 0
+        taught, teacher = 0, None
         if config.teacher is not None:
-            own = _built(read_config("teacher", config.teacher)).eval().requires_grad_(False)
-            teacher = Teacher(own, config)
-            flops += forward_flops_per_token(own, config.block_size)
-            taught = sum(each.nbytes for each in [*own.parameters(), *own.buffers()])
-        # As Accelerate wraps it.
+            teacher = _built(read_config("teacher", config.teacher)).eval().requires_grad_(False)
+            taught = sum(tensor.nbytes for tensor in [*teacher.parameters(), *teacher.buffers()])
+        flops = flops_per_token(model, config.block_size, teacher)
+        # As Accelerate wraps a model.
         model.forward = convert_outputs_to_fp32(torch.autocast("cpu", low, enabled=low is not None)(model.forward))
         base = live.peak = live.now
         with torch.no_grad():
-            _pass(model, None, config.per_device_eval_batch_size, config.block_size)
-        validation, gradients = live.peak - base, sum(each.nbytes for each in model.parameters() if each.requires_grad)
+            _pass(model, None, config, config.per_device_eval_batch_size)
+        validation = live.peak - base
+        gradients = sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)
         if gradients_stay or config.gradient_accumulation_steps > 1:
-            for each in model.parameters():
-                each.grad = torch.zeros_like(each) if each.requires_grad else None
+            for tensor in model.parameters():
+                tensor.grad = torch.zeros_like(tensor) if tensor.requires_grad else None
         live.peak = live.now
-        _pass(model, teacher, config.per_device_train_batch_size, config.block_size)
+        _pass(model, teacher, config, config.per_device_train_batch_size)
         training = live.peak - base
         activations = max(training - gradients, validation - (0 if gradients_stay else gradients))
-        count = sum(each.numel() for each in model.parameters())
+        count = sum(tensor.numel() for tensor in model.parameters())
         block = model.base_model.get_submodule(f"{model.config.norm_pin.blocks}.0")
-        in_block = sum(each.numel() for each in block.parameters())
+        in_block = sum(tensor.numel() for tensor in block.parameters())
         return StepMemory(
-            weights=4 * count + sum(each.nbytes for each in model.buffers()),
+            weights=4 * count + sum(tensor.nbytes for tensor in model.buffers()),
             gradients=gradients,
             optimizer=2 * gradients,
             activations=activations + taught,
@@ -108,10 +103,10 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         )
 
 
-def _pass(model: PreTrainedModel, teacher: Teacher | None, sequences: int, size: int) -> None:
+def _pass(model: PreTrainedModel, teacher: PreTrainedModel | None, config: TrainConfig, sequences: int) -> None:
     """The forward pass of a batch of so many sequences and, where there are gradients, the backward pass."""
-    inputs, targets = torch.zeros((2, sequences, size), dtype=torch.int64)
-    loss = token_loss(model, inputs, targets) if teacher is None else teacher.loss(model, inputs, targets)[0]
+    inputs, targets = torch.zeros((2, sequences, config.block_size), dtype=torch.int64)
+    loss, _ = training_loss(model, teacher, config, inputs, targets)
     if torch.is_grad_enabled():
         loss.backward()
 
@@ -125,7 +120,7 @@ def _model(config: TrainConfig) -> PreTrainedModel:
         config.check_context(built.max_position_embeddings)
     check_model("model", built, weights=False)
     for name in names_in(built, "dropout"):
-        if name.startswith("att"):  # fused attention on a GPU keeps no scores where it drops some out, a CPU's does
+        if name.startswith("att"):  # with dropout, a CPU's fused attention keeps the scores; a GPU's does not
             setattr(built, name, 0.0)
     return _built(built).train()
 
@@ -144,9 +139,9 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for each in tree_iter(result):
-            if isinstance(each, Tensor):
-                self._count(each.untyped_storage())
+        for leaf in tree_iter(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:

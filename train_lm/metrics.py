@@ -1,4 +1,4 @@
-"""The files a run writes as it goes, `metrics.jsonl` and `norms.jsonl` of the norms it watches, and trackers."""
+"""The files that a run writes step by step, `metrics.jsonl` and `norms.jsonl` of the norms it watches; and trackers."""
 
 import errno
 import json
@@ -26,17 +26,18 @@ from .settings import TrainConfig
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")
 """Fields that differ between two runs of the same settings: time and memory."""
 _LEFT_OUT = ("reasons", "edges", "counts", "below", "above")
-_CURVES = ("skewness", "excess_kurtosis", "near_zero", "massive")  # of what comes out, for the trackers
+_CURVES = ("skewness", "excess_kurtosis", "near_zero", "massive")  # statistics of the output that trackers get
 
 
 class MetricsFile:
-    """`metrics.jsonl` or `norms.jsonl`, made anew with what it had at the checkpoint that training goes on from."""
+    """`metrics.jsonl` or `norms.jsonl`, made anew with its content at the checkpoint that training goes on from."""
 
     def __init__(self, path: Path, content: bytes = b"") -> None:
         write_bytes(path, content)
-        # Unbuffered: what a full disk does not take must not be tried again when the file is closed.
+        # Unbuffered: bytes that a full disk refuses must not be written again when the file is closed.
         self._file = path.open("r+b", buffering=0)
         self._bytes = self._file.seek(0, os.SEEK_END)
+        self.close = self._file.close
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line; a number that is not finite becomes null, JSON has no infinity."""
@@ -46,13 +47,9 @@ class MetricsFile:
         self._bytes += len(line)
 
     def so_far(self) -> Callable[[], bytes]:
-        """A function that reads what is in the file now, even after more was added, or the file was removed."""
+        """A function that reads the present content, even after more was added, or the file was removed."""
         length = self._bytes
         return lambda: os.pread(self._file.fileno(), length, 0)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def finite_or_none(row: dict[str, Any]) -> dict[str, Any]:
@@ -62,31 +59,30 @@ def finite_or_none(row: dict[str, Any]) -> dict[str, Any]:
 
 def check_trackers(names: list[str]) -> None:
     """Raise UserError for a tracker that is not installed: Accelerate would leave it out without a word."""
-    available = {str(each) for each in get_available_trackers()}
+    available = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in available:
             raise UserError(f"log_with: got {name!r}, which is not installed: pip install {name.replace('_', '-')}")
 
 
 def start_trackers(accelerator: Accelerator, run_dir: Path, config: TrainConfig, step: int) -> None:
-    """Begin to log; what TensorBoard was told after `step` before a resume is hidden, W&B's run is gone on with."""
+    """Begin to log; after a resume TensorBoard hides its curves after `step`, and W&B goes on with the same run."""
     if not accelerator.log_with:
         return
-    others = [str(each) for each in accelerator.log_with if str(each) != "tensorboard"]
     settings = flat_settings(config.as_recipe()).items()
     plain = {name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in settings}
     options: dict[str, dict[str, Any]] = {}
-    # Made here: Accelerate would name its folder after the project.
-    board = TensorBoardTracker("tensorboard", str(run_dir), purge_step=step + 1)
-    accelerator.log_with = [board if str(each) == "tensorboard" else each for each in accelerator.log_with]
     with bad_input(Exception, about="log_with: a tracker cannot start: "):
-        if "wandb" in others and accelerator.is_main_process:
-            # What it was told after `step` it keeps, and takes no step twice; a resumed run would say the same again.
+        # Made here: Accelerate would name its folder after the project.
+        board = TensorBoardTracker("tensorboard", str(run_dir), purge_step=step + 1)
+        accelerator.log_with = [board if str(name) == "tensorboard" else name for name in accelerator.log_with]
+        if "wandb" in map(str, accelerator.log_with) and accelerator.is_main_process:
+            # W&B keeps its curves after `step`, and takes no step twice; a resumed run logs the same numbers again.
             options["wandb"] = {"id": wandb_id(run_dir), "resume": "allow"}
         try:
             accelerator.init_trackers(config.tracker_project, init_kwargs=options)
         except Exception:
-            accelerator.trackers.clear()  # what has not begun cannot be ended
+            accelerator.trackers.clear()  # a tracker that has not begun cannot be ended
             raise
         for tracker in accelerator.trackers:
             # TensorBoard's own form of settings is a second run beside the first; they are in config.yaml anyway.
@@ -95,7 +91,7 @@ def start_trackers(accelerator: Accelerator, run_dir: Path, config: TrainConfig,
 
 
 def wandb_id(run_dir: Path) -> str:
-    """The id that this run has at W&B, made when it is first asked for."""
+    """The id that this run has at W&B, made at the first call."""
     path = run_dir / "wandb_id"
     try:
         name = path.read_text(encoding="utf-8").strip()
@@ -109,7 +105,7 @@ def wandb_id(run_dir: Path) -> str:
 
 @contextmanager
 def watched(model: PreTrainedModel, step: int, config: TrainConfig) -> Iterator[ModelStatistics | None]:
-    """Around the forward passes of `step`: yields the statistics that they fill, None where it is not to be watched.
+    """Around the forward passes of `step`: yields the statistics that they fill, None for a step that is not watched.
 
     Names of sites are relative to the base model, as in `norm_overrides`. The effective rank is left out: its matrices
     would have to be sent and decomposed.
@@ -142,22 +138,23 @@ def gather_norms(statistics: ModelStatistics, accelerator: Accelerator) -> dict[
 
 
 def _short(cell: Any) -> Any:
-    """A cell without what is long, empty or not finite, which JSON does not know; numbers to 6 digits."""
+    """A cell without entries that are long, empty or not finite, which JSON does not know; numbers to 6 digits."""
     if isinstance(cell, dict):
-        short = {key: _short(each) for key, each in cell.items() if key not in _LEFT_OUT}
-        return {key: each for key, each in short.items() if each is not None}
+        short = {key: _short(value) for key, value in cell.items() if key not in _LEFT_OUT}
+        return {key: value for key, value in short.items() if value is not None}
     if isinstance(cell, float):
         return float(f"{cell:.6g}") if math.isfinite(cell) else None
     return cell
 
 
 def curves(sites: dict[str, Any]) -> dict[str, float]:
-    """The few numbers of each site that trackers get, by name, from what `gather_norms` gives."""
-    numbers: dict[str, float | None] = {}
+    """The few numbers of each site that trackers get, by name, from the cells of `gather_norms`."""
+    numbers: dict[str, float] = {}
     for site, cells in sites.items():
-        after = cells.get("after", {})
-        own = {name: cells.get(name) for name, each in all_measures().items() if "." not in name}
-        own = {name: cell.get("mean") if isinstance(cell, dict) else cell for name, cell in own.items()}
-        for name, value in {**{name: after.get(name) for name in _CURVES}, **own}.items():
-            numbers[f"norms/{site}/{name}"] = value
-    return {name: value for name, value in numbers.items() if value is not None}
+        values = {name: cells.get("after", {}).get(name) for name in _CURVES}
+        for name in all_measures():
+            if "." not in name:
+                cell = cells.get(name)
+                values[name] = cell.get("mean") if isinstance(cell, dict) else cell
+        numbers |= {f"norms/{site}/{name}": value for name, value in values.items() if value is not None}
+    return numbers

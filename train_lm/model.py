@@ -1,7 +1,10 @@
 """The model of a run: built with initial weights, or loaded from a checkpoint; and the teacher it may learn from."""
 
+import math
 import os
 import warnings
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +12,22 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import sha256_tensors
 from hf_ibnorm.base.room import check_model
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
-from hf_ibnorm.modeling_ibnorm import ramped_norms
+from hf_ibnorm.convert.checkpoint import lost_text
+from hf_ibnorm.convert.weights import Shard, read_shards
+from hf_ibnorm.modeling_ibnorm import build_site, ramped_norms
 from hf_ibnorm.norms import norm_name
 from hf_ibnorm.sites import is_norm
 from hf_ibnorm.swap.families import FAMILIES, Family
 from hf_ibnorm.swap.loading import has_tokenizer, load
 
 from .architecture import build_model_config, check_vocabulary, names_in
-from .lost import lost_message, norms_of
 from .settings import TrainConfig
 from .start import Start
 from .tokenizer import load_tokenizer, saved_and_loaded
@@ -32,17 +37,17 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
     """The model to train in float32, and the config it began with (λ may have been ramped since)."""
     set_seed(config.seed)
     with bad_input():
+        saved = None if start.checkpoint is None else start.checkpoint.path / layout.MODEL
         if config.model.init_from is None:
             model_config = build_model_config(config, len(tokenizer), tokenizer.eos_token_id)
             family = family_of(model_config.model_type, "model.model_type")
         else:
-            where = start.path / "model" if start.path else config.model.init_from
-            family, model_config = starting_config(config, where, start.saved)
+            family, model_config = starting_config(config, saved or config.model.init_from, start.saved)
             check_vocabulary(model_config.vocab_size, len(tokenizer))
             config.check_context(model_config.max_position_embeddings)
-        if start.path is not None:
-            model = load("resume", family.causal_lm, start.path / "model", dtype=torch.float32)
-            for name in NORM_FIELDS:  # the checkpoint's own say where a ramped λ stood then
+        if saved is not None:
+            model = load("resume", family.causal_lm, saved, dtype=torch.float32)
+            for name in NORM_FIELDS:  # the checkpoint's own have λ as far as its ramp had come
                 setattr(model.config, name, getattr(model_config, name))
         elif config.model.init_from is not None:
             model, lost = load_start(family, config.model.init_from, model_config)
@@ -56,23 +61,28 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
 
 
 def load_start(family: Family, where: str, model_config: Any) -> tuple[PreTrainedModel, str]:
-    """The model of a checkpoint with the norms of `model_config`, and a line about what is lost; empty for nothing."""
+    """The model of a checkpoint with the norms of `model_config`, and a line about the weights that are lost, or ""."""
     model, missing, dropped = load_weights("model.init_from", family.causal_lm, where, config=model_config)
-    old, norms = norms_of(family, where), norm_prefixes(model)
+    own: Any = load("model.init_from", AutoConfig, where)
+    if not isinstance(own, family.config):
+        own = load("model.init_from", family.config, where, norm_type=family.pin.stock)
+    # The norms of the checkpoint, as they are before training.
+    old = {site: build_site(own, site) for site in family.pin.names(own)}
     had = tuple(f".{site}.{name}" for site, norm in old.items() for name, _ in norm.named_parameters())
-    lost = [name for name in missing if not name.startswith(norms) or f".{name}".endswith(had)]
+    new = norm_prefixes(model)
+    lost = [name for name in missing if not name.startswith(new) or f".{name}".endswith(had)]
     refuse_lost("model.init_from", where, lost)
     return model, lost_message(where, dropped, old)
 
 
 def load_weights(field: str, cls: Any, where: str, **options: Any) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """A model of class `cls` in float32; which of its weights `where` has not, and which of `where` it has not."""
+    """A model of class `cls` in float32; names of its weights that `where` lacks, and of weights only `where` has."""
     check_model(field, options.get("config") or load(field, AutoConfig, where))
-    model, report = load(field, cls, where, dtype=torch.float32, output_loading_info=True, **options)
+    model, loading = load(field, cls, where, dtype=torch.float32, output_loading_info=True, **options)
     if bad := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
         raise ValueError(f"{field}: got {where!r}, whose {bad[0]} has NaN or infinity: {len(bad)} tensors in all")
-    missing = {*report["missing_keys"], *map(str, report["mismatched_keys"])}
-    return model, sorted(missing), sorted(report["unexpected_keys"])
+    missing = {*loading["missing_keys"], *map(str, loading["mismatched_keys"])}
+    return model, sorted(missing), sorted(loading["unexpected_keys"])
 
 
 def refuse_lost(field: str, where: str, lost: list[str]) -> None:
@@ -81,8 +91,33 @@ def refuse_lost(field: str, where: str, lost: list[str]) -> None:
         raise ValueError(f"{field}: got {where!r}, which lacks {', '.join(lost[:5])}: {len(lost)} in all")
 
 
+def lost_message(where: str, names: Collection[str], norms: dict[str, nn.Module]) -> str:
+    """A line about the tensors `names` of a checkpoint that have no place in the model, in the words of a conversion.
+
+    `norms` are the checkpoint's own by site, as before training: a tensor with the same value is no loss. "" for none.
+    """
+    initial = {f"{site}.{name}": value for site, norm in norms.items() for name, value in norm.state_dict().items()}
+    shards: dict[str, Shard] = {}
+    if names:
+        folder = Path(where) if Path(where).is_dir() else Path(str(cached_file(where, "config.json"))).parent
+        with suppress(ValueError):  # no safetensors
+            shards = {name: shard for shard in read_shards(folder) for name in shard.tensors}
+    lost = {}
+    for name in names:
+        start = next((value for known, value in initial.items() if f".{name}".endswith(f".{known}")), None)
+        if name not in shards:  # in a file that only Transformers reads
+            lost[name] = float("nan")
+        elif moved := float((shards[name].tensor(name).float() - (0.0 if start is None else start)).abs().max()):
+            lost[name] = moved
+    if not lost:
+        return ""
+    words = lost_text(lost) if all(map(math.isfinite, lost.values())) else f"{len(lost)} tensors"
+    shown = [*sorted(lost)[:3], *["..."] * (len(lost) > 3)]
+    return f"lost: {words}, for which the model has no place: {', '.join(shown)}"
+
+
 def load_teacher(config: TrainConfig, where: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The model to distil, in float32 and eval mode, without gradients."""
+    """The model to distil, in float32 and eval mode, without gradients; ValueError unless it suits the run."""
     taught = read_config("teacher", where)
     if taught.vocab_size != config.model.vocab_size:
         sizes = f"a vocabulary of {taught.vocab_size}, the model has {config.model.vocab_size}"
@@ -101,7 +136,7 @@ def load_teacher(config: TrainConfig, where: str, tokenizer: PreTrainedTokenizer
 
 
 def family_of(model_type: str, field: str) -> Family:
-    """The family that `model_type` belongs to, ours or stock; `field` is what errors call it."""
+    """The family of `model_type`, ours or stock; `field` opens the ValueError about an unknown one."""
     for family in FAMILIES:
         if model_type in (family.model_type, family.stock_model_type):
             return family
@@ -121,7 +156,7 @@ def read_config(field: str, where: str | Path) -> Any:
 
 
 def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any] | None) -> tuple[Family, Any]:
-    """Family and config of the checkpoint `where`, with the norms of the run."""
+    """Family and config of the checkpoint `where`, with the run's norms; `saved` are its settings when it began."""
     own = read_config("model.init_from", where)
     family = family_of(own.model_type, "model.init_from")
     model = config.model
@@ -133,7 +168,7 @@ def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any
     elif not isinstance(own, family.config):
         norms["norm_type"] = family.pin.stock
     if saved is not None and norm_name(norms["norm_type"]) == saved["model"]["norm_type"]:
-        # A checkpoint's own say where a ramped λ stood then.
+        # A checkpoint's own have λ as far as its ramp had come.
         norms["norm_kwargs"] = {**saved["model"]["norm_kwargs"], **model.norm_kwargs}
     built = load("model.init_from", family.config, where, **norms)
     for name in names_in(built, "dropout"):
@@ -155,17 +190,17 @@ def scheduled_lams(config: TrainConfig, model: PreTrainedModel, model_config: An
     if all(start == end for start, end in lams.values()):
         at = ", ".join(sorted({f"{end:g}" for _, end in lams.values()}))
         options = " and ".join(sorted({str(norm.ramp) for _, norm, _ in ramped_norms(model)}))
-        where = f"--model.norm_kwargs.{options}"
-        if model_config.norm_overrides:  # which may have it, and take no single option
-            where += f", or --model.norm_type {model_config.norm_type} with --model.norm_overrides"
+        flag = f"--model.norm_kwargs.{options}"
+        if model_config.norm_overrides:  # one of them may have the option, and takes no single option by a flag
+            flag += f", or --model.norm_type {model_config.norm_type} with --model.norm_overrides"
         raise ValueError(
-            f"lam_schedule: got 'linear', but {options} is to end at {at}, where it starts; name another with {where}"
+            f"lam_schedule: got 'linear', but {options} is to end at {at}, where it starts; name another with {flag}"
         )
     return lams
 
 
 def norm_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Names of the norms, each with the dot that its parameters' names go on with."""
+    """Names of the norms, each with the dot before the names of its parameters."""
     return tuple(f"{name}." for name, module in model.named_modules() if is_norm(module))
 
 
@@ -178,7 +213,7 @@ def shared_weights_sha(model: nn.Module) -> str:
 def speed_up(model: PreTrainedModel, config: TrainConfig) -> None:
     """Recompute activations and compile blocks, as the settings ask; in place, so that no name in a checkpoint changes.
 
-    Must come before Accelerate wraps the model, and after it was copied: a compiled block cannot be.
+    Must come before Accelerate wraps the model, and after it was copied: a compiled block cannot be copied.
     """
     if config.gradient_checkpointing:
         with warnings.catch_warnings():

@@ -1,7 +1,8 @@
 """`python -m train_lm.plan RECIPE --gpus N --device h100`: what a run would take, before a GPU is rented.
 
-Memory is counted from a step of the real model (`memory.py`); what each way to spread it over processes adds or saves
-is a formula, and time is a roofline. Its constants are assumptions, and the output repeats them. Nothing is trained.
+Memory is counted by running a step of the real model without values (`memory.py`), and divided as each way of spreading
+the model divides it; time is a roofline. The constants are assumptions, and the output repeats them. Nothing is
+trained.
 """
 
 import shlex
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from .memory import StepMemory
 
 ROOM = 0.9  # part of a device's memory to plan for; the rest is CUDA's context, NCCL's buffers and fragmentation
-NETWORK = 25.0  # GB/s that a GPU has to another machine, one way
-MFU = 0.4  # part of a device's peak FLOP/s that is reached where nothing else holds it up
-MOST_GPUS = 1024  # as far as is searched for a number of GPUs that would do
+NETWORK = 25.0  # GB/s from a GPU to another machine, one way
+MFU = 0.4  # part of a device's peak FLOP/s that is reached where nothing else limits it
+MOST_GPUS = 1024  # the search for a sufficient number of GPUs ends here
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class Way:
     """A way to spread a model over processes."""
 
     parts: tuple[bool, bool, bool]  # whether a process holds only a part of weights, gradients, the optimizer's state
-    optimizer: int  # bytes a parameter takes in the latter: AdamW's numbers, with DeepSpeed a copy of the weights
-    formula: str  # what a process holds, in words
+    optimizer: int  # bytes of that state a parameter: AdamW's numbers, with DeepSpeed a copy of the weights
+    formula: str  # the memory of a process, in words
 
 
 ALONE = "one process"
 _WHOLE, _PARTS = (False,) * 3, (True,) * 3
-_GATHERED = "buffers: weights and gradients of two blocks and of what is in none"
+_GATHERED = "buffers: weights and gradients of two blocks and of all outside of blocks"
 _COPIED = "4 + (4 + 12)/N, a copy of the weights among them; buffers: two buckets of gradients"
 WAYS = {
     ALONE: Way(_WHOLE, 8, "4 + 4 + 8 bytes a parameter"),
@@ -58,8 +59,8 @@ class Cluster:
     name: str  # of the device, as given on the command line
     device: Device
     gpus: int
-    per_node: int  # how many a machine has
-    mfu: float  # part of their peak FLOP/s that is reached
+    per_node: int  # GPUs of a machine
+    mfu: float  # part of the peak FLOP/s that is reached
 
     def __post_init__(self) -> None:
         check_number("gpus", self.gpus, 1)
@@ -90,10 +91,18 @@ class Cluster:
         """Bytes/s from a GPU to the next, one way."""
         return 1e9 * (self.device.link if self.machines == 1 else min(self.device.link, NETWORK))
 
+    def config_file(self, way: str) -> Path | None:
+        """The shipped config file for Accelerate, relative to the current folder if below it; None if there is none."""
+        name = "multi_node" if way == "ddp" and self.machines > 1 else way
+        path = RECIPES / "accelerate" / f"{name}.yaml"
+        if not path.is_file():
+            return None
+        return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run in one way: bytes on each GPU, and seconds a step."""
+    """A run spread in one way: bytes on each GPU, and seconds a step."""
 
     way: str
     config: TrainConfig
@@ -105,27 +114,27 @@ class Estimate:
     seconds: float
 
     @property
+    def sizes(self) -> list[float]:
+        """Bytes of each kind."""
+        return [self.weights, self.gradients, self.optimizer, self.activations, self.buffers]
+
+    @property
     def total(self) -> float:
         """GB in all."""
-        return (self.weights + self.gradients + self.optimizer + self.activations + self.buffers) / 1e9
-
-    def sequences(self, gpus: int) -> int:
-        """How many a step has."""
-        return gpus * self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        return sum(self.sizes) / 1e9
 
 
 class Plan:
-    """A run on a cluster. A step's memory is counted once; `counts` are those made already, for the same model."""
+    """A run on a cluster. A step's memory is counted once; `counts` are earlier ones, of the same model."""
 
     def __init__(self, config: TrainConfig, cluster: Cluster, counts: dict[Any, "StepMemory"] | None = None) -> None:
         self.cluster, self.config = cluster, config.spread_over(cluster.gpus)
         self.counts = {} if counts is None else counts
-        ways = [ALONE] if cluster.gpus == 1 else [name for name in WAYS if name != ALONE]
-        # What train_lm refuses: FSDP2 has no scaler for fp16 here.
+        # As train_lm refuses them: FSDP2 has no scaler for fp16 here.
         refused = {"fsdp2"} if config.mixed_precision == "fp16" else set()
         if config.trainable != "all" or config.teacher is not None:
             refused |= {"deepspeed_zero2", "deepspeed_zero3"}
-        self.ways = [name for name in ways if name not in refused]
+        self.ways = [name for name in WAYS if (name == ALONE) == (cluster.gpus == 1) and name not in refused]
 
     def count(self, config: TrainConfig, way: str) -> "StepMemory":
         """The memory of a step, before anything is sharded."""
@@ -146,7 +155,7 @@ class Plan:
         if WAYS[way].parts[0]:
             buffers += 2 * 4 * (step.outside + 2 * step.block)
         if way.startswith("deepspeed"):
-            from .zero import BUCKET
+            from .distribution import BUCKET
 
             buffers += 2 * 4 * min(BUCKET, step.parameters)
         return Estimate(
@@ -174,9 +183,9 @@ class Plan:
         gather, reduce = 2 * 4 * step.parameters, 4 * step.trained  # bytes: all-gathers of both passes, reduce-scatter
         sent, hidden = {
             ALONE: (0, 0.0),
-            "ddp": (2 * reduce, micro * 2 / 3),  # an all-reduce is twice that, beside the last backward pass
+            "ddp": (2 * reduce, micro * 2 / 3),  # an all-reduce is two reduce-scatters, beside the last backward pass
             "fsdp2": (times * (gather + reduce), times * micro),
-            "deepspeed_zero2": (times * reduce + gather / 2, times * micro * 2 / 3),  # and the weights, once
+            "deepspeed_zero2": (times * reduce + gather / 2, times * micro * 2 / 3),  # weights are gathered once
             "deepspeed_zero3": (times * (gather + reduce), times * micro),
         }[way]
         communication = sent * (n - 1) / n / self.cluster.link
@@ -204,7 +213,15 @@ class Plan:
 
     def advice(self) -> Estimate | None:
         """The first candidate that fits."""
-        return next((each for each in self.candidates() if self.fits(each)), None)
+        return next((candidate for candidate in self.candidates() if self.fits(candidate)), None)
+
+    def flags(self, estimate: Estimate) -> list[str]:
+        """The flags that turn the run into that of the estimate."""
+        names = ["gradient_checkpointing", "per_device_train_batch_size", "per_device_eval_batch_size"]
+        if self.config.global_batch_size is None:
+            names.append("gradient_accumulation_steps")
+        values = {name: getattr(estimate.config, name) for name in names}
+        return [f"--{name} {value}".lower() for name, value in values.items() if value != getattr(self.config, name)]
 
     def otherwise(self) -> str:
         """Where nothing fits: how much the most frugal candidate takes, and where it would fit."""
@@ -213,14 +230,24 @@ class Plan:
         places = [f"{self.cluster.gpus} × {_word(would[0][1])}"] if would else []
         gpus = self.cluster.gpus
         while (gpus := 2 * gpus) <= MOST_GPUS:
-            with suppress(ValueError):  # so many cannot share the batch
+            with suppress(ValueError):  # so many GPUs cannot have equal shares of the batch
                 more = Plan(least.config, replace(self.cluster, gpus=gpus), self.counts)
                 if "fsdp2" in more.ways and more.fits(more.estimate("fsdp2", more.config)):
                     places.append(f"{gpus} × {self.cluster.name} with fsdp2")
                     break
-        least_of_all = " ".join([least.way, *_changes(self.config, least)])
+        candidate = " ".join([least.way, *self.flags(least)])
         would_do = " or ".join([*places, "a smaller model or block_size"])
-        return f"nothing fits: {least_of_all} still takes {least.total:.2f} GB; what would do: {would_do}"
+        return f"nothing fits: {candidate} still takes {least.total:.2f} GB; what would do: {would_do}"
+
+    def command(self, advised: Estimate, words: list[str]) -> str:
+        """The command that starts the run; `words` are its words after the program's name."""
+        cluster, path = self.cluster, self.cluster.config_file(advised.way)
+        launcher = "python"
+        if path is not None:
+            launcher = f"accelerate launch --config_file {shlex.quote(str(path))} --num_processes {cluster.gpus}"
+        if cluster.machines > 1:
+            launcher += f" --num_machines {cluster.machines} --machine_rank RANK --main_process_ip ADDRESS"
+        return " ".join([launcher, "-m train_lm", shlex.join(words), *self.flags(advised)])
 
 
 def _word(name: str) -> str:
@@ -228,74 +255,36 @@ def _word(name: str) -> str:
     return name.lower().replace(" ", "-")
 
 
-def _changes(asked: TrainConfig, advised: Estimate) -> list[str]:
-    """The flags that make the one run of the other."""
-    config = advised.config
-    names = ["gradient_checkpointing", "per_device_train_batch_size", "per_device_eval_batch_size"]
-    if asked.global_batch_size is None:
-        names.append("gradient_accumulation_steps")
-    changed = [name for name in names if getattr(asked, name) != getattr(config, name)]
-    return [f"--{name} {str(getattr(config, name)).lower()}" for name in changed]
-
-
-def _config_file(way: str, cluster: Cluster) -> Path | None:
-    """The shipped file for Accelerate, relative to here where it lies below; None where there is none."""
-    name = "multi_node" if way == "ddp" and cluster.machines > 1 else way
-    path = RECIPES / "accelerate" / f"{name}.yaml"
-    if not path.is_file():
-        return None
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _command(plan: Plan, advised: Estimate, words: list[str]) -> str:
-    """The command that starts the run; `words` are its words after the program's name."""
-    cluster, path = plan.cluster, _config_file(advised.way, plan.cluster)
-    launcher = "python" if path is None else f"accelerate launch --config_file {shlex.quote(str(path))}"
-    if path is not None:
-        launcher += f" --num_processes {cluster.gpus}"
-    if cluster.machines > 1:
-        launcher += f" --num_machines {cluster.machines} --machine_rank RANK --main_process_ip ADDRESS"
-    return " ".join([launcher, "-m train_lm", shlex.join(words), *_changes(plan.config, advised)])
-
-
-def _row(plan: Plan, each: Estimate) -> list[str]:
-    sizes = (each.weights, each.gradients, each.optimizer, each.activations, each.buffers)
-    tokens = each.sequences(plan.cluster.gpus) * each.config.block_size
-    return [
-        each.way,
-        *(f"{size / 1e9:.2f}" for size in sizes),
-        f"{each.total:.2f}",
-        "yes" if plan.fits(each) else "no",
-        f"{each.seconds:.3g}",
-        f"{tokens / each.seconds * 86400 / 1e9:.4g}",
-        f"{each.seconds * each.config.max_steps / 86400:.3g}",
-    ]
-
-
 def _print(recipe: str, plan: Plan, words: list[str]) -> None:
     """The plan, in at most 120 columns but for the command."""
     config, cluster, device = plan.config, plan.cluster, plan.cluster.device
     step = plan.count(config, plan.ways[0])
     parameters, trained = step.parameters, step.trained
-    part = "" if trained == parameters else f" ({trained:,} trained: of those alone are gradients and optimizer)"
+    part = "" if trained == parameters else f" ({trained:,} trained: only these have gradients and optimizer)"
     size, times = config.per_device_train_batch_size, config.gradient_accumulation_steps
     print(
         f"{recipe}: {parameters:,} parameters{part}; {cluster.gpus} × {cluster.name} of {device.memory:g} GB, "
         f"{cluster.machines} machine{'s' * (cluster.machines > 1)}; "
         f"a step: {cluster.gpus} × {times} × {size} sequences of {config.block_size} tokens\n"
     )
-    columns = ["GB on each GPU", "weights", "gradients", "optimizer", "activations", "buffers", "sum"]
-    columns += [f"<= {cluster.room:g}", "s a step", "B tokens/day", "days"]
-    Table(columns, [_row(plan, plan.estimate(way, config)) for way in plan.ways]).print()
+    table = Table(["GB on each GPU", "weights", "gradients", "optimizer", "activations", "buffers", "sum"])
+    table.columns += [f"<= {cluster.room:g}", "s a step", "B tokens/day", "days"]
+    for estimate in (plan.estimate(way, config) for way in plan.ways):
+        tokens, seconds = cluster.gpus * times * size * config.block_size, estimate.seconds
+        row = [estimate.way, *(f"{held / 1e9:.2f}" for held in estimate.sizes), f"{estimate.total:.2f}"]
+        row += ["yes" if plan.fits(estimate) else "no", f"{seconds:.3g}", f"{tokens / seconds * 86400 / 1e9:.4g}"]
+        table.rows.append([*row, f"{seconds * config.max_steps / 86400:.3g}"])
+    table.print()
     print()
     for way in plan.ways:
-        print(f"{way}: {WAYS[way].formula}{'' if _config_file(way, cluster) or way == ALONE else ' (no config file)'}")
+        file = "" if cluster.config_file(way) or way == ALONE else " (no config file)"
+        print(f"{way}: {WAYS[way].formula}{file}")
     model = 4 * parameters / 1e9
     whole = model + 8 * trained / 1e9
     kept = 1 + bool(config.checkpoint_every) * config.keep_last
     kept += config.max_steps // config.keep_every if config.keep_every else 0
     print(
-        "activations: most of what else is alive in a micro-batch or a batch of validation, counted without compile\n"
+        "activations: the most of all else that is alive in a micro-batch or in validation, counted without compile\n"
         f"time: {cluster.mfu:.0%} of {device.flops(config.mixed_precision) / 1e12:g} TFLOP/s, memory of "
         f"{device.bandwidth:g} GB/s, {cluster.link / 1e9:g} GB/s between GPUs: assumed\n"
         f"checkpoint: {whole:.3g} GB on disk, and in main memory of the first process while it is written;\n"
@@ -307,9 +296,9 @@ def _print(recipe: str, plan: Plan, words: list[str]) -> None:
     if advised is None:
         print(f"\n{plan.otherwise()}")
         return
-    what = " ".join([advised.way, *_changes(config, advised)])
-    print(f"\nadvice: {what}: {advised.total:.2f} GB, {advised.seconds:.3g} s a step")
-    print(_command(plan, advised, words))
+    advice = " ".join([advised.way, *plan.flags(advised)])
+    print(f"\nadvice: {advice}: {advised.total:.2f} GB, {advised.seconds:.3g} s a step")
+    print(plan.command(advised, words))
 
 
 def _main() -> None:

@@ -1,7 +1,8 @@
-"""Checks before a resume: settings, data and software must be such that it ends as the run never interrupted."""
+"""Checks before a resume: settings, data and software must be the same as when the run began."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,32 @@ from hf_ibnorm.report.environment import numerics_record
 from hf_ibnorm.report.runs import differing_settings, flat_settings
 
 from .architecture import build_model_config, resolved
-from .checkpoint import Checkpoint
 from .model import starting_config
 from .settings import TrainConfig, harmless_settings
 from .start import Start
 
 _SAME_BUT_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_HASHED = {
-    "init_sha": "initial model",
-    "tokenizer_sha": "tokenizer",
-    "train_sha": "training text",
-    "validation_sha": "validation text",
-    "teacher_sha": "teacher",
-}
 
 
 def check_finished(config: TrainConfig, run_dir: Path, start: Start, processes: int) -> None:
-    """Refuse to call a run finished that was another one."""
+    """Raise UserError where the finished run in `run_dir` had other settings."""
     if start.saved is not None:
         with bad_input():
             if config.model.init_from is None:
                 built = build_model_config(config, start.saved["model"]["vocab_size"])
             else:
                 built = starting_config(config, run_dir / layout.FINAL, start.saved)[1]
-        check_settings(resolved(config, built), start, None, processes, {})
+        check_settings(resolved(config, built), start, processes, {})
 
 
 def check_settings(
-    config: TrainConfig, start: Start, checkpoint: Checkpoint | None, processes: int, hashes: dict[str, str | None]
+    config: TrainConfig, start: Start, processes: int, hashes: Mapping[str, tuple[str, str | None]]
 ) -> None:
-    """Refuse to go on where the result would not be that of a run never interrupted."""
+    """Raise UserError where the result of going on would not be the result of a run never interrupted.
+
+    `config` has every field resolved; `hashes` are those of `Task.hashes` and of the initial model.
+    """
+    checkpoint = start.checkpoint
     if start.saved is not None:
         state = checkpoint.state if checkpoint else record_of(Path(config.run_dir)) or {"num_processes": processes}
         now = json.loads(json.dumps(config.as_recipe()))
@@ -51,10 +48,10 @@ def check_settings(
     if checkpoint is None:
         return
     state = checkpoint.state
-    for name, value in hashes.items():
-        if value != state["hashes"][name]:
+    for key, (name, sha) in hashes.items():
+        if sha != state["hashes"][key]:
             raise UserError(
-                f"resume: the {_HASHED[name]} is not what the run began with ({name}); put it back, or begin a new run"
+                f"resume: the {name} is not what the run began with ({key}); put it back, or begin a new run"
             )
     if config.streaming and processes != state["num_processes"]:
         raise UserError(
@@ -77,12 +74,9 @@ def check_settings(
 def changed_fields(then: dict[str, Any], now: dict[str, Any], processes: tuple[int, int]) -> list[str]:
     """The settings that a resumed run may not change and has changed: "field was X, got Y" for each.
 
-    Args:
-        then: `as_recipe()` of the run.
-        now: the same of the settings it is to go on with.
-        processes: number of processes then and now. Where it changed, the batch may be split in another way.
+    `then` and `now` are from `as_recipe()`. With another number of `processes`, a step may be divided in another way.
     """
-    # A field that an earlier release did not have was what its default is, but for BOS: it set none.
+    # A field that an earlier release lacked had the value that is its default now, but for BOS, which it never added.
     known = {**flat_settings(TrainConfig("").as_recipe()), "add_bos": False}
     before, after = {**known, **flat_settings(then)}, flat_settings(now)
     sizes = [
@@ -104,9 +98,8 @@ def record_of(run_dir: Path) -> dict[str, Any] | None:
     """Content of a run's `environment.json`; None where it is missing or damaged: no result depends on it."""
     try:
         form = {"num_processes": int, "resumed?": list}
-        record: dict[str, Any] = read_json("run_dir", run_dir / layout.ENVIRONMENT, form)
+        return dict(read_json("run_dir", run_dir / layout.ENVIRONMENT, form))
     except UserError as error:
         if isinstance(error.__cause__, OSError) and not is_absent(error.__cause__):
             raise
         return None
-    return record

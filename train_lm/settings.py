@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.checks import LARGEST, check_choice, check_number
 from hf_ibnorm.swap.families import FAMILIES
 
@@ -15,7 +16,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "dvc
 def _number(
     default: Any, least: float, most: float | None = None, below: float = math.inf, harmless: bool = False
 ) -> Any:
-    """A field with its bounds: at `most`, or `below`. An integer `least` means that it counts something."""
+    """A field with its bounds: at `most`, or `below`. An integer `least` means that the field is a count."""
     if most is None and below == math.inf:
         most = LARGEST if isinstance(least, int) else math.inf
     bounds = (least, below, False) if most is None else (least, most, True)
@@ -27,9 +28,9 @@ SIZES = (
     *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "initializer_range"),
     *("norm_eps", "dropout"),
 )
-"""Fields of `ModelConfig` that a model's Transformers config has, by this or another name."""
+"""Fields of `ModelConfig` that a model's Transformers config has, by this name or another."""
 _HARMLESS = {"harmless": True}
-"""Metadata of fields that change no result: a resumed run may have other values, so may runs compared with it."""
+"""Metadata of fields that change no result: a resumed run may have other values, and so may runs that are compared."""
 
 
 @dataclass
@@ -39,14 +40,14 @@ class ModelConfig:
     Args:
         model_type: architecture, llama or gpt2.
         init_from: directory or name of a Llama or GPT-2 checkpoint to start from, stock or ours; its sizes and
-            epsilon take the place of those here, its tokenizer is the run's unless another one is given.
+            epsilon replace those given here, and its tokenizer is used unless another one is given.
         norm_type: norm at every site: ibnorm_s, ibnorm_l, ibnorm_t, ibnorm_shrink, layernormalnorm, layernorm, rmsnorm
-            or dyt (null, with init_from only: the norms that checkpoint has).
-        norm_kwargs: its options; of a norm that init_from has already, those to change. A whole {...} replaces the
-            recipe's, --model.norm_kwargs.lam 4 merges into it.
+            or dyt (null, with init_from only: the norms of that checkpoint).
+        norm_kwargs: options of the norm; where init_from has this norm already, the options to change. A whole {...}
+            replaces the recipe's options, --model.norm_kwargs.lam 4 merges into it.
         norm_overrides: sites with another norm, a list of [glob, norm], such as '[[layers.0.*, dyt]]', or a mapping;
             norm is a name or {type: ..., kwargs: {...}}; the last match wins.
-        vocab_size: rows of the embedding (null: as many as the tokenizer has).
+        vocab_size: rows of the embedding (null: the size of the tokenizer).
         hidden_size: width of the residual stream.
         intermediate_size: inner width of the MLP.
         num_hidden_layers: number of blocks.
@@ -85,17 +86,17 @@ class TrainConfig:
 
     Args:
         run_dir: directory of the run, new or empty unless resume says otherwise.
-        resume: no; auto (go on from the newest whole checkpoint in run_dir, to the bit; from step 0 where there are
-            none); or inexact (the same even where the machine or the software computes other bits by now).
+        resume: no; auto (go on from the newest whole checkpoint in run_dir, to the bit, or from step 0 without any); or
+            inexact (go on even where the machine or the software computes other bits by now).
         seed: of the initial weights, the data order and the noise.
         corpus: embedded corpus (austen, sotu); file, glob or folder of .txt, .jsonl or .parquet, also as .gz, .xz or
             .zst; or name of a dataset of the datasets library, on the Hub or saved to disk.
         corpus_config: configuration of a dataset, such as en for allenai/c4.
         train_split: split of a dataset to train on.
         validation_split: split of a dataset to validate on.
-        validation_corpus: where validation text comes from if the corpus has none (null: it is held out).
+        validation_corpus: source of the validation text if the corpus has none (null: documents are held out).
         validation_every: hold out one document in so many, beginning with the first; not for streaming.
-        text_field: where a line or row of the corpus, and of validation_corpus, has its text.
+        text_field: field with the text in a line or row of the corpus, and of validation_corpus.
         streaming: read, shuffle and tokenize the corpus while training, instead of tokenizing it first.
         shuffle_buffer: streaming: documents among which the next one is drawn.
         tokenizer: directory or name of a tokenizer (null: a byte-level BPE is trained on the training split).
@@ -103,54 +104,53 @@ class TrainConfig:
         tokenizer_documents: documents it is trained on (null: all; streaming: the first 10000).
         tokenizer_threads: threads that tokenize.
         add_bos: whether documents begin with the tokenizer's BOS token: true, false, or auto (where the tokenizer
-            begins texts with one, as eval does then, that is not its EOS token as well).
-        max_bad_documents: documents of a pass that cannot be read and are left out, in a stream by each process; one
-            more ends the run.
-        cache_dir: where tokens are kept between runs (null: $HF_IBNORM_CACHE, or else ~/.cache/hf_ibnorm).
+            begins texts with it, as eval then does, and it is not the EOS token as well).
+        max_bad_documents: documents of a pass that may be left out because they cannot be read, in a stream by each
+            process; one more ends the run.
+        cache_dir: folder that keeps tokens between runs (null: $HF_IBNORM_CACHE, or else ~/.cache/hf_ibnorm).
         block_size: tokens a sequence, at most the model's context.
         max_steps: optimizer steps.
-        global_batch_size: sequences a step, over all devices (null: what the next two and the number of devices make).
-        per_device_train_batch_size: sequences a device takes at a time; with global_batch_size, at most.
-        gradient_accumulation_steps: such batches in one step; with global_batch_size, as many as that takes.
-        per_device_eval_batch_size: the same for validation.
+        global_batch_size: sequences a step, over all devices (null: the next two times the number of devices).
+        per_device_train_batch_size: sequences of a micro-batch on a device; with global_batch_size, at most.
+        gradient_accumulation_steps: micro-batches in one step; with global_batch_size, as many as that takes.
+        per_device_eval_batch_size: sequences of a batch on a device in validation.
         learning_rate: peak of the schedule.
         warmup_steps: linear warmup from 0, then a cosine.
-        min_lr_rate: where the cosine ends, as a fraction of the peak.
+        min_lr_rate: end of the cosine, as a fraction of the peak.
         weight_decay: of AdamW, on matrices only.
         adam_beta1: decay of AdamW's running mean of the gradient.
         adam_beta2: decay of AdamW's running mean of its square.
         adam_epsilon: added to the root of that mean.
         max_grad_norm: gradients are clipped to this norm (0: not at all).
-        lam_schedule: strength of IBNorm: constant, or linear from where nothing is compressed (lam 0, ibnorm_s: 1) to
-            what norm_kwargs say.
+        lam_schedule: strength of IBNorm: constant, or linear from no compression (lam 0, ibnorm_s: 1) to the value in
+            norm_kwargs.
         lam_warmup_steps: steps of the linear schedule.
-        trainable: all; norms (the rest stays as it is, to the bit); or lora: norms, and LoRA adapters on linear layers,
-            merged into every model that is saved.
+        trainable: all; norms (all other weights stay the same to the bit); or lora: norms, and LoRA adapters on linear
+            layers, merged into every model that is saved.
         lora_rank: rank of an adapter.
         lora_alpha: an adapter's product is multiplied by this over its rank.
-        lora_targets: names of the linear layers that get one, such as [q_proj, v_proj] (null: all in the blocks).
+        lora_targets: names of the linear layers with an adapter, such as [q_proj, v_proj] (null: all in the blocks).
         teacher: directory or name of a Llama or GPT-2, stock or ours, with the same tokenizer, whose logits are
             distilled (null: none).
         distillation_weight: w in loss = (1 - w) cross-entropy + w T^2 KL(teacher || student); with a teacher, not 0.
         distillation_temperature: T, by which both models' logits are divided in KL.
         mixed_precision: no, bf16 or fp16: autocast over float32 weights.
         compile: compile each block with torch.compile; the first step then takes a minute or more.
-        gradient_checkpointing: keep each block's input only and compute the rest again for the gradients: less memory,
-            about a third more arithmetic, the same gradients.
+        gradient_checkpointing: keep only the input of each block, and compute its other activations again for the
+            gradients: less memory, about a third more arithmetic, the same gradients.
         deterministic: on a GPU, use algorithms that give the same bits each time, where there are any; slower.
         eval_every: steps between two validations (the last step always has one).
         max_eval_blocks: blocks of the validation split that are used (null: all).
         checkpoint_every: steps between two checkpoints (0: only where a signal stops the run).
         keep_last: checkpoints kept, the newest ones; step 0 is always kept.
         keep_every: checkpoints at multiples of this step are kept too (0: none).
-        max_skipped_steps: steps in a row without a finite loss and gradient that end the run; each is skipped, and a
-            run that has skipped a quarter of all its steps is a failure, too.
-        watch_norms: every so many steps, and at the first and the last one, write what goes into and out of every norm
-            in that step to norms.jsonl, and a little of it to the trackers (0: never; not with compile).
-        push_to_hub: repository on the Hub, NAMESPACE/NAME, that the finished model is pushed to, privately, with a card
-            (null: none).
+        max_skipped_steps: end the run after so many steps in a row without a finite loss and gradient, which are
+            skipped; a run that has skipped a quarter of all its steps fails, too.
+        watch_norms: steps between two records of the inputs and outputs of every norm in norms.jsonl, with a few of
+            these numbers for the trackers; also at the first and the last step (0: never; not with compile).
+        push_to_hub: repository on the Hub, NAMESPACE/NAME, for the finished model with a card, private (null: none).
         log_with: trackers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, aim, comet_ml, dvclive, swanlab.
-        tracker_project: project, or experiment, that the run has at these trackers, TensorBoard apart.
+        tracker_project: project, or experiment, of the run at these trackers, TensorBoard apart.
         progress_seconds: seconds between two lines of progress where the output is no terminal (0: only validations).
         ddp_timeout: seconds that a process waits for the others, however the run is spread: one machine may tokenize,
             or read a checkpoint, for longer than another.
@@ -218,14 +218,15 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def validate(self) -> None:
-        """Check every number and name.
-
-        Raises:
-            ValueError, TypeError: naming the field, the value and what is allowed.
-        """
-        _check_bounds(self)
-        _check_bounds(self.model, "model.")
-        check_choice("model.model_type", self.model.model_type, tuple(each.stock_model_type for each in FAMILIES))
+        """Raise ValueError or TypeError, naming the field, the value and what is allowed, for a bad number or name."""
+        checked: tuple[tuple[str, TrainConfig | ModelConfig], ...] = (("", self), ("model.", self.model))
+        for prefix, settings in checked:
+            for declared in fields(settings):
+                value, bounds = getattr(settings, declared.name), declared.metadata.get("bounds")
+                if bounds and (value is not None or declared.default is not None):
+                    low, high, high_allowed = bounds
+                    check_number(f"{prefix}{declared.name}", value, low, high, high_allowed=high_allowed)
+        check_choice("model.model_type", self.model.model_type, tuple(family.stock_model_type for family in FAMILIES))
         for name in self.log_with:
             check_choice("log_with", name, TRACKERS)
         if self.push_to_hub is not None:
@@ -242,22 +243,18 @@ class TrainConfig:
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         """Rules that join several fields: the field that an error names, whether the rule is broken, and the rule."""
+        model = self.model
         for name in ("warmup_steps", "lam_warmup_steps"):
             yield name, getattr(self, name) > self.max_steps, f"must be <= max_steps = {self.max_steps}"
-        every = f"checkpoint_every = {self.checkpoint_every}"
-        no_multiple = bool(self.keep_every) and (
-            not self.checkpoint_every or self.keep_every % self.checkpoint_every > 0
-        )
-        yield (
-            "keep_every",
-            no_multiple,
-            f"must be a multiple of {every}, or there are no checkpoints at its steps to keep",
-        )
+        every = self.checkpoint_every
+        no_multiple = bool(self.keep_every) and (not every or self.keep_every % every > 0)
+        checkpoints = f"checkpoint_every = {every}, or there are no checkpoints at its steps to keep"
+        yield "keep_every", no_multiple, f"must be a multiple of {checkpoints}"
         one_of_two = (self.lam_schedule == "linear") != bool(self.lam_warmup_steps)
         yield "lam_warmup_steps", one_of_two, "must be >= 1 with lam_schedule linear and 0 with constant"
         hooks = "because compiled blocks run no hooks; or set compile to false"
         yield "watch_norms", bool(self.watch_norms) and self.compile, f"must be 0 with compile true, {hooks}"
-        no_start = self.trainable != "all" and self.model.init_from is None
+        no_start = self.trainable != "all" and model.init_from is None
         start = f"must be the directory or name of a checkpoint where trainable is {self.trainable}"
         yield "model.init_from", no_start, start
         for name in ("lora_alpha", "distillation_temperature"):
@@ -266,10 +263,6 @@ class TrainConfig:
         useless = self.teacher is not None and not self.distillation_weight
         yield "distillation_weight", useless, "must be > 0 with a teacher; or set teacher to null"
         yield "tracker_project", not self.tracker_project.strip(), "must be a name"
-        yield from self._model_rules()
-
-    def _model_rules(self) -> Iterator[tuple[str, bool, str]]:
-        model = self.model
         moves = "must be 'float32': in bfloat16 a gain near 1 never moves, its updates round away"
         instead = "for bfloat16 arithmetic over float32 weights set mixed_precision to bf16"
         yield "model.dtype", model.dtype != "float32", f"{moves}; {instead}"
@@ -287,13 +280,10 @@ class TrainConfig:
             raise ValueError(f"block_size: got {self.block_size}, must be <= model.max_position_embeddings = {context}")
 
     def spread_over(self, processes: int) -> "TrainConfig":
-        """These settings with the step's sequences dealt out to so many processes.
+        """These settings with the step's sequences divided among so many processes.
 
-        Without `global_batch_size` they stay as they are. With it a process takes as many sequences at a time as fit
-        into `per_device_train_batch_size` and divide its share, and as many times as the share needs.
-
-        Raises:
-            ValueError: the processes cannot have equal shares.
+        Without `global_batch_size` they stay as they are. With it the size of a micro-batch is the largest, up to
+        `per_device_train_batch_size`, that divides a process's share. ValueError where shares cannot be equal.
         """
         if self.global_batch_size is None:
             return self
@@ -308,20 +298,15 @@ class TrainConfig:
 
     def as_recipe(self) -> dict[str, Any]:
         """Every resolved value but `run_dir` and `resume`: a recipe that repeats this run."""
-        content = asdict(self)
-        del content["run_dir"], content["resume"]
-        return content
+        return {name: value for name, value in asdict(self).items() if name not in ("run_dir", "resume")}
 
 
-def _check_bounds(settings: TrainConfig | ModelConfig, prefix: str = "") -> None:
-    """Raise ValueError or TypeError where a number is out of the bounds of its field."""
-    for each in fields(settings):
-        value, bounds = getattr(settings, each.name), each.metadata.get("bounds")
-        if bounds and (value is not None or each.default is not None):
-            low, high, high_allowed = bounds
-            check_number(f"{prefix}{each.name}", value, low, high, high_allowed=high_allowed)
+def allow(field: str, value: object, allowed: list[Any], where: str = "", instead: str = "") -> None:
+    """Raise UserError unless `value` is allowed; `where`, such as " with FSDP", and `instead` go into the message."""
+    if value not in allowed:
+        raise UserError(f"{field}: got {value}, allowed{where}: {', '.join(map(str, allowed))}{instead}")
 
 
 def harmless_settings() -> list[str]:
-    """Names of the settings that change nothing in what is computed."""
-    return [each.name for each in fields(TrainConfig) if each.metadata.get("harmless")]
+    """Names of the settings that change no result."""
+    return [declared.name for declared in fields(TrainConfig) if declared.metadata.get("harmless")]

@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, as its data sheet has it."""
+    """A GPU, by its data sheet."""
 
     low: float  # FLOP/s in bf16 and fp16 on tensor cores, dense
     full: float  # FLOP/s in float32 without them
     memory: float  # GB
     bandwidth: float  # GB/s of its memory
     link: float  # GB/s to another GPU of the same machine, one way, over NVLink or else PCIe
-    bfloat16: bool = True  # whether its tensor cores know it
+    bfloat16: bool = True  # whether its tensor cores compute in it
 
     def flops(self, mixed_precision: str) -> float:
-        """FLOP/s at most."""
+        """The most FLOP/s."""
         return self.full if mixed_precision == "no" else self.low
 
 
 DEVICES = {
-    # Words of the device's name; the first that fit count.
+    # Words of the device's name; the first entry whose words fit counts.
     "B200": Device(2.25e15, 80e12, 180, 7700, 900),
     "H200": Device(989e12, 67e12, 141, 4800, 450),
     "H100 PCIe": Device(756e12, 51e12, 80, 2000, 64),
@@ -48,39 +48,38 @@ DEVICES = {
 
 
 def peak_flops(device: str, mixed_precision: str) -> float | None:
-    """FLOP/s that one device can do at most; None where it is not in the table."""
+    """The most FLOP/s that one device can do; None where the device is not in the table."""
     for name, known in DEVICES.items():
         if re.search(rf"\b{name}\b", device):
             return known.flops(mixed_precision)
     return None
 
 
-def flops_per_token(model: "PreTrainedModel", block_size: int) -> float:
-    """Floating point operations that training on one token takes, forward and backward.
+def flops_per_token(model: "PreTrainedModel", block_size: int, teacher: "PreTrainedModel | None" = None) -> float:
+    """Floating point operations that training on one token takes, forward and backward, and forward for a teacher.
 
     6 for each weight of a matrix product, 4 where it is not trained, and 12·L·d·T for attention over T tokens in L
     blocks of width d, the mask not subtracted, as in PaLM (arXiv 2204.02311, appendix B). Embeddings are looked up, not
     multiplied with; the output layer counts even where it is tied to them. Not torch's FlopCounterMode: it counts
     rotary angles too, and needs a forward pass, which Transformers' mask does not allow on the meta device.
     """
-    frozen = sum(2.0 * each.numel() for each in _matrices(model) if not each.requires_grad)
-    return 3.0 * forward_flops_per_token(model, block_size) - frozen
+    frozen = sum(2.0 * matrix.numel() for matrix in _matrices(model) if not matrix.requires_grad)
+    own = 3.0 * _forward_flops(model, block_size) - frozen
+    return own if teacher is None else own + _forward_flops(teacher, block_size)
 
 
-def forward_flops_per_token(model: "PreTrainedModel", block_size: int) -> float:
-    """Floating point operations of the forward pass on a token: 2 for each weight of a matrix product, and 4·L·d·T."""
-    config = model.config
-    weights = sum(each.numel() for each in _matrices(model))
-    return 2.0 * weights + 4.0 * config.num_hidden_layers * config.hidden_size * block_size
+def _forward_flops(model: "PreTrainedModel", block_size: int) -> float:
+    weights = sum(matrix.numel() for matrix in _matrices(model))
+    return 2.0 * weights + 4.0 * model.config.num_hidden_layers * model.config.hidden_size * block_size
 
 
 def _matrices(model: "PreTrainedModel") -> list["Tensor"]:
     """The weights of matrix products."""
     from torch import nn
 
-    output = model.get_output_embeddings()
-    lookups = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = {id(p): p for p in model.parameters() if p.ndim == 2 and id(p) not in lookups}
+    output = model.get_output_embeddings()
     matrices[id(output.weight)] = output.weight
     return list(matrices.values())
 

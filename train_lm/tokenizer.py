@@ -20,16 +20,10 @@ _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> str:
-    """Train a byte-level BPE tokenizer on `documents`.
+    """Train a byte-level BPE tokenizer on `documents`; returns it as the JSON text of the `tokenizers` library.
 
     Every byte has a token, so no text is unknown; the one special token stands between documents. Deterministic.
-
-    Args:
-        documents: texts of the training split.
-        vocab_size: at least 257 (256 bytes and the special token); small corpora may give fewer tokens.
-
-    Returns:
-        The tokenizer as the JSON text of the `tokenizers` library.
+    `vocab_size` is at least 257 (256 bytes and the special token); small corpora may give fewer tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,7 +39,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> str:
 
 
 def wrap_tokenizer(json_text: str, context: int) -> PreTrainedTokenizerFast:
-    """The trained tokenizer as Transformers knows it; text starts after the end of the text before."""
+    """The trained tokenizer as one of Transformers; a text starts after the end of the text before."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json_text),
         bos_token=END_OF_TEXT,
@@ -56,11 +50,7 @@ def wrap_tokenizer(json_text: str, context: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
-    """A tokenizer from a directory or from the Hub.
-
-    Raises:
-        UserError: there is none, it is not a fast one, or it has no token that ends a text.
-    """
+    """A tokenizer from a directory or from the Hub; UserError unless it is a fast one with a token that ends a text."""
     if Path(where).is_dir() and not has_tokenizer(Path(where)):
         raise UserError(
             f"{field}: got {str(where)!r}, no tokenizer could be loaded: it has none of {', '.join(TOKENIZER_FILES)}"
@@ -79,7 +69,7 @@ def load_tokenizer(field: str, where: str | Path) -> PreTrainedTokenizerFast:
 def saved_and_loaded(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """`tokenizer` as a checkpoint gives it back.
 
-    Loading adds parts that do nothing; with them from the start, a resumed run has the same tokenizer.
+    Loading adds parts without effect; with them from the start, a resumed run has the same tokenizer.
     """
     with bad_input(Exception, about="TMPDIR: a tokenizer cannot be written there: "), TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -87,21 +77,15 @@ def saved_and_loaded(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 
 
 def for_language_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """`tokenizer` without what belongs to another kind of model, as T5's has it; most come back as they are.
+    """`tokenizer` without the parts that serve encoder-decoder models such as T5; most come back as they are.
 
     T5 marks the gaps it learns to fill with 100 tokens that no text holds (`<extra_id_0>`, ...), and ends every text it
-    encodes with `</s>`. Embedding rows for the former would never be trained; after the latter nothing is to be
-    continued, so that scores of prompts encoded like that mean nothing.
-
-    Args:
-        tokenizer: a fast tokenizer with an `eos_token`.
-
-    Returns:
-        A tokenizer that gives the same ids for the text itself, and no others.
+    encodes with `</s>`. Embedding rows for these tokens would never be trained; and a text does not go on after `</s>`,
+    so that scores of prompts that end with it would mean nothing. The ids of the text itself stay the same.
 
     Raises:
-        UserError: that cannot be done, or an id is so large that writing the vocabulary down, ids left out too, has no
-            end.
+        UserError: the parts cannot be taken out; or an id is so large that to write the vocabulary, with all ids below,
+            would not end.
     """
     if (largest := max(tokenizer.get_vocab().values(), default=0)) > LARGEST_ID:
         raise UserError(f"tokenizer: it has a token with the id {largest}, must be at most {LARGEST_ID}")
@@ -123,7 +107,7 @@ def for_language_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
         clean_up_tokenization_spaces=False,
     )
     if made("a").input_ids[-1:] == [made.eos_token_id]:
-        raise UserError("tokenizer: it ends every text it encodes, in a way that is not known how to undo")
+        raise UserError("tokenizer: it ends every text it encodes, and how to undo that is not known")
     if made.get_vocab() != {token: i for token, i in tokenizer.get_vocab().items() if token not in sentinels}:
         raise UserError("tokenizer: its <extra_id_N> stand before other tokens, whose ids would change without them")
     return made
@@ -132,7 +116,7 @@ def for_language_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
 def _without(processor: dict[str, Any], token: str | None) -> dict[str, Any]:
     """A tokenizer's post-processor that does not add `token`."""
     if processor["type"] == "Sequence":
-        return {**processor, "processors": [_without(each, token) for each in processor["processors"]]}
+        return {**processor, "processors": [_without(part, token) for part in processor["processors"]]}
     if processor["type"] != "TemplateProcessing":
         return processor
     templates = {

@@ -16,12 +16,12 @@ from hf_ibnorm.base.files import sha256
 from hf_ibnorm.base.signals import StopSignals
 
 from .checkpoint import Snapshot
-from .data import Batch
 from .metrics import gather_norms, watched
 from .optim import lam_fraction
 from .session import Session, begin
 from .settings import TrainConfig
 from .start import raise_together
+from .tasks import Batch
 from .throughput import peak_memory_gb
 
 
@@ -40,7 +40,7 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         UserError: bad input, before anything is written; a disk that is full; training diverged, or skipped many
-            steps, with what was learnt kept on disk; or the Hub does not take the model, which is finished and on disk.
+            steps, with the last good checkpoint on disk; or the Hub refuses the model, which is finished and on disk.
         Stopped: SIGTERM, SIGINT, SIGHUP or SIGUSR1 came; a checkpoint of the last step is on disk.
     """
     with ExitStack() as stack:
@@ -49,11 +49,8 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, stack: ExitStack) -> None:
-    """`train`, with `stack` closing afterwards what was opened.
-
-    The session ends here, before the stack ends the group of processes: DDP's reducer, as the last to hold the group,
-    would wait in its destructor for a thread of the group that waits for Python's lock.
-    """
+    # The session must be gone before `stack` ends the process group: if DDP's reducer is the last to hold the group,
+    # its destructor waits for a thread of the group that waits for Python's lock.
     signals = stack.enter_context(StopSignals(lambda number: Stopped(f"{number.name} before the first step")))
     session = begin(config, signals, stack)
     if session is not None:
@@ -64,8 +61,8 @@ def _train(config: TrainConfig, stack: ExitStack) -> None:
 
 def run_steps(session: Session) -> None:
     """Every step that is left."""
-    config, state = session.config, session.state
-    checkpointer, batches = session.checkpointer, session.setup.task.batches
+    config, state, checkpointer = session.config, session.state, session.checkpointer
+    batches = session.setup.task.batches
     if state.row is not None and not session.conclude():
         raise Stopped(f"before the validation of step {state.step}; go on with --resume auto")
     waiting: Snapshot | None = None  # written when a finite step has shown that its weights are good
@@ -80,12 +77,12 @@ def run_steps(session: Session) -> None:
             sums = forward_backward(session, batch)
         norm = state.spread.clip(config.max_grad_norm)
 
-        # Asked before the state moves on: where the next batch cannot be made, this is the last step.
+        # Asked before the state changes: if the next batch cannot be made, this is the last step.
         trouble = batches.trouble(session.asked_to_stop) if step < config.max_steps else None
         gathered = exchange(session, batch, [*sums, norm, moved], stop=session.asked_to_stop() or trouble is not None)
-        finite = update(session, gathered.is_finite)
+        finite = update(session, math.isfinite(gathered.loss) and math.isfinite(gathered.grad_norm))
         if finite and waiting is not None:
-            # Before a kill there may be time to write one of this size, and the newer one comes below.
+            # Before a kill there may be time to write one checkpoint of this size, and a newer one comes below.
             if not gathered.stop or checkpointer.keeps(waiting.step):
                 checkpointer.write(waiting)
             waiting = None
@@ -101,7 +98,7 @@ def run_steps(session: Session) -> None:
         if stopping or step == config.max_steps:
             checkpointer.write(waiting, prune=finite)
             checkpointer.wait()
-            # This waits for every process as well: a launcher kills the others as soon as one has ended.
+            # All processes wait for each other here: a launcher kills the others as soon as one has ended.
             raise_together(checkpointer.problem, session.accelerator)
         if stopping:
             saved = f"after step {step}, with a checkpoint; go on with --resume auto"
@@ -127,23 +124,19 @@ def forward_backward(session: Session, batch: Batch) -> Tensor:
 
 
 class Gathered(NamedTuple):
-    """A step as all processes know it after its passes."""
+    """The numbers of a step that all processes share after its passes."""
 
-    loss: float  # mean over the targets of the step; NaN where that of a process is not finite
-    kl: float  # the same of the teacher's divergence
-    grad_norm: float  # before it was clipped
-    moves: list[float]  # of each process, as `State.gains_moved` gives it
+    loss: float  # mean over the targets of the step; NaN where the loss of a process is not finite
+    kl: float  # the teacher's divergence in the same way
+    grad_norm: float  # before clipping
+    moves: list[float]  # `State.gains_moved` of each process
     stop: bool  # whether a process is to stop
-    batch_sha: str  # hash of what all have read
-    bad: int  # documents that were left out so far, because they cannot be read
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+    batch_sha: str  # hash of the batch of all processes
+    bad: int  # documents left out so far, because they cannot be read
 
 
 def exchange(session: Session, batch: Batch, numbers: Iterable[Tensor], stop: bool) -> Gathered:
-    """The one place in a step where processes tell each other something, and where the host waits for the device.
+    """The one place of a step where processes exchange numbers, and where the host waits for the device.
 
     `numbers` are scalars: sums of the losses and the divergences, norm of the gradients, movement of the gains. Where a
     process could not write a checkpoint, all raise UserError.
@@ -155,14 +148,13 @@ def exchange(session: Session, batch: Batch, numbers: Iterable[Tensor], stop: bo
     losses, divergences, (grad_norm, *_), moves, stops, failures, shas, bad = columns
     if any(failures):
         raise_together(problem, accelerator)
-    shared = session.setup.task.batches.shared_sha
     return Gathered(
         loss=math.fsum(losses) / batch.tokens if all(map(math.isfinite, losses)) else math.nan,
         kl=math.fsum(divergences) / batch.tokens if all(map(math.isfinite, divergences)) else math.nan,
         grad_norm=grad_norm,
         moves=moves,
         stop=any(stops),
-        batch_sha=batch.sha if shared else sha256(map(str, shas))[:16],
+        batch_sha=batch.sha if session.setup.task.batches.shared_sha else sha256(map(str, shas))[:16],
         bad=int(sum(bad)),
     )
 
@@ -170,7 +162,7 @@ def exchange(session: Session, batch: Batch, numbers: Iterable[Tensor], stop: bo
 def update(session: Session, finite: bool) -> bool:
     """Make the optimizer's step where loss and gradients are finite; returns whether it was made."""
     optimizer = session.state.optimizer
-    if finite or session.config.mixed_precision == "fp16":  # whose scaler skips the step by itself, and needs to know
+    if finite or session.config.mixed_precision == "fp16":  # its scaler skips the step by itself, and must see it
         optimizer.step()
         finite = finite and not optimizer.step_was_skipped
     optimizer.zero_grad()
@@ -181,8 +173,8 @@ def metrics_row(
     session: Session, batch: Batch, gathered: Gathered, lr: float, finite: bool, seconds: float
 ) -> dict[str, Any]:
     """The line of `metrics.jsonl` for the step just done, without the validation loss."""
-    config, state, accelerator = session.config, session.state, session.accelerator
-    speed = batch.tokens / seconds
+    config, state, setup = session.config, session.state, session.setup
+    speed, peak = batch.tokens / seconds, session.peak
     row: dict[str, Any] = {
         "step": state.step,
         "loss": gathered.loss,
@@ -192,14 +184,14 @@ def metrics_row(
         "grad_norm": gathered.grad_norm,
         "gain_movement": state.gain_movement(gathered.moves),
         "batch_sha": gathered.batch_sha,
-        "mfu": session.peak and speed * state.flops_per_token / (session.peak * accelerator.num_processes),
-        "memory_gb": peak_memory_gb(accelerator.device),
+        "mfu": peak and speed * setup.flops_per_token / (peak * session.accelerator.num_processes),
+        "memory_gb": peak_memory_gb(session.accelerator.device),
     }
     if config.teacher is not None:
         row["kl"] = gathered.kl if finite else math.nan
     if config.max_bad_documents:
         row["bad_documents"] = gathered.bad
-    if session.setup.lams:
+    if setup.lams:
         row["lam_fraction"] = lam_fraction(state.step, config)
     if not finite:
         row["skipped"] = state.skipped

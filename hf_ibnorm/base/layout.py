@@ -7,7 +7,16 @@ _NUMBER = (float, type(None))
 
 # The directory of a training run.
 CONFIG, ENVIRONMENT, METRICS, NORMS = "config.yaml", "environment.json", "metrics.jsonl", "norms.jsonl"
-CHECKPOINTS, FINAL = "checkpoints", "final"  # folder of the checkpoints `step-N`, and folder of the finished model
+CHECKPOINTS, LATEST, FINAL = "checkpoints", "latest", "final"
+"""Folder of the checkpoints, the file in it that names the newest one, and the folder of the finished model."""
+MODEL = "model"
+"""The folder of a checkpoint that `from_pretrained` loads."""
+
+
+def checkpoint_name(step: int | str) -> str:
+    """The folder of the checkpoint after `step`; a glob or a regular expression in its place makes a pattern."""
+    return f"step-{step}"
+
 
 RUN_CONFIG_FORM = {
     **{"seed": int, "corpus?": str},

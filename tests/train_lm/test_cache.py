@@ -20,7 +20,7 @@ from hf_ibnorm.base.files import sha256_file
 from hf_ibnorm.data.tokens import Encoder
 from train_lm.cache import Cache, encode_all
 from train_lm.corpus import Files, HeldOut
-from train_lm.progress import ReadingProgress
+from train_lm.progress import with_progress
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
 TEXTS = [f"Document {i}: {'it was a truth ' * (i % 7)}— é 日本 😀\r\n" for i in range(400)] + ["", "last"]
@@ -525,7 +525,7 @@ def test_documents_that_cannot_be_read_are_left_out_only_where_that_is_allowed_e
 
 def test_tokenizing_says_how_far_it_is(tmp_path, encoder, monkeypatch):
     said = []
-    monkeypatch.setattr("train_lm.cache.ReadingProgress", partial(ReadingProgress, first=0.0, every=0.0))
+    monkeypatch.setattr("train_lm.cache.with_progress", partial(with_progress, first=0.0, every=0.0))
     Cache(str(tmp_path), said.append).tokens("key", encoder, ["word " * 200_000] * 3, 1)
     assert [line.partition(" MB of text,")[0] for line in said] == [
         f"tokenizing: {i} documents, {i}" for i in (1, 2, 3)

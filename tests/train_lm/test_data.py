@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_ibnorm.data.tokens import Encoder
-from train_lm.data import IGNORE, BlockOrder, Layout, PackedData, PackedTokens, split_batch
+from train_lm.data import IGNORE, BlockOrder, PackedData, PackedTokens, StepShape, split_batch
 from train_lm.tokenizer import END_OF_TEXT, train_tokenizer, wrap_tokenizer
 
 TEXTS = ["It was a truth — universally acknowledged. " * 20, "Émile 日本 \x00\t ok", "A third, short one."]
@@ -80,10 +80,10 @@ def test_every_epoch_reads_each_block_once_in_an_order_of_its_own():
 @pytest.mark.parametrize(("micro_batches", "processes"), [(1, 1), (8, 1), (2, 4), (1, 8)])
 def test_splitting_a_global_batch_loses_and_repeats_nothing(micro_batches, processes):
     indices = np.arange(16)
-    layouts = [Layout(16 // micro_batches // processes, micro_batches, processes, each) for each in range(processes)]
-    parts = [part for layout in layouts for part in split_batch(indices, layout)]
+    shapes = [StepShape(16 // micro_batches // processes, micro_batches, processes, each) for each in range(processes)]
+    parts = [part for shape in shapes for part in split_batch(indices, shape)]
     assert sorted(np.concatenate(parts)) == list(range(16))
-    first = [next(split_batch(indices, layout)) for layout in layouts]
+    first = [next(split_batch(indices, shape)) for shape in shapes]
     np.testing.assert_array_equal(np.concatenate(first), indices[: 16 // micro_batches])
 
 
@@ -108,8 +108,8 @@ def numbered_blocks(blocks):
 def test_processes_share_every_epoch_without_loss_or_overlap(processes, micro_batches):
     steps, epochs = 5, 2
     blocks = 3 * micro_batches * processes * steps
-    layouts = [Layout(3, micro_batches, processes, process) for process in range(processes)]
-    readers = [PackedData(numbered_blocks(blocks), 7, layout) for layout in layouts]
+    shapes = [StepShape(3, micro_batches, processes, process) for process in range(processes)]
+    readers = [PackedData(numbered_blocks(blocks), 7, shape) for shape in shapes]
     orders = []
     for _ in range(epochs):
         read = [samples(reader, steps) for reader in readers]
@@ -121,11 +121,11 @@ def test_processes_share_every_epoch_without_loss_or_overlap(processes, micro_ba
 
 
 def test_the_batch_made_ahead_does_not_count_before_it_is_taken():
-    layout = Layout(2, 1)
-    straight, stopped = (PackedData(numbered_blocks(11), 3, layout) for _ in range(2))
+    shape = StepShape(2, 1)
+    straight, stopped = (PackedData(numbered_blocks(11), 3, shape) for _ in range(2))
     expected = samples(straight, 9)
     assert samples(stopped, 4) == expected[:8]
-    on = PackedData(numbered_blocks(11), 3, layout)
+    on = PackedData(numbered_blocks(11), 3, shape)
     on.load_state(stopped.state())
     assert samples(on, 5) == expected[8:]
     for data in (straight, stopped, on):

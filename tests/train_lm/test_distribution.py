@@ -30,7 +30,7 @@ NOISE = ("--model.norm_type", "layernormalnorm")
 KINDS = ("ddp", "fsdp2")
 ZERO = [pytest.param(f"deepspeed_zero{stage}", marks=[needs_deepspeed, pytest.mark.slow]) for stage in (2, 3)]
 # Of parameters as small as these ZeRO-3 would shard none.
-SHARD_ALL = "import train_lm.zero\ntrain_lm.zero.PERSISTENT = 0"
+SHARD_ALL = "import train_lm.distribution\ntrain_lm.distribution.PERSISTENT = 0"
 
 
 @pytest.fixture

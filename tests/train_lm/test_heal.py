@@ -15,17 +15,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from hf_ibnorm import convert_checkpoint
 from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.report.runs import Run
-from train_lm import zero
-from train_lm.card import model_card
 from train_lm.config import read_command_line
 from train_lm.data import IGNORE
-from train_lm.distribution import make_accelerator
+from train_lm.distribution import deepspeed_plugin, make_accelerator
 from train_lm.memory import step_memory
+from train_lm.optim import add_adapters, freeze, merged
 from train_lm.plan import main as plan
+from train_lm.push import model_card
 from train_lm.tasks.language import distillation_loss
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 from train_lm.train import train
-from train_lm.trainable import add_adapters, freeze, merged
 
 pytestmark = pytest.mark.usefixtures(small_corpus.__name__)
 
@@ -370,7 +369,7 @@ def test_the_recipe_heals(sources, tmp_path):
 )
 def test_deepspeed_is_refused_by_name(flags, message):
     with pytest.raises(UserError) as caught:
-        zero.plugin(config("unused", "--model.init_from", "x", *flags))
+        deepspeed_plugin(config("unused", "--model.init_from", "x", *flags))
     assert str(caught.value) == message
 
 
@@ -420,4 +419,4 @@ def test_the_recipe_is_planned_without_what_cannot_train_it(sources, command):
     assert (code, err) == (0, "")
     assert "fsdp2" in out
     assert "deepspeed" not in out
-    assert "320 trained: of those alone are gradients and optimizer" in out
+    assert "320 trained: only these have gradients and optimizer" in out

@@ -22,7 +22,7 @@ from hf_ibnorm.base.errors import BAD_INPUT, STOPPED, Stopped, TryAgain, UserErr
 from train_lm.checkpoint import damage
 from train_lm.config import build_model_config
 from train_lm.data import PackedTokens
-from train_lm.directory import check_space
+from train_lm.session import check_space
 from train_lm.state import State
 from train_lm.tasks import language
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer

@@ -18,9 +18,9 @@ from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.base.files import sha256_tensors, write_json
 from hf_ibnorm.report.runs import Run
 from hf_ibnorm.swap.remote_code import add_remote_code
-from train_lm.card import model_card
-from train_lm.directory import names_on_hub
 from train_lm.push import main as push
+from train_lm.push import model_card
+from train_lm.session import names_on_hub
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = "[[norm, {type: layernormalnorm, kwargs: {noise: 0.1}}]]"

@@ -16,7 +16,7 @@ from hf_ibnorm.base.errors import TryAgain, UserError
 from hf_ibnorm.base.files import sha256_file
 from hf_ibnorm.data.tokens import Encoder
 from train_lm.corpus import CorpusOptions, Files, Named, Texts, open_corpus
-from train_lm.data import Layout, StreamedData
+from train_lm.data import StepShape, StreamedData
 from train_lm.tokenizer import train_tokenizer, wrap_tokenizer
 
 TEXTS = [f"{i}: {'it was ' * (i % 5)}— é 日本\r\n" for i in range(35)] + ["", "last"]
@@ -83,9 +83,9 @@ def stream(tokenizer):
     """Factory of streams, closed when the test is over."""
     opened = []
 
-    def make(documents, layout=None, state=None, seed=0, buffer=7, threads=2, block_size=BLOCK):
-        layout = layout or Layout(2, 2)
-        opened.append(StreamedData(documents, Encoder(tokenizer), block_size, seed, buffer, threads, layout))
+    def make(documents, shape=None, state=None, seed=0, buffer=7, threads=2, block_size=BLOCK):
+        shape = shape or StepShape(2, 2)
+        opened.append(StreamedData(documents, Encoder(tokenizer), block_size, seed, buffer, threads, shape))
         if state is not None:
             opened[-1].load_state(json.loads(state))
         return opened[-1]
@@ -203,7 +203,8 @@ def test_processes_share_the_documents_of_a_pass_without_loss_or_overlap(tmp_pat
     }[source]
     shares = [len(texts[process::processes]) for process in range(processes)]
     parts = [
-        passes_of(stream(make(), Layout(1, 1, processes, process)), shares[process], 3) for process in range(processes)
+        passes_of(stream(make(), StepShape(1, 1, processes, process)), shares[process], 3)
+        for process in range(processes)
     ]
     for each in zip(*parts, strict=True):
         assert sorted(chain(*each)) == texts
@@ -211,7 +212,7 @@ def test_processes_share_the_documents_of_a_pass_without_loss_or_overlap(tmp_pat
 
 def test_processes_shuffle_their_parts_each_in_its_own_way(stream):
     texts = [str(i % 10) for i in range(20)]
-    same = [documents_of(stream(Texts(sorted(texts)), Layout(1, 1, 2, process)), 10) for process in (0, 1)]
+    same = [documents_of(stream(Texts(sorted(texts)), StepShape(1, 1, 2, process)), 10) for process in (0, 1)]
     assert sorted(same[0]) == sorted(same[1])
     assert same[0] != same[1]
 
@@ -222,10 +223,10 @@ def test_processes_shuffle_their_parts_each_in_its_own_way(stream):
 )
 def test_from_every_state_the_same_batches_follow(folder, stream, source, processes, buffer):
     """Fifteen batches are more than two passes; the eight that follow a state are more than one."""
-    layout = Layout(2, 2, processes, processes - 1)
+    shape = StepShape(2, 2, processes, processes - 1)
 
     def make(state=None):
-        return stream(SOURCES[source](folder), layout, state, buffer=buffer)
+        return stream(SOURCES[source](folder), shape, state, buffer=buffer)
 
     states, batches = states_and_batches(make(), 23)
     for k in range(16):
@@ -274,9 +275,9 @@ def test_threads_may_be_others_after_a_resume(folder, stream):
 def test_with_chunks_of_their_own_size_streams_resume_as_well(stream, monkeypatch):
     monkeypatch.undo()
     texts = [f"{i} " * 2000 for i in range(200)]
-    states, batches = states_and_batches(stream(Texts(texts), Layout(4, 8), block_size=512), 22)
+    states, batches = states_and_batches(stream(Texts(texts), StepShape(4, 8), block_size=512), 22)
     for k in (1, 9, 17):
-        resumed = stream(Texts(texts), Layout(4, 8), states[k], block_size=512)
+        resumed = stream(Texts(texts), StepShape(4, 8), states[k], block_size=512)
         assert following(resumed, 22 - k) == batches[k:]
 
 
@@ -301,17 +302,18 @@ def test_a_state_may_be_loaded_any_number_of_times(folder, stream):
 
 
 @pytest.mark.parametrize(
-    ("layout", "block_size"), [(Layout(1, 1), 1), (Layout(3, 1), 5), (Layout(2, 4), 7), (Layout(1, 2, 2, 1), 300)]
+    ("shape", "block_size"),
+    [(StepShape(1, 1), 1), (StepShape(3, 1), 5), (StepShape(2, 4), 7), (StepShape(1, 2, 2, 1), 300)],
 )
-def test_every_token_is_predicted_once_and_batches_join(stream, layout, block_size):
-    data = stream(Texts(TEXTS), layout, block_size=block_size)
+def test_every_token_is_predicted_once_and_batches_join(stream, shape, block_size):
+    data = stream(Texts(TEXTS), shape, block_size=block_size)
     batches = [data.next() for _ in range(9)]
     for batch in batches:
-        assert len(batch.parts) == layout.micro_batches
+        assert len(batch.parts) == shape.micro_batches
         for tensor in (tensor for part in batch.parts for tensor in part):
-            assert tensor.shape == (layout.per_device, block_size)
+            assert tensor.shape == (shape.per_device, block_size)
             assert tensor.dtype == torch.int64
-        assert batch.tokens == layout.sequences * block_size
+        assert batch.tokens == shape.sequences * block_size
     inputs, targets = (torch.cat(each) for each in zip(*map(tokens_of, batches), strict=True))
     assert inputs[0] == data.encoder.tokenizer.eos_token_id, "as if a document had ended before the first"
     assert torch.equal(inputs[1:], targets[:-1])
@@ -349,13 +351,13 @@ def test_a_part_without_documents_is_one_line(tmp_path, stream, texts, process, 
         sources.append(loaded([write_parquet(tmp_path / "a.parquet", texts)]))
     for documents in sources:
         with pytest.raises(UserError) as caught:
-            stream(documents, Layout(1, 1, processes, process), buffer=buffer).next()
+            stream(documents, StepShape(1, 1, processes, process), buffer=buffer).next()
         (line,) = str(caught.value).splitlines()
         assert f"process {process} of {processes}" in line
 
 
 def test_the_processes_that_have_documents_do_not_mind_one_that_has_none(stream):
-    assert documents_of(stream(Texts(["only one"]), Layout(1, 1, 2, 0)), 2) == ["only one"] * 2
+    assert documents_of(stream(Texts(["only one"]), StepShape(1, 1, 2, 0)), 2) == ["only one"] * 2
 
 
 def broken_line(path, raw):
@@ -378,7 +380,7 @@ def test_a_damaged_file_ends_the_stream_where_it_is_met_with_one_line_that_names
     for name, texts in FILES.items():
         write_jsonl(tmp_path / f"{name}.jsonl", texts)
     damage(tmp_path / "c.jsonl", (tmp_path / "c.jsonl").read_bytes())
-    data = stream(Files(sorted(tmp_path.iterdir()), "text"), Layout(1, 1), buffer=1)
+    data = stream(Files(sorted(tmp_path.iterdir()), "text"), StepShape(1, 1), buffer=1)
     met = []
     with pytest.raises(UserError, match=words) as caught:
         met.extend(batch.tokens for batch in islice(endless(data), 1000))
@@ -433,7 +435,7 @@ def test_documents_that_cannot_be_read_are_left_out_and_counted_in_each_pass_ane
 
     def make(state=None, allowed=3):
         documents = Files([path], "text", allowed=allowed)
-        return [stream(documents, Layout(1, 1, processes, i), state, buffer=buffer) for i in range(processes)]
+        return [stream(documents, StepShape(1, 1, processes, i), state, buffer=buffer) for i in range(processes)]
 
     shares = [[row for row in rows[i::processes] if row is not None] for i in range(processes)]
     for share, each in zip(shares, make(), strict=True):
@@ -460,7 +462,7 @@ def test_the_state_before_a_bad_document_is_one_to_go_on_from(tmp_path, stream, 
     damage(tmp_path / "c.jsonl", (tmp_path / "c.jsonl").read_bytes())
 
     def make(allowed, state=None):
-        return stream(Files(sorted(tmp_path.iterdir()), "text", allowed=allowed), Layout(1, 1), state, buffer=2)
+        return stream(Files(sorted(tmp_path.iterdir()), "text", allowed=allowed), StepShape(1, 1), state, buffer=2)
 
     expected, failing = following(make(1), 60), make(0)
     met = []

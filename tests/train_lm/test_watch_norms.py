@@ -224,7 +224,7 @@ def test_rows_of_all_processes_are_counted(tmp_path, kind):
     # dyt and a learned λ need their parameters, which ZeRO-3 shards where it is told to shard all.
     flags = ["--model.norm_type", "ibnorm_l", "--model.norm_kwargs.learn_lam", "true", *FEW, "--model.norm_overrides"]
     flags += ["[[norm, dyt], [layers.0.*, {type: layernormalnorm, kwargs: {noise: 0}}]]"]
-    script = program(tmp_path, "import train_lm.zero\ntrain_lm.zero.PERSISTENT = 0")
+    script = program(tmp_path, "import train_lm.distribution\ntrain_lm.distribution.PERSISTENT = 0")
     done = launch(script, kind, "--config", "tiny", "--run_dir", tmp_path / "two", *flags)
     assert done.returncode == 0, done.stderr
     run(tmp_path / "one", *flags, "--gradient_accumulation_steps", "4")
