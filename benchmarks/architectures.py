@@ -223,8 +223,9 @@ def architectures() -> dict[str, str]:
     for table in TABLES:
         for model_type, names in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").items():
             name = names if isinstance(names, str) else names[0]
-            if not model_type.startswith("ibnorm_"):
-                found.setdefault(name, model_type)
+            own = name.lower().startswith(model_type.replace("_", "").replace("-", ""))  # others share the class
+            if not model_type.startswith("ibnorm_") and (own or name not in found):
+                found[name] = model_type
     return found
 
 

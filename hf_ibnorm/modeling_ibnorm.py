@@ -10,6 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel, modeling_utils
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto import modeling_auto
 
 from .configuration_ibnorm import STOCK
@@ -207,6 +211,14 @@ def _name_beside_stock(cls: Any) -> None:
             table.setdefault(config.model_type, cls.__name__)
 
 
+def _convert_as_stock(cls: Any) -> None:
+    """Let loading rename and merge the tensors of a checkpoint for a class of ours as it does for the stock class."""
+    config = cls.config_class
+    for own, stock in ((cls.__name__, cls.stock.__name__), (config.model_type, config.stock_model_type)):
+        if (mapping := get_checkpoint_conversion_mapping(stock)) is not None:
+            register_checkpoint_conversion_mapping(own, mapping, overwrite=True)
+
+
 class NormModelMixin:
     """Our norms inside Transformers: building, initialization, loading, saving. On base models and classes with a head.
 
@@ -232,6 +244,7 @@ class NormModelMixin:
             registry: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})
             dict.__setitem__(registry, str(cls), getattr(stock, "_can_record_outputs", None))
             _name_beside_stock(cls)
+            _convert_as_stock(cls)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         if not hasattr(config, "norm_at"):

@@ -5,8 +5,8 @@ are the targets, and one with the new norms, each fitted as soon as it is reache
 the norms before it. The model is in memory once, whatever its depth, and every block runs a few times.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..modeling_ibnorm import build_site, set_site
-from ..norms import resolve_norm_kwargs
+from ..modeling_ibnorm import build_site, qualified, set_site
 from ..sites import contract
 
 BATCH = 4  # sequences at a time
 _AFFINE = ("weight", "bias")
 Errors = dict[str, dict[str, float | None]]
-_Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # hidden states, and the other arguments of a block
+_Others = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block besides hidden states
 
 
 @dataclass
@@ -64,50 +63,67 @@ class Sums:
 
 
 @torch.no_grad()
-def fit_norms(model: PreTrainedModel, config: Any, ids: Tensor) -> tuple[dict[str, Tensor], Errors]:
+def fit_norms(
+    model: PreTrainedModel, config: Any, kinds: Mapping[str, str], ids: Tensor
+) -> tuple[dict[str, dict[str, Tensor]], Errors]:
     """Fit the norms of `config`, the target's, to those of `model`, which they replace: float32, in eval mode.
 
-    `ids` are the tokens to fit on, int64 of shape (rows, length).
+    `kinds` are the sites to fit and their kinds, `ids` the tokens to fit on, int64 of shape (rows, length).
 
     Returns:
-        Site.parameter → fitted values, float32; and site → error as a fraction of the variance of the old norm's
+        Site → parameter → fitted values, float32; and site → error as a fraction of the variance of the old norm's
         output, with the old gains (`kept`) and with the new gains (`fitted`); None where the variance is 0.
 
     Raises:
-        ValueError: the model gives numbers that are not finite.
+        ValueError: the model gives numbers that are not finite, or its norms are not in and around one stack of blocks.
     """
-    base: Any = model.base_model
-    pin, old_norm = config.norm_pin, getattr(model.config, "norm_at", lambda site: stock_norm(config))
-    sites = [site for site in pin.names(config) if config.norm_at(site) != old_norm(site)]
-    norms: dict[str, Any] = {site: build_site(config, site).eval() for site in sites}
+    olds = {site: model.get_submodule(qualified(model, site)) for site in kinds}
+    norms: dict[str, Any] = {site: build_site(config, site, old, kinds[site]).eval() for site, old in olds.items()}
     for site, norm in norms.items():
-        affine = {name: value for name, value in base.get_submodule(site).named_parameters() if name in _AFFINE}
+        affine = {name: value for name, value in olds[site].named_parameters() if name in _AFFINE}
         norm.load_state_dict(affine, strict=False)
-    calls = [_first_call(base, pin.blocks, rows) for rows in ids.split(BATCH)]
-    teacher = student = [hidden for hidden, _, _ in calls]
+    name, blocks = _stack(model.base_model, kinds)
+    inside = {site for site in kinds if site.startswith(f"{name}.")}
+    outside = {site: old for site, old in olds.items() if site not in inside}
+    batches = ids.split(BATCH)
+    calls = [_calls(model, blocks, outside, rows) for rows in batches]
     errors: Errors = {}
-    for i, block in enumerate(base.get_submodule(pin.blocks)):
-        in_block = [site for site in sites if site.startswith(f"{pin.blocks}.{i}.")]
-        with _recorded({site: base.get_submodule(site) for site in in_block}) as targets:
-            teacher = [_run(block, hidden, call) for hidden, call in zip(teacher, calls, strict=True)]
+    for site in [site for site in outside if all(site in each.before for each in calls)]:
+        errors |= _fit(site, norms[site], *zip(*(each.before[site] for each in calls), strict=True))
+        set_site(model, site, norms[site])
+    teacher = [each.hidden for each in calls]
+    student = [_calls(model, blocks, {}, rows).hidden for rows in batches] if errors else teacher
+    for i, block in enumerate(blocks):
+        in_block = [site for site in kinds if site.startswith(f"{name}.{i}.")]
+        with _recorded({site: olds[site] for site in in_block}) as targets:
+            teacher = [_run(block, hidden, each.others[i]) for hidden, each in zip(teacher, calls, strict=True)]
         for site in in_block:
-            with _recorded({site: base.get_submodule(site)}, inputs=True) as inputs:
-                for hidden, call in zip(student, calls, strict=True):
-                    _run(block, hidden, call)
+            with _recorded({site: olds[site]}, inputs=True) as inputs:
+                for hidden, each in zip(student, calls, strict=True):
+                    _run(block, hidden, each.others[i])
             if inputs[site]:  # without an encoder, cross-attention's norm is not called
                 errors |= _fit(site, norms[site], inputs[site], targets[site])
-            set_site(base, site, norms[site])
-        student = [_run(block, hidden, call) for hidden, call in zip(student, calls, strict=True)]
-    if pin.final in sites:
-        errors |= _fit(pin.final, norms[pin.final], student, map(base.get_submodule(pin.final), teacher))
-    values = [(f"{site}.{name}", value) for site in errors for name, value in norms[site].named_parameters()]
-    return {name: value.detach() for name, value in values if name.rpartition(".")[2] in _AFFINE}, errors
+            set_site(model, site, norms[site])
+        student = [_run(block, hidden, each.others[i]) for hidden, each in zip(student, calls, strict=True)]
+    for site in [site for site in outside if site not in errors]:
+        last = [each.after.get(site) for each in calls]
+        if not all(x is not None and torch.equal(x, hidden) for x, hidden in zip(last, teacher, strict=True)):
+            raise ValueError(f"init: got 'calibrate', but {site} does not follow the last block; name other sites")
+        errors |= _fit(site, norms[site], student, map(olds[site], teacher))
+    fitted = {
+        site: {name: value.detach() for name, value in norms[site].named_parameters() if name in _AFFINE}
+        for site in errors
+    }
+    return fitted, errors
 
 
-def stock_norm(config: Any) -> tuple[str, dict[str, Any]]:
-    """Name and options of the stock model's norm, for one of our configs, as `norm_at` gives them."""
-    name = config.norm_pin.stock
-    return name, resolve_norm_kwargs(name, None, getattr(config, config.norm_eps_field))
+def _stack(base: Any, sites: Collection[str]) -> tuple[str, nn.ModuleList]:
+    """The blocks of a base model, with their name: the outermost list of modules that has most of the sites."""
+    lists = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
+    if base.main_input_name != "input_ids" or base.config.is_encoder_decoder or not lists:
+        kind = "a text model with one stack of blocks"
+        raise ValueError(f"init: got 'calibrate' for a {type(base).__name__}; it takes {kind}")
+    return max(lists, key=lambda each: sum(site.startswith(f"{each[0]}.") for site in sites))
 
 
 def _fit(site: str, norm: Any, inputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Errors:
@@ -126,27 +142,47 @@ def _fit(site: str, norm: Any, inputs: Iterable[Tensor], targets: Iterable[Tenso
     return {site: {"kept": kept, "fitted": sums.error(gain, bias)}}
 
 
-class _Reached(Exception):
-    """The first block was called."""
+@dataclass
+class _Calls:
+    """What a model gives to its blocks, and to norms outside them, on some rows."""
+
+    hidden: Tensor
+    """Of the first block."""
+    others: list[_Others]
+    """The other arguments of each block."""
+    before: dict[str, tuple[Tensor, Tensor]]
+    """Input and output of each norm that is called before the first block."""
+    after: dict[str, Tensor]
+    """Input of each norm that is called after it."""
 
 
-def _first_call(base: Any, blocks: str, rows: Tensor) -> _Call:
-    """The call of the first block on some rows; all blocks get the same other arguments."""
-    calls: list[_Call] = []
+def _calls(model: PreTrainedModel, blocks: nn.ModuleList, outside: Mapping[str, nn.Module], rows: Tensor) -> _Calls:
+    calls = _Calls(torch.empty(0), [], {}, {})
 
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        calls.append((hidden, args[1:], kwargs))
-        raise _Reached
+    def block_called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not calls.others:
+            calls.hidden = hidden
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.others.append((args[1:], others))
 
-    first = base.get_submodule(blocks)[0]
-    with first.register_forward_pre_hook(catch, with_kwargs=True), suppress(_Reached):
-        base(input_ids=rows, use_cache=False)
-    return calls[0]
+    def norm_called(site: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if calls.others:
+            calls.after[site] = args[0]
+        else:
+            calls.before[site] = args[0], output
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(block_called, with_kwargs=True))
+        for site, norm in outside.items():
+            hooks.enter_context(norm.register_forward_hook(partial(norm_called, site)))
+        model.base_model(input_ids=rows, use_cache=False)
+    return calls
 
 
-def _run(block: nn.Module, hidden: Tensor, call: _Call) -> Tensor:
-    out = block(hidden, *call[1], **call[2])
+def _run(block: nn.Module, hidden: Tensor, others: _Others) -> Tensor:
+    out = block(hidden, *others[0], **others[1])
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
@@ -17,17 +18,17 @@ from ..base.layout import CONVERSION
 from ..base.manifest import MANIFEST
 from ..base.reading import reading
 from ..base.room import check_disk, check_room
-from ..configuration_ibnorm import NORM_FIELDS
+from ..configuration_ibnorm import NORM_FIELDS, STOCK
 from ..data.text import draw_text
-from ..modeling_ibnorm import build_site
+from ..modeling_ibnorm import build_site, forget_origin, qualified
 from ..norms import NORMS, norm_name
 from ..report.environment import environment_record
-from ..sites import contract
+from ..sites import Formula, Site, contract, discover, identify
 from ..swap.loading import load, name_tokenizer
-from ..swap.patching import apply_norm, norm_sites
+from ..swap.patching import apply_norm
 from ..swap.remote_code import add_remote_code
-from ..swap.target import relative_globs
-from .calibrate import Errors, fit_norms, stock_norm
+from ..swap.target import Target, chosen_sites, relative_globs
+from .calibrate import Errors, fit_norms
 from .settings import Conversion
 from .source import COPIED, Source, check_ramped, check_tensors, read_source
 from .weights import INDEX, SINGLE, cast, rewrite
@@ -93,17 +94,22 @@ def convert_source(source: Source, target: Path, wanted: Conversion) -> dict[str
         model = source.architecture(source.config)
     check_tensors(source, model)
     check_ramped(source, model)
+    parts, globs = Target(model), relative_globs(model, wanted.sites)
     options = dict(wanted.norm_kwargs or {})
     if wanted.init == "identity":
-        options = _identity_options(wanted.norm, options, source)
-    old, globs = norm_sites(model.base_model), relative_globs(model, wanted.sites)
+        options = _identity_options(wanted.norm, options, source, parts, globs)
+    before = {site: parts.norm_at(site) for site in parts.kinds}
+    forget_origin(model)  # of weights that are not in it
     apply_norm(model, wanted.norm, wanted.sites, **options)
-    config = _config_of(model, source)
+    changed = {site: kind for site, kind in parts.kinds.items() if parts.norm_at(site) is not before[site]}
+    config = _config_of(model)
     if wanted.remote_code and config is not model.config:
         raise ValueError("remote_code: got True, but a stock checkpoint needs no code of ours; leave it out")
     dtype = getattr(torch, wanted.dtype) if wanted.dtype else None
-    added, dropped, lost = _changes(source, old, model.config, dtype)
-    errors = _calibrate(source, model.config, added, wanted) if wanted.init == "calibrate" else None
+    names = {site: source.stored_name(parts.names[site]) for site in changed}
+    norms = {names[site]: (before[site], site, kind) for site, kind in changed.items()}
+    added, dropped, lost = _changes(source, norms, model.config, dtype)
+    errors = _calibrate(source, model.config, changed, names, added, wanted) if wanted.init == "calibrate" else None
     check_disk("target", target, 1.01 * source.bytes_in(wanted.dtype))
     norm = {"type": model.config.norm_type, "kwargs": model.config.norm_kwargs}
     norm = norm if globs is None else model.config.norm_overrides[-1][1]
@@ -137,23 +143,28 @@ def convert_source(source: Source, target: Path, wanted: Conversion) -> dict[str
     return record
 
 
-def _identity_options(norm: str, given: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """Options with which `norm` is the architecture's own norm.
+def _identity_options(
+    norm: str, given: Mapping[str, Any], source: Source, parts: Target, globs: list[str] | None
+) -> dict[str, Any]:
+    """Options with which `norm` is the architecture's own norm at the chosen sites.
 
     ValueError where there are none, they contradict a given option, or the source has other norms already.
     """
-    name, stock = norm_name(norm, "norm"), source.family.pin.stock
-    if isinstance(source.config, source.family.config):
-        raise ValueError(
-            "init: got 'identity' for a source with norms of this package; it takes a stock Llama or GPT-2"
-        )
+    name = norm_name(norm, "norm")
+    if source.is_ours:
+        raise ValueError("init: got 'identity' for a source with norms of this package; it takes a stock model")
+    formulas = [identify(parts.norm_at(site)) for site in chosen_sites(parts, globs, None)]
+    known = [formula for formula in formulas if isinstance(formula, Formula)]
+    stock, *others = sorted({formula.computes for formula in known})
+    if others:
+        raise ValueError(f"init: got 'identity' for sites that are {stock} and {others[0]}; name sites of one kind")
     entry = NORMS[name]
     options = ({}, {}) if name == stock else entry.identity_for(stock)
     if options is None:
         raise ValueError(f"init: got 'identity', but no options make {name} a {stock}; use keep")
     decided, given = options[0], {**options[1], **given}
-    decided["eps"] = getattr(source.config, source.family.config.norm_eps_field)
-    decided["elementwise_affine"] = True
+    decided["eps"] = Counter(formula.eps for formula in known).most_common(1)[0][0]
+    decided["elementwise_affine"] = any(formula.gain for formula in known)
     for option, value in given.items():
         if (option in decided and value != decided[option]) or option == entry.contract.ramp:
             raise ValueError(
@@ -163,22 +174,35 @@ def _identity_options(norm: str, given: Mapping[str, Any], source: Source) -> di
     return {**given, **{option: value for option, value in decided.items() if option in entry.defaults}}
 
 
-def _config_of(model: PreTrainedModel, source: Source) -> Any:
+def _config_of(model: PreTrainedModel) -> Any:
     """The config to save: a stock config where every norm is the architecture's own."""
     config: Any = model.config
     config.architectures = [type(model).__name__]
-    if all(config.norm_at(site) == stock_norm(config) for site in source.family.pin.names(config)):
-        left_out = (*NORM_FIELDS, "model_type", "architectures", "auto_map")
-        fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
-        stock = next(stock for stock, cls in source.family.stock_classes.items() if cls is type(model))
-        config = source.family.config.__bases__[1](**fields, architectures=[stock.__name__])
-    return config
+    left_out = (*NORM_FIELDS, "model_type", "architectures", "auto_map")
+    fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    cls: Any = type(model)
+    stock_config = type(config).__bases__[1](**fields, architectures=[cls.stock.__name__])
+    with torch.device("meta"):
+        stock = cls.stock(stock_config)
+    is_stock = all(_is_stock(site, stock, config) for site in discover(stock) if site.problem is None)
+    return stock_config if is_stock else config
+
+
+def _is_stock(site: Site, stock: PreTrainedModel, config: Any) -> bool:
+    """Whether the norm that a config of ours has for a site is the one that the stock model has there."""
+    name, options = config.norm_at(site.name, site.kind)
+    norm = stock.get_submodule(qualified(stock, site.name))
+    has_bias = getattr(norm, "bias", None) is not None
+    same = options.get("eps") == site.eps and options.get("elementwise_affine", True) == bool(site.gain)
+    return name == STOCK or (name == site.computes and same and options.get("bias", has_bias) == has_bias)
 
 
 def _changes(
-    source: Source, old_norms: Mapping[str, nn.Module], config: Any, dtype: torch.dtype | None
+    source: Source, changed: Mapping[str, tuple[nn.Module, str, str]], config: Any, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], set[str], dict[str, float]]:
     """The changes in the tensors of norms, for the target's config and `dtype` (None keeps the source's).
+
+    `changed` is a norm's name in the files → the old norm, its site and the kind of that.
 
     Returns:
         Added tensors by name; names of dropped tensors; and name of each dropped tensor that was trained → the largest
@@ -187,16 +211,16 @@ def _changes(
     added: dict[str, Tensor] = {}
     dropped: set[str] = set()
     lost: dict[str, float] = {}
-    for site, old in old_norms.items():
-        start, new, initial = f"{source.prefix}{site}.", build_site(config, site), contract(old).initial_values()
-        stored, state = source.tensors_at(site), {f"{start}{name}": value for name, value in new.state_dict().items()}
+    for norm, (old, site, kind) in changed.items():
+        start, new, initial = f"{norm}.", build_site(config, site, old, kind), contract(old).initial_values()
+        stored, state = source.tensors_of(norm), {f"{start}{name}": value for name, value in new.state_dict().items()}
         parameters = {f"{start}{name}" for name, _ in new.named_parameters()}
         dropped |= set(stored) - state.keys()
         for name, value in state.items():
             if name == f"{start}{contract(new).ramp}":  # of the config's value, and in float32 always
                 added[name] = value
             elif name not in stored:
-                value = value.to(source.dtype_at(site)) if name in parameters else value
+                value = value.to(source.dtype_of(norm)) if name in parameters else value
                 added[name] = value if dtype is None else cast(name, value, dtype)
         for name in sorted({f"{start}{name}" for name, _ in old.named_parameters()} - parameters):
             distance = (source.places[name].tensor(name).float() - initial[name.removeprefix(start)]).abs().max()
@@ -205,20 +229,31 @@ def _changes(
     return added, dropped, lost
 
 
-def _calibrate(source: Source, config: Any, added: dict[str, Tensor], wanted: Conversion) -> dict[str, int | Errors]:
-    """Put fitted gains and biases into `added`; returns the number of tokens, and the errors by site."""
+def _calibrate(
+    source: Source,
+    config: Any,
+    kinds: Mapping[str, str],
+    names: Mapping[str, str],
+    added: dict[str, Tensor],
+    wanted: Conversion,
+) -> dict[str, int | Errors]:
+    """Put fitted gains and biases into `added`; returns the number of tokens, and the errors by site.
+
+    `kinds` and `names` are the sites that changed → their kind, and the norm's name in the files.
+    """
     if source.tokenizer is None:
         raise ValueError(f"source: {source.folder} has no tokenizer to calibrate with")
-    tokens, context = wanted.calibration_tokens, config.max_position_embeddings
-    ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, context).ids
+    tokens, text = wanted.calibration_tokens, config.get_text_config()
+    ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, text.max_position_embeddings).ids
     # Of one block: inputs of the source and of the target, outputs of both.
-    needed = 4 * 4 * ids.numel() * config.hidden_size
+    needed = 4 * 4 * ids.numel() * text.hidden_size
     check_room("calibration_tokens", tokens, needed, f"for the hidden states of {ids.numel():,} tokens")
     model = load("source", source.architecture, source.folder, dtype=torch.float32).eval()
-    fitted, errors = fit_norms(model, config, ids)
-    for name, value in fitted.items():
-        dtype = getattr(torch, wanted.dtype) if wanted.dtype else source.dtype_at(name.rpartition(".")[0])
-        added[f"{source.prefix}{name}"] = cast(f"{source.prefix}{name}", value, dtype)
+    fitted, errors = fit_norms(model, config, kinds, ids)
+    for site, values in fitted.items():
+        dtype = getattr(torch, wanted.dtype) if wanted.dtype else source.dtype_of(names[site])
+        for parameter, value in values.items():
+            added[f"{names[site]}.{parameter}"] = cast(f"{names[site]}.{parameter}", value, dtype)
     return {"tokens": ids.numel(), "sites": errors}
 
 

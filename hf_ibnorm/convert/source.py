@@ -1,6 +1,7 @@
 """The source of a conversion: a model on disk or on the Hub, stock or ours, read and checked."""
 
 import math
+import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,14 +11,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
-from ..base.reading import told
+from ..base.reading import reading, told
 from ..base.room import check_model
-from ..modeling_ibnorm import agree, ramped_norms
+from ..modeling_ibnorm import NormModelMixin, agree, qualified, ramped_norms
 from ..norms import ramped_options
-from ..swap.families import FAMILIES, Family
+from ..swap.families import PREFIX, Family, family_of, stand_in
 from ..swap.loading import HUB_FILES, TOKENIZER_FILES, check_tokenizer, has_tokenizer, load
 from ..swap.patching import norm_sites
 from .weights import STORED, Shard, read_shards
@@ -38,9 +41,18 @@ class Source:
     folder: Path
     title: str
     config: Any
-    family: Family
     architecture: type[PreTrainedModel]
     shards: list[Shard]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it has norms of this package already."""
+        return issubclass(self.architecture, NormModelMixin)
+
+    @property
+    def family(self) -> Family:
+        """Its architecture."""
+        return family_of(self.config)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -65,14 +77,18 @@ class Source:
         prefix = f"{self.architecture.base_model_prefix}."
         return prefix if any(name.startswith(prefix) for name in self.places) else ""
 
-    def tensors_at(self, site: str) -> list[str]:
-        """The names of the tensors of a norm."""
-        return [name for name in self.places if name.startswith(f"{self.prefix}{site}.")]
+    def stored_name(self, name: str) -> str:
+        """Name in the files of a module or tensor of the model."""
+        return name if self.prefix else name.removeprefix(f"{self.architecture.base_model_prefix}.")
 
-    def dtype_at(self, site: str) -> torch.dtype:
+    def tensors_of(self, norm: str) -> list[str]:
+        """The names of the tensors of a norm, which is called `norm` in the files."""
+        return [name for name in self.places if name.startswith(f"{norm}.")]
+
+    def dtype_of(self, norm: str) -> torch.dtype:
         """The dtype in which a norm's parameters are stored; of a norm without parameters, that of the first tensor."""
         ramped = ramped_options()  # always in float32
-        names = [name for name in [*self.tensors_at(site), *self.places] if name.rpartition(".")[2] not in ramped]
+        names = [name for name in [*self.tensors_of(norm), *self.places] if name.rpartition(".")[2] not in ramped]
         kinds = (self.places[name].tensors[name]["dtype"] for name in names)
         return next(STORED[kind] for kind in kinds if kind in STORED)
 
@@ -100,16 +116,43 @@ def read_source(source: str | Path, stack: ExitStack) -> Source:
     check_model("source", config, weights=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{got}, which is quantized; load it, dequantize() it, and save that")
-    pairs = [(family, pair) for family in FAMILIES for pair in family.stock_classes.items()]
-    classes = {cls.__name__: (family, cls) for family, pair in pairs for cls in pair}
-    names = config.architectures if isinstance(config.architectures, list) else []
-    if not names or names[0] not in classes:
-        known = ", ".join(stock.__name__ for _, (stock, _) in pairs)
-        raise ValueError(f"{got}, a {names[0] if names else config.model_type}; known are {known}, stock or ours")
+    name = next(iter(config.architectures or []), config.model_type)
+    try:
+        architecture = getattr(transformers, name, None) or stand_in(name.removeprefix(PREFIX))
+    except AttributeError:
+        must_be = "it must be a model of Transformers, stock or with norms of hf_ibnorm"
+        raise ValueError(f"{got}, a {name}; {must_be}") from None
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{got}, which has an adapter of PEFT: merge it, and save the model anew")
-    shards = read_shards(folder, getattr(config, "transformers_weights", None))
-    return Source(folder, title, config, *classes[names[0]], shards)
+    read = Source(folder, title, config, architecture, _shards(folder, config))
+    if _is_as_loaded(read):
+        return read
+    folder = _loaded_and_saved(read, Path(stack.enter_context(TemporaryDirectory(prefix="hf_ibnorm_"))))
+    return Source(folder, title, config, architecture, _shards(folder, config))
+
+
+def _shards(folder: Path, config: Any) -> list[Shard]:
+    return read_shards(folder, getattr(config, "transformers_weights", None))
+
+
+def _is_as_loaded(source: Source) -> bool:
+    """Whether the files have tensors by the names of the model, and Transformers renames or merges none on loading."""
+    with reading("source: config.json", source.folder), torch.device("meta"):
+        model = source.architecture(source.config)
+    names = {source.stored_name(name) for name in model.state_dict()}
+    return not (source.places.keys() - names and get_model_conversion_mapping(model))
+
+
+def _loaded_and_saved(source: Source, folder: Path) -> Path:
+    """A directory with the weights by the names of the model, as Transformers loads them: through memory."""
+    model, loading = load("source", source.architecture, source.folder, dtype="auto", output_loading_info=True)
+    if missing := sorted({*loading["missing_keys"], *map(str, loading["mismatched_keys"])}):
+        raise ValueError(f"source: {source.folder} has no {', '.join(missing[:3])}: {len(missing)} in all")
+    for path in source.folder.iterdir():
+        if path.is_file() and path.suffix not in (".safetensors", ".bin"):
+            shutil.copyfile(path, folder / path.name)
+    model.save_pretrained(folder, save_original_format=False)
+    return folder
 
 
 def _fetched(name: str) -> Path:
@@ -149,11 +192,9 @@ def _dequantized(file: Path, folder: Path) -> Path:
 def check_tensors(source: Source, model: PreTrainedModel) -> None:
     """Raise ValueError where the weights do not fit the config: a tensor is missing, or of another shape."""
     model.tie_weights()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    absent = "" if source.prefix else f"{source.architecture.base_model_prefix}."
-    stored = {id(value) for name, value in parameters.items() if name.removeprefix(absent) in source.places}
-    for name, value in parameters.items():
-        name = name.removeprefix(absent)
+    named = {source.stored_name(n): value for n, value in model.named_parameters(remove_duplicate=False)}
+    stored = {id(value) for name, value in named.items() if name in source.places}
+    for name, value in named.items():
         entry = source.places[name].tensors[name] if name in source.places else None
         if entry is None:
             if id(value) not in stored:  # nor is a tensor that it is tied to
@@ -168,11 +209,11 @@ def check_tensors(source: Source, model: PreTrainedModel) -> None:
 
 def check_ramped(source: Source, model: PreTrainedModel) -> None:
     """Raise ValueError where the weights have another λ than the config, as `from_pretrained` does."""
-    for site, norm in norm_sites(model.base_model).items():
+    for module, norm in norm_sites(model).items():
         for option in sorted(ramped_options() - norm.state_dict().keys()):
-            if (name := f"{source.prefix}{site}.{option}") in source.places:
+            if (name := source.stored_name(f"{module}.{option}")) in source.places:
                 raise ValueError(f"source: {source.folder} has {name}, its config no norm with a {option} there")
-    for site, norm, value in ramped_norms(model) if isinstance(source.config, source.family.config) else ():
-        name = f"{source.prefix}{site}.{norm.ramp}"
+    for site, norm, value in ramped_norms(model) if source.is_ours else ():
+        name = source.stored_name(f"{qualified(model, site)}.{norm.ramp}")
         if name in source.places and not agree(value, stored := source.places[name].tensor(name)):
             raise ValueError(f"source: {source.folder} has {stored.item():g} as {name}, its config {value:g}")

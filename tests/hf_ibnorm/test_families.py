@@ -13,7 +13,16 @@ from helpers import shake
 from torch import nn
 
 import hf_ibnorm
-from hf_ibnorm import IBNorm, apply_norm, describe_sites, norm_sites, restore_norm, set_lam, swapped_norms
+from hf_ibnorm import (
+    IBNorm,
+    apply_norm,
+    convert_checkpoint,
+    describe_sites,
+    norm_sites,
+    restore_norm,
+    set_lam,
+    swapped_norms,
+)
 from hf_ibnorm.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*what loaded weights compute", "ignore:.*no place for trained")
@@ -99,10 +108,14 @@ def make(name, seed=0):
     return shake(model), inputs_of(model)
 
 
+def is_swapped(site):
+    """Whether a site gets another norm by default."""
+    return site.kind == "stream" and site.problem is None
+
+
 def identity_of(model):
     """Options with which an IBNorm computes what the model's stream norms do."""
-    stock = {site.computes for site in describe_sites(model) if site.kind == "stream" and site.problem is None}
-    (computes,) = stock
+    (computes,) = {site.computes for site in describe_sites(model) if is_swapped(site)}
     return {"lam": 1.0, "standardize": "rms" if computes == "rmsnorm" else "layer"}
 
 
@@ -148,7 +161,7 @@ def test_an_identity_changes_nothing_and_another_norm_survives_saving_and_loadin
 def chosen(model):
     """Names of the sites of the kind that is swapped by default."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    return {prefix + site.name for site in describe_sites(model) if site.kind == "stream" and site.problem is None}
+    return {prefix + site.name for site in describe_sites(model) if is_swapped(site)}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -158,6 +171,23 @@ def test_gradients_flow_through_every_new_norm(name):
     model.train()
     model(**inputs)[0].float().square().mean().backward()
     assert all(norm.weight.grad.abs().sum() > 0 for key, norm in norm_sites(model).items() if key in chosen(model))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_checkpoint_is_converted_there_and_back(name, tmp_path):
+    model, inputs = make(name)
+    model.save_pretrained(tmp_path / "stock")
+    expected, (stock,) = output_of(model, inputs), {site.computes for site in describe_sites(model) if is_swapped(site)}
+    convert_checkpoint(tmp_path / "stock", tmp_path / "new", "ibnorm_l", init="identity")
+    new = getattr(hf_ibnorm, f"IBNorm{name}").from_pretrained(tmp_path / "new").eval()
+    torch.testing.assert_close(output_of(new, inputs), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    record = convert_checkpoint(tmp_path / "new", tmp_path / "back", stock)
+    # Of a model whose norms have several ε, norms of one ε are not the stock ones.
+    stays = len({site.eps for site in describe_sites(model) if is_swapped(site)}) > 1
+    assert record["architecture"] == (f"IBNorm{name}" if stays else name)
+    back = (type(new) if stays else type(model)).from_pretrained(tmp_path / "back").state_dict()
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
 
 
 GENERATE = [name for name in QUICK if name.endswith("CausalLM") or name.startswith("T5")]
