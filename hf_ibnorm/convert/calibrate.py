@@ -65,13 +65,13 @@ class Sums:
 @torch.no_grad()
 def fit_norms(
     model: PreTrainedModel, config: Any, kinds: Mapping[str, str], ids: Tensor
-) -> tuple[dict[str, dict[str, Tensor]], Errors]:
+) -> tuple[dict[str, Tensor], Errors]:
     """Fit the norms of `config`, the target's, to those of `model`, which they replace: float32, in eval mode.
 
     `kinds` are the sites to fit and their kinds, `ids` the tokens to fit on, int64 of shape (rows, length).
 
     Returns:
-        Site → parameter → fitted values, float32; and site → error as a fraction of the variance of the old norm's
+        Site.parameter → fitted values, float32; and site → error as a fraction of the variance of the old norm's
         output, with the old gains (`kept`) and with the new gains (`fitted`); None where the variance is 0.
 
     Raises:
@@ -110,11 +110,8 @@ def fit_norms(
         if not all(x is not None and torch.equal(x, hidden) for x, hidden in zip(last, teacher, strict=True)):
             raise ValueError(f"init: got 'calibrate', but {site} does not follow the last block; name other sites")
         errors |= _fit(site, norms[site], student, map(olds[site], teacher))
-    fitted = {
-        site: {name: value.detach() for name, value in norms[site].named_parameters() if name in _AFFINE}
-        for site in errors
-    }
-    return fitted, errors
+    values = [(f"{site}.{name}", value) for site in errors for name, value in norms[site].named_parameters()]
+    return {name: value.detach() for name, value in values if name.rpartition(".")[2] in _AFFINE}, errors
 
 
 def _stack(base: Any, sites: Collection[str]) -> tuple[str, nn.ModuleList]:

@@ -250,10 +250,10 @@ def _calibrate(
     check_room("calibration_tokens", tokens, needed, f"for the hidden states of {ids.numel():,} tokens")
     model = load("source", source.architecture, source.folder, dtype=torch.float32).eval()
     fitted, errors = fit_norms(model, config, kinds, ids)
-    for site, values in fitted.items():
+    for key, value in fitted.items():
+        site, _, parameter = key.rpartition(".")
         dtype = getattr(torch, wanted.dtype) if wanted.dtype else source.dtype_of(names[site])
-        for parameter, value in values.items():
-            added[f"{names[site]}.{parameter}"] = cast(f"{names[site]}.{parameter}", value, dtype)
+        added[f"{names[site]}.{parameter}"] = cast(f"{names[site]}.{parameter}", value, dtype)
     return {"tokens": ids.numel(), "sites": errors}
 
 

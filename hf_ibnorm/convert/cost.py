@@ -166,7 +166,7 @@ def _report(source: Source, stages: Mapping[str, Path], output: Path, text: Text
 
 def _check_stage(name: str, stage: Source, source: Source, length: int) -> None:
     """Raise ValueError where a stage cannot have been made of the source, or takes no sequence of `length` tokens."""
-    if stage.family is not source.family:
+    if stage.family != source.family:
         kinds = stage.architecture.__name__, source.architecture.__name__
         raise ValueError(f"stages: {name} is a {kinds[0]}, the source a {kinds[1]}")
     _check_language_model(f"stages: {name}", stage)

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..base.reading import reading, told
 from ..base.room import check_model
-from ..modeling_ibnorm import NormModelMixin, agree, qualified, ramped_norms
+from ..modeling_ibnorm import NormModelMixin, agree, ours, qualified, ramped_norms
 from ..norms import ramped_options
 from ..swap.families import PREFIX, Family, family_of, stand_in
 from ..swap.loading import HUB_FILES, TOKENIZER_FILES, check_tokenizer, has_tokenizer, load
@@ -116,12 +116,7 @@ def read_source(source: str | Path, stack: ExitStack) -> Source:
     check_model("source", config, weights=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{got}, which is quantized; load it, dequantize() it, and save that")
-    name = next(iter(config.architectures or []), config.model_type)
-    try:
-        architecture = getattr(transformers, name, None) or stand_in(name.removeprefix(PREFIX))
-    except AttributeError:
-        must_be = "it must be a model of Transformers, stock or with norms of hf_ibnorm"
-        raise ValueError(f"{got}, a {name}; {must_be}") from None
+    architecture = _architecture(config, got)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{got}, which has an adapter of PEFT: merge it, and save the model anew")
     read = Source(folder, title, config, architecture, _shards(folder, config))
@@ -135,12 +130,33 @@ def _shards(folder: Path, config: Any) -> list[Shard]:
     return read_shards(folder, getattr(config, "transformers_weights", None))
 
 
+def _architecture(config: Any, got: str) -> type[PreTrainedModel]:
+    """The class that a config names; ValueError where it is none of Transformers or of ours, or does not take it."""
+    name = next(iter(config.architectures or []), config.model_type)
+    try:
+        architecture = getattr(transformers, name, None) or stand_in(name.removeprefix(PREFIX))
+    except AttributeError:
+        must_be = "it must be a model of Transformers, stock or with norms of hf_ibnorm"
+        raise ValueError(f"{got}, a {name}; {must_be}") from None
+    is_taken = isinstance(config, architecture.config_class or ())
+    if not is_taken and ours(architecture) not in family_of(config).auto_classes.values():
+        raise ValueError(f"{got}, a {name} with the config of a {config.model_type}; they do not go together")
+    return architecture
+
+
 def _is_as_loaded(source: Source) -> bool:
-    """Whether the files have tensors by the names of the model, and Transformers renames or merges none on loading."""
+    """Whether the files have tensors by the names of the model: Transformers renames and merges some when it loads."""
     with reading("source: config.json", source.folder), torch.device("meta"):
         model = source.architecture(source.config)
-    names = {source.stored_name(name) for name in model.state_dict()}
-    return not (source.places.keys() - names and get_model_conversion_mapping(model))
+    return not (_missing(source, model) and get_model_conversion_mapping(model))
+
+
+def _missing(source: Source, model: PreTrainedModel) -> list[str]:
+    """Names of the model's parameters that no file has, nor a tensor that they are tied to."""
+    model.tie_weights()
+    named = {source.stored_name(n): value for n, value in model.named_parameters(remove_duplicate=False)}
+    stored = {id(value) for name, value in named.items() if name in source.places}
+    return [name for name, value in named.items() if id(value) not in stored]
 
 
 def _loaded_and_saved(source: Source, folder: Path) -> Path:
@@ -191,18 +207,15 @@ def _dequantized(file: Path, folder: Path) -> Path:
 
 def check_tensors(source: Source, model: PreTrainedModel) -> None:
     """Raise ValueError where the weights do not fit the config: a tensor is missing, or of another shape."""
-    model.tie_weights()
-    named = {source.stored_name(n): value for n, value in model.named_parameters(remove_duplicate=False)}
-    stored = {id(value) for name, value in named.items() if name in source.places}
-    for name, value in named.items():
+    for name in _missing(source, model):
+        raise ValueError(f"source: {source.folder} has no {name}")
+    for name, value in model.named_parameters(remove_duplicate=False):
+        name = source.stored_name(name)
         entry = source.places[name].tensors[name] if name in source.places else None
-        if entry is None:
-            if id(value) not in stored:  # nor is a tensor that it is tied to
-                raise ValueError(f"source: {source.folder} has no {name}")
-        elif entry["dtype"] not in STORED:
+        if entry is not None and entry["dtype"] not in STORED:
             kinds = f"{entry['dtype']}, must be one of {', '.join(STORED)}"
             raise ValueError(f"source: {source.folder} has a {name} of {kinds}")
-        elif entry["shape"] != list(value.shape):
+        if entry is not None and entry["shape"] != list(value.shape):
             shapes = f"{entry['shape']}, its config makes it {list(value.shape)}"
             raise ValueError(f"source: {source.folder} has a {name} of shape {shapes}")
 

@@ -50,6 +50,12 @@ def models(tiny_config, family, norm, **options):
 IDS = torch.randint(1, 61, (10, 48), generator=torch.Generator().manual_seed(2))
 
 
+def fit(stock, other):
+    config = other.config
+    kinds = {s: "stream" for s in config.norm_pin.names(config) if config.norm_at(s)[0] != config.norm_pin.stock}
+    return fit_norms(copy.deepcopy(stock), config, kinds, IDS)
+
+
 def with_fitted(other, found):
     with torch.no_grad():
         for name, value in found.items():
@@ -61,7 +67,7 @@ def with_fitted(other, found):
 @pytest.mark.parametrize("norm", ["ibnorm_l", "ibnorm_t", "layernormalnorm", "dyt", "layernorm", "rmsnorm"])
 def test_no_norm_is_further_from_the_old_one_than_it_was(tiny_config, family, norm):
     stock, other = models(tiny_config, family, norm)
-    found, errors = fit_norms(copy.deepcopy(stock), other.config, IDS)
+    found, errors = fit(stock, other)
     expected = {site for site, module in norm_sites(other).items() if norm != STOCK_NORM[family]}
     assert {site.rpartition(f"{stock.base_model_prefix}.")[2] for site in expected} == set(errors)
     assert all(error["fitted"] <= error["kept"] * (1 + 1e-9) for error in errors.values())
@@ -78,7 +84,7 @@ def test_a_norm_that_can_be_the_old_one_becomes_it(tiny_config, family):
     # Gains and biases of other values: calibration has to find the old ones.
     options = {"lam": 0.0, "standardize": "rms" if family == "llama" else "layer"}
     stock, other = models(tiny_config, family, "ibnorm_l", **options)
-    found, errors = fit_norms(copy.deepcopy(stock), other.config, IDS)
+    found, errors = fit(stock, other)
     assert max(error["fitted"] for error in errors.values()) < 1e-9
     torch.testing.assert_close(with_fitted(other, found).eval()(IDS).logits, stock(IDS).logits, rtol=1e-4, atol=1e-4)
 
@@ -86,7 +92,7 @@ def test_a_norm_that_can_be_the_old_one_becomes_it(tiny_config, family):
 def test_each_norm_is_fitted_behind_the_ones_that_were_replaced(tiny_config):
     # The final norm's input is that of the model with all other norms fitted already, its target the old model's.
     stock, other = models(tiny_config, "llama", "ibnorm_t", lam=3.0)
-    found, _ = fit_norms(copy.deepcopy(stock), other.config, IDS)
+    found, _ = fit(stock, other)
     with_fitted(other, found)
     seen = {}
     for name, model in (("old", stock), ("new", other)):

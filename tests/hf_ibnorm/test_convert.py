@@ -273,7 +273,9 @@ BAD = {
     r"embed_tokens.weight of shape \[300, 32\], its config makes it \[400, 32\]": lambda folder: spoil_config(
         folder, vocab_size=400
     ),
-    "known are LlamaModel, LlamaForCausalLM": lambda folder: spoil_config(folder, architectures=["MistralForCausalLM"]),
+    "a MistralForCausalLM with the config of a llama; they do not go together": lambda folder: spoil_config(
+        folder, architectures=["MistralForCausalLM"]
+    ),
     "which is quantized; load it, dequantize": lambda folder: spoil_config(
         folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
     ),
