@@ -65,9 +65,9 @@ class Sums:
 
 @torch.no_grad()
 def fit_norms(model: PreTrainedModel, config: Any, ids: Tensor) -> tuple[dict[str, Tensor], Errors]:
-    """Fit the norms of `config`, the target's, to those of `model`, which they replace: float32, in eval mode.
+    """Fit the norms of `config`, the target's, to the norms of `model`, and put them in their place.
 
-    `ids` are the tokens to fit on, int64 of shape (rows, length).
+    `model` is the source in float32 and eval mode; `ids` are the tokens to fit on, int64 of shape (rows, length).
 
     Returns:
         Site.parameter → fitted values, float32; and site → error as a fraction of the variance of the old norm's
