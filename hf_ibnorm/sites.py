@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .grouping import CHANNELS, LAYER, from_rows, to_rows
@@ -145,7 +146,8 @@ def identify(norm: nn.Module) -> Formula | str:
     shapes = tuple((name, tuple(value.shape)) for name, value in tensors.items())
     key = (type(norm), repr(sorted(values.items())), shapes)
     if key not in _known:
-        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # A model may be looked at while it is built of fake tensors, which have no values to compare.
+        with unset_fake_temporarily(), torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             _known[key] = _identified(norm)
     return _known[key]

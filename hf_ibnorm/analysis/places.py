@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..grouping import LAYER
 from ..norm_base import NormBase
 from ..sites import identify, is_norm
+from ..swap.families import family_of
 from ..swap.patching import norm_sites
 
 AT_ONCE = 2048
@@ -30,10 +33,9 @@ def known_norms(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: it has none.
         RuntimeError: as `norm_sites`.
     """
-    try:
+    if isinstance(model, PreTrainedModel) and family_of(model.config).pin is not None:
         return norm_sites(model)
-    except TypeError:  # of another family
-        names = {module: name for name, module in model.named_modules() if _is_known(module)}
+    names = {module: name for name, module in model.named_modules() if _is_known(module)}
     order: dict[str, nn.Module] = {}
 
     def note(norm: nn.Module, *_: object) -> None:
@@ -73,7 +75,10 @@ def unknown_norms(model: nn.Module) -> list[str]:
 
 
 def _is_known(module: nn.Module) -> bool:
-    return isinstance(module, NormBase) or (is_norm(module) and not isinstance(identify(module), str))
+    if isinstance(module, NormBase) or not is_norm(module):
+        return isinstance(module, NormBase)
+    formula = identify(module)
+    return not isinstance(formula, str) and formula.area == LAYER
 
 
 def batches(ids: Tensor) -> tuple[Tensor, ...]:
