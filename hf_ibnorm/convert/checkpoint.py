@@ -1,4 +1,4 @@
-"""`convert_checkpoint`: a Llama or GPT-2 on disk, stock or ours, becomes one with other norms, tensor by tensor."""
+"""`convert_checkpoint`: a model on disk, stock or ours, becomes one with other norms, tensor by tensor."""
 
 import json
 import shutil
@@ -57,8 +57,9 @@ def convert_checkpoint(
     Where every norm is the architecture's own in the end, it is a stock checkpoint.
 
     Args:
-        source: a Llama or GPT-2, stock or ours: directory with safetensors, name on the Hub, or a GGUF file, which is
-            dequantized to float32 (through memory).
+        source: a model of Transformers, stock or ours: directory with safetensors, name on the Hub, or a GGUF file,
+            which is dequantized to float32. A GGUF file, and weights that Transformers renames or merges when it loads
+            them, go through memory.
         target: a new directory.
         norm: a name of `hf_ibnorm.NORMS`.
         norm_kwargs: its options; those left out take their defaults, `eps` the model's own.

@@ -101,7 +101,7 @@ def add_verbs(verbs: Any, words: Sequence[str]) -> None:
         "--norm_kwargs.lam 4.",
     )
     add = convert.add_argument
-    add("source", metavar="SRC", help="Llama or GPT-2: directory, name on the Hub, or .gguf file")
+    add("source", metavar="SRC", help="model of Transformers: directory, name on the Hub, or .gguf file")
     add("target", metavar="DST", help="new directory")
     add("--norm", required=True, help="the new norm: a norm_type")
     add("--sites", action="append", metavar="GLOB", help="only there; may be given again (default: all)")
