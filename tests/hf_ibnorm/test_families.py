@@ -88,13 +88,32 @@ SLOW = {
     "Dinov2ForImageClassification": {("stream", "layernorm", "w"): 5},
     "DeiTForImageClassification": {("stream", "layernorm", "w"): 5},
     "SiglipForImageClassification": {("stream", "layernorm", "w"): 6},
-    "SwinForImageClassification": {("stream", "layernorm", "w"): 5},
+    "SwinForImageClassification": {("stream", "layernorm", "w"): 6, ("embedding", "layernorm", "w"): 1},
 }
 FIELDS = {
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "Qwen3MoeForCausalLM": {"mlp_only_layers": []},
+    "GPTJForCausalLM": {"rotary_dim": 8},
+    "DeepseekV3ForCausalLM": {
+        **{"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 32, "q_lora_rank": 48},
+        **{"n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
+    },
+    "Mamba2ForCausalLM": {"num_heads": 8, "n_groups": 2, "state_size": 16},
+    "Dinov2ForImageClassification": {
+        **{"stage_names": ["stem", "stage1", "stage2"], "_out_features": ["stage2"], "_out_indices": [2]},
+    },
     "ConvNextForImageClassification": {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 32, 64]},
-    "SwinForImageClassification": {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 16},
+    "SwinForImageClassification": {
+        **{
+            "depths": [1, 1],
+            "num_heads": [2, 4],
+            "embed_dim": 16,
+            "hidden_size": 32,
+            "window_size": 4,
+            "patch_size": 4,
+        },
+        **{"stage_names": ["stem", "stage1", "stage2"], "_out_features": ["stage2"], "_out_indices": [2]},
+    },
 }
 """Fields of the configs that small sizes alone do not make."""
 TYPES = architectures() | {"SiglipForImageClassification": "siglip"}
@@ -167,10 +186,15 @@ def chosen(model):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_flow_through_every_new_norm(name):
     model, inputs = make(name)
-    apply_norm(model, "ibnorm_t")
-    model.train()
-    model(**inputs)[0].float().square().mean().backward()
-    assert all(norm.weight.grad.abs().sum() > 0 for key, norm in norm_sites(model).items() if key in chosen(model))
+    flow = []
+    for norm in (None, "ibnorm_t"):
+        if norm is not None:
+            apply_norm(model, norm)
+        model.zero_grad()
+        model(**inputs)[0].float().square().mean().backward()
+        gradients = {key: norm.weight.grad for key, norm in norm_sites(model).items() if key in chosen(model)}
+        flow.append({key for key, gradient in gradients.items() if gradient is not None and gradient.any()})
+    assert flow[0] == flow[1] != set()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -181,7 +205,9 @@ def test_a_checkpoint_is_converted_there_and_back(name, tmp_path):
     convert_checkpoint(tmp_path / "stock", tmp_path / "new", "ibnorm_l", init="identity")
     new = getattr(hf_ibnorm, f"IBNorm{name}").from_pretrained(tmp_path / "new").eval()
     torch.testing.assert_close(output_of(new, inputs), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
-    record = convert_checkpoint(tmp_path / "new", tmp_path / "back", stock)
+    bias = any(getattr(norm, "bias", None) is not None for norm in norm_sites(model).values())
+    options = {} if bias or stock == "rmsnorm" else {"bias": False}
+    record = convert_checkpoint(tmp_path / "new", tmp_path / "back", stock, norm_kwargs=options)
     # Of a model whose norms have several ε, norms of one ε are not the stock ones.
     stays = len({site.eps for site in describe_sites(model) if is_swapped(site)}) > 1
     assert record["architecture"] == (f"IBNorm{name}" if stays else name)
