@@ -61,15 +61,17 @@ class _AfterImport(MetaPathFinder):
         return spec
 
 
-def after_import(package: str, then: Mapping[str, Callable[[ModuleType], None]]) -> None:
+def after_import(package: str, then: Mapping[str, Callable[[ModuleType], None]], all_at_once: bool = True) -> None:
     """Call functions with modules of `package` as soon as these are imported, or now if they are already.
 
     `then` is module in the package → function, which may be called again with the same module. No other thread sees a
-    module before its function has, except a module that was imported before this call.
+    module before its function has, except a module that was imported before this call. Where the package is imported
+    already, so are its modules now, unless not `all_at_once`: then a thread that is importing one may see it before.
     """
     named = {f"{package}.{name}": function for name, function in then.items()}
-    if package not in sys.modules:
+    if package not in sys.modules or not all_at_once:
         sys.meta_path.insert(0, _AfterImport(named))
     if package in sys.modules:  # perhaps since a moment: another thread imported it before the finder was there
         for name, function in named.items():
-            function(import_module(name))  # waits for a thread that is just importing it
+            if all_at_once or name in sys.modules:
+                function(import_module(name))  # waits for a thread that is just importing it

@@ -142,11 +142,13 @@ def register() -> None:
     our types that module is this package, whose names are on demand. `AutoModel.register` wants the classes themselves,
     and reaches only some of what reads those names.
     """
-    modules = ("modeling", "tokenization", "image_processing", "feature_extraction", "video_processing", "processing")
-    after_import(
+    auto, processors = (
         "transformers.models.auto",
-        {"configuration_auto": _register_configs, **{f"{module}_auto": _register_classes for module in modules}},
+        ("image_processing", "feature_extraction", "video_processing", "processing"),
     )
+    tables = {"modeling_auto": _register_classes, "tokenization_auto": _register_classes}
+    after_import(auto, {"configuration_auto": _register_configs, **tables})
+    after_import(auto, {f"{module}_auto": _register_classes for module in processors}, all_at_once=False)
 
 
 def _register_configs(auto: ModuleType) -> None:
