@@ -160,7 +160,7 @@ def record_ramped(model: PreTrainedModel, state_dict: Mapping[str, Any] | None =
     config.norm_overrides = overrides
 
 
-def agree(wanted: float, held: Tensor) -> bool:
+def same_ramped(wanted: float, held: Tensor) -> bool:
     """Whether config and weights have the same ramped option, within the precision of the weights' dtype.
 
     Tools that cast the weights of a checkpoint cast the option with them, and leave the config.
@@ -183,7 +183,7 @@ def settle_ramped(model: PreTrainedModel) -> None:
             continue
         before, options = (None, {}) if on_file is None else on_file.norm_at(site)
         chosen = config.ramped_was_given or before != config.norm_at(site)[0] or options.get(norm.ramp) != wanted
-        if not chosen and not agree(wanted, norm.held):
+        if not chosen and not same_ramped(wanted, norm.held):
             raise ValueError(
                 f"{norm.ramp}: the checkpoint's config has {wanted} at {site}, its weights {norm.ramped}: they are of "
                 f"different models; set {norm.ramp} in the norm_kwargs of its config.json to the one that is meant, or "

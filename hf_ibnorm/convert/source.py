@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..base.reading import reading, told
 from ..base.room import check_model
-from ..modeling_ibnorm import NormModelMixin, agree, ours, qualified, ramped_norms
+from ..modeling_ibnorm import NormModelMixin, ours, qualified, ramped_norms, same_ramped
 from ..norms import ramped_options
 from ..swap.families import PREFIX, Family, family_of, stand_in
 from ..swap.loading import HUB_FILES, TOKENIZER_FILES, check_tokenizer, has_tokenizer, load
@@ -228,5 +228,5 @@ def check_ramped(source: Source, model: PreTrainedModel) -> None:
                 raise ValueError(f"source: {source.folder} has {name}, its config no norm with a {option} there")
     for site, norm, value in ramped_norms(model) if source.is_ours else ():
         name = source.stored_name(f"{qualified(model, site)}.{norm.ramp}")
-        if name in source.places and not agree(value, stored := source.places[name].tensor(name)):
+        if name in source.places and not same_ramped(value, stored := source.places[name].tensor(name)):
             raise ValueError(f"source: {source.folder} has {stored.item():g} as {name}, its config {value:g}")
