@@ -1,7 +1,7 @@
 """Information-bottleneck and normality normalization for Hugging Face Transformers.
 
-Importing this package makes the model types `ibnorm_llama` and `ibnorm_gpt2` known to the Auto classes. It imports
-neither torch nor Transformers: public names, and the modules that have them, are imported when they are first used.
+Importing this package makes the model type `ibnorm_X` known to the Auto classes for every model type X of Transformers.
+It imports neither torch nor Transformers: public names, and the modules that have them, are imported when first used.
 """
 
 from typing import TYPE_CHECKING

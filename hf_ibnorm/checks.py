@@ -12,8 +12,8 @@ import sys
 LARGEST = 2**53
 """The largest number of things: those beyond are no longer all floats."""
 MOST_TOKENS = 10_000_000
-"""The most tokens that a model is measured or calibrated on: what more adds is far below what the choice of text does,
-and a slip of the keyboard does not run for days."""
+"""The most tokens that a model is measured or calibrated on: more tokens would change the result far less than another
+text, and a slip of the keyboard does not run for days."""
 
 
 def own_norm_files() -> list[str]:

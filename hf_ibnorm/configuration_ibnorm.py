@@ -1,8 +1,8 @@
-"""Configurations of the registered models: the stock ones plus `norm_type`, `norm_kwargs` and `norm_overrides`.
+"""Configs with norms: the stock ones plus `norm_type`, `norm_kwargs` and `norm_overrides`.
 
 The norms are resolved when a config is made: names become the registry's spelling and every norm holds every option
-with its value, so that a later change of a default never changes an old checkpoint. What a config decides, it decides
-per site; `sites.PINS` says which sites an architecture has.
+with its value, so that a later change of a default never changes an old checkpoint. A config chooses the norm of each
+site; the sites are read off the model, for Llama and GPT-2 from `sites.PINS`.
 """
 
 import copy

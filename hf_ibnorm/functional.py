@@ -349,7 +349,7 @@ def normal_norm_with(
 
 
 def resolve_noise(noise: float, noise_mode: str, keep_prob: float | None, training: bool) -> tuple[float, str]:
-    """Strength and mode of the noise that `normal_norm` adds: ("none" outside training and where its strength is 0).
+    """Strength and mode of the noise that `normal_norm` adds; (0.0, "none") outside training, or at strength 0.
 
     For "dropout" the strength is sqrt((1 - keep_prob)/keep_prob), which multiplies the normals.
 

@@ -12,7 +12,7 @@ def to_rows(x: Tensor, area: str) -> Tensor:
 
     Args:
         x: shape (..., N) for "layer", (B, N, *spatial) for "channels".
-        area: one of `AREAS`; others, whose groups are no dimension, leave channels in the last dimension.
+        area: "layer", or an area of channels-first images, whose channels go last.
     """
     return x if area == LAYER else x.movedim(1, -1)
 

@@ -122,8 +122,10 @@ def ramped_norms(model: PreTrainedModel) -> Iterator[tuple[str, NormBase, float]
     for name, norm in norm_modules(model).items():
         # PEFT wraps norms that are trained: the original, and a copy of it for each adapter.
         site = name.removesuffix(".original_module")
-        if isinstance(norm, NormBase) and norm.ramp is not None and ".modules_to_save." not in name:
-            yield site, norm, model.config.norm_at(site)[1][norm.ramp]
+        if not isinstance(norm, NormBase) or norm.ramp is None or ".modules_to_save." in name:
+            continue
+        if norm.ramp in (options := model.config.norm_at(site)[1]):  # else somebody put the norm there by hand
+            yield site, norm, options[norm.ramp]
 
 
 def _keys_of_ramped(model: PreTrainedModel) -> dict[str, bool]:
@@ -135,11 +137,11 @@ def _keys_of_ramped(model: PreTrainedModel) -> dict[str, bool]:
 def record_ramped(model: PreTrainedModel, state_dict: Mapping[str, Any] | None = None) -> None:
     """Write each site's ramped option into the config: from `state_dict` where that has it, else from the norm.
 
-    The norms own it: a norm's `set_ramped`, or `set_lam` on a part of the model, does not change the config.
+    Needed because `set_ramped`, and `set_lam` on a part of a model, change the norms alone.
     """
     config, overrides = model.config, list(model.config.norm_overrides or [])
     values: dict[int, dict[str, float]] = {}
-    """Place of an override, -1 for the norm of all other sites → the sites that it decides → value."""
+    """Index in `norm_overrides` (-1: `norm_type`) → site → value."""
     options: dict[int, str] = {}
     for site, norm, _ in ramped_norms(model):
         value, saved = norm.ramped, (state_dict or {}).get(f"{qualified(model, site)}.{norm.ramp}")
@@ -171,7 +173,7 @@ def same_ramped(wanted: float, held: Tensor) -> bool:
 def settle_ramped(model: PreTrainedModel) -> None:
     """After loading, make norms and config agree on the ramped options.
 
-    An option given to `from_pretrained` wins. Otherwise config.json and weights must agree.
+    An option given to `from_pretrained` wins. Where config.json and weights differ by rounding, the config wins.
 
     Raises:
         ValueError: config.json and weights disagree.

@@ -23,10 +23,10 @@ GAINS = ("w", "1+w")
 
 
 def width_of(normalized_shape: Any) -> tuple[int]:
-    """`normalized_shape` as a 1-tuple: every norm here works over the last dimension only."""
+    """`normalized_shape` as a 1-tuple: a norm here normalizes one dimension, of one width."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
     if len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
-        raise ValueError(f"normalized_shape: got {normalized_shape!r}, must be one width >= 1 (the last dimension)")
+        raise ValueError(f"normalized_shape: got {normalized_shape!r}, must be one width >= 1")
     return shape
 
 
@@ -100,6 +100,7 @@ class NormBase(nn.Module):
       values it may have; such a norm calls `hold` in its `__init__`
     * `identity_for`: options with which it computes what a stock norm does
     * `draws_noise`, `updates_state`: whether it draws random numbers, or changes buffers, in training
+    * `follows_place`: whether it can be where the gain is 1+w, or channels are normalized
     * `measures`, `measured`: its diagnostics; `newton`: of a norm with a power transform
     * `option_defaults`, `takes_model_eps`: defaults of its options; `named_options`: those that reports name;
       `variant_shown`: what errors call its kind
@@ -126,6 +127,9 @@ class NormBase(nn.Module):
     """The diagnostics that `measured` computes."""
     named_options: ClassVar[tuple[str, ...]] = ()
     """The options that the report of a conversion names with the norm."""
+    follows_place: ClassVar[bool] = False
+    """Whether `forward` scales by `multiplier` and normalizes `grouping.to_rows(x, self.area)`. Else the norm cannot
+    be at places where the gain is 1+w, or channels are normalized."""
     takes_model_eps: ClassVar[bool] = True
     """Inside a model, `eps` defaults to the model's own (False: the norm's own default stays)."""
 
@@ -247,9 +251,9 @@ class NormBase(nn.Module):
 
     # The life of the ramped option. It is held in a float32 buffer of shape (), which no cast touches and state dicts
     # hold, so that weights and option travel together; a state dict without it, of a stock model or an older one, loads
-    # too. The norm owns it: `set_ramped`, `hf_ibnorm.set_lam`, a ramp in training and a loaded state dict change the
-    # buffer; saving the model writes it into the config (`modeling_ibnorm.record_ramped`), and loading a checkpoint
-    # refuses weights and config that differ (`settle_ramped`). A learned option is a parameter of the norm's own.
+    # too. The norm has the value that counts. `set_ramped`, `hf_ibnorm.set_lam`, a ramp in training and a loaded state
+    # dict change it there; `modeling_ibnorm.record_ramped` copies it into the config; after `from_pretrained`,
+    # `settle_ramped` compares the two. A learned option is a parameter of the norm.
 
     initial_ramped: float
     """The ramped option as `reset_parameters` sets it: as the norm was made with, or was last set to."""
@@ -282,7 +286,7 @@ class NormBase(nn.Module):
 
     @property
     def ramped(self) -> float:
-        """The ramped option as a number, read from the buffer; of a learned one where learning started.
+        """The ramped option as a number, read from the buffer; for a learned option, the value learning started from.
 
         Of all decimals with the same float32 it is the one that was given, or else the shortest.
         """
@@ -358,7 +362,7 @@ class NormBase(nn.Module):
 
     @property
     def variant_shown(self) -> str:
-        """How errors about this norm call its kind."""
+        """What errors call this kind of norm."""
         return type(self).__name__
 
     def extra_repr(self) -> str:
@@ -378,7 +382,7 @@ def copy_with(norm: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 def initial_values(norm: nn.Module) -> dict[str, Tensor]:
-    """What the parameters of a norm's own are before training, by name.
+    """Initial value of each parameter that a norm itself has, by name.
 
     Args:
         norm: on any device, "meta" too; one without `reset_parameters` begins with ones.

@@ -15,7 +15,7 @@ BACKENDS = ("auto", "reference", "fused")
 
 
 class FusedNorm(NormBase):
-    """A norm whose forward is a formula of `functional`, or the fused kernels of that formula where there are any.
+    """A norm whose forward is a formula of `functional`, or the formula's fused form in `hf_ibnorm.kernels`.
 
     A subclass sets `formula` and defines `formula_options`.
 
@@ -29,6 +29,7 @@ class FusedNorm(NormBase):
         ValueError, TypeError: naming the field, the value and what is allowed; "fused" without the package.
     """
 
+    follows_place = True
     formula: ClassVar[Callable[..., Tensor]]
     """A function of `functional`; the fused form in `hf_ibnorm.kernels` has its name."""
 

@@ -82,7 +82,7 @@ def register_norm(name: str, cls: type[nn.Module], **fixed: Any) -> None:
 for _variant in ("S", "L", "T", "shrink"):
     register_norm(f"ibnorm_{_variant.lower()}", IBNorm, variant=_variant)
 register_norm("layernormalnorm", LayerNormalNorm)
-# torch's own modules: `sites.StockNorm` answers for them.
+# torch's own modules: once built, they are asked through `sites.StockNorm`.
 NORMS["layernorm"] = NormEntry(nn.LayerNorm, {}, {"eps": 1e-5, "elementwise_affine": True, "bias": True})
 NORMS["rmsnorm"] = NormEntry(nn.RMSNorm, {}, {"eps": 1e-6, "elementwise_affine": True})
 register_norm("dyt", DynamicTanh)
@@ -169,7 +169,14 @@ def _build(entry: NormEntry, normalized_shape: Any, kwargs: Mapping[str, Any], *
             check_bool(key, kwargs[key])
         elif key == "eps":
             check_number("eps", kwargs[key], 0.0)
-    if issubclass(entry.cls, NormBase) or not {"gain", "area"} & factory.keys():
+    place = {name: value for name, value in factory.items() if name in ("gain", "area")}
+    if place and issubclass(entry.cls, NormBase) and not entry.cls.follows_place:
+        facts = ", ".join(f"{name} {value}" for name, value in place.items())
+        raise ValueError(
+            f"norm: {entry.cls.__name__} cannot be at a place with {facts}: its forward must use `multiplier` and "
+            "`to_rows`, and its class set follows_place"
+        )
+    if not place or issubclass(entry.cls, NormBase):
         return entry.cls(width_of(normalized_shape), **entry.fixed, **kwargs, **factory)
     computes = "layernorm" if entry.cls is nn.LayerNorm else "rmsnorm"
     return PlacedNorm(width_of(normalized_shape), computes, **{"bias": False, **kwargs}, **factory)

@@ -19,11 +19,12 @@ class DynamicTanh(NormBase):
     Args:
         normalized_shape: N, the width of the last dimension.
         init_alpha: initial value of the learned scalar `alpha`, of shape (1,).
-        **affine: `elementwise_affine`, `bias`, `device`, `dtype`, as in torch.nn.LayerNorm.
+        **affine: `elementwise_affine`, `bias`, `gain`, `area`, `device`, `dtype`, as in `NormBase`.
 
     Shape: (..., N) → (..., N), in the dtype of the input; computed in float32 (float64 for float64).
     """
 
+    follows_place = True
     _described = ("init_alpha",)
 
     def __init__(
@@ -61,6 +62,7 @@ class PlacedNorm(NormBase):
     Shape: (..., N) or (B, N, *spatial), in the dtype of the input; computed in float32 (float64 for float64).
     """
 
+    follows_place = True
     _described = ("computes", "eps")
 
     def __init__(

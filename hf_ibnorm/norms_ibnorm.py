@@ -50,7 +50,7 @@ class IBNorm(FusedNorm):
         order: "compress_first" or "standardize_first".
         eps: added to the variance or mean square.
         backend: "auto" (fused kernels where there are any), "reference" (the formulas in plain PyTorch) or "fused".
-        **affine: `elementwise_affine`, `bias`, `device`, `dtype`, as in torch.nn.LayerNorm.
+        **affine: `elementwise_affine`, `bias`, `gain`, `area`, `device`, `dtype`, as in `NormBase`.
 
     Shape: (..., N) → (..., N), in the dtype of the input; statistics are computed in float32 (float64 for float64).
 

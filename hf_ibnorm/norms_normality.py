@@ -29,7 +29,7 @@ class LayerNormalNorm(FusedNorm):
         alpha: Newton step length in [0, 1].
         eps: in the standardization and, as sqrt(eps), in the Newton step: change it only with a reason.
         backend: "auto", "reference" or "fused".
-        **affine: `elementwise_affine`, `bias`, `device`, `dtype`, as in torch.nn.LayerNorm.
+        **affine: `elementwise_affine`, `bias`, `gain`, `area`, `device`, `dtype`, as in `NormBase`.
 
     Shape: (..., N) → (..., N), in the dtype of the input; computed in float32 (float64 for float64).
 

@@ -105,5 +105,5 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def lam_fraction(step: int, config: TrainConfig) -> float:
-    """λ of `step` as a fraction of its final value."""
+    """How far along its ramp λ is in `step`: 0 at the start, 1 at the end."""
     return 1.0 if config.lam_schedule == "constant" else min(1.0, step / config.lam_warmup_steps)

@@ -68,8 +68,8 @@ class Session:
     def conclude(self, stop: bool = False) -> bool:
         """Validate where a validation is due, and write the metrics of the step just done.
 
-        False where a process is to `stop` already, or a signal has ended the validation: the metrics then stay in
-        `state.row`, for a checkpoint, which must not wait until a validation has ended.
+        False where a process is to `stop` already, or a signal has ended the validation. The metrics then stay in
+        `state.row`, and the checkpoint, which must not wait, holds them.
         """
         state, row = self.state, self.state.row
         assert row is not None

@@ -82,7 +82,7 @@ def run_steps(session: Session) -> None:
         gathered = exchange(session, batch, [*sums, norm, moved], stop=session.asked_to_stop() or trouble is not None)
         finite = update(session, math.isfinite(gathered.loss) and math.isfinite(gathered.grad_norm))
         if finite and waiting is not None:
-            # Before a kill there may be time to write one checkpoint of this size, and a newer one comes below.
+            # When stopping there may be time for one checkpoint only: the newer one, below.
             if not gathered.stop or checkpointer.keeps(waiting.step):
                 checkpointer.write(waiting)
             waiting = None

@@ -95,7 +95,8 @@ def apply_norm(
         The same model.
 
     Raises:
-        TypeError: a model that is not of Transformers or a subclass of one, or a misplaced argument.
+        TypeError: a model that is not one of Transformers' own classes (a subclass is refused, too), or a misplaced
+            argument.
         ValueError: an unknown norm or option, a value that is not allowed, a glob that matches no site that can be
             swapped, offloaded or parametrized norms, or gradient checkpointing without `preserve_rng_state` for a norm
             that draws noise.
@@ -152,7 +153,7 @@ def restore_norm(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        TypeError: a model of another family.
+        TypeError: a model that is not of Transformers.
         ValueError: there is nothing to undo: the model is a stock one, was restored already, or was loaded or built
             with these norms, not patched (`hf-ibnorm convert` makes a stock checkpoint of such a model).
 
@@ -284,10 +285,7 @@ def _build_norms(target: Target, config: Any, chosen: list[str]) -> dict[str, nn
 
 
 def _registered_model(target: Target, config: Any) -> PreTrainedModel:
-    """The model of `config` on the meta device.
-
-    Its keys are those that a saved model must have.
-    """
+    """The model that loading would build, on the meta device: what is saved must have its keys."""
     config = copy.deepcopy(config)
     if isinstance(config.dtype, str):  # as saving a model leaves it; some models make tensors of it
         config.dtype = getattr(torch, config.dtype)

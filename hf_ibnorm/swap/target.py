@@ -186,7 +186,7 @@ def relative_globs(model: nn.Module, sites: str | Collection[str] | None) -> lis
     """`sites` of `apply_norm` as globs over names relative to the base model; None for all.
 
     Raises:
-        TypeError: a model of another family, or no globs.
+        TypeError: a model that is not of Transformers, or no globs.
     """
     return relative(Target(model, exact=False), sites)
 

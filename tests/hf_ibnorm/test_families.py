@@ -255,6 +255,16 @@ def test_gains_of_one_more_than_the_weight_go_both_ways_to_the_bit():
     assert "gain=1+w" in repr(fresh)
 
 
+def test_a_norm_that_does_not_follow_the_place_is_refused_there(monkeypatch):
+    model, _ = make("Gemma2ForCausalLM")
+    monkeypatch.setattr(hf_ibnorm.DynamicTanh, "follows_place", False)
+    with pytest.raises(
+        ValueError, match=r"^norm: DynamicTanh cannot be at a place with gain 1\+w: its forward must use"
+    ):
+        apply_norm(model, "dyt")
+    assert type(model).__name__ == "Gemma2ForCausalLM"
+
+
 def test_other_kinds_and_globs_name_other_sites(tmp_path):
     model, inputs = make("Qwen3ForCausalLM")
     apply_norm(model, "ibnorm_t", kinds="qk")

@@ -1,9 +1,13 @@
-"""The interface between the training loop and a task. Each task is one file here; `state.py` calls its `open_task`."""
+"""The interface between the training loop and a task. A task has a file here; `state.py` calls its `open_task`.
 
+The language task's data is in `data.py`, `cache.py`, `corpus.py` and `tokenizer.py`.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -84,39 +88,52 @@ class Batches:
         self._maker.shutdown(cancel_futures=True)
 
 
-class Task(Protocol):
-    """Data, model, loss and validation of a run. `make_model` comes first, then `read_data`, then everything else."""
+class Task(ABC):
+    """Data, model, loss and validation of a run. `make_model` comes first, then `read_data`, then everything else.
+
+    What one process needs to go on is `batches.state()`, of one form on all processes: a run may go on with more
+    processes, which begin with the state of process 0.
+    """
 
     config: TrainConfig  # `make_model` sets the fields of the model that were left open
     processor: Any  # the tokenizer or image processor, which is saved beside every model
     batches: Batches
 
+    @abstractmethod
     def make_model(self, start: Start) -> tuple[PreTrainedModel, Any]:
-        """The model in float32, and the config it begins with: the model's own may have λ in the middle of a ramp."""
+        """The model in float32, and its config of step 0: after a resume the model's norms have λ along its ramp."""
 
+    @abstractmethod
     def hashes(self) -> dict[str, tuple[str, str | None]]:
         """Key in `environment.json` → name and hash, of all that decides batches and loss; a stream has no hash."""
 
+    @abstractmethod
     def read_data(self) -> None:
         """Make the batches; UserError where the data cannot be read, or there is none."""
 
+    @abstractmethod
     def record(self) -> dict[str, Any]:
         """The entries of `environment.json` about the data."""
 
+    @abstractmethod
     def summary(self) -> str:
         """The training data and the steps on it, in a few words."""
 
+    @abstractmethod
     def flops_per_token(self, model: PreTrainedModel) -> float:
         """Floating point operations that training `model` on one token takes, a teacher's included."""
 
+    @abstractmethod
     def blank_part(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the shape of a micro-batch, on the device."""
 
+    @abstractmethod
     def loss(self, model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The loss of a micro-batch, and the teacher's divergence in it (None without one): sums over its targets.
 
         `model` is in training mode; `part` has inputs and targets, on the model's device.
         """
 
+    @abstractmethod
     def evaluate(self, model: nn.Module, asked_to_stop: Callable[[], bool]) -> float | None:
         """Mean loss over the validation data; None where a process was asked to stop before all of it was seen."""
