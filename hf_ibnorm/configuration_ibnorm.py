@@ -31,15 +31,15 @@ def _option_names() -> set[str]:
     return {option for entry in NORMS.values() for option in entry.defaults}
 
 
-def _strays(fields: Iterable[str]) -> list[str]:
-    """The names among `fields` that look like options of a norm and are no field of a config."""
-    options = {*_option_names(), *_ARGUMENTS}
-    return [key for key in fields if (key in options or key.startswith("norm_")) and key not in NORM_FIELDS]
+def _strays(cls: Any, keys: Iterable[str]) -> list[str]:
+    """The names among `keys` that look like options of a norm and are no field of a config's class."""
+    options, fields = {*_option_names(), *_ARGUMENTS}, {*NORM_FIELDS, *cls.__dataclass_fields__}
+    return [key for key in keys if (key in options or key.startswith("norm_")) and key not in fields]
 
 
-def _refuse_strays(kwargs: Mapping[str, Any]) -> None:
+def _refuse_strays(cls: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise ValueError for a misplaced norm option: Transformers would keep it as an attribute that does nothing."""
-    for key in _strays(kwargs):
+    for key in _strays(cls, kwargs):
         if key in _option_names():
             raise ValueError(f"{key}: got {kwargs[key]!r} as a config field; write norm_kwargs={{{key!r}: ...}}")
         raise ValueError(f"{key}: no such config field; norm fields are {', '.join(NORM_FIELDS)}")
@@ -65,12 +65,19 @@ def _overrides(given: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def _resolved(field: str, name: Any, kwargs_field: str, kwargs: Any, eps: float | None) -> tuple[str, dict[str, Any]]:
-    """A norm's name and all its options; `STOCK` has none."""
+    """A norm's name and all its options; `STOCK` has none. Where the model has no `eps`, it is None, unless given.
+
+    A norm whose eps is None takes that of the norm that it replaces.
+    """
     if name == STOCK:
         if kwargs:
             raise ValueError(f"{kwargs_field}: got {kwargs!r} for the norm {STOCK!r}, which has no options")
         return STOCK, {}
-    return norm_name(name, field), resolve_norm_kwargs(name, kwargs, eps, kwargs_field)
+    name = norm_name(name, field)
+    options = resolve_norm_kwargs(name, kwargs, eps, kwargs_field)
+    if eps is None and "eps" in options and NORMS[name].contract.takes_model_eps and (kwargs or {}).get("eps") is None:
+        options["eps"] = None
+    return name, options
 
 
 class NormConfigMixin:
@@ -80,18 +87,21 @@ class NormConfigMixin:
     stock_model_type: ClassVar[str]
     norm_eps_field: ClassVar[str]
     norm_pin: ClassVar[Pin | None]
+    norm_type_is_taken: ClassVar[bool]
     norm_type: str
     norm_kwargs: dict | None
     norm_overrides: list | dict | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.stock_model_type = cls.__mro__[cls.__mro__.index(NormConfigMixin) + 1].model_type  # type: ignore[attr-defined]
+        stock: Any = cls.__mro__[cls.__mro__.index(NormConfigMixin) + 1]
+        cls.stock_model_type = stock.model_type
+        cls.norm_type_is_taken = "norm_type" in getattr(stock, "__dataclass_fields__", ())
         cls.norm_eps_field = next((field for field in EPS_FIELDS if hasattr(cls, field)), "")
         cls.norm_pin = PINS.get(cls.stock_model_type)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _refuse_strays(kwargs)
+        _refuse_strays(type(self), kwargs)
         kwargs.pop("model_type", None)  # as an attribute it would hide the class's
         kwargs.setdefault("auto_map", {})  # trl reads it of every model that is not Transformers' own
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -124,6 +134,8 @@ class NormConfigMixin:
     def _resolved(self) -> tuple[str, dict[str, Any], list]:
         eps = self.model_eps
         name, kwargs = _resolved("norm_type", self.norm_type, "norm_kwargs", self.norm_kwargs, eps)
+        if self.norm_type_is_taken:
+            raise ValueError(f"norm_type: {self.stock_model_type} has a field of this name; its norms cannot be chosen")
         resolved = []
         for field, glob, norm in _overrides(self.norm_overrides):
             if self.norm_pin is not None:  # without a pin, globs are checked when the norms are put in
@@ -137,12 +149,8 @@ class NormConfigMixin:
 
     @property
     def model_eps(self) -> float | None:
-        """ε of the architecture's norms; None where it is no field of the config."""
-        for config in (self, self.get_text_config()):  # type: ignore[attr-defined]
-            for field in EPS_FIELDS:
-                if isinstance(eps := getattr(config, field, None), float | int):
-                    return eps
-        return None
+        """ε of the norms of a pinned architecture; None for others, whose norms say theirs when they are replaced."""
+        return getattr(self, self.norm_eps_field, None) if self.norm_pin is not None else None
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,9 +161,9 @@ class NormConfigMixin:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         config_dict = cls._with_norm(config_dict, kwargs)
-        _refuse_strays(kwargs)
+        _refuse_strays(cls, kwargs)
         # Keys like ours that a file happens to have ("bias", "order") are its own affair.
-        strays = {key: config_dict.pop(key) for key in [*_strays(config_dict), _OTHER_NORMS] if key in config_dict}
+        strays = {key: config_dict.pop(key) for key in [*_strays(cls, config_dict), _OTHER_NORMS] if key in config_dict}
         if not cls.__module__.startswith("transformers_modules."):
             config_dict.pop("auto_map", None)  # the code stays behind when this package saves the model
         loaded = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
@@ -172,7 +180,8 @@ class NormConfigMixin:
         """
         given = {key: kwargs.pop(key) for key in NORM_FIELDS if key in kwargs}
         ramped_given = _names_ramped(given)
-        source, eps = config_dict.get("model_type") or cls.model_type, cls.norm_eps_field
+        unnamed = cls.model_type if "norm_type" in config_dict else cls.stock_model_type
+        source, eps = config_dict.get("model_type") or unnamed, cls.norm_eps_field
         if source not in (cls.model_type, cls.stock_model_type):
             raise ValueError(f"model_type: got a {source!r} checkpoint, {cls.__name__} takes {cls.stock_model_type!r}")
         if source == cls.stock_model_type:
@@ -188,8 +197,9 @@ class NormConfigMixin:
             raise ValueError(f"{eps}: the norms of this checkpoint have an eps each; pass norm_kwargs={{'eps': ...}}")
         kept = dict(config_dict)
         options = kept.pop("norm_kwargs", None)
-        if "norm_type" in given and norm_name(given["norm_type"]) != kept.get("norm_type"):
-            options = None  # the other norm's
+        if "norm_type" in given:
+            name = given["norm_type"] if given["norm_type"] == STOCK else norm_name(given["norm_type"])
+            options = options if name == kept.get("norm_type") else None  # the other norm's
         if isinstance(given.get("norm_kwargs"), Mapping):
             given["norm_kwargs"] = {**(options or {}), **given["norm_kwargs"]}
         if given:

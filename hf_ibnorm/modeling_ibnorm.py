@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 from .configuration_ibnorm import STOCK
 from .norm_base import NormBase, rounded, shortest
 from .norms import build_resolved, ramped_options
-from .sites import HEAD, KINDS, STREAM, Pin, base_prefix, discover, norm_modules, place_of, width_of_norm
+from .sites import HEAD, KINDS, STREAM, Pin, base_prefix, discover, eps_of, norm_modules, place_of, width_of_norm
 
 _LANGUAGE_MODELS = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 OURS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
@@ -72,12 +72,18 @@ def install_norms(model: PreTrainedModel, config: Any, kinds: Iterable[str] = KI
     """
     config.resolve_norms()  # fields may have been set since the config was made
     sites = site_kinds(model, config.norm_pin)
-    if type(model).__name__ in (config.architectures or [type(model).__name__]):  # else globs may be of another's head
+    if config.norms_were_given or not config.architectures:  # a checkpoint's may be of the norms of another head
         for glob, _ in config.norm_overrides:
             check_glob(f"norm_overrides[{glob!r}]:", glob, sites)
     for site, kind in sites.items():
         if kind in kinds and config.norm_at(site, kind)[0] != STOCK:
-            set_site(model, site, build_site(config, site, model.get_submodule(qualified(model, site)), kind))
+            old = model.get_submodule(qualified(model, site))
+            new = build_site(config, site, old, kind)
+            for name in ("weight", "bias"):  # some models begin with other gains than 1
+                value, place = getattr(old, name, None), getattr(new, name, None)
+                if value is not None and place is not None and not value.is_meta:
+                    place.data.copy_(value.data)
+            set_site(model, site, new)
 
 
 def check_glob(what: str, glob: str, sites: Collection[str]) -> None:
@@ -92,13 +98,16 @@ def build_site(config: Any, site: str, old: nn.Module | None = None, kind: str =
     Args:
         config: one of ours.
         site: its name.
-        old: the norm there, which says width, gain and area; None for a norm as wide as the model.
+        old: the norm there, which says width, gain and area, and ε where the config leaves that open; None for a norm
+            as wide as the model.
         kind: of the site.
         **factory: device and dtype.
     """
     name, options = config.norm_at(site, kind)
     width = None if old is None else width_of_norm(old)
     place = {} if old is None else place_of(old)
+    if old is not None and "eps" in options and options["eps"] is None:
+        options = {**options, "eps": eps_of(old)}
     return build_resolved(name, width or config.hidden_size, options, **place, **factory)
 
 
@@ -221,6 +230,13 @@ def _convert_as_stock(cls: Any) -> None:
             register_checkpoint_conversion_mapping(own, mapping, overwrite=True)
 
 
+def mark_parts(model: Any) -> None:
+    """Note on the models inside of a model of ours that they are its parts; but for the base model."""
+    for module in model.modules():
+        if isinstance(module, NormModelMixin):
+            module.is_part = module is not model and module is not model.base_model
+
+
 class NormModelMixin:
     """Our norms inside Transformers: building, initialization, loading, saving. On base models and classes with a head.
 
@@ -234,6 +250,8 @@ class NormModelMixin:
 
     stock: ClassVar[Any]
     """The stock class that a class of ours stands in for."""
+    is_part = False
+    """Whether this is a part of a model whose config chooses its norms: neither the whole nor the base model."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -262,11 +280,17 @@ class NormModelMixin:
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.__class__ = ours(type(module))
+        mark_parts(model)
         if model.loss_type is None and self.stock.__name__ == _LANGUAGE_MODELS.get(config.stock_model_type):
             # Transformers picks a loss by class name and would warn, breaking torch.compile(fullgraph=True).
             model.loss_type = "ForCausalLM"
         install_norms(model, config, (HEAD,) if is_filled else KINDS)
         model.post_init()  # touches the new norms only
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Else Transformers would not rename and merge the tensors of a nested model as it does for the stock class.
+        return cls.stock.is_custom_code()
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -300,7 +324,7 @@ class NormModelMixin:
         return loaded
 
     def save_pretrained(self, *args, **kwargs) -> Any:
-        if not hasattr(self.config, "norm_at"):  # type: ignore[attr-defined]
+        if self.is_part:
             raise ValueError(
                 f"model: this {type(self).__name__} is a part of a model, and its config does not name its norms; save "
                 "the whole model"
@@ -314,7 +338,8 @@ class NormModelMixin:
 
     def load_state_dict(self, *args, **kwargs) -> Any:
         loaded = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
-        record_ramped(self)  # type: ignore[arg-type]
+        if not self.is_part:
+            record_ramped(self)  # type: ignore[arg-type]
         return loaded
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:

@@ -241,6 +241,12 @@ def place_of(norm: nn.Module) -> dict[str, str]:
     return {name: value for name, value in place.items() if value not in ("", "w", LAYER)}
 
 
+def eps_of(norm: nn.Module) -> float | None:
+    """ε of a norm, stock or ours; None where there is none, or it is unknown."""
+    formula = norm if isinstance(norm, NormBase) else identify(norm)
+    return getattr(formula, "eps", None)
+
+
 def base_prefix(model: nn.Module) -> str:
     """What names of modules of the base model begin with in a model of Transformers; "" for a base model."""
     return "" if getattr(model, "base_model", model) is model else f"{model.base_model_prefix}."
@@ -276,6 +282,10 @@ def discover(model: nn.Module) -> list[Site]:
         problem = "its parameters are tied to those of another module" if tied & {*map(id, norm.parameters())} else None
         problem = problem or _reads_inside(type(named[parent]), attribute)
         kind = _kind(name, width_of_norm(norm), config) if name.startswith(prefix) else HEAD
+        if name.endswith(".original_module") or ".modules_to_save." in name:
+            problem = problem or "PEFT trains it; merge the adapters first"
+        if kind == HEAD and f"{prefix}{name}" in named:
+            problem = problem or "a module of the base model has its name"
         sites.append(_site(name.removeprefix(prefix), norm, kind, problem))
     return sites
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
@@ -33,6 +32,7 @@ from .settings import Conversion
 from .source import COPIED, Source, check_ramped, check_tensors, read_source
 from .weights import INDEX, SINGLE, cast, rewrite
 
+CONTEXT = 2048  # tokens of a sequence to calibrate on, for models that know no longest one
 # Files of a source that the target has another version of.
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md", CONVERSION, MANIFEST)
 TEMPLATES = "additional_chat_templates"  # folder in which Transformers puts named chat templates
@@ -164,7 +164,11 @@ def _identity_options(
     if options is None:
         raise ValueError(f"init: got 'identity', but no options make {name} a {stock}; use keep")
     decided, given = options[0], {**options[1], **given}
-    decided["eps"] = Counter(formula.eps for formula in known).most_common(1)[0][0]
+    if source.family.pin is not None:
+        decided["eps"] = known[0].eps
+    elif given.get("eps") is not None:
+        kept = "which keeps that of each norm; leave it out"
+        raise ValueError(f"norm_kwargs.eps: got {given['eps']!r} with init 'identity', {kept}")
     decided["elementwise_affine"] = any(formula.gain for formula in known)
     for option, value in given.items():
         if (option in decided and value != decided[option]) or option == entry.contract.ramp:
@@ -194,7 +198,7 @@ def _is_stock(site: Site, stock: PreTrainedModel, config: Any) -> bool:
     name, options = config.norm_at(site.name, site.kind)
     norm = stock.get_submodule(qualified(stock, site.name))
     has_bias = getattr(norm, "bias", None) is not None
-    same = options.get("eps") == site.eps and options.get("elementwise_affine", True) == bool(site.gain)
+    same = options.get("eps") in (None, site.eps) and options.get("elementwise_affine", True) == bool(site.gain)
     return name == STOCK or (name == site.computes and same and options.get("bias", has_bias) == has_bias)
 
 
@@ -245,7 +249,8 @@ def _calibrate(
     if source.tokenizer is None:
         raise ValueError(f"source: {source.folder} has no tokenizer to calibrate with")
     tokens, text = wanted.calibration_tokens, config.get_text_config()
-    ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, text.max_position_embeddings).ids
+    context = getattr(text, "max_position_embeddings", None) or CONTEXT
+    ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, context).ids
     # Of one block: inputs of the source and of the target, outputs of both.
     needed = 4 * 4 * ids.numel() * text.hidden_size
     check_room("calibration_tokens", tokens, needed, f"for the hidden states of {ids.numel():,} tokens")

@@ -29,6 +29,7 @@ COPIED = (
     *TOKENIZER_FILES,
     *("merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model"),
     *("*.tiktoken", "tekken.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
 """Files that a conversion copies: tokenizer, generation config, chat template, terms of use."""

@@ -5,6 +5,7 @@ others are made when they are first asked for.
 """
 
 import sys
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 PACKAGE = "hf_ibnorm"
 PREFIX = "IBNorm"
 MODEL_TYPE_PREFIX = "ibnorm_"
+_MAKING = threading.RLock()
 WITH_FILES = ("llama", "gpt2")
 """Stock model types whose classes have files of their own."""
 
@@ -32,12 +34,13 @@ def stand_in(stock: Any) -> Any:
     Raises:
         AttributeError: Transformers has no such config or model.
     """
-    if isinstance(stock, str):
-        stock = _stock_class(stock)
-    name, package = f"{PREFIX}{stock.__name__}", sys.modules[PACKAGE]
-    if name not in vars(package):
-        setattr(package, name, _explicit(name) or _made(name, stock))
-    return vars(package)[name]
+    with _MAKING:  # two threads would make two classes
+        if isinstance(stock, str):
+            stock = _stock_class(stock)
+        name, package = f"{PREFIX}{stock.__name__}", sys.modules[PACKAGE]
+        if name not in vars(package):
+            setattr(package, name, _explicit(name) or _made(name, stock))
+        return vars(package)[name]
 
 
 def _stock_class(name: str) -> Any:

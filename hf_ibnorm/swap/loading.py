@@ -107,12 +107,12 @@ def check_tokenizer(field: str, tokenizer: Any, config: Any, where: Path) -> Non
         config: of the model.
         where: for the message.
     """
-    beyond = sorted(token for token in tokenizer.get_vocab().values() if token >= config.vocab_size)
+    beyond = sorted(token for token in tokenizer.get_vocab().values() if token >= config.get_text_config().vocab_size)
     if beyond and (reachable := [token for token in beyond if _may_be_read(tokenizer, token)]):
         last = reachable[-1]
         raise UserError(
             f"{field}: it has the token {tokenizer.convert_ids_to_tokens(last)!r} with id {last}, the model's "
-            f"vocab_size is {config.vocab_size}; the tokenizer in {where} is not this model's"
+            f"vocab_size is {config.get_text_config().vocab_size}; the tokenizer in {where} is not this model's"
         )
 
 

@@ -63,6 +63,9 @@ def set_lam(model: nn.Module, value: float) -> None:
             UserWarning,
             stacklevel=2,
         )
-    whole: dict[int, Any] = {id(m.config): m for m in model.modules() if isinstance(m, NormModelMixin)}
-    for each in whole.values():
-        record_ramped(each)
+    whole: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, NormModelMixin) and not module.is_part:
+            whole.setdefault(id(module.config), module)  # type: ignore[attr-defined]
+    for outermost in whole.values():
+        record_ramped(outermost)

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_ibnorm import STOCK
-from ..modeling_ibnorm import build_site, check_checkpointing, forget_origin, ours, qualified, set_site
+from ..modeling_ibnorm import build_site, check_checkpointing, forget_origin, mark_parts, ours, qualified, set_site
 from ..norms import NORMS, NormBase, norm_name, resolve_norm_kwargs
 from ..sites import STREAM, Formula, Site, contract, discover, identify
-from .target import ADAPTER_BASE, State, Target, check_class, chosen_sites, eps_of, factory_of, patterns, relative
+from .target import ADAPTER_BASE, State, Target, check_class, chosen_sites, factory_of, patterns, relative
 
 _RECORD = "_norms_before"
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name or name == "_is_full_backward_hook"]
@@ -108,9 +108,9 @@ def apply_norm(
     """
     target = Target(model)
     config, chosen = _patched_config(target, norm, sites, kinds, norm_kwargs)
-    norms = _build_norms(target, config, chosen)
-    check_checkpointing(target.model, norms.values())
     registered = _registered_model(target, config)
+    norms = _build_norms(target, config, chosen, registered)
+    check_checkpointing(target.model, norms.values())
     _check_keys(target, registered, norms)
     before = State.of(target)
     _check_parameters([(site, before.norms[site]) for site in norms])
@@ -132,6 +132,7 @@ def apply_norm(
     for item, name, value in before.attributes:
         if name == "__class__":
             item.__class__ = ours(value)
+    mark_parts(target.model)
     target.point_at(config)
     target.model.loss_type = registered.loss_type
     forget_origin(target.model)
@@ -241,7 +242,9 @@ def _patched_config(
         if misplaced in norm_kwargs:
             raise TypeError(f"{misplaced}: no such argument of apply_norm; write {right}")
     globs = relative(target, sites)
-    config: Any = copy.deepcopy(target.config)
+    # Parts of a composite model read their own configs, which stay the same objects.
+    parts = {id(part): part for part in vars(target.config).values() if isinstance(part, PreTrainedConfig)}
+    config: Any = copy.deepcopy(target.config, dict(parts))
     if not target.is_patched:
         config.__class__ = target.config_class
         vars(config).pop("model_type", None)  # a loaded config has it as an attribute, which would hide the class's
@@ -249,7 +252,9 @@ def _patched_config(
         config.norm_type, config.norm_kwargs, config.norm_overrides = stock, None, []
     chosen = chosen_sites(target, globs, kinds)
     name = norm_name(norm, "norm")
-    kwargs = resolve_norm_kwargs(name, norm_kwargs, eps_of(target, config, chosen))
+    kwargs: dict[str, Any] = {**resolve_norm_kwargs(name, norm_kwargs, config.model_eps)}
+    if config.model_eps is None and norm_kwargs.get("eps") is None and NORMS[name].contract.takes_model_eps:
+        kwargs.pop("eps", None)  # each norm takes that of the norm it replaces
     entry = {"type": name, "kwargs": kwargs}
     if globs is None and kinds is None:
         others = [(site, kind, config.norm_at(site, kind)) for site, kind in target.kinds.items() if kind != STREAM]
@@ -263,7 +268,7 @@ def _patched_config(
     return config, chosen
 
 
-def _build_norms(target: Target, config: Any, chosen: list[str]) -> dict[str, nn.Module]:
+def _build_norms(target: Target, config: Any, chosen: list[str], registered: PreTrainedModel) -> dict[str, nn.Module]:
     """The new norm of every site that changes; sites that shared a module share the new one.
 
     In a stock Llama or GPT-2 every site changes: those not chosen get torch's form of the stock norm.
@@ -279,7 +284,8 @@ def _build_norms(target: Target, config: Any, chosen: list[str]) -> dict[str, nn
             raise ValueError(f"model: the norm {target.names[site]} is offloaded; patch before dispatching the model")
         key = (id(old), repr(config.norm_at(site, kind)))
         if key not in shared:
-            shared[key] = build_site(config, site, old, kind, **factory_of(target.base, old))
+            like = registered.get_submodule(qualified(registered, site))  # has the ε of the stock norm
+            shared[key] = build_site(config, site, like, kind, **factory_of(target.base, old))
         norms[site] = shared[key]
     return norms
 

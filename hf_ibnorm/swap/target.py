@@ -1,7 +1,6 @@
 """The parts of a model that patching works on, and the choice of sites in it."""
 
 import re
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..checks import check_choice
 from ..configuration_ibnorm import NORM_FIELDS, NormConfigMixin
 from ..modeling_ibnorm import NormModelMixin, qualified, set_site, site_kinds
-from ..sites import EPS_ATTRIBUTES, KINDS, STREAM, base_prefix, discover
+from ..sites import KINDS, STREAM, base_prefix, discover
 from .families import stand_in
 
 ADAPTER_BASE = "base_model_name_or_path"
@@ -133,7 +132,9 @@ def chosen_sites(target: Target, globs: list[str] | None, kinds: str | Collectio
     Raises:
         ValueError: a glob that matches no site, an unknown kind, or no site at all.
     """
-    wanted = [kinds] if isinstance(kinds, str) else kinds
+    wanted = [kinds] if isinstance(kinds, str) or not isinstance(kinds, Collection | None) else kinds
+    if wanted is not None and not wanted:
+        raise ValueError(f"kinds: got no kind, allowed are {', '.join(KINDS)}")
     for kind in wanted or ():
         check_choice("kinds", kind, KINDS)
     if globs is not None and not globs:
@@ -171,15 +172,6 @@ def patterns(chosen: list[str], sites: list[str]) -> list[str]:
     patterns = list(dict.fromkeys(NUMBER.sub("*", site) for site in chosen))
     matched = {site for site in sites if any(fnmatchcase(site, pattern) for pattern in patterns)}
     return patterns if matched == set(chosen) else chosen
-
-
-def eps_of(target: Target, config: Any, chosen: list[str]) -> float | None:
-    """The model's own ε: of an architecture that is not pinned, what most of the chosen norms have."""
-    if target.pin is not None:
-        return config.model_eps
-    of_norms = [getattr(target.norm_at(site), name, None) for site in chosen for name in EPS_ATTRIBUTES]
-    given = Counter(float(eps) for eps in of_norms if isinstance(eps, float | int))
-    return given.most_common(1)[0][0] if given else config.model_eps
 
 
 def relative_globs(model: nn.Module, sites: str | Collection[str] | None) -> list[str] | None:

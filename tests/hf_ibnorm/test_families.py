@@ -1,7 +1,11 @@
 """Models of any architecture: sites as they are, the same function under an identity, saved and loaded to the bit."""
 
 import copy
+import json
 import pickle
+import subprocess
+import sys
+import textwrap
 from collections import Counter
 
 import peft
@@ -208,10 +212,8 @@ def test_a_checkpoint_is_converted_there_and_back(name, tmp_path):
     bias = any(getattr(norm, "bias", None) is not None for norm in norm_sites(model).values())
     options = {} if bias or stock == "rmsnorm" else {"bias": False}
     record = convert_checkpoint(tmp_path / "new", tmp_path / "back", stock, norm_kwargs=options)
-    # Of a model whose norms have several ε, norms of one ε are not the stock ones.
-    stays = len({site.eps for site in describe_sites(model) if is_swapped(site)}) > 1
-    assert record["architecture"] == (f"IBNorm{name}" if stays else name)
-    back = (type(new) if stays else type(model)).from_pretrained(tmp_path / "back").state_dict()
+    assert record["architecture"] == name
+    back = type(model).from_pretrained(tmp_path / "back").state_dict()
     assert back.keys() == model.state_dict().keys()
     assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
 
@@ -265,6 +267,95 @@ def test_a_norm_that_does_not_follow_the_place_is_refused_there(monkeypatch):
     assert type(model).__name__ == "Gemma2ForCausalLM"
 
 
+def composite():
+    """A small model of images and text, whose text part has experts that loading merges."""
+    parts = {
+        "text_config": small_config("mixtral", rms_norm_eps=1e-3),
+        "vision_config": small_config("clip_vision_model", layer_norm_eps=1e-4),
+    }
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(**parts, image_token_index=255)
+    return shake(transformers.LlavaForConditionalGeneration(config))
+
+
+LOADED = [
+    "OPTForCausalLM",
+    "T5ForConditionalGeneration",
+    "ConvNextForImageClassification",
+    "Gemma2ForCausalLM",
+    "llava",
+]
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_a_stock_checkpoint_that_is_loaded_with_a_norm_is_the_one_that_is_patched(name, tmp_path):
+    model, inputs = (composite(), {"input_ids": torch.arange(3, 15)[None]}) if name == "llava" else make(name)
+    model.save_pretrained(tmp_path / "stock")
+    patched = apply_norm(type(model).from_pretrained(tmp_path / "stock"), "ibnorm_l", lam=3.0).eval()
+    loaded = type(patched).from_pretrained(
+        tmp_path / "stock", norm_type="ibnorm_l", norm_kwargs={"lam": 3.0}, output_loading_info=True
+    )
+    assert all(key.endswith(("bias", "lam")) for key in loaded[1]["missing_keys"])
+    assert not loaded[1]["unexpected_keys"]
+    assert loaded[0].config.to_dict() | {"architectures": None} == patched.config.to_dict() | {"architectures": None}
+    assert torch.equal(output_of(loaded[0].eval(), inputs), output_of(patched, inputs))
+    eps = {site.eps for site in describe_sites(model) if is_swapped(site)}
+    assert {norm.eps for norm in norm_sites(patched).values() if isinstance(norm, IBNorm)} == eps
+    set_lam(patched, 2.0)
+    patched.save_pretrained(tmp_path / "new")
+    again = type(patched).from_pretrained(tmp_path / "new").eval()
+    assert {norm.lam_value for norm in norm_sites(again).values() if isinstance(norm, IBNorm)} == {2.0}
+    assert torch.equal(output_of(again, inputs), output_of(patched, inputs))
+    apply_norm(patched, "dyt")  # has no ε, and the model's is not forgotten
+    apply_norm(patched, "ibnorm_l")
+    assert {norm.eps for norm in norm_sites(patched).values() if isinstance(norm, IBNorm)} == eps
+
+
+def test_parts_of_a_composite_model_keep_their_configs_and_are_not_saved_alone(tmp_path):
+    model = composite()
+    text = model.config.text_config
+    apply_norm(model, "ibnorm_l")
+    assert model.config.text_config is model.model.language_model.config is text
+    with pytest.raises(
+        ValueError, match="is a part of a model, and its config does not name its norms; save the whole"
+    ):
+        model.model.language_model.save_pretrained(tmp_path)
+    restore_norm(model)
+    assert model.config.text_config is model.model.language_model.config is text
+
+
+def test_a_checkpoint_that_does_not_say_its_type_is_a_stock_one(tmp_path):
+    model, _ = make("OPTForCausalLM")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    del content["model_type"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"^norm_type: this checkpoint is a stock 'opt' model; say which norm it gets"):
+        hf_ibnorm.IBNormOPTForCausalLM.from_pretrained(tmp_path)
+
+
+def test_threads_that_ask_for_a_class_at_once_get_the_same():
+    code = """
+        from concurrent.futures import ThreadPoolExecutor
+        import hf_ibnorm
+        with ThreadPoolExecutor(4) as pool:
+            print(len(set(pool.map(lambda _: getattr(hf_ibnorm, "IBNormMistralForCausalLM"), range(4)))))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def test_fields_of_a_config_that_look_like_options_of_a_norm_are_its_own(tmp_path):
+    model, _ = make("Qwen3MoeForCausalLM")
+    model.save_pretrained(tmp_path)
+    config = hf_ibnorm.IBNormQwen3MoeConfig.from_pretrained(tmp_path, norm_type="ibnorm_l", norm_topk_prob=True)
+    assert config.norm_topk_prob is True
+    transformers.Starcoder2Config(norm_epsilon=1e-3).save_pretrained(tmp_path / "other")
+    config = hf_ibnorm.IBNormStarcoder2Config.from_pretrained(tmp_path / "other", norm_type="ibnorm_l")
+    assert config.norm_epsilon == 1e-3
+
+
 def test_other_kinds_and_globs_name_other_sites(tmp_path):
     model, inputs = make("Qwen3ForCausalLM")
     apply_norm(model, "ibnorm_t", kinds="qk")
@@ -302,9 +393,6 @@ def test_a_head_s_norm_is_a_site_of_its_own(tmp_path):
 
 
 def test_a_process_without_the_package_refuses_the_checkpoint(tmp_path):
-    import subprocess
-    import sys
-
     model, _ = make("Qwen3ForCausalLM")
     apply_norm(model, "ibnorm_l").save_pretrained(tmp_path)
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r})"
