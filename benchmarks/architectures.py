@@ -119,7 +119,7 @@ class Result:
     architecture: str
     model_type: str
     outcome: str
-    """"works", "no norm to swap", "not built" or "fails"."""
+    """"works", "refused", "no norm to swap", "not built" or "fails"."""
     reason: str = ""
     sites: str = ""
     """The norms by kind and formula, with their number."""
@@ -153,6 +153,9 @@ def check(model_type: str, architecture: str, **fields: Any) -> Result:
             faults = _faults(model, notes)
             result.reason = "; ".join(filter(None, [result.reason, *notes]))
     except Exception as error:
+        if "its norms cannot be chosen" in str(error):
+            result.outcome, result.reason = "refused", _in_a_line(error)
+            return result
         faults = [_in_a_line(error)]
     if faults:
         result.outcome, result.reason = "fails", "; ".join(faults)
