@@ -17,7 +17,6 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 from .norms import NORMS, norm_name, ramped_options, resolve_norm_kwargs
 from .sites import EPS_FIELDS, PINS, STREAM, Pin
 
-MODEL_TYPE_PREFIX = "ibnorm_"
 DEFAULT_NORM = "ibnorm_l"
 STOCK = "stock"
 """In place of a norm's name: the norm that the architecture has."""
@@ -64,7 +63,9 @@ def _overrides(given: Any) -> Iterator[tuple[str, str, Any]]:
         yield f"norm_overrides[{item[0]!r}]", item[0], item[1]
 
 
-def _resolved(field: str, name: Any, kwargs_field: str, kwargs: Any, eps: float | None) -> tuple[str, dict[str, Any]]:
+def resolve_norm(
+    field: str, name: Any, kwargs_field: str, kwargs: Any, eps: float | None
+) -> tuple[str, dict[str, Any]]:
     """A norm's name and all its options; `STOCK` has none. Where the model has no `eps`, it is None, unless given.
 
     A norm whose eps is None takes that of the norm that it replaces.
@@ -133,7 +134,7 @@ class NormConfigMixin:
 
     def _resolved(self) -> tuple[str, dict[str, Any], list]:
         eps = self.model_eps
-        name, kwargs = _resolved("norm_type", self.norm_type, "norm_kwargs", self.norm_kwargs, eps)
+        name, kwargs = resolve_norm("norm_type", self.norm_type, "norm_kwargs", self.norm_kwargs, eps)
         if self.norm_type_is_taken:
             raise ValueError(f"norm_type: {self.stock_model_type} has a field of this name; its norms cannot be chosen")
         resolved = []
@@ -143,7 +144,7 @@ class NormConfigMixin:
             norm = {"type": norm} if isinstance(norm, str) else norm
             if not isinstance(norm, Mapping) or not {"type"} <= set(norm) <= {"type", "kwargs"}:
                 raise ValueError(f"{field}: got {norm!r}, must be a norm name or {{'type': ..., 'kwargs': {{...}}}}")
-            own_name, own = _resolved(f"{field}.type", norm["type"], f"{field}.kwargs", norm.get("kwargs"), eps)
+            own_name, own = resolve_norm(f"{field}.type", norm["type"], f"{field}.kwargs", norm.get("kwargs"), eps)
             resolved.append([glob, {"type": own_name, "kwargs": own}])
         return name, kwargs, resolved
 
@@ -294,12 +295,13 @@ class IBNormGPT2Config(NormConfigMixin, GPT2Config):
     norm_overrides: list | dict | None = None
 
 
-def config_for(name: str, stock: type[PreTrainedConfig], module: str) -> type[PreTrainedConfig]:
+def config_for(name: str, stock: type[PreTrainedConfig], model_type: str, module: str) -> type[PreTrainedConfig]:
     """A config's class with norms, for any architecture of Transformers; as `IBNormLlamaConfig` is for Llama.
 
     Args:
         name: of the class.
         stock: the stock config's class.
+        model_type: of the configs.
         module: where the class is found by its name, when it is unpickled.
     """
     fields = {"norm_type": str, "norm_kwargs": dict | None, "norm_overrides": list | dict | None}
@@ -307,7 +309,7 @@ def config_for(name: str, stock: type[PreTrainedConfig], module: str) -> type[Pr
         "__doc__": f"{stock.__name__} plus the norm of every site; as `IBNormLlamaConfig` is to LlamaConfig.",
         "__module__": module,
         "__annotations__": fields,
-        "model_type": f"{MODEL_TYPE_PREFIX}{stock.model_type}",
+        "model_type": model_type,
         "norm_type": DEFAULT_NORM,
         "norm_kwargs": None,
         "norm_overrides": None,

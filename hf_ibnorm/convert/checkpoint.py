@@ -26,7 +26,7 @@ from ..sites import Formula, Site, contract, discover, identify
 from ..swap.loading import load, name_tokenizer
 from ..swap.patching import apply_norm
 from ..swap.remote_code import add_remote_code
-from ..swap.target import Target, chosen_sites, relative_globs
+from ..swap.target import Target, chosen_sites, relative
 from .calibrate import Errors, fit_norms
 from .settings import Conversion
 from .source import COPIED, Source, check_ramped, check_tensors, read_source
@@ -95,7 +95,8 @@ def convert_source(source: Source, target: Path, wanted: Conversion) -> dict[str
         model = source.architecture(source.config)
     check_tensors(source, model)
     check_ramped(source, model)
-    parts, globs = Target(model), relative_globs(model, wanted.sites)
+    parts = Target(model)
+    globs = relative(parts, wanted.sites)
     options = dict(wanted.norm_kwargs or {})
     if wanted.init == "identity":
         options = _identity_options(wanted.norm, options, source, parts, globs)

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -20,7 +19,7 @@ from ..base.reading import reading, told
 from ..base.room import check_model
 from ..modeling_ibnorm import NormModelMixin, ours, qualified, ramped_norms, same_ramped
 from ..norms import ramped_options
-from ..swap.families import PREFIX, Family, family_of, stand_in
+from ..swap.families import Family, family_of, named_class
 from ..swap.loading import HUB_FILES, TOKENIZER_FILES, check_tokenizer, has_tokenizer, load
 from ..swap.patching import norm_sites
 from .weights import STORED, Shard, read_shards
@@ -135,7 +134,7 @@ def _architecture(config: Any, got: str) -> type[PreTrainedModel]:
     """The class that a config names; ValueError where it is none of Transformers or of ours, or does not take it."""
     name = next(iter(config.architectures or []), config.model_type)
     try:
-        architecture = getattr(transformers, name, None) or stand_in(name.removeprefix(PREFIX))
+        architecture = named_class(name)
     except AttributeError:
         must_be = "it must be a model of Transformers, stock or with norms of hf_ibnorm"
         raise ValueError(f"{got}, a {name}; {must_be}") from None

@@ -10,7 +10,7 @@ from typing import Any
 from ..base.command import quiet_libraries
 from ..base.errors import UserError
 from ..base.reading import told
-from .families import PREFIX
+from .families import named_class
 from .loading import find_model, load
 
 
@@ -38,22 +38,17 @@ def _sites(arguments: argparse.Namespace) -> None:
 def _on_meta(name: str) -> Any:
     """The model at a directory or on the Hub, without its weights; of a model type, one of its default size."""
     import torch
-    import transformers
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    import hf_ibnorm
 
     if name in CONFIG_MAPPING_NAMES and not Path(name).exists():
         config = AutoConfig.for_model(name)
     else:
         config = load("model", AutoConfig, find_model(name))
-    architecture = (config.architectures or [""])[0]
-    home = hf_ibnorm if architecture.startswith(PREFIX) else transformers
+    architecture = next(iter(config.architectures or []), None)
     try:
         with torch.device("meta"):
-            cls = getattr(home, architecture) if architecture else None
-            return AutoModel.from_config(config) if cls is None else cls(config)
+            return AutoModel.from_config(config) if architecture is None else named_class(architecture)(config)
     except Exception as error:  # of many kinds: an architecture of the checkpoint's own, sizes that do not fit
         raise UserError(f"model: got {name!r}, which cannot be built: {told(error)}") from error
 

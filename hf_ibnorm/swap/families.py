@@ -54,6 +54,15 @@ def _stock_class(name: str) -> Any:
     return stock
 
 
+def named_class(name: str) -> Any:
+    """The class that `architectures` of a config names: one of Transformers, or of ours.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    return stand_in(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else _stock_class(name)
+
+
 def _explicit(name: str) -> Any:
     """A class that has its place in a file; None for others."""
     files = ["configuration_ibnorm", *(f"modeling_ibnorm_{model_type}" for model_type in WITH_FILES)]
@@ -68,7 +77,9 @@ def _made(name: str, stock: Any) -> Any:
     from transformers import PreTrainedConfig
 
     if issubclass(stock, PreTrainedConfig):
-        return _import("configuration_ibnorm").config_for(name, stock, PACKAGE)
+        return _import("configuration_ibnorm").config_for(
+            name, stock, f"{MODEL_TYPE_PREFIX}{stock.model_type}", PACKAGE
+        )
     return _import("modeling_ibnorm").model_for(name, stock, stand_in(stock.config_class), PACKAGE)
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration_ibnorm import STOCK
+from ..configuration_ibnorm import STOCK, resolve_norm
 from ..modeling_ibnorm import build_site, check_checkpointing, forget_origin, mark_parts, ours, qualified, set_site
-from ..norms import NORMS, NormBase, norm_name, resolve_norm_kwargs
+from ..norms import NORMS, NormBase, norm_name
 from ..sites import STREAM, Formula, Site, contract, discover, identify
 from .target import ADAPTER_BASE, State, Target, check_class, chosen_sites, factory_of, patterns, relative
 
@@ -252,9 +252,7 @@ def _patched_config(
         config.norm_type, config.norm_kwargs, config.norm_overrides = stock, None, []
     chosen = chosen_sites(target, globs, kinds)
     name = norm_name(norm, "norm")
-    kwargs: dict[str, Any] = {**resolve_norm_kwargs(name, norm_kwargs, config.model_eps)}
-    if config.model_eps is None and norm_kwargs.get("eps") is None and NORMS[name].contract.takes_model_eps:
-        kwargs.pop("eps", None)  # each norm takes that of the norm it replaces
+    name, kwargs = resolve_norm("norm", name, "norm_kwargs", norm_kwargs, config.model_eps)
     entry = {"type": name, "kwargs": kwargs}
     if globs is None and kinds is None:
         others = [(site, kind, config.norm_at(site, kind)) for site, kind in target.kinds.items() if kind != STREAM]

@@ -174,16 +174,12 @@ def patterns(chosen: list[str], sites: list[str]) -> list[str]:
     return patterns if matched == set(chosen) else chosen
 
 
-def relative_globs(model: nn.Module, sites: str | Collection[str] | None) -> list[str] | None:
+def relative(target: Target, sites: str | Collection[str] | None) -> list[str] | None:
     """`sites` of `apply_norm` as globs over names relative to the base model; None for all.
 
     Raises:
-        TypeError: a model that is not of Transformers, or no globs.
+        TypeError: no globs.
     """
-    return relative(Target(model, exact=False), sites)
-
-
-def relative(target: Target, sites: str | Collection[str] | None) -> list[str] | None:
     if sites is None:
         return None
     globs: list[Any] = [sites] if isinstance(sites, str) or not isinstance(sites, Collection) else list(sites)
