@@ -263,6 +263,28 @@ def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name.removeprefix(prefix): module for name, module in named if is_norm(module)}
 
 
+def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The blocks of a model, with their name relative to the base model: the outermost list with the most norms.
+
+    Args:
+        model: base model or with a head, on any device.
+
+    Raises:
+        ValueError: the model has no list of modules.
+    """
+    base: Any = getattr(model, "base_model", model)
+    lists = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"model: got {type(model).__name__}, which has no list of blocks")
+    norms = list(norm_modules(base))
+    return max(lists, key=lambda each: sum(name.startswith(f"{each[0]}.") for name in norms))
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a text model takes; None where its config sets no limit, as without learned positions."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def discover(model: nn.Module) -> list[Site]:
     """The sites of a model, in the order in which its modules were made.
 

@@ -12,8 +12,9 @@ from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.reading import read_yaml, reading
 from hf_ibnorm.checks import nearest
 from hf_ibnorm.data import CORPORA
+from hf_ibnorm.swap.families import WITH_FILES
 
-from .architecture import build_model_config
+from .architecture import build_model_config, idle_sizes
 from .settings import SIZES, ModelConfig, TrainConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -109,8 +110,13 @@ def _refuse_idle(config: TrainConfig, flags: set[str]) -> None:
     splits = "corpus_config train_split validation_split validation_every"
     trained = "tokenizer_vocab_size tokenizer_documents"
     no_training = "a tokenizer is given, and none is trained"
-    of_a_checkpoint = " ".join(f"model.{name}" for name in ("model_type", *SIZES) if name != "dropout")
+    of_a_checkpoint = " ".join(f"model.{name}" for name in ("model_type", "config_kwargs", *SIZES) if name != "dropout")
     defaults = TrainConfig("")
+    sizes = {f"model.{name}" for name in SIZES}
+    absent = ""
+    if config.model.model_type not in WITH_FILES and not starts and sizes & flags:  # those two have all
+        with bad_input():
+            absent = " ".join(f"model.{name}" for name in idle_sizes(config.model.model_type))
     for names, is_idle, why in (
         ("lora_rank lora_alpha lora_targets", config.trainable != "lora", "trainable is not lora"),
         ("distillation_weight distillation_temperature", config.teacher is None, "there is no teacher"),
@@ -123,6 +129,7 @@ def _refuse_idle(config: TrainConfig, flags: set[str]) -> None:
         (splits, embedded, "an embedded corpus has its own splits"),
         ("text_field", embedded, "an embedded corpus has no fields"),
         (of_a_checkpoint, starts, "model.init_from has its own"),
+        (absent, True, f"the config of {config.model.model_type} has no such field"),
     ):
         for name in names.split() if is_idle else ():
             value = operator.attrgetter(name)

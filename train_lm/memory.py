@@ -11,22 +11,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedModel
 
 from hf_ibnorm.base.room import check_model
+from hf_ibnorm.sites import blocks_of, context_of
 
-from .architecture import build_model_config, names_in
-from .model import read_config, speed_up, starting_config
+from .architecture import build_model_config, family_of, names_in
+from .flops import GroupedShapes, attention_of, flops_per_token
+from .model import new_model, read_config, speed_up, starting_config
 from .optim import freeze
 from .settings import TrainConfig
 from .tasks.language import LOW, training_loss
-from .throughput import flops_per_token
-
-# Transformers' attention without a mask: by itself it leaves the mask out only where it can see that nothing is padded.
-# Tensors without values do not show that, and a mask of length times length would be counted.
-_ATTENTION = "sdpa_without_mask"
-AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class StepMemory:
     activations: int
     parameters: int  # from here on numbers of parameters
     trained: int
-    block: int  # in one block
+    block: int  # in one block, the largest
     outside: int  # in no block: embeddings, output layer, last norm
     flops_per_token: float  # a teacher's included
 
@@ -63,16 +58,20 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
     if config.trainable == "lora":
         raise ValueError("trainable: got 'lora', which cannot be planned (peft needs values); all and norms can")
     low = LOW.get(config.mixed_precision)
-    with warnings.catch_warnings(), FakeTensorMode(), _Live() as live:
+    with warnings.catch_warnings(), FakeTensorMode(), GroupedShapes(), _Live() as live:
         warnings.simplefilter("ignore")
         model = _model(config)
         freeze(model, config)
         speed_up(model, replace(config, compile=False))
         taught, teacher = 0, None
         if config.teacher is not None:
-            teacher = _built(read_config("teacher", config.teacher)).eval().requires_grad_(False)
+            teacher = _built("teacher", read_config("teacher", config.teacher)).eval().requires_grad_(False)
             taught = sum(tensor.nbytes for tensor in [*teacher.parameters(), *teacher.buffers()])
         flops = flops_per_token(model, config.block_size, teacher)
+        if flops is None:
+            raise ValueError(
+                f"model: got a {type(model).__name__}, which cannot be planned: its steps depend on values"
+            )
         # As Accelerate wraps a model.
         model.forward = convert_outputs_to_fp32(torch.autocast("cpu", low, enabled=low is not None)(model.forward))
         base = live.peak = live.now
@@ -88,8 +87,7 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
         training = live.peak - base
         activations = max(training - gradients, validation - (0 if gradients_stay else gradients))
         count = sum(tensor.numel() for tensor in model.parameters())
-        block = model.base_model.get_submodule(f"{model.config.norm_pin.blocks}.0")
-        in_block = sum(tensor.numel() for tensor in block.parameters())
+        in_blocks = [sum(tensor.numel() for tensor in block.parameters()) for block in blocks_of(model)[1]]
         return StepMemory(
             weights=4 * count + sum(tensor.nbytes for tensor in model.buffers()),
             gradients=gradients,
@@ -97,8 +95,8 @@ def step_memory(config: TrainConfig, gradients_stay: bool = False) -> StepMemory
             activations=activations + taught,
             parameters=count,
             trained=gradients // 4,
-            block=in_block,
-            outside=count - in_block * model.config.num_hidden_layers,
+            block=max(in_blocks),
+            outside=count - sum(in_blocks),
             flops_per_token=flops,
         )
 
@@ -117,16 +115,16 @@ def _model(config: TrainConfig) -> PreTrainedModel:
         built: Any = build_model_config(config)
     else:
         built = starting_config(config, config.model.init_from, None)[1]
-        config.check_context(built.max_position_embeddings)
+        config.check_context(context_of(built))
     check_model("model", built, weights=False)
     for name in names_in(built, "dropout"):
-        if name.startswith("att"):  # with dropout, a CPU's fused attention keeps the scores; a GPU's does not
+        if "att" in name:  # with dropout, a CPU's fused attention keeps the scores; a GPU's does not
             setattr(built, name, 0.0)
-    return _built(built).train()
+    return _built("model", built).train()
 
 
-def _built(config: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=_ATTENTION)
+def _built(field: str, config: Any) -> PreTrainedModel:
+    return new_model(field, config, attn_implementation=attention_of(family_of(config.model_type, field).causal_lm))
 
 
 class _Live(TorchDispatchMode):

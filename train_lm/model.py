@@ -14,23 +14,26 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from hf_ibnorm.analysis.places import evaluating
 from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import sha256_tensors
-from hf_ibnorm.base.room import check_model
-from hf_ibnorm.configuration_ibnorm import NORM_FIELDS
+from hf_ibnorm.base.room import check_model, is_out_of_memory
+from hf_ibnorm.configuration_ibnorm import NORM_FIELDS, STOCK
 from hf_ibnorm.convert.checkpoint import lost_text
 from hf_ibnorm.convert.weights import Shard, read_shards
-from hf_ibnorm.modeling_ibnorm import build_site, ramped_norms
+from hf_ibnorm.modeling_ibnorm import build_site, qualified, ramped_norms, site_kinds
 from hf_ibnorm.norms import norm_name
-from hf_ibnorm.sites import is_norm
-from hf_ibnorm.swap.families import FAMILIES, Family
+from hf_ibnorm.sites import blocks_of, context_of, contract, is_norm
+from hf_ibnorm.swap.families import Family
 from hf_ibnorm.swap.loading import has_tokenizer, load
 
-from .architecture import build_model_config, check_vocabulary, names_in
+from .architecture import FAULTS, build_model_config, check_vocabulary, family_of, names_in
 from .settings import TrainConfig
 from .start import Start
 from .tokenizer import load_tokenizer, saved_and_loaded
+
+PROBED = 8  # tokens that a new model reads to see whether it looks ahead
 
 
 def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: Start) -> tuple[PreTrainedModel, Any]:
@@ -44,7 +47,7 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
         else:
             family, model_config = starting_config(config, saved or config.model.init_from, start.saved)
             check_vocabulary(model_config.vocab_size, len(tokenizer))
-            config.check_context(model_config.max_position_embeddings)
+            config.check_context(context_of(model_config))
         if saved is not None:
             model = load("resume", family.causal_lm, saved, dtype=torch.float32)
             for name in NORM_FIELDS:  # the checkpoint's own have λ as far as its ramp had come
@@ -53,11 +56,24 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
             model, lost = load_start(family, config.model.init_from, model_config)
             start.messages.extend([lost] * bool(lost))
         else:
-            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+            model = new_model("model", model_config)
+        if saved is None:
+            check_causal("model.model_type" if config.model.init_from is None else "model.init_from", model)
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise UserError(f"model: {name} is {parameter.dtype}, must be torch.float32, or its updates round away")
     return model, model_config
+
+
+def new_model(field: str, model_config: Any, **options: Any) -> PreTrainedModel:
+    """A model in float32 with initial weights; ValueError, which `field` opens, where its config allows none."""
+    try:
+        return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, **options)
+    except (*FAULTS, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        kind = model_config.stock_model_type
+        raise ValueError(f"{field}: a {kind} cannot be built with these fields of its config: {error}") from error
 
 
 def load_start(family: Family, where: str, model_config: Any) -> tuple[PreTrainedModel, str]:
@@ -65,14 +81,43 @@ def load_start(family: Family, where: str, model_config: Any) -> tuple[PreTraine
     model, missing, dropped = load_weights("model.init_from", family.causal_lm, where, config=model_config)
     own: Any = load("model.init_from", AutoConfig, where)
     if not isinstance(own, family.config):
-        own = load("model.init_from", family.config, where, norm_type=family.pin.stock)
-    # The norms of the checkpoint, as they are before training.
-    old = {site: build_site(own, site) for site in family.pin.names(own)}
-    had = tuple(f".{site}.{name}" for site, norm in old.items() for name, _ in norm.named_parameters())
+        own = load("model.init_from", family.config, where, norm_type=family.stock_norm)
+    old = initial_norms(family, own)
+    had = tuple(f".{name}" for name in old)
     new = norm_prefixes(model)
     lost = [name for name in missing if not name.startswith(new) or f".{name}".endswith(had)]
     refuse_lost("model.init_from", where, lost)
     return model, lost_message(where, dropped, old)
+
+
+def initial_norms(family: Family, own: Any) -> dict[str, torch.Tensor]:
+    """What the norms of a model with the config `own` hold before training: site.name → tensor."""
+    with torch.device("meta"):
+        model = family.causal_lm(own)
+    held: dict[str, torch.Tensor] = {}
+    for site, kind in site_kinds(model, own.norm_pin).items():
+        norm = model.get_submodule(qualified(model, site))
+        stock = own.norm_at(site, kind)[0] == STOCK
+        values = contract(norm).initial_values() if stock else build_site(own, site, norm, kind).state_dict()
+        held |= {f"{site}.{name}": value for name, value in values.items()}
+    return held
+
+
+@torch.no_grad()
+def check_causal(field: str, model: PreTrainedModel) -> None:
+    """Raise ValueError where what a model says of a token depends on tokens after it, which it is to predict."""
+    ids = torch.zeros((2, PROBED), dtype=torch.int64)
+    ids[1, -1] = 1
+    kind = f"{field}: got a {type(model).__name__}"
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            first, second = model(input_ids=ids, use_cache=False).logits
+    except (*FAULTS, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{kind}, which does not read {PROBED} tokens alone: {error}") from error
+    if not torch.allclose(first[:-1], second[:-1], rtol=0, atol=1e-4 * float(first.abs().max())):
+        raise ValueError(f"{kind}, which looks at the tokens that it is to predict; must be causal")
 
 
 def load_weights(field: str, cls: Any, where: str, **options: Any) -> tuple[PreTrainedModel, list[str], list[str]]:
@@ -91,12 +136,11 @@ def refuse_lost(field: str, where: str, lost: list[str]) -> None:
         raise ValueError(f"{field}: got {where!r}, which lacks {', '.join(lost[:5])}: {len(lost)} in all")
 
 
-def lost_message(where: str, names: Collection[str], norms: dict[str, nn.Module]) -> str:
+def lost_message(where: str, names: Collection[str], initial: dict[str, torch.Tensor]) -> str:
     """A line about the tensors `names` of a checkpoint that have no place in the model, in the words of a conversion.
 
-    `norms` are the checkpoint's own by site, as before training: a tensor with the same value is no loss. "" for none.
+    `initial` is of the checkpoint's norms before training: a tensor with the same value is no loss. "" for none.
     """
-    initial = {f"{site}.{name}": value for site, norm in norms.items() for name, value in norm.state_dict().items()}
     shards: dict[str, Shard] = {}
     if names:
         folder = Path(where) if Path(where).is_dir() else Path(str(cached_file(where, "config.json"))).parent
@@ -122,10 +166,8 @@ def load_teacher(config: TrainConfig, where: str, tokenizer: PreTrainedTokenizer
     if taught.vocab_size != config.model.vocab_size:
         sizes = f"a vocabulary of {taught.vocab_size}, the model has {config.model.vocab_size}"
         raise ValueError(f"teacher: got {where!r} with {sizes}; both must be as large")
-    if config.block_size > taught.max_position_embeddings:
-        raise ValueError(
-            f"block_size: got {config.block_size}, must be <= the teacher's context of {taught.max_position_embeddings}"
-        )
+    if (context := context_of(taught)) is not None and config.block_size > context:
+        raise ValueError(f"block_size: got {config.block_size}, must be <= the teacher's context of {context}")
     if not Path(where).is_dir() or has_tokenizer(Path(where)):  # on the Hub there is taken to be one
         theirs = saved_and_loaded(load_tokenizer("teacher", where))
         if theirs.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
@@ -133,15 +175,6 @@ def load_teacher(config: TrainConfig, where: str, tokenizer: PreTrainedTokenizer
     model, missing, _ = load_weights("teacher", AutoModelForCausalLM, where)
     refuse_lost("teacher", where, missing)
     return model.eval().requires_grad_(False)
-
-
-def family_of(model_type: str, field: str) -> Family:
-    """The family of `model_type`, ours or stock; `field` opens the ValueError about an unknown one."""
-    for family in FAMILIES:
-        if model_type in (family.model_type, family.stock_model_type):
-            return family
-    known = ", ".join(family.stock_model_type for family in FAMILIES)
-    raise ValueError(f"{field}: got a {model_type} model, known are {known}, stock or ours")
 
 
 def read_config(field: str, where: str | Path) -> Any:
@@ -166,7 +199,7 @@ def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any
     elif saved is not None:
         norms |= {name: saved["model"][name] for name in ("norm_type", "norm_overrides")}
     elif not isinstance(own, family.config):
-        norms["norm_type"] = family.pin.stock
+        norms["norm_type"] = family.stock_norm
     if saved is not None and norm_name(norms["norm_type"]) == saved["model"]["norm_type"]:
         # A checkpoint's own have λ as far as its ramp had come.
         norms["norm_kwargs"] = {**saved["model"]["norm_kwargs"], **model.norm_kwargs}
@@ -221,5 +254,5 @@ def speed_up(model: PreTrainedModel, config: TrainConfig) -> None:
             # With the generators' states kept, noise norms and dropout draw the same again.
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True})
     if config.compile:
-        for block in model.base_model.get_submodule(model.config.norm_pin.blocks).children():
+        for block in blocks_of(model)[1]:
             block.compile()

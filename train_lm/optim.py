@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_ibnorm.checks import check_choice
-from hf_ibnorm.sites import is_norm
+from hf_ibnorm.sites import blocks_of, is_norm
 from hf_ibnorm.swap.optim import no_decay_parameter_names
 
 from .settings import TrainConfig
@@ -46,7 +46,7 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> None:
         return
     from peft import LoraConfig, inject_adapter_in_model
 
-    blocks = model.base_model.get_submodule(model.config.norm_pin.blocks)
+    _, blocks = blocks_of(model)
     layers = (name for name, module in blocks.named_modules() if isinstance(module, nn.Linear | Conv1D))
     known = sorted({name.rpartition(".")[2] for name in layers})
     targets = known if config.lora_targets is None else config.lora_targets

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from hf_ibnorm.base.errors import UserError
 from hf_ibnorm.checks import LARGEST, check_choice, check_number
-from hf_ibnorm.swap.families import FAMILIES
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "dvclive", "swanlab")
 
@@ -29,6 +28,8 @@ SIZES = (
     *("norm_eps", "dropout"),
 )
 """Fields of `ModelConfig` that a model's Transformers config has, by this name or another."""
+NORM_SETTINGS = ("norm_type", "norm_kwargs", "norm_overrides")
+"""Fields of `ModelConfig` that say its norms."""
 _HARMLESS = {"harmless": True}
 """Metadata of fields that change no result: a resumed run may have other values, and so may runs that are compared."""
 
@@ -38,11 +39,12 @@ class ModelConfig:
     """The model to train, in Transformers' names.
 
     Args:
-        model_type: architecture, llama or gpt2.
-        init_from: directory or name of a Llama or GPT-2 checkpoint to start from, stock or ours; its sizes and
-            epsilon replace those given here, and its tokenizer is used unless another one is given.
+        model_type: architecture: llama, gpt2, or another causal language model of Transformers by its model type, such
+            as qwen3 or olmo2.
+        init_from: directory or name of a checkpoint to start from, of such an architecture, stock or ours; its sizes
+            and epsilon replace those given here, and its tokenizer is used unless another one is given.
         norm_type: norm at every site: ibnorm_s, ibnorm_l, ibnorm_t, ibnorm_shrink, layernormalnorm, layernorm, rmsnorm
-            or dyt (null, with init_from only: the norms of that checkpoint).
+            or dyt; or stock, the architecture's own (null, with init_from only: the norms of that checkpoint).
         norm_kwargs: options of the norm; where init_from has this norm already, the options to change. A whole {...}
             replaces the recipe's options, --model.norm_kwargs.lam 4 merges into it.
         norm_overrides: sites with another norm, a list of [glob, norm], such as '[[layers.0.*, dyt]]', or a mapping;
@@ -52,12 +54,15 @@ class ModelConfig:
         intermediate_size: inner width of the MLP.
         num_hidden_layers: number of blocks.
         num_attention_heads: attention heads a block.
-        num_key_value_heads: key and value heads, Llama only (null: as many as attention heads).
+        num_key_value_heads: key and value heads, where they may be fewer (null: as many as attention heads).
         max_position_embeddings: longest context (null: block_size).
         tie_word_embeddings: share the embedding with the output layer.
         initializer_range: standard deviation of the initial matrices.
-        norm_eps: the model's own epsilon (null: 1e-6 for llama, 1e-5 for gpt2).
-        dropout: everywhere for gpt2, in the attention for llama.
+        norm_eps: the model's own epsilon (null: the architecture's, 1e-6 for llama, 1e-5 for gpt2).
+        dropout: everywhere where the architecture has one: for llama that is in the attention.
+        config_kwargs: other fields of the architecture's Transformers config, such as {head_dim: 64}; those left out
+            are as that config has them. A whole {...} replaces the recipe's, --model.config_kwargs.head_dim 64 merges
+            into it.
         dtype: of the weights, float32; for bfloat16 arithmetic see mixed_precision.
     """
 
@@ -77,6 +82,7 @@ class ModelConfig:
     initializer_range: float = _number(0.02, 0.0, 1.0)
     norm_eps: float | None = _number(None, 0.0)
     dropout: float = _number(0.0, 0.0, below=1.0)
+    config_kwargs: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
 
 
@@ -130,7 +136,7 @@ class TrainConfig:
         lora_rank: rank of an adapter.
         lora_alpha: an adapter's product is multiplied by this over its rank.
         lora_targets: names of the linear layers with an adapter, such as [q_proj, v_proj] (null: all in the blocks).
-        teacher: directory or name of a Llama or GPT-2, stock or ours, with the same tokenizer, whose logits are
+        teacher: directory or name of a causal language model, stock or ours, with the same tokenizer, whose logits are
             distilled (null: none).
         distillation_weight: w in loss = (1 - w) cross-entropy + w T^2 KL(teacher || student); with a teacher, not 0.
         distillation_temperature: T, by which both models' logits are divided in KL.
@@ -226,7 +232,6 @@ class TrainConfig:
                 if bounds and (value is not None or declared.default is not None):
                     low, high, high_allowed = bounds
                     check_number(f"{prefix}{declared.name}", value, low, high, high_allowed=high_allowed)
-        check_choice("model.model_type", self.model.model_type, tuple(family.stock_model_type for family in FAMILIES))
         for name in self.log_with:
             check_choice("log_with", name, TRACKERS)
         if self.push_to_hub is not None:

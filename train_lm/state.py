@@ -49,7 +49,7 @@ class Setup:
     task: Task
     hashes: dict[str, str | None]
     lams: dict[str, tuple[float, float]]  # site → λ at the start and at the end of its schedule
-    flops_per_token: float
+    flops_per_token: float | None  # None where they cannot be counted
 
     def set_lam_fraction(self, fraction: float) -> None:
         """Set every λ to where it is after this fraction of its way."""

@@ -1,4 +1,4 @@
-"""How fast a run is, and devices are: model FLOPs utilization and memory."""
+"""How fast devices are, and how much memory they have and a run takes."""
 
 import re
 import resource
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -53,35 +51,6 @@ def peak_flops(device: str, mixed_precision: str) -> float | None:
         if re.search(rf"\b{name}\b", device):
             return known.flops(mixed_precision)
     return None
-
-
-def flops_per_token(model: "PreTrainedModel", block_size: int, teacher: "PreTrainedModel | None" = None) -> float:
-    """Floating point operations that training on one token takes, forward and backward, and forward for a teacher.
-
-    6 for each weight of a matrix product, 4 where it is not trained, and 12·L·d·T for attention over T tokens in L
-    blocks of width d, the mask not subtracted, as in PaLM (arXiv 2204.02311, appendix B). Embeddings are looked up, not
-    multiplied with; the output layer counts even where it is tied to them. Not torch's FlopCounterMode: it counts
-    rotary angles too, and needs a forward pass, which Transformers' mask does not allow on the meta device.
-    """
-    frozen = sum(2.0 * matrix.numel() for matrix in _matrices(model) if not matrix.requires_grad)
-    own = 3.0 * _forward_flops(model, block_size) - frozen
-    return own if teacher is None else own + _forward_flops(teacher, block_size)
-
-
-def _forward_flops(model: "PreTrainedModel", block_size: int) -> float:
-    weights = sum(matrix.numel() for matrix in _matrices(model))
-    return 2.0 * weights + 4.0 * model.config.num_hidden_layers * model.config.hidden_size * block_size
-
-
-def _matrices(model: "PreTrainedModel") -> list["Tensor"]:
-    """The weights of matrix products."""
-    from torch import nn
-
-    lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices = {id(p): p for p in model.parameters() if p.ndim == 2 and id(p) not in lookups}
-    output = model.get_output_embeddings()
-    matrices[id(output.weight)] = output.weight
-    return list(matrices.values())
 
 
 def peak_memory_gb(device: "torch.device") -> float:

@@ -174,7 +174,7 @@ def metrics_row(
 ) -> dict[str, Any]:
     """The line of `metrics.jsonl` for the step just done, without the validation loss."""
     config, state, setup = session.config, session.state, session.setup
-    speed, peak = batch.tokens / seconds, session.peak
+    speed, peak, flops = batch.tokens / seconds, session.peak, setup.flops_per_token
     row: dict[str, Any] = {
         "step": state.step,
         "loss": gathered.loss,
@@ -184,7 +184,7 @@ def metrics_row(
         "grad_norm": gathered.grad_norm,
         "gain_movement": state.gain_movement(gathered.moves),
         "batch_sha": gathered.batch_sha,
-        "mfu": peak and speed * setup.flops_per_token / (peak * session.accelerator.num_processes),
+        "mfu": peak and flops and speed * flops / (peak * session.accelerator.num_processes),
         "memory_gb": peak_memory_gb(session.accelerator.device),
     }
     if config.teacher is not None:

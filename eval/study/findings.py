@@ -69,11 +69,12 @@ def cost_table(groups: Sequence[Group], metric: str) -> Table:
     for group in groups:
         if runs := group.runs():
             environment, tokens = runs[0].environment, runs[0].metrics[-1]["tokens"]
+            flops = environment["flops_per_token"]
             row = [
                 group.label,
                 mean_spread(group.values(metric).values()),
                 f"{environment['parameters']:,}",
-                f"{environment['flops_per_token'] * tokens / 1e12:,.1f}",
+                number_cell(flops and flops * tokens / 1e12, ",.1f"),
                 f"{tokens:,}",
                 mean_spread([run.seconds() for run in runs], 0),
                 mean_spread([run.seconds_per_step() for run in runs], 3),

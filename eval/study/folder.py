@@ -18,7 +18,7 @@ from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import alone_in, atomic_directory, check_new_directory, sha256, write_json, write_text
 from hf_ibnorm.base.layout import SOURCE
 from hf_ibnorm.base.reading import read_json, reading
-from hf_ibnorm.swap.families import FAMILIES
+from hf_ibnorm.swap.families import Family
 
 from ..options import Settings, add_settings
 from ..suites import SUITES, choose
@@ -292,13 +292,14 @@ def ask(words: Sequence[str]) -> tuple[int, str]:
 
 
 def _stock_norm(study: Study, recipes: Mapping[str, str]) -> str:
-    """The arm that is the norm of the stock model: RMSNorm for Llama, LayerNorm for GPT-2; UserError without one."""
+    """The arm that is the norm of the stock model, such as RMSNorm for Llama; UserError without one."""
     model_type = yaml.safe_load(next(iter(recipes.values())))["model"]["model_type"]
-    (stock,) = (family.pin.stock for family in FAMILIES if family.stock_model_type == model_type)
+    stock = Family(model_type).stream_norm
     for arm in study.arms:
         if arm.norm == stock:
             return arm.name
-    raise UserError(f"baseline: is missing, and {stock}, the norm of {model_type}, is none of norms")
+    named = f"{stock}, the norm of {model_type}," if stock else f"the norm of {model_type}, which has no name here,"
+    raise UserError(f"baseline: is missing, and {named} is none of norms")
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from ..data.text import SEQUENCE, Text, draw_text
 from ..report.environment import environment_record
 from ..report.runs import Run
 from ..report.tables import csv_text
+from ..sites import context_of
 from ..swap.loading import checkpoints_of, find_model, load_tokenizer, load_whole
 from .model import PARTS, Measuring, analyze_model, plane_options
 from .normality import require_analysis, spaced
@@ -146,8 +147,8 @@ def _subject(model: str, data: str, tokens: int, noise: bool) -> Subject:
         if folder == run / layout.FINAL:
             step = int(Run.read(run).metrics[-1]["step"])
     config, tokenizer = load_tokenizer(folder)
-    context = getattr(config, "max_position_embeddings", None) or SEQUENCE
-    block = min(SEQUENCE, context)
+    context = context_of(config)
+    block = min(SEQUENCE, context or SEQUENCE)
     if tokens < block:
         raise ValueError(f"tokens: got {tokens}, must be at least a block of {model}: {block}")
     text = draw_text("data", data, "test", tokenizer, tokens, context)

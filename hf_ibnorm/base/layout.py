@@ -26,7 +26,7 @@ RUN_NORM_FORM = {"type": str, "kwargs": {"lam?": _NUMBER}}  # a norm in `norm_ov
 RUN_ENVIRONMENT_FORM = {
     **{"init_sha": str, "parameters": int, "device": str, "cpu_count": int, "date": str},
     "versions": {"torch": str, "*": (str, type(None))},
-    **{"num_processes?": (int, type(None)), "flops_per_token?": float, "on_hub?": [str], "harmless_settings?": [str]},
+    **{"num_processes?": (int, type(None)), "flops_per_token?": _NUMBER, "on_hub?": [str], "harmless_settings?": [str]},
 }
 RUN_STEP_FORM = {
     **{"step": int, "tokens": int, "tokens_per_second": float, "loss": _NUMBER, "batch_sha": str},

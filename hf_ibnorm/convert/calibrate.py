@@ -5,7 +5,7 @@ are the targets, and one with the new norms, each fitted as soon as it is reache
 the norms before it. The model is in memory once, whatever its depth, and every block runs a few times.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modeling_ibnorm import build_site, qualified, set_site
-from ..sites import contract
+from ..sites import blocks_of, contract
 
 BATCH = 4  # sequences at a time
 _AFFINE = ("weight", "bias")
@@ -82,7 +82,10 @@ def fit_norms(
     for site, norm in norms.items():
         affine = {name: value for name, value in olds[site].named_parameters() if name in _AFFINE}
         norm.load_state_dict(affine, strict=False)
-    name, blocks = _stack(model.base_model, kinds)
+    base: Any = model.base_model
+    if base.main_input_name != "input_ids" or base.config.is_encoder_decoder:
+        raise ValueError(f"init: got 'calibrate' for a {type(base).__name__}; it takes a text model without an encoder")
+    name, blocks = blocks_of(base)
     inside = {site for site in kinds if site.startswith(f"{name}.")}
     outside = {site: old for site, old in olds.items() if site not in inside}
     batches = ids.split(BATCH)
@@ -112,15 +115,6 @@ def fit_norms(
         errors |= _fit(site, norms[site], student, map(olds[site], teacher))
     values = [(f"{site}.{name}", value) for site in errors for name, value in norms[site].named_parameters()]
     return {name: value.detach() for name, value in values if name.rpartition(".")[2] in _AFFINE}, errors
-
-
-def _stack(base: Any, sites: Collection[str]) -> tuple[str, nn.ModuleList]:
-    """The blocks of a base model, with their name: the outermost list of modules that has most of the sites."""
-    lists = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
-    if base.main_input_name != "input_ids" or base.config.is_encoder_decoder or not lists:
-        kind = "a text model with one stack of blocks"
-        raise ValueError(f"init: got 'calibrate' for a {type(base).__name__}; it takes {kind}")
-    return max(lists, key=lambda each: sum(site.startswith(f"{each[0]}.") for site in sites))
 
 
 def _fit(site: str, norm: Any, inputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Errors:

@@ -22,7 +22,7 @@ from ..data.text import draw_text
 from ..modeling_ibnorm import build_site, forget_origin, qualified
 from ..norms import NORMS, norm_name
 from ..report.environment import environment_record
-from ..sites import Formula, Site, contract, discover, identify
+from ..sites import Formula, Site, context_of, contract, discover, identify
 from ..swap.loading import load, name_tokenizer
 from ..swap.patching import apply_norm
 from ..swap.remote_code import add_remote_code
@@ -32,7 +32,6 @@ from .settings import Conversion
 from .source import COPIED, Source, check_ramped, check_tensors, read_source
 from .weights import INDEX, SINGLE, cast, rewrite
 
-CONTEXT = 2048  # tokens of a sequence to calibrate on, for models that know no longest one
 # Files of a source that the target has another version of.
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md", CONVERSION, MANIFEST)
 TEMPLATES = "additional_chat_templates"  # folder in which Transformers puts named chat templates
@@ -250,8 +249,7 @@ def _calibrate(
     if source.tokenizer is None:
         raise ValueError(f"source: {source.folder} has no tokenizer to calibrate with")
     tokens, text = wanted.calibration_tokens, config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None) or CONTEXT
-    ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, context).ids
+    ids = draw_text("data", wanted.data, "train", source.tokenizer, tokens, context_of(config)).ids
     # Of one block: inputs of the source and of the target, outputs of both.
     needed = 4 * 4 * ids.numel() * text.hidden_size
     check_room("calibration_tokens", tokens, needed, f"for the hidden states of {ids.numel():,} tokens")

@@ -25,6 +25,7 @@ from ..report.document import Document, machine, readings
 from ..report.environment import environment_record
 from ..report.runs import read_scores
 from ..report.tables import Table, csv_text, number_cell, score_cell
+from ..sites import context_of
 from ..swap.loading import load
 from .checkpoint import card_text, convert_source
 from .measure import measure
@@ -112,7 +113,7 @@ def _text_and_items(
     _check_language_model("source", source)
     if source.tokenizer is None:
         raise ValueError(f"source: {source.folder} has no tokenizer to measure with (--no_report)")
-    context = source.config.max_position_embeddings
+    context = context_of(source.config)
     return draw_text(f"{prefix}data", data, "test", source.tokenizer, tokens, context), scores
 
 
@@ -174,7 +175,7 @@ def _check_stage(name: str, stage: Source, source: Source, length: int) -> None:
         values = getattr(stage.config, fact), getattr(source.config, fact)
         if values[0] != values[1]:
             raise ValueError(f"stages: {name} has {fact} {values[0]}, the source {values[1]}")
-    if (context := stage.config.max_position_embeddings) < length:
+    if (context := context_of(stage.config) or length) < length:
         raise ValueError(f"stages: {name} has a context of {context} tokens, the text's sequences have {length}")
 
 

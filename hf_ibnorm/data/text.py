@@ -30,7 +30,7 @@ class Text:
     bytes: int
 
 
-def draw_text(field: str, data: str, split: str, tokenizer: Any, tokens: int, context: int) -> Text:
+def draw_text(field: str, data: str, split: str, tokenizer: Any, tokens: int, context: int | None) -> Text:
     """Sequences from all over a text; each begins with BOS where the tokenizer begins texts with it.
 
     Args:
@@ -38,7 +38,7 @@ def draw_text(field: str, data: str, split: str, tokenizer: Any, tokens: int, co
         data: an embedded corpus, of which `split` is used; or a file, of which the first `MOST` characters are.
         tokenizer: the model's.
         tokens: how many in all, about.
-        context: the longest sequence that the model takes.
+        context: the longest sequence that the model takes; None where it has no limit.
 
     Raises:
         ValueError: there is no such text, or it has less than `LEAST` tokens.
@@ -49,7 +49,7 @@ def draw_text(field: str, data: str, split: str, tokenizer: Any, tokens: int, co
     else:
         documents, name = _documents(field, data), Path(data).name
     encode = Encoder(tokenizer).backend.encode
-    length = min(SEQUENCE, context)
+    length = min(SEQUENCE, context or SEQUENCE)
     rows = max(1, tokens // length)
     step = max(1, len(documents) // rows)
     wanted = -(-rows * length // max(1, len(documents[::step])))  # tokens of each document

@@ -107,6 +107,28 @@ class Family:
         return _import("sites").PINS.get(self.stock_model_type)
 
     @property
+    def stock_norm(self) -> str:
+        """What a config of ours has as `norm_type` where the norms are those of the stock model."""
+        return _import("configuration_ibnorm").STOCK if self.pin is None else self.pin.stock
+
+    @property
+    def stream_norm(self) -> str | None:
+        """The norm in the residual stream of the stock model, by its name in the registry; None where that is unknown.
+
+        A model with norms of several kinds there has no such name either.
+        """
+        if self.pin is not None:
+            return self.pin.stock
+        import torch
+        from transformers import AutoConfig, AutoModel
+
+        sites = _import("sites")
+        with torch.device("meta"):
+            model = AutoModel.from_config(AutoConfig.for_model(self.stock_model_type))
+        computed = {site.computes for site in sites.discover(model) if site.kind == sites.STREAM}
+        return computed.pop() if len(computed) == 1 else None
+
+    @property
     def auto_classes(self) -> dict[str, type["PreTrainedModel"]]:
         """Name of each of Transformers' Auto classes that knows the stock model → our class."""
         from transformers.models.auto import modeling_auto

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from training import config, metrics, pages, result, run, small_corpus, steps, without_timing
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 from warm import python
 
 from hf_ibnorm.base.errors import BAD_INPUT, STOPPED, Stopped, TryAgain, UserError
@@ -156,7 +156,8 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32(tmp_path):
 STARTS = {
     "model.init_from: got 'ABSENT', no such directory, and the Hub gives no model": ("ABSENT",),
     "model.init_from: got 'RUN', which holds no model; did you mean RUN/final?": ("RUN",),
-    "model.init_from: got a bert model, known are llama, gpt2": ("BERT",),
+    "model.init_from: got 'vit', must be the model type of a causal language model": ("VIT",),
+    "model.init_from: got a IBNormBertLMHeadModel, which looks at the tokens that it is to predict": ("BERT",),
     "model.init_from: got 'LLAMA', no tokenizer": ("LLAMA",),
     "block_size: got 32, must be <= model.max_position_embeddings = 16": ("LLAMA", "--tokenizer", "TOKENIZER"),
     "model.vocab_size: got 40, the tokenizer has": ("SMALL", "--tokenizer", "TOKENIZER"),
@@ -173,11 +174,11 @@ def test_a_checkpoint_that_cannot_be_started_from_is_refused(tmp_path, message):
             tmp_path / name
         )
     (tmp_path / "RUN" / "final").mkdir(parents=True)
-    (tmp_path / "BERT").mkdir()
-    (tmp_path / "BERT" / "config.json").write_text('{"model_type": "bert"}')
-    wrap_tokenizer(train_tokenizer(["some text"], 257), 16).save_pretrained(tmp_path / "TOKENIZER")
-    if "BERT" in STARTS[message]:
-        wrap_tokenizer(train_tokenizer(["some text"], 257), 16).save_pretrained(tmp_path / "BERT")
+    BertForMaskedLM(BertConfig(vocab_size=300, **size)).save_pretrained(tmp_path / "BERT")
+    (tmp_path / "VIT").mkdir()
+    (tmp_path / "VIT" / "config.json").write_text('{"model_type": "vit"}')
+    for name in ("TOKENIZER", "BERT", "VIT"):
+        wrap_tokenizer(train_tokenizer(["some text"], 257), 16).save_pretrained(tmp_path / name)
     flags = [str(tmp_path / flag) if flag.isupper() else flag for flag in STARTS[message]]
     with pytest.raises(UserError) as caught:
         run(tmp_path / "run", "--model.init_from", *flags)

@@ -8,7 +8,7 @@ import torch
 from training import metrics, small_corpus
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_ibnorm import NORMS
+from hf_ibnorm import NORMS, describe_sites
 from train_lm.config import RECIPES, build_model_config, read_command_line
 from train_lm.optim import learning_rate
 from train_lm.train import train
@@ -24,6 +24,8 @@ PUBLISHED = {
     "gpt2-small": (124.48, 600_000, 2_000, 491_520),
     "gpt2-medium": (354.87, 600_000, 2_000, 491_520),
 }
+
+OTHERS = ("qwen3-60m", "olmo2-60m")
 
 
 def recipe(name, *flags):
@@ -86,7 +88,18 @@ def test_residual_projections_of_gpt2_start_smaller_by_the_root_of_twice_the_dep
             assert matrix.std().item() == pytest.approx(0.02 / math.sqrt(2 * depth), rel=0.05)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_other_families_differ_from_the_llama_in_their_norms_alone():
+    llama = on_meta(recipe("llama-60m")).num_parameters()
+    assert on_meta(recipe("qwen3-60m")).num_parameters() == llama + 8 * 2 * 64
+    assert on_meta(recipe("olmo2-60m")).num_parameters() == llama + 8 * 2 * 512
+    for name in OTHERS:
+        computed = {(site.kind, site.computes) for site in describe_sites(on_meta(recipe(name)))}
+        assert computed == {("stream", None), ("qk", "rmsnorm")}
+        wanted = recipe(name, "--model.norm_overrides", "[['*.q_norm', ibnorm_l], ['*.k_norm', ibnorm_l]]")
+        assert not any(site.computes for site in describe_sites(on_meta(wanted)))
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *OTHERS])
 def test_a_narrow_copy_of_each_recipe_takes_a_step(name, tmp_path):
     text = ["--corpus", "austen", "--corpus_config", "null", "--streaming", "false", "--tokenizer", "null"]
     text += ["--tokenizer_vocab_size", "300", "--model.vocab_size", "null", "--max_eval_blocks", "1"]

@@ -120,8 +120,11 @@ class Task(ABC):
         """The training data and the steps on it, in a few words."""
 
     @abstractmethod
-    def flops_per_token(self, model: PreTrainedModel) -> float:
-        """Floating point operations that training `model` on one token takes, a teacher's included."""
+    def flops_per_token(self, skeleton: PreTrainedModel) -> float | None:
+        """Floating point operations that training on one token takes, a teacher's included; None if they are unknown.
+
+        `skeleton` is the model on the meta device.
+        """
 
     @abstractmethod
     def blank_part(self) -> tuple[Tensor, Tensor]:

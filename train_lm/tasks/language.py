@@ -21,14 +21,15 @@ from hf_ibnorm.data.tokens import Encoder
 
 from ..architecture import build_model_config, resolved
 from ..cache import Cache, encode_all
+from ..checkpoint import skeleton_of
 from ..corpus import CorpusOptions, Documents, HeldOut, open_corpus, overlap
 from ..data import IGNORE, PackedData, PackedTokens, StepShape, StreamedData
 from ..distribution import reshard
+from ..flops import flops_per_token
 from ..model import load_teacher, make_model, read_config, starting_config
 from ..progress import with_progress
 from ..settings import TrainConfig
 from ..start import Start
-from ..throughput import flops_per_token
 from ..tokenizer import load_tokenizer, saved_and_loaded, train_tokenizer, wrap_tokenizer
 from . import Task
 
@@ -128,8 +129,9 @@ class LanguageTask(Task):
         step = self.batches.shape.sequences * self.config.block_size
         return f"{tokens} of {self.config.corpus}, {self.config.max_steps:,} steps of {step:,}"
 
-    def flops_per_token(self, model: PreTrainedModel) -> float:
-        return flops_per_token(model, self.config.block_size, self.teacher)
+    def flops_per_token(self, skeleton: PreTrainedModel) -> float | None:
+        teacher = None if self.teacher is None else skeleton_of(self.teacher)
+        return flops_per_token(skeleton, self.config.block_size, teacher)
 
     def blank_part(self) -> tuple[Tensor, Tensor]:
         shape = (self.config.per_device_train_batch_size, self.config.block_size)
