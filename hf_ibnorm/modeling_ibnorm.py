@@ -1,5 +1,6 @@
 """What every model family shares: norms put in place, initialized, loaded, saved; unsafe checkpointing refused."""
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -285,6 +286,9 @@ class NormModelMixin:
             # Transformers picks a loss by class name and would warn, breaking torch.compile(fullgraph=True).
             model.loss_type = "ForCausalLM"
         install_norms(model, config, (HEAD,) if is_filled else KINDS)
+        # Stock and older checkpoints have no ramped option.
+        ignored = [f"^{re.escape(key)}$" for key, is_buffer in _keys_of_ramped(model).items() if is_buffer]
+        model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *ignored]
         model.post_init()  # touches the new norms only
 
     @classmethod
@@ -344,10 +348,8 @@ class NormModelMixin:
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
-        # Stock and older checkpoints have no ramped option, and another norm that is asked for may have none.
-        keys = _keys_of_ramped(self)  # type: ignore[arg-type]
-        loading_info.missing_keys = {key for key in loading_info.missing_keys if not keys.get(key)}
-        if self.config.norms_were_given:  # type: ignore[attr-defined]
+        if self.config.norms_were_given:  # type: ignore[attr-defined]  # they may have no ramped option
+            keys = _keys_of_ramped(self)  # type: ignore[arg-type]
             loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if key not in keys}
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:

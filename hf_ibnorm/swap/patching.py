@@ -135,6 +135,10 @@ def apply_norm(
     mark_parts(target.model)
     target.point_at(config)
     target.model.loss_type = registered.loss_type
+    for name, part in registered.named_modules():
+        if isinstance(part, PreTrainedModel):
+            own: Any = target.model.get_submodule(name)
+            own._keys_to_ignore_on_load_missing = part._keys_to_ignore_on_load_missing
     forget_origin(target.model)
     for adapter in target.adapters:
         setattr(adapter, ADAPTER_BASE, None)

@@ -77,9 +77,8 @@ class State:
     def of(cls, target: Target) -> "State":
         norms = {site: target.norm_at(site) for site in target.kinds}
         models = [module for module in target.model.modules() if isinstance(module, PreTrainedModel)]
-        attributes = [
-            (m, name, getattr(m, name)) for m in models for name in ("__class__", "name_or_path", "loss_type")
-        ]
+        names = ("__class__", "name_or_path", "loss_type", "_keys_to_ignore_on_load_missing")
+        attributes = [(m, name, getattr(m, name)) for m in models for name in names]
         attributes += [(m, "config", m.config) for m in target.root.modules() if "config" in vars(m)]
         attributes += [(adapter, ADAPTER_BASE, getattr(adapter, ADAPTER_BASE)) for adapter in target.adapters]
         ramped = {site: norm.ramped for site, norm in norms.items() if getattr(norm, "ramp", None)}
