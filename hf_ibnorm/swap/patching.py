@@ -5,6 +5,8 @@ saving and loading it needs nothing special. γ and β stay the very same parame
 """
 
 import copy
+import inspect
+import itertools
 import threading
 import warnings
 from collections.abc import Collection, Iterator
@@ -293,12 +295,23 @@ def _build_norms(target: Target, config: Any, chosen: list[str], registered: Pre
 
 
 def _registered_model(target: Target, config: Any) -> PreTrainedModel:
-    """The model that loading would build, on the meta device: what is saved must have its keys."""
+    """The model that loading would build, on the meta device: what is saved must have its keys.
+
+    A model without a part that its constructor can leave out, such as a pooler, is compared with one without it.
+    """
     config = copy.deepcopy(config)
     if isinstance(config.dtype, str):  # as saving a model leaves it; some models make tensors of it
         config.dtype = getattr(torch, config.dtype)
-    with _INITIALIZING, torch.device("meta"):
-        return ours(type(target.model))(config)
+    cls: Any = ours(type(target.model))
+    arguments = inspect.signature(cls.stock.__init__).parameters.values()
+    switches = {each.name: (each.default, not each.default) for each in arguments if isinstance(each.default, bool)}
+    built: list[PreTrainedModel] = []
+    for values in itertools.product(*switches.values()):
+        with _INITIALIZING, torch.device("meta"):
+            built.append(cls(config, **dict(zip(switches, values, strict=True))))
+        if dict(built[-1].named_children()).keys() == dict(target.model.named_children()).keys():
+            return built[-1]
+    return built[0]
 
 
 def _check_keys(target: Target, registered: PreTrainedModel, norms: dict[str, nn.Module]) -> None:

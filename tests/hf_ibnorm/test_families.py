@@ -448,3 +448,17 @@ def test_every_architecture_works_or_says_why_not(part):
         if result.outcome == "fails" or (result.outcome != "works" and not result.reason):
             failures.append(f"{name}: {result.outcome} {result.reason}")
     assert not failures, "\n".join(failures)
+
+
+def test_a_model_that_was_made_without_its_pooler_is_swapped(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.BertModel(small_config("bert"), add_pooling_layer=False).eval()
+    ids = torch.arange(3, 12)[None]
+    apply_norm(model, "ibnorm_l", lam=3.0)
+    model.save_pretrained(tmp_path)
+    loaded = hf_ibnorm.IBNormBertModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(loaded(ids)[0], model(ids)[0])
+    del model.encoder.layer[1]
+    with pytest.raises(RuntimeError, match="was it changed"):
+        apply_norm(model, "ibnorm_t")
