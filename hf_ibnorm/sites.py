@@ -98,7 +98,7 @@ class StockNorm:
         formula = identify(norm)
         if isinstance(formula, str) or formula.area not in (LAYER, CHANNELS):
             raise TypeError(f"norm: got {type(norm).__name__}, must be a norm of hf_ibnorm, a LayerNorm or an RMSNorm")
-        self.norm, self.formula = norm, formula
+        self.norm, self.formula, self.area = norm, formula, formula.area
 
     def core(self, x: Tensor) -> Tensor:
         """z of `x`, as the norm takes it, before gain and bias: float32 (float64 for float64)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..grouping import LAYER
+from ..grouping import AREAS
 from ..norm_base import NormBase
 from ..sites import identify, is_norm
 from ..swap.families import family_of
@@ -24,10 +24,10 @@ def known_norms(model: nn.Module) -> dict[str, nn.Module]:
 
     For a Llama or GPT-2 they are the `norm_sites`. Any other model is run on two tokens: its norms are the modules that
     ran and are a norm of ours, or compute a LayerNorm or an RMSNorm. Among them are norms of queries and keys, for
-    which a row is one head's part of a token.
+    which a row is one head's part of a token. A model of images is run on a black one.
 
     Args:
-        model: base model or with a head; of other families one that takes `input_ids`.
+        model: base model or with a head; of other families one that takes `input_ids` or `pixel_values`.
 
     Raises:
         ValueError: it has none.
@@ -43,12 +43,24 @@ def known_norms(model: nn.Module) -> dict[str, nn.Module]:
 
     if names:
         with hooked(dict.fromkeys(names, note)), evaluating(model), torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
+            model(**_shortest_inputs(model))
     if not order:
         raise ValueError(
             f"model: got {type(model).__name__}, which runs no known norm: none of ours, no LayerNorm and no RMSNorm"
         )
     return order
+
+
+def _shortest_inputs(model: Any) -> dict[str, Tensor]:
+    """Two tokens, or a black image of the size that the config says."""
+    device, config = next(model.parameters()).device, getattr(model, "config", None)
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        size = getattr(config, "image_size", None) or 32
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), *sides, device=device)}
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    encodes = getattr(config, "is_encoder_decoder", False)
+    return {"input_ids": tokens, **({"decoder_input_ids": tokens} if encodes else {})}
 
 
 def chosen_norms(model: nn.Module, sites: str | Collection[str] | None) -> dict[str, nn.Module]:
@@ -78,7 +90,7 @@ def _is_known(module: nn.Module) -> bool:
     if isinstance(module, NormBase) or not is_norm(module):
         return isinstance(module, NormBase)
     formula = identify(module)
-    return not isinstance(formula, str) and formula.area == LAYER
+    return not isinstance(formula, str) and formula.area in AREAS
 
 
 def batches(ids: Tensor) -> tuple[Tensor, ...]:

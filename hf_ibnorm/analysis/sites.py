@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..grouping import to_rows
 from ..norms import NORMS, Measure
 from ..sites import contract
 from .moments import Covariance, Device, Histogram, Moments, QuantileSketch, RowSample, RowStatistics, finite_rows
@@ -123,9 +124,10 @@ class SiteStatistics:
             self.parts: list[Any] = [self.own, *self.histograms.values(), *self.before.parts, *self.after.parts]
 
     def update(self, x: Tensor) -> None:
-        """Take in the norm's input, shape (..., N); no gradient flows, and nothing waits for the device."""
+        """Take in the norm's input, as the norm takes it; no gradient flows, and nothing waits for the device."""
         # Tensors made in inference mode could not be updated outside it; autocast would round the sums to 16 bits.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            x = to_rows(x, contract(self.norm).area)
             self._start(x.shape[-1], x.device)
             rows = finite_rows(x.detach())
             if self.rows is not None:

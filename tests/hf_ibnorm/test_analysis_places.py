@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from architectures import inputs_of, output_of, small_config
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -9,6 +11,9 @@ from hf_ibnorm import norm_sites
 from hf_ibnorm.analysis import watch
 from hf_ibnorm.analysis.noise import noise_robustness
 from hf_ibnorm.analysis.places import chosen_norms, known_norms
+from hf_ibnorm.analysis.sites import LEAST_ROWS
+from hf_ibnorm.grouping import to_rows
+from hf_ibnorm.sites import contract, is_norm
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
@@ -81,3 +86,32 @@ def test_a_model_without_norms_is_refused():
         known_norms(nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"^model: got Sequential"):
         known_norms(nn.Sequential(nn.GroupNorm(1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "fields"),
+    [
+        ("vit", "ViTForImageClassification", {}),
+        ("convnext", "ConvNextForImageClassification", {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 32, 64]}),
+        ("t5", "T5ForConditionalGeneration", {}),
+    ],
+)
+def test_norms_of_images_and_of_encoders_are_watched(model_type, name, fields):
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(small_config(model_type, **fields)).eval()
+    norms, seen = known_norms(model), {}
+    assert set(norms) == {site for site, module in model.named_modules() if is_norm(module)}
+    with watch(model) as statistics:
+        for site, norm in norms.items():
+            norm.register_forward_hook(lambda _, args, __, site=site: seen.setdefault(site, args[0]))
+        output_of(model, inputs_of(model))
+    for site, of_site in statistics.sites.items():
+        x = to_rows(seen[site].detach(), contract(of_site.norm).area)
+        found = of_site.result()
+        assert found["width"] == x.shape[-1]
+        assert found["rows"] == x[..., 0].numel()
+        if found["rows"] >= LEAST_ROWS:
+            assert found["before"]["mean"] == pytest.approx(x.mean().item(), abs=1e-5)
+            assert found["after"]["variance"] == pytest.approx(
+                contract(of_site.norm).core(seen[site]).detach().var(correction=0).item(), rel=1e-3
+            )
