@@ -51,7 +51,9 @@ def test_every_option_is_kept_so_that_a_new_default_changes_nothing():
     assert "eps" not in kwargs, "the model's own"
 
 
-@pytest.mark.parametrize(("family", "stock"), [("llama", "rmsnorm"), ("gpt2", "layernorm")])
+@pytest.mark.parametrize(
+    ("family", "stock"), [("llama", "rmsnorm"), ("gpt2", "layernorm"), ("qwen3", "rmsnorm"), ("opt", "layernorm")]
+)
 def test_the_baseline_is_the_norm_of_the_stock_model(tmp_path, monkeypatch, family, stock):
     monkeypatch.setattr(eval.study.folder, "ask", ask)
     norms = ["ibnorm_l", {"norm": "layernorm", "name": "its own"}, {"norm": "rmsnorm", "name": "another"}]
