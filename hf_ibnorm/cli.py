@@ -45,7 +45,7 @@ def _main() -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
     env = verbs.add_parser("env", help="versions, device, backends, git revision: what a bug report needs")
     env.add_argument("--json", action="store_true", help="print JSON (default: a line each)")
-    env.set_defaults(run=_env)
+    env.set_defaults(go=_env)
     build = verbs.add_parser(
         "build_kernels",
         help="compile the CPU's fused norms (needs a C++ compiler: $CXX, c++, g++ or clang++)",
@@ -53,13 +53,13 @@ def _main() -> None:
         "hf_ibnorm/kernels in the user's cache directory. A GPU's are compiled by Triton when they are first used.",
     )
     build.add_argument("--force", action="store_true", help="compile even where they are built (default: not)")
-    build.set_defaults(run=_build_kernels)
+    build.set_defaults(go=_build_kernels)
     add_verbs(verbs, sys.argv)
     add_verb(verbs)
     add_sites(verbs)
     arguments = parser.parse_args()
     with StopSignals(lambda number: SystemExit(128 + number)):  # so that what is half written is removed
-        arguments.run(arguments)
+        arguments.go(arguments)
 
 
 def main() -> NoReturn:

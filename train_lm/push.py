@@ -40,7 +40,7 @@ from .final import WEIGHTS, among, flaw
 FAMILY_NAMES = {"llama": "Llama", "gpt2": "GPT-2"}
 COMPUTE_OPTIMAL = 20
 """Tokens per parameter, about, at which a given amount of computation is spent best (Hoffmann et al., 2022)."""
-HASHES = {"training text": "train_sha", "validation text": "validation_sha", "tokenizer": "tokenizer_sha"}
+HASHES = ("train_sha", "validation_sha", "tokenizer_sha")
 PACKAGES = ("hf_ibnorm", "torch", "transformers", "accelerate", "python")
 UPLOADED = (
     *WEIGHTS,
@@ -218,7 +218,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "environment": environment,
         "last": last,
         "embedded": config["corpus"] in CORPORA,
-        "hashes": ", ".join(f"{text} {_code(sha)}" for text, key in HASHES.items() if (sha := environment.get(key))),
+        "hashes": ", ".join(f"{layout.HASHES[key]} {_code(sha)}" for key in HASHES if (sha := environment.get(key))),
         "passes": f"{last['tokens'] / known:.2g}" if known else None,
         "processes": processes,
         "sequences": sequences,

@@ -32,9 +32,7 @@ def check_finished(config: TrainConfig, run_dir: Path, start: Start, processes: 
         check_settings(resolved(config, built), start, processes, {})
 
 
-def check_settings(
-    config: TrainConfig, start: Start, processes: int, hashes: Mapping[str, tuple[str, str | None]]
-) -> None:
+def check_settings(config: TrainConfig, start: Start, processes: int, hashes: Mapping[str, str | None]) -> None:
     """Raise UserError where the result of going on would not be the result of a run never interrupted.
 
     `config` has every field resolved; `hashes` are those of `Task.hashes` and of the initial model.
@@ -48,8 +46,9 @@ def check_settings(
     if checkpoint is None:
         return
     state = checkpoint.state
-    for key, (name, sha) in hashes.items():
+    for key, sha in hashes.items():
         if sha != state["hashes"][key]:
+            name = layout.HASHES[key]
             raise UserError(
                 f"resume: the {name} is not what the run began with ({key}); put it back, or begin a new run"
             )

@@ -71,14 +71,13 @@ def set_up(config: TrainConfig, accelerator: Accelerator, start: Start, say: Cal
         with bad_input():
             freeze(model, task.config)
         init_sha = checkpoint.state["hashes"]["init_sha"] if checkpoint else shared_weights_sha(model)
-        named = {"init_sha": ("initial model", init_sha), **task.hashes()}
-        check_settings(task.config, start, accelerator.num_processes, named)
+        hashes = {"init_sha": init_sha, **task.hashes()}
+        check_settings(task.config, start, accelerator.num_processes, hashes)
         task.read_data()
         with bad_input():
             lams = scheduled_lams(task.config, model, model_config)
             skeleton = skeleton_of(model)
             add_adapters(model, task.config)
-        hashes = {key: sha for key, (_, sha) in named.items()}
         return Setup(task.config, model, skeleton, task, hashes, lams, task.flops_per_token(skeleton))
 
     setup = together(accelerator, make)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from hf_ibnorm.base import layout
 from hf_ibnorm.report.runs import differing_in_runs
 
 from ..statistics import BETTER, SAME, WORSE, paired, verdicts
@@ -14,12 +15,7 @@ BASELINE, REFUSED, NO_BASELINE = "baseline", "refused", "no baseline"
 ONE_SEED, NO_SCATTER, NO_SCORE = "one seed", "no scatter between seeds", "no score"
 VERDICTS = (BETTER, WORSE, SAME, DIVERGED, REFUSED, FAILED, UNFINISHED, ONE_SEED, NO_SCATTER, NO_SCORE, NO_BASELINE)
 """Verdicts about a norm that is not the baseline, in the order in which sentences name them."""
-HASHES = {
-    "init_sha": "initial values of the shared parameters",
-    "tokenizer_sha": "tokenizer",
-    "train_sha": "training text",
-    "validation_sha": "validation text",
-}
+HASHES = {name: title for name, title in layout.HASHES.items() if name != "teacher_sha"}  # a run need not have one
 
 
 def gather(folder: Folder) -> list[Group]:

@@ -79,4 +79,4 @@ def add_verb(verbs: Any) -> None:
     text = "checkpoints of a run for the information plane, at most, with the last (default: 5)"
     add("--checkpoints", type=int, help=text)
     add("--seed", type=int, help="of samples, noise and positions (default: 0)")
-    parser.set_defaults(run=_analyze)
+    parser.set_defaults(go=_analyze)

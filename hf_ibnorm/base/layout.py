@@ -28,6 +28,14 @@ RUN_ENVIRONMENT_FORM = {
     "versions": {"torch": str, "*": (str, type(None))},
     **{"num_processes?": (int, type(None)), "flops_per_token?": _NUMBER, "on_hub?": [str], "harmless_settings?": [str]},
 }
+HASHES = {
+    "init_sha": "initial values of the shared parameters",
+    "tokenizer_sha": "tokenizer",
+    "train_sha": "training text",
+    "validation_sha": "validation text",
+    "teacher_sha": "teacher",
+}
+"""Keys of hashes in `environment.json`, and what each is of."""
 RUN_STEP_FORM = {
     **{"step": int, "tokens": int, "tokens_per_second": float, "loss": _NUMBER, "batch_sha": str},
     **dict.fromkeys(("eval_loss?", "grad_norm?", "gain_movement?", "lr?", "lam_fraction?"), _NUMBER),
@@ -75,5 +83,5 @@ SEARCHES, WINNER, TRIAL = "search", "winner.json", "result.json"
 PLAN_FORM = {"study": dict, "recipes": {"*": str}, "history": list, "command": [str]}
 RUNNING_FORM = [str]
 FAILURE_FORM = {"done": str, "problem": str}
-WINNER_FORM = {"lam": _NUMBER, "learning_rate": _NUMBER}
+WINNER_FORM = {"lam": _NUMBER, "learning_rate": _NUMBER, "trials": list}
 TRIAL_FORM = {"state": str, "loss": _NUMBER, "lam": float, "learning_rate": float, "validated": list}

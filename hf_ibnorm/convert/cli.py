@@ -119,7 +119,7 @@ def add_verbs(verbs: Any, words: Sequence[str]) -> None:
     add("--remote_code", action="store_true", help="put the model's code beside it (default: not)")
     add("--no_report", action="store_true", help="only convert: a report loads source and DST (default: report)")
     _add_measuring(convert, "report_")
-    convert.set_defaults(run=_convert, remote_code=False, no_report=False)
+    convert.set_defaults(go=_convert, remote_code=False, no_report=False)
     for flag in {word.partition("=")[0] for word in words if word.startswith(f"--{_OPTION}")}:
         add(flag, type=_json_or_text, help=argparse.SUPPRESS)
     report = verbs.add_parser(
@@ -134,7 +134,7 @@ def add_verbs(verbs: Any, words: Sequence[str]) -> None:
     add("stages", nargs="+", metavar="NAME=DIR", help="models made of it, such as healed=runs/heal/final")
     add("--output", required=True, metavar="DIR", help="new directory for the report")
     _add_measuring(report, "")
-    report.set_defaults(run=_report)
+    report.set_defaults(go=_report)
 
 
 def _add_measuring(parser: OneLineParser, prefix: str) -> None:

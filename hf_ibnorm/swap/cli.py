@@ -63,4 +63,4 @@ def add_verb(verbs: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="directory, name on the Hub, or a model type such as qwen3")
     parser.add_argument("--json", action="store_true", help="print JSON, an entry each (default: a table of groups)")
-    parser.set_defaults(run=_sites)
+    parser.set_defaults(go=_sites)

@@ -27,7 +27,7 @@ def find_model(model: str) -> Path:
     """
     path = Path(model)
     with reading("model", model[:100]):  # a name may be too long, or hold a zero byte
-        for candidate in (path, path / "model", path / layout.FINAL):
+        for candidate in (path, path / layout.MODEL, path / layout.FINAL):
             if (candidate / "config.json").is_file():
                 return candidate
         exists = path.exists()
@@ -42,9 +42,10 @@ def find_model(model: str) -> Path:
 def checkpoints_of(run: Path) -> dict[int, Path]:
     """Step → the model that a training run left there, in order; none where `run` is no run directory of train_lm."""
     models = {}
-    for config in run.glob("checkpoints/step-*/model/config.json"):
+    prefix = layout.checkpoint_name("")
+    for config in run.glob(f"{layout.CHECKPOINTS}/{prefix}*/{layout.MODEL}/config.json"):
         with suppress(ValueError):  # a folder with another name
-            models[int(config.parts[-3].removeprefix("step-"))] = config.parent
+            models[int(config.parts[-3].removeprefix(prefix))] = config.parent
     return dict(sorted(models.items()))
 
 

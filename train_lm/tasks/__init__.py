@@ -104,8 +104,8 @@ class Task(ABC):
         """The model in float32, and its config of step 0: after a resume the model's norms have λ along its ramp."""
 
     @abstractmethod
-    def hashes(self) -> dict[str, tuple[str, str | None]]:
-        """Key in `environment.json` → name and hash, of all that decides batches and loss; a stream has no hash."""
+    def hashes(self) -> dict[str, str | None]:
+        """Hashes of all that decides batches and loss, by their keys in `layout.HASHES`; a stream has none."""
 
     @abstractmethod
     def read_data(self) -> None:

@@ -64,14 +64,14 @@ class LanguageTask(Task):
             self.teacher = teacher.to(self.accelerator.device)
         return model, model_config
 
-    def hashes(self) -> dict[str, tuple[str, str | None]]:
-        hashes: dict[str, tuple[str, str | None]] = {
-            "tokenizer_sha": ("tokenizer", sha256(self.encoder.key)),
-            "train_sha": ("training text", self.texts["train"].fingerprint),
-            "validation_sha": ("validation text", self.texts["validation"].fingerprint),
+    def hashes(self) -> dict[str, str | None]:
+        hashes = {
+            "tokenizer_sha": sha256(self.encoder.key),
+            "train_sha": self.texts["train"].fingerprint,
+            "validation_sha": self.texts["validation"].fingerprint,
         }
         if self.teacher is not None:
-            hashes["teacher_sha"] = "teacher", sha256_tensors(self.teacher.named_parameters())
+            hashes["teacher_sha"] = sha256_tensors(self.teacher.named_parameters())
         return hashes
 
     def read_data(self) -> None:
