@@ -91,6 +91,12 @@ class Folder:
     def _go_on(self, record: dict[str, Any], recipes: Mapping[str, str]) -> None:
         """Write the plan of a study that was begun, where it has grown; UserError where it has changed."""
         before = self.record()
+        for condition, text in recipes.items():
+            file = self.recipe(condition)
+            # An earlier release lacked some fields of today's; its recipe means their defaults.
+            differs = before["recipes"].get(condition) != record["recipes"][condition] and file.is_file()
+            if differs and _without_cells(_checked(str(file), {})) == text:
+                before["recipes"][condition] = record["recipes"][condition]
         trained = any(self.path.glob(f"*/**/{layout.METRICS}"))
         if trained and (changed := _changed(before, record)):
             raise UserError(f"output: {self.path} holds a study with {changed[0]}; name a new directory")
@@ -269,7 +275,12 @@ def _resolved_recipe(study: Study, condition: str) -> str:
     for arm in study.arms:
         if arm.settings or arm.overrides:  # norm and options were checked with the study's file
             _checked(study.recipe, {**shared, **arm.flags()})
-    content = yaml.safe_load(_checked(study.recipe, shared))
+    return _without_cells(_checked(study.recipe, shared))
+
+
+def _without_cells(recipe: str) -> str:
+    """A whole recipe without the fields that a study's cells set."""
+    content = yaml.safe_load(recipe)
     for name in ("seed", "learning_rate"):
         del content[name]
     for name in ("norm_type", "norm_kwargs", "norm_overrides"):
