@@ -116,6 +116,7 @@ def test_a_gated_set_says_how_to_get_access(hub, tmp_path):
     assert problems(tmp_path / "mirror", {DataSet("DigitalLearningGmbH/MATH-lighteval", "algebra")}) == []
 
 
+@pytest.mark.slow
 def test_a_run_without_access_to_a_gated_set_stops_before_it_loads_anything(hub, checkpoint, tmp_path):
     words = ["--model", checkpoint, "--suite", "v2", "--output", tmp_path / "out"]
     done = subprocess.run(

@@ -331,6 +331,7 @@ def test_a_run_dir_that_another_run_trains_in_is_waited_for(here, monkeypatch): 
     assert len(executor.jobs) == 1
 
 
+@pytest.mark.slow
 def test_a_search_finds_a_lam_and_confirms_it_on_fresh_seeds(here):  # noqa: F811
     folder, executor, _ = here(searching())
     winner = folder.winner("ibnorm_t searched")

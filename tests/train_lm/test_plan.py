@@ -220,6 +220,7 @@ def test_the_advised_command_is_one_that_accelerate_and_train_lm_take(gpus, mach
     assert wanted.run_dir == "runs/tiny"
 
 
+@pytest.mark.slow
 def test_what_fits_nowhere_says_so_and_what_would_do(command):
     wide = ["--model.hidden_size", "4096", "--model.intermediate_size", "10912", "--model.num_attention_heads", "32"]
     code, out, _ = command(plan, "llama-1b", "--device", "t4", *wide, "--model.num_hidden_layers", "4")

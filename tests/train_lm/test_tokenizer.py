@@ -91,6 +91,7 @@ def test_a_beginning_of_text_stays_where_the_end_is_dropped(tmp_path):
     assert (loaded.bos_token, loaded.eos_token, loaded.unk_token) == ("<s>", "</s>", "<unk>")
 
 
+@pytest.mark.slow
 def test_an_id_beyond_all_rows_is_refused_before_the_vocabulary_is_written_down():
     backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "b": 10**9}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")

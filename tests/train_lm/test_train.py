@@ -104,6 +104,7 @@ def few_blocks(*flags):
     return ["--block_size", "512", "--max_steps", "20", "--eval_every", "10", "--learning_rate", "3e-3", *flags]
 
 
+@pytest.mark.slow
 def test_accumulation_leaves_the_losses_as_they_are(tmp_path):
     losses = []
     for size, parts in (("8", "1"), ("8", "1"), ("2", "4"), ("1", "8")):
