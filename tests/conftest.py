@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,9 @@ import pytest
 import warm
 from hypothesis import settings
 
+for _name in ("SIGHUP", "SIGINT"):  # ignored where tests are started by nohup or in the background
+    if signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)
 atexit.register(shutil.rmtree, os.environ["HF_IBNORM_CACHE"], ignore_errors=True)
 # What a test's budget of examples is multiplied with, in percent: `make test-slow` asks for the second.
 settings.register_profile("quick", max_examples=25)
