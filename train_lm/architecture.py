@@ -6,10 +6,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from hf_ibnorm.base.errors import bad_input
+from hf_ibnorm.base.layout import NORM_FIELDS
 from hf_ibnorm.checks import nearest
 from hf_ibnorm.swap.families import MODEL_TYPE_PREFIX, WITH_FILES, Family
 
-from .settings import NORM_SETTINGS, SIZES, ModelConfig, TrainConfig
+from .settings import SIZES, ModelConfig, TrainConfig
 
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 """Names of the MLP's width in Transformers' configs, whose `attribute_map` knows the names of all other sizes."""
@@ -20,7 +21,7 @@ _ESSENTIAL = ("vocab_size", "hidden_size", "num_hidden_layers")
 _OF_THE_RUN = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "model_type", "architectures", "auto_map")
 
 
-def family_of(model_type: str, field: str) -> Family:
+def causal_family(model_type: str, field: str) -> Family:
     """The architecture of a causal language model, by its model type, stock or ours.
 
     ValueError, which `field` opens, for a model type that has no such model, or whose config has parts.
@@ -65,7 +66,7 @@ def build_model_config(config: TrainConfig, vocab_size: int | None = None, eos_t
     """
     rows = config.model.vocab_size or vocab_size or config.tokenizer_vocab_size
     check_vocabulary(rows, vocab_size)
-    family = family_of(config.model.model_type, "model.model_type")
+    family = causal_family(config.model.model_type, "model.model_type")
     named = f"model.model_type: got {config.model.model_type!r}"
     with bad_input(*FAULTS, about=f"{named}, which does not take these sizes: "):
         return _built(config, family.config, rows, eos_token_id)
@@ -81,7 +82,7 @@ def _built(config: TrainConfig, family: Any, rows: int, eos_token_id: int) -> An
     }
     sizes = {name: given[field] for field in SIZES if given[field] is not None for name in names_in(stock, field)}
     _check_fields(model, stock)
-    norms = {name: given[name] for name in NORM_SETTINGS}
+    norms = {name: given[name] for name in NORM_FIELDS}
     tokens: dict[str, Any] = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
     if getattr(stock, "pad_token_id", None) is not None:
         tokens["pad_token_id"] = None  # nothing is padded, and the embedding of that token would not be trained
@@ -99,7 +100,7 @@ def _built(config: TrainConfig, family: Any, rows: int, eos_token_id: int) -> An
 
 def idle_sizes(model_type: str) -> list[str]:
     """The sizes in `ModelConfig` that an architecture's config has no place for; ValueError for an unknown one."""
-    default = family_of(model_type, "model.model_type").config()
+    default = causal_family(model_type, "model.model_type").config()
     return [field for field in SIZES if not names_in(default, field)]
 
 
@@ -119,7 +120,7 @@ def _check_fields(model: ModelConfig, stock: Any) -> None:
     for field in model.config_kwargs:
         if setting := set_by.get(stock.attribute_map.get(field, field)):
             raise ValueError(f"model.config_kwargs: got {field}, which model.{setting} sets")
-        if field in (*NORM_SETTINGS, *_OF_THE_RUN):
+        if field in (*NORM_FIELDS, *_OF_THE_RUN):
             raise ValueError(f"model.config_kwargs: got {field}, which the run sets")
         if field not in fields and not _is_read(name, field):
             raise ValueError(f"model.config_kwargs: got {field}, {name} has no such field{nearest(field, fields)}")
@@ -143,6 +144,6 @@ def resolved(config: TrainConfig, built: Any) -> TrainConfig:
     values = {field: getattr(built, names[0]) for field in SIZES if (names := names_in(built, field))}
     if values.get("intermediate_size", 0) is None:
         values["intermediate_size"] = 4 * values["hidden_size"]  # GPT-2's default
-    norms = {name: getattr(built, name) for name in NORM_SETTINGS}
+    norms = {name: getattr(built, name) for name in NORM_FIELDS}
     model = replace(config.model, model_type=built.stock_model_type, **norms, **values)
     return replace(config, model=model)

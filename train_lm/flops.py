@@ -1,7 +1,7 @@
 """Floating point operations of training, as torch counts them on tensors without values."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,16 +62,11 @@ def flops_per_token(model: PreTrainedModel, block_size: int, teacher: PreTrained
 def _count(model: PreTrainedModel, block_size: int) -> int:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped})
+    # Transformers reads values of meta tensors, and knows that fake ones have none.
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if detect_fake_mode() is None else nullcontext()
     # Fused attention counts what it computes a second time, too.
-    with ExitStack() as stack:
-        if (
-            detect_fake_mode() is None
-        ):  # Transformers knows that fake tensors have no values, not that meta tensors have none
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        for context in (evaluating(model), _without_mask(model), sdpa_kernel(SDPBackend.MATH)):
-            stack.enter_context(context)
-        for last in (torch.set_grad_enabled(bool(trained)), GroupedShapes(), counter):
-            stack.enter_context(last)
+    unfused, gradients = sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(bool(trained))
+    with fake, evaluating(model), _without_mask(model), unfused, gradients, GroupedShapes(), counter:
         tokens = torch.zeros((1, block_size), dtype=torch.int64, device=model.device)
         logits = model(input_ids=tokens, use_cache=False).logits
         if trained:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from hf_ibnorm.base.room import check_model
 from hf_ibnorm.sites import blocks_of, context_of
+from hf_ibnorm.swap.families import family_of
 
-from .architecture import build_model_config, family_of, names_in
+from .architecture import build_model_config, names_in
 from .flops import GroupedShapes, attention_of, flops_per_token
 from .model import new_model, read_config, speed_up, starting_config
 from .optim import freeze
@@ -124,7 +125,7 @@ def _model(config: TrainConfig) -> PreTrainedModel:
 
 
 def _built(field: str, config: Any) -> PreTrainedModel:
-    return new_model(field, config, attn_implementation=attention_of(family_of(config.model_type, field).causal_lm))
+    return new_model(field, config, attn_implementation=attention_of(family_of(config).causal_lm))
 
 
 class _Live(TorchDispatchMode):

@@ -18,17 +18,17 @@ from hf_ibnorm.analysis.places import evaluating
 from hf_ibnorm.base import layout
 from hf_ibnorm.base.errors import UserError, bad_input
 from hf_ibnorm.base.files import sha256_tensors
-from hf_ibnorm.base.room import check_model, is_out_of_memory
+from hf_ibnorm.base.room import check_model
 from hf_ibnorm.configuration_ibnorm import NORM_FIELDS, STOCK
 from hf_ibnorm.convert.checkpoint import lost_text
 from hf_ibnorm.convert.weights import Shard, read_shards
 from hf_ibnorm.modeling_ibnorm import build_site, qualified, ramped_norms, site_kinds
 from hf_ibnorm.norms import norm_name
 from hf_ibnorm.sites import blocks_of, context_of, contract, is_norm
-from hf_ibnorm.swap.families import Family
+from hf_ibnorm.swap.families import Family, family_of
 from hf_ibnorm.swap.loading import has_tokenizer, load
 
-from .architecture import FAULTS, build_model_config, check_vocabulary, family_of, names_in
+from .architecture import FAULTS, build_model_config, causal_family, check_vocabulary, names_in
 from .settings import TrainConfig
 from .start import Start
 from .tokenizer import load_tokenizer, saved_and_loaded
@@ -43,7 +43,7 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
         saved = None if start.checkpoint is None else start.checkpoint.path / layout.MODEL
         if config.model.init_from is None:
             model_config = build_model_config(config, len(tokenizer), tokenizer.eos_token_id)
-            family = family_of(model_config.model_type, "model.model_type")
+            family = family_of(model_config)
         else:
             family, model_config = starting_config(config, saved or config.model.init_from, start.saved)
             check_vocabulary(model_config.vocab_size, len(tokenizer))
@@ -67,13 +67,9 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: S
 
 def new_model(field: str, model_config: Any, **options: Any) -> PreTrainedModel:
     """A model in float32 with initial weights; ValueError, which `field` opens, where its config allows none."""
-    try:
+    about = f"{field}: a {family_of(model_config).stock_model_type} cannot be built with these fields of its config: "
+    with bad_input(*FAULTS, TypeError, about=about):
         return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, **options)
-    except (*FAULTS, TypeError) as error:
-        if is_out_of_memory(error):
-            raise
-        kind = model_config.stock_model_type
-        raise ValueError(f"{field}: a {kind} cannot be built with these fields of its config: {error}") from error
 
 
 def load_start(family: Family, where: str, model_config: Any) -> tuple[PreTrainedModel, str]:
@@ -109,13 +105,9 @@ def check_causal(field: str, model: PreTrainedModel) -> None:
     ids = torch.zeros((2, PROBED), dtype=torch.int64)
     ids[1, -1] = 1
     kind = f"{field}: got a {type(model).__name__}"
-    try:
-        with evaluating(model), torch.random.fork_rng(devices=[]):
-            first, second = model(input_ids=ids, use_cache=False).logits
-    except (*FAULTS, TypeError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(f"{kind}, which does not read {PROBED} tokens alone: {error}") from error
+    unread = bad_input(*FAULTS, TypeError, ValueError, about=f"{kind}, which does not read {PROBED} tokens alone: ")
+    with unread, evaluating(model), torch.random.fork_rng(devices=[]):
+        first, second = model(input_ids=ids, use_cache=False).logits
     if not torch.allclose(first[:-1], second[:-1], rtol=0, atol=1e-4 * float(first.abs().max())):
         raise ValueError(f"{kind}, which looks at the tokens that it is to predict; must be causal")
 
@@ -183,7 +175,7 @@ def read_config(field: str, where: str | Path) -> Any:
     if os.path.isdir(final) and not os.path.exists(os.path.join(where, "config.json")):
         raise ValueError(f"{field}: got {str(where)!r}, which holds no model; did you mean {final}?")
     model_config = load(field, AutoConfig, where)
-    family_of(model_config.model_type, field)
+    causal_family(model_config.model_type, field)
     check_model(field, model_config, weights=False)
     return model_config
 
@@ -191,7 +183,7 @@ def read_config(field: str, where: str | Path) -> Any:
 def starting_config(config: TrainConfig, where: str | Path, saved: dict[str, Any] | None) -> tuple[Family, Any]:
     """Family and config of the checkpoint `where`, with the run's norms; `saved` are its settings when it began."""
     own = read_config("model.init_from", where)
-    family = family_of(own.model_type, "model.init_from")
+    family = family_of(own)
     model = config.model
     norms: dict[str, Any] = {"norm_kwargs": model.norm_kwargs} if model.norm_kwargs else {}
     if model.norm_type is not None:

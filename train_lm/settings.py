@@ -28,8 +28,6 @@ SIZES = (
     *("norm_eps", "dropout"),
 )
 """Fields of `ModelConfig` that a model's Transformers config has, by this name or another."""
-NORM_SETTINGS = ("norm_type", "norm_kwargs", "norm_overrides")
-"""Fields of `ModelConfig` that say its norms."""
 _HARMLESS = {"harmless": True}
 """Metadata of fields that change no result: a resumed run may have other values, and so may runs that are compared."""
 

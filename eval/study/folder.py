@@ -283,7 +283,7 @@ def _without_cells(recipe: str) -> str:
     content = yaml.safe_load(recipe)
     for name in ("seed", "learning_rate"):
         del content[name]
-    for name in ("norm_type", "norm_kwargs", "norm_overrides"):
+    for name in layout.NORM_FIELDS:
         del content["model"][name]
     return yaml.safe_dump(content, sort_keys=False)
 

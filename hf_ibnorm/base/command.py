@@ -9,8 +9,7 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from ..checks import nearest, own_norm_files
-from .errors import BAD_INPUT, Stopped, UserError
-from .room import is_out_of_memory
+from .errors import BAD_INPUT, Stopped, UserError, is_out_of_memory
 
 PATIENCE = 5.0
 """Seconds that the other ranks of a launch wait with an error: the launcher ends all ranks when one has ended, and rank

@@ -36,7 +36,8 @@ class Stopped(BaseException):
 def bad_input(*kinds: type[Exception], about: str = "") -> Iterator[None]:
     """Turn the errors that validation raises inside the block into a `UserError`.
 
-    Only for code that checks input of the user: elsewhere a ValueError is a fault of ours and keeps its traceback.
+    Only for code that checks input of the user: elsewhere a ValueError is a fault of ours and keeps its traceback. An
+    error that says that memory ran out stays as it is.
 
     Args:
         *kinds: the errors to turn; by default ValueError, TypeError, OSError and those of Transformers' strict configs.
@@ -49,6 +50,14 @@ def bad_input(*kinds: type[Exception], about: str = "") -> Iterator[None]:
             from huggingface_hub.errors import StrictDataclassError  # late: most commands never need it
 
             kinds = (ValueError, TypeError, OSError, StrictDataclassError)
-        if isinstance(error, UserError) or not isinstance(error, kinds):
+        if isinstance(error, UserError) or not isinstance(error, kinds) or is_out_of_memory(error):
             raise
         raise UserError(about + str(error)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: the machine's or a GPU's."""
+    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one, too
+        reasons = ("out of memory", "not enough memory", "can't allocate memory")
+        return any(reason in str(error) for reason in reasons)
+    return isinstance(error, MemoryError)

@@ -18,6 +18,8 @@ def checkpoint_name(step: int | str) -> str:
     return f"step-{step}"
 
 
+NORM_FIELDS = ("norm_type", "norm_kwargs", "norm_overrides")
+"""Fields of a run's model that say its norms, as its Transformers config has them."""
 RUN_CONFIG_FORM = {
     **{"seed": int, "corpus?": str},
     "model": {"norm_type": str, "norm_kwargs": {"lam?": _NUMBER}, "norm_overrides?": list, "model_type?": str},

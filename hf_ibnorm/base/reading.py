@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .errors import TryAgain, UserError
-from .room import is_out_of_memory
+from .errors import TryAgain, UserError, is_out_of_memory
 
 NODES = 100_000  # values that a YAML file may have, aliases written out: a few lines of aliases can stand for 10⁹
 TOLD = 300  # characters of another library's message that are shown

@@ -63,11 +63,3 @@ def check_model(field: str, config: Any, weights: bool = True) -> None:
     if weights:
         needed = 2 * (rows * width + layers * (2 * width * width + 2 * width * inner))
         check_room(field, f"{layers} blocks {width} wide with {rows} tokens", needed, "for its weights")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: the machine's or a GPU's."""
-    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one, too
-        reasons = ("out of memory", "not enough memory", "can't allocate memory")
-        return any(reason in str(error) for reason in reasons)
-    return isinstance(error, MemoryError)

@@ -15,7 +15,7 @@ from .tables import Table, score_cell
 
 SKIPPED_SHARE = 0.25
 """A run fails when this share of its steps was skipped because loss or gradient was not finite."""
-NORM_SETTINGS = ("model.norm_type", "model.norm_kwargs", "model.norm_overrides")
+NORM_SETTINGS = tuple(f"model.{name}" for name in layout.NORM_FIELDS)
 """Settings of a run that say which norms its model has."""
 
 

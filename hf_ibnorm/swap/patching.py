@@ -21,6 +21,7 @@ from ..configuration_ibnorm import STOCK, resolve_norm
 from ..modeling_ibnorm import build_site, check_checkpointing, forget_origin, mark_parts, ours, qualified, set_site
 from ..norms import NORMS, NormBase, norm_name
 from ..sites import STREAM, Formula, Site, contract, discover, identify
+from .families import family_of
 from .target import ADAPTER_BASE, State, Target, check_class, chosen_sites, factory_of, patterns, relative
 
 _RECORD = "_norms_before"
@@ -254,8 +255,7 @@ def _patched_config(
     if not target.is_patched:
         config.__class__ = target.config_class
         vars(config).pop("model_type", None)  # a loaded config has it as an attribute, which would hide the class's
-        stock = STOCK if target.pin is None else target.pin.stock
-        config.norm_type, config.norm_kwargs, config.norm_overrides = stock, None, []
+        config.norm_type, config.norm_kwargs, config.norm_overrides = family_of(config).stock_norm, None, []
     chosen = chosen_sites(target, globs, kinds)
     name = norm_name(norm, "norm")
     name, kwargs = resolve_norm("norm", name, "norm_kwargs", norm_kwargs, config.model_eps)
